@@ -1,0 +1,25 @@
+"""The exceptions of streamprune. Each message names the thing, the values and the remedy, on one line."""
+
+
+class StreampruneError(Exception):
+    """Something could not be done. The command line prints the message and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class UsageError(StreampruneError):
+    """An option, or a combination of options, that cannot be meant."""
+
+    exit_code = 2
+
+
+class CheckpointError(StreampruneError):
+    """The checkpoint is missing, damaged, or not of a kind that streamprune reads."""
+
+
+class CalibrationError(StreampruneError):
+    """The text is missing, unreadable or too short."""
+
+
+class OutputError(StreampruneError):
+    """The output cannot be written."""

@@ -1,0 +1,64 @@
+"""Streamed perplexity: exp of the mean next-token loss over non-overlapping segments."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from streamprune.errors import CalibrationError
+from streamprune.sweep import Sweeper
+
+# Hidden states that are in memory at a time; longer texts take several sweeps.
+HIDDEN_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Result of a measurement: perplexity = exp(loss), over `tokens` predicted tokens of `segments`."""
+
+    perplexity: float
+    loss: float
+    segments: int
+    tokens: int
+
+
+def segment(tokens: Tensor, seq_len: int, samples: int | None = None) -> Tensor:
+    """Non-overlapping segments [n, seq_len] from the start of `tokens`; the rest is left out.
+
+    Raises:
+        CalibrationError: fewer tokens than `samples` segments, or than one.
+    """
+    n = len(tokens) // seq_len
+    if n < (samples or 1):
+        raise CalibrationError(
+            f"the text has {len(tokens):,} tokens, {samples or 1} segments of {seq_len} need "
+            f"{(samples or 1) * seq_len:,}; give a longer text, or lower --samples or --seq-len"
+        )
+    n = samples or n
+    return tokens[: n * seq_len].view(n, seq_len)
+
+
+def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
+    """Forward sweeps that `perplexity` will take."""
+    return -(-len(segments) // _group(sweeper, segments.shape[1]))
+
+
+def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
+    """Perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
+    group = _group(sweeper, segments.shape[1])
+    total = 0.0
+    for start in range(0, len(segments), group):
+        part = segments[start : start + group]
+        hidden, _ = sweeper.forward(part)
+        loss, _ = sweeper.head_loss(hidden, part, with_grad=False)
+        total += loss * len(part)
+    loss = total / len(segments)
+    value = math.exp(loss) if loss < 700 else math.inf
+    return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))
+
+
+def _group(sweeper: Sweeper, seq_len: int) -> int:
+    per_sequence = seq_len * sweeper.skeleton.config.hidden_size * sweeper.skeleton.dtype.itemsize
+    return max(1, HIDDEN_BYTES // per_sequence)

@@ -1,0 +1,219 @@
+"""The model families as a table: where the layers are, which tensors a unit cuts, what stock classes accept.
+
+A unit is an attention KV group (one KV head with its query heads) or an MLP channel. A tensor takes part in
+a unit through one of its dimensions, the lines of that dimension being shared out to the units part by part:
+`qkv_proj` of Phi-3 has the parts query | key/value | key/value along its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import CheckpointError
+
+Kind = Literal["kv_group", "channel"]
+Part = Literal["query", "kv", "channel"]
+KINDS: tuple[Kind, ...] = ("kv_group", "channel")
+
+
+@dataclass(frozen=True)
+class Member:
+    """A tensor of a layer that loses lines with a unit.
+
+    Attributes:
+        tensor: name inside the layer; families without it (a bias, say) simply lack it.
+        dim: the dimension that is cut.
+        parts: what lies along `dim`, in order.
+        scored: whether its elements count in a unit's importance (weights do, biases and norms do not).
+    """
+
+    tensor: str
+    dim: int
+    parts: tuple[Part, ...]
+    scored: bool = True
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of unit that this tensor belongs to."""
+        return "channel" if self.parts[0] == "channel" else "kv_group"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of one decoder layer: KV groups, query heads per group, head size, MLP channels."""
+
+    kv_groups: int
+    n_rep: int
+    head_dim: int
+    channels: int
+
+    def units(self, kind: Kind) -> int:
+        """How many units of `kind` the layer has."""
+        return self.kv_groups if kind == "kv_group" else self.channels
+
+    def part_shape(self, part: Part) -> tuple[int, int]:
+        """(units, lines per unit) of a part."""
+        if part == "channel":
+            return self.channels, 1
+        return self.kv_groups, self.head_dim * (self.n_rep if part == "query" else 1)
+
+    def lines(self, member: Member) -> int:
+        """Extent of `member` along its cut dimension."""
+        return sum(units * width for units, width in map(self.part_shape, member.parts))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table.
+
+    Attributes:
+        model_type: as in config.json.
+        layers: path of the layer list in the ForCausalLM model.
+        members: the tensors that units cut.
+        channels_key: name of the MLP width in config.json.
+        stock_heads: "any" number of KV groups, only a count that "divides" the hidden size, or "fixed".
+        ragged: whether layers of different widths can be emitted.
+    """
+
+    model_type: str
+    layers: str
+    members: tuple[Member, ...]
+    channels_key: str = "intermediate_size"
+    stock_heads: Literal["any", "divides", "fixed"] = "any"
+    ragged: bool = True
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of unit that can be pruned."""
+        return tuple(kind for kind in KINDS if any(member.kind == kind for member in self.members))
+
+
+def _linear(name: str, dim: int, *parts: Part) -> tuple[Member, ...]:
+    """A projection: rows go with their bias, columns leave it."""
+    weight = Member(f"{name}.weight", dim, parts)
+    return (weight, Member(f"{name}.bias", 0, parts, scored=False)) if dim == 0 else (weight,)
+
+
+_ATTENTION = (
+    *_linear("self_attn.q_proj", 0, "query"),
+    *_linear("self_attn.k_proj", 0, "kv"),
+    *_linear("self_attn.v_proj", 0, "kv"),
+    *_linear("self_attn.o_proj", 1, "query"),
+)
+_GATED_MLP = (
+    *_linear("mlp.gate_proj", 0, "channel"),
+    *_linear("mlp.up_proj", 0, "channel"),
+    *_linear("mlp.down_proj", 1, "channel"),
+)
+_LLAMA = _ATTENTION + _GATED_MLP
+# OLMo 2 normalises queries and keys over all heads at once, so the norm's weight goes with the heads.
+_OLMO2 = (
+    *_LLAMA,
+    Member("self_attn.q_norm.weight", 0, ("query",), scored=False),
+    Member("self_attn.k_norm.weight", 0, ("kv",), scored=False),
+)
+_PHI3 = (
+    *_linear("self_attn.qkv_proj", 0, "query", "kv", "kv"),
+    *_linear("self_attn.o_proj", 1, "query"),
+    *_linear("mlp.gate_up_proj", 0, "channel", "channel"),
+    *_linear("mlp.down_proj", 1, "channel"),
+)
+_OPT = (*_linear("fc1", 0, "channel"), *_linear("fc2", 1, "channel"))
+_GPT_NEOX = (*_linear("mlp.dense_h_to_4h", 0, "channel"), *_linear("mlp.dense_4h_to_h", 1, "channel"))
+# GPT-2's Conv1D stores [d_in, d_out].
+_GPT2 = (
+    Member("mlp.c_fc.weight", 1, ("channel",)),
+    Member("mlp.c_fc.bias", 0, ("channel",), scored=False),
+    Member("mlp.c_proj.weight", 0, ("channel",)),
+)
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "model.layers", _LLAMA, stock_heads="divides"),
+        Family("mistral", "model.layers", _LLAMA),
+        Family("qwen2", "model.layers", _LLAMA),
+        Family("qwen3", "model.layers", _LLAMA),
+        Family("gemma2", "model.layers", _LLAMA, stock_heads="divides"),
+        Family("gemma3_text", "model.layers", _LLAMA, stock_heads="divides"),
+        Family("phi3", "model.layers", _PHI3),
+        Family("olmo2", "model.layers", _OLMO2),
+        Family("smollm3", "model.layers", _LLAMA),
+        Family("granite", "model.layers", _LLAMA),
+        Family("opt", "model.decoder.layers", _OPT, "ffn_dim", "fixed", ragged=False),
+        Family("gpt_neox", "gpt_neox.layers", _GPT_NEOX, stock_heads="fixed", ragged=False),
+        Family("gpt2", "transformer.h", _GPT2, "n_inner", "fixed", ragged=False),
+    )
+}
+RAGGED_PREFIX = "streamprune_"
+
+
+def family_of(config: Mapping[str, Any], where: object, *, pruned: bool = False) -> Family:
+    """The family of a config.json.
+
+    Args:
+        where: the directory, for the message.
+        pruned: also accept a checkpoint with layers of different widths that streamprune wrote (to evaluate).
+
+    Raises:
+        CheckpointError: no family of that name; the known ones are listed.
+    """
+    model_type = str(config.get("model_type"))
+    if pruned:
+        model_type = model_type.removeprefix(RAGGED_PREFIX)
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type.startswith(RAGGED_PREFIX):
+        raise CheckpointError(
+            f"{where} already has layers of different widths; prune the dense model it came from with a higher ratio"
+        )
+    raise CheckpointError(f"{where}: unknown family {model_type!r}; known are {', '.join(FAMILIES)}")
+
+
+def geometry_of(family: Family, config: Any) -> Geometry:
+    """Sizes of a layer from a transformers config, which fills in what config.json leaves out."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # GPT-2 leaves n_inner unset for four times the hidden size.
+    channels = getattr(config, family.channels_key) or 4 * config.hidden_size
+    return Geometry(kv_heads, heads // kv_heads, head_dim, channels)
+
+
+def kept_lines(member: Member, geometry: Geometry, kept: Sequence[int]) -> Tensor:
+    """Indices along `member.dim` that remain when the units `kept` (ascending) remain. int64."""
+    chosen = torch.as_tensor(kept, dtype=torch.int64)
+    indices, start = [], 0
+    for part in member.parts:
+        units, width = geometry.part_shape(part)
+        indices.append((start + chosen[:, None] * width + torch.arange(width)).reshape(-1))
+        start += units * width
+    return torch.cat(indices)
+
+
+def fold_lines(member: Member, geometry: Geometry, lines: Tensor) -> Tensor:
+    """Sum a value per line [lines] of `member` into a value per unit [units]."""
+    widths = [units * width for units, width in map(geometry.part_shape, member.parts)]
+    total = torch.zeros(geometry.units(member.kind), dtype=lines.dtype, device=lines.device)
+    for part, values in zip(member.parts, lines.split(widths), strict=True):
+        total += values.view(geometry.part_shape(part)).sum(dim=1)
+    return total
+
+
+def unit_costs(family: Family, geometry: Geometry, shapes: Mapping[str, Iterable[int]]) -> dict[Kind, int]:
+    """Parameters that one unit of each kind takes with it, biases and head-spanning norms included.
+
+    Args:
+        shapes: of the layer's tensors, by their names inside the layer.
+    """
+    costs: dict[Kind, int] = dict.fromkeys(family.kinds, 0)
+    for member in family.members:
+        if member.tensor in shapes:
+            numel = torch.Size(shapes[member.tensor]).numel()
+            costs[member.kind] += numel // geometry.units(member.kind)
+    return costs

@@ -1,0 +1,155 @@
+"""What a run says: progress while it works, tables when it is done, the model card."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+LINE_SECONDS = 15.0  # between progress lines where there is no terminal
+
+
+def peak_rss() -> int:
+    """Bytes of the process's largest resident set so far (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def peak_device_memory() -> int | None:
+    """Bytes of the largest allocation on the GPU so far, None without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def human(nbytes: float) -> str:
+    """Bytes in decimal units: 1.23 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 999.5:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+class Progress:
+    """A tqdm bar with bytes/s and peak memory on a terminal, plain lines elsewhere.
+
+    Give `advance` to what reads layers, and wrap each long step in `stage`.
+    """
+
+    def __init__(self, stream: TextIO = sys.stderr, *, quiet: bool = False) -> None:
+        self.stream, self.quiet = stream, quiet
+        self._bar: tqdm[Any] | None = None
+        self._done = 0
+        self._said = 0.0
+
+    def say(self, line: str) -> None:
+        """One line, unless quiet."""
+        if not self.quiet:
+            print(line, file=self.stream, flush=True)
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator[None]:
+        """A step that reads `total` bytes of layers."""
+        start = self._said = time.perf_counter()
+        self._done = 0
+        terminal = self.stream.isatty() and not self.quiet
+        bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, file=self.stream, leave=False, disable=not terminal)
+        self._bar, self._name, self._total = bar, name, total
+        try:
+            yield
+        finally:
+            bar.close()
+            self._bar = None
+        seconds = time.perf_counter() - start
+        rate = f", {human(self._done / seconds)}/s" if self._done else ""
+        self.say(f"{name}: {seconds:.1f} s, {human(self._done)} read{rate}, peak memory {human(peak_rss())}")
+
+    def advance(self, nbytes: int) -> None:
+        """A layer of `nbytes` is done."""
+        self._done += nbytes
+        if self._bar is None:
+            return
+        self._bar.set_postfix_str(f"peak {human(peak_rss())}", refresh=False)
+        self._bar.update(nbytes)
+        now = time.perf_counter()
+        if self._bar.disable and now - self._said > LINE_SECONDS:
+            self._said = now
+            self.say(f"{self._name}: {self._done / max(self._total, 1):.0%}, peak memory {human(peak_rss())}")
+
+
+def table(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
+    """Aligned columns, the first row being the header; numbers are aligned right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True)]
+        return f"| {' | '.join(cells)} |" if markdown else "  ".join(cells).rstrip()
+
+    rule = [("-" * (w - 1) + ":") if n else "-" * w for w, n in zip(widths, numeric, strict=True)]
+    rule_line = f"| {' | '.join(rule)} |" if markdown else "  ".join("-" * w for w in widths)
+    return "\n".join([line(rows[0]), rule_line, *(line(row) for row in rows[1:])])
+
+
+def _is_number(text: str) -> bool:
+    return bool(text) and (text[0].isdigit() or text[0] in "-+.∞")
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """README.md of the output, from the contents of its streamprune.json."""
+    ragged = facts["layout"] == "ragged"
+    tags = ["pruned", "structured-pruning", "streamprune", *(["custom_code"] if ragged else [])]
+    head = ["---", "library_name: transformers", f"base_model: {facts['base_model']}"]
+    if facts.get("license"):
+        head.append(f"license: {facts['license']}")
+    head += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
+    options = facts["options"]
+    lines = [
+        f"# {facts['base_model']}, pruned",
+        "",
+        f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed with "
+        f"[streamprune](https://pypi.org/project/streamprune/) {facts['versions']['streamprune']}.",
+        "",
+        table(_card_rows(facts), markdown=True),
+        "",
+        "## Recipe",
+        "",
+        f"Method `{options['method']}` with {_settings_text(options['settings'])}; ratio {options['ratio']} of layers "
+        f"{facts['layers'][0]}:{facts['layers'][1]}; {options['samples']} sequences of {options['seq_len']} tokens; "
+        f"seed {options['seed']}. `streamprune.json` holds every option and the kept units.",
+        "",
+        "## Loading",
+        "",
+        "```python",
+        *(["import streamprune  # or pass trust_remote_code=True instead"] if ragged else []),
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        "```",
+    ]
+    return "\n".join([*head, "", *lines]) + "\n"
+
+
+def _card_rows(facts: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", "before", "after"]]
+    for name in ("parameters", "bytes"):
+        rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
+    if facts.get("perplexity"):
+        rows.append([f"perplexity ({facts['perplexity']['text']})", *perplexity_cells(facts["perplexity"])])
+    return rows
+
+
+def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
+    """Perplexity before and after, two decimals."""
+    return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in settings.items() if value is not None) or "no settings"

@@ -1,0 +1,230 @@
+"""The model on meta, its embeddings and head real, and one decoder layer as a pure function.
+
+transformers itself says how each layer is called: its own forward runs once for one sequence with a port in
+the place of every decoder layer, and the port keeps the arguments (masks, rotary embeddings, per-layer sliding
+windows). Nothing about masks or positions is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from streamprune.checkpoint import Checkpoint, TensorEntry
+from streamprune.errors import CheckpointError
+from streamprune.families import Family, Geometry, family_of, geometry_of
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments with which transformers calls one layer, apart from the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _Port(nn.Module):
+    """Stands where a decoder layer would be and hands its input to the skeleton."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.handler: Callable[[int, Tensor, LayerCall], Tensor] | None = None
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.handler is not None, "the skeleton sets a handler before it runs the model"
+        return self.handler(self.index, hidden_states, LayerCall(args, kwargs))
+
+
+class Skeleton:
+    """A causal language model without its layers' weights.
+
+    Args:
+        checkpoint: read for embeddings, final norm and head.
+        dtype: compute dtype of those and of the layers.
+        device: where they live.
+        pruned: accept a checkpoint with layers of different widths (to evaluate it).
+
+    Attributes:
+        config: transformers' config. family: the row of the family table.
+        layers: the decoder layers, on meta, in order.
+        entries: for each layer, its tensors in the checkpoint by their names inside the layer.
+
+    Raises:
+        CheckpointError: unknown family, a tensor that is missing or of another shape.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        pruned: bool = False,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.family: Family = family_of(checkpoint.config, checkpoint.path, pruned=pruned)
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
+        self.model = _empty_model(self.config, dtype, trust_remote_code)
+        prefix = self.model.base_model_prefix + "."
+        self._strip = prefix if not any(name.startswith(prefix) for name in checkpoint.tensors) else ""
+        layers = self.model.get_submodule(self.family.layers)
+        self.layers: list[nn.Module] = list(layers)
+        self.entries = [self._layer_entries(index, layer) for index, layer in enumerate(self.layers)]
+        self._ports = [_Port(index) for index in range(len(self.layers))]
+        parent, _, attribute = self.family.layers.rpartition(".")
+        setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
+        self._load_rest()
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""
+        return name.removeprefix(self._strip)
+
+    def layer_prefix(self, index: int) -> str:
+        """What the checkpoint's names of layer `index` begin with."""
+        return self.stored_name(f"{self.family.layers}.{index}.")
+
+    def shapes(self, index: int) -> dict[str, torch.Size]:
+        """Shapes of the parameters of layer `index` by their names inside the layer."""
+        return {name: parameter.shape for name, parameter in self.layers[index].named_parameters()}
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of a layer; all layers have them."""
+        return geometry_of(self.family, self.config)
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters of the whole model, tied ones once."""
+        rest = sum(parameter.numel() for parameter in self.model.parameters())
+        return rest + sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the embeddings, final norm and head that stay in memory."""
+        return sum(parameter.nbytes for parameter in self.model.parameters())
+
+    def record(self, input_ids: Tensor) -> list[LayerCall]:
+        """How each layer is called for sequences as long as `input_ids` [1, seq]: a call per layer."""
+        calls: dict[int, LayerCall] = {}
+
+        def keep(index: int, hidden_states: Tensor, call: LayerCall) -> Tensor:
+            calls[index] = call
+            return hidden_states
+
+        with torch.no_grad(), self._through(keep):
+            self.model.base_model(input_ids[:1].to(self.device), use_cache=False)
+        return [calls[index] for index in range(len(self.layers))]
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Hidden states before layer 0, [n, seq, d], of `input_ids` [n, seq]."""
+        first: list[Tensor] = []
+
+        def keep(index: int, hidden_states: Tensor, call: LayerCall) -> Tensor:
+            if index == 0:
+                first.append(hidden_states)
+            return hidden_states
+
+        with self._through(keep):
+            self.model.base_model(input_ids.to(self.device), use_cache=False)
+        return first[0]
+
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """Logits [n, seq, vocabulary] of the last layer's output [n, seq, d]: final norm, head, soft-capping.
+
+        Differentiable with respect to `hidden_states`. The model's own forward runs on placeholder ids, and its
+        last port puts `hidden_states` in.
+        """
+        last = len(self.layers) - 1
+
+        def replace(index: int, placeholder: Tensor, call: LayerCall) -> Tensor:
+            return hidden_states if index == last else placeholder
+
+        ids = torch.zeros(hidden_states.shape[:2], dtype=torch.int64, device=self.device)
+        with self._through(replace):
+            return self.model(ids, use_cache=False).logits
+
+    def run_layer(self, index: int, weights: Mapping[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
+        """Layer `index` as a function of its weights and of hidden states [n, seq, d]."""
+        output = functional_call(self.layers[index], dict(weights), (hidden, *call.args), call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def _through(self, handler: Callable[[int, Tensor, LayerCall], Tensor]) -> Iterator[None]:
+        for port in self._ports:
+            port.handler = handler
+        try:
+            yield
+        finally:
+            for port in self._ports:
+                port.handler = None
+
+    def _entry(self, name: str, shape: torch.Size) -> TensorEntry:
+        stored = self.stored_name(name)
+        entry = self.checkpoint.tensors.get(stored)
+        if entry is None:
+            raise CheckpointError(f"{self.checkpoint.path} has no tensor {stored}, which its config.json calls for")
+        if entry.shape != tuple(shape):
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {stored} is {list(entry.shape)}, its config.json calls for {list(shape)}"
+            )
+        if not entry.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {stored} is stored as {entry.dtype}; quantised weights cannot be pruned, "
+                "use the float checkpoint"
+            )
+        return entry
+
+    def _layer_entries(self, index: int, layer: nn.Module) -> dict[str, TensorEntry]:
+        prefix = f"{self.family.layers}.{index}."
+        return {name: self._entry(prefix + name, p.shape) for name, p in layer.named_parameters()}
+
+    def _load_rest(self) -> None:
+        """Fill in everything outside the layers, and tie the head where the config says so."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if self.stored_name(name) not in self.checkpoint.tensors and name in tied:
+                continue
+            entry = self._entry(name, parameter.shape)
+            value = self.checkpoint.read(entry.name)
+            if not torch.isfinite(value).all():
+                raise CheckpointError(f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values")
+            set_module_tensor_to_device(self.model, name, self.device, value, dtype=self.dtype)
+        self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta:
+                raise CheckpointError(f"{self.checkpoint.path} has no tensor {self.stored_name(name)}")
+            parameter.requires_grad_(False)
+        self.model.to(self.device)
+
+
+def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a model directory; its complaints become a CheckpointError."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds for a bad config.json
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it: {reason}") from error
+
+
+def _empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def meta_model(config: Any) -> Any:
+    """The whole model on meta, for counting parameters from a config alone."""
+    return _empty_model(config, torch.float32, trust_remote_code=False)

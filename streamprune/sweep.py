@@ -1,0 +1,378 @@
+"""Forward and backward sweeps: every sequence goes through one layer before the next layer is touched.
+
+A forward sweep keeps each prunable layer's input (a boundary); the backward sweep recomputes a layer from its
+boundary with gradients, so that one layer's activations and gradients exist at a time. Methods receive the
+gradients tensor by tensor, as autograd finishes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from streamprune.errors import CheckpointError
+from streamprune.families import Geometry, Member
+from streamprune.kernels import noise_seed, perturb
+from streamprune.paging import Page, Pager
+from streamprune.skeleton import LayerCall, Skeleton
+
+HEAD_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
+DEFAULT_MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A scored tensor of a layer."""
+
+    layer: int
+    member: Member
+    geometry: Geometry
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """Identifies the tensor in the model."""
+        return self.layer, self.member.tensor
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Weights moved to w + δ + σ|w|ξ in the prunable layers.
+
+    Attributes:
+        sigma: relative standard deviation of the noise.
+        key: (seed, step, draw) of the noise.
+        delta: δ per tensor, float32 on the host; absent tensors have δ = 0.
+    """
+
+    sigma: float
+    key: tuple[int, ...]
+    delta: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+# (tensor, its weight as stored, gradient of the mean loss, mean squared per-sample gradient or None)
+Consumer = Callable[[TensorRef, Tensor, Tensor, Tensor | None], None]
+
+
+def default_micro_batch(seq_len: int) -> int:
+    """Sequences computed at once where the user does not say."""
+    return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
+
+
+class Sweeper:
+    """Runs sweeps of one model.
+
+    Args:
+        skeleton: embeddings, head and layer functions.
+        pager: brings the layers' weights.
+        micro_batch: sequences per layer call; part of the arithmetic, since sums depend on it.
+    """
+
+    def __init__(self, skeleton: Skeleton, pager: Pager, micro_batch: int) -> None:
+        self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
+        self._binder = _Binder(skeleton)
+        self._calls: dict[int, list[LayerCall]] = {}
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.skeleton.layers)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that stay allocated: slots, chunks, the bound layer, embeddings and head."""
+        return self.pager.resident_bytes + self._binder.resident_bytes + self.skeleton.resident_bytes
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        start: tuple[int, Tensor] | None = None,
+        keep_from: int | None = None,
+        perturbation: Perturbation | None = None,
+        perturbed: Sequence[int] = (),
+        edit: Callable[[int, dict[str, Tensor]], None] | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Hidden states after the last layer [n, seq, d], and the boundaries that were kept.
+
+        Args:
+            input_ids: [n, seq].
+            start: (layer, its input) where an earlier sweep had the same weights below that layer.
+            keep_from: keep the inputs of this layer and of those above.
+            perturbation: applied in the layers `perturbed`.
+            edit: may change a layer's bound weights in place (masks).
+        """
+        first, hidden = start if start is not None else (0, self._embed(input_ids))
+        calls = self._recorded(input_ids)
+        boundaries: dict[int, Tensor] = {}
+        with self.pager.pages(range(first, self.n_layers)) as pages:
+            for page in pages:
+                moved = perturbation if page.layer in perturbed else None
+                weights = self._binder.bind(page, moved, own=edit is not None)
+                if edit is not None:
+                    edit(page.layer, weights)
+                kept = keep_from is not None and page.layer >= keep_from
+                if kept:
+                    boundaries[page.layer] = hidden
+                # The caller of `start` and the boundaries keep theirs; otherwise the layer works in place.
+                output = torch.empty_like(hidden) if kept or page.layer == first else hidden
+                for part in self._micro_batches(len(hidden)):
+                    output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
+                hidden = output
+        return hidden, boundaries
+
+    def backward(
+        self,
+        input_ids: Tensor,
+        boundaries: dict[int, Tensor],
+        grad: Tensor,
+        prunable: Sequence[int],
+        consume: Consumer,
+        *,
+        perturbation: Perturbation | None = None,
+        second_moment: bool = False,
+    ) -> None:
+        """From dL/dh after the last layer down to the lowest boundary, feeding `consume`.
+
+        Args:
+            input_ids: [n, seq], as in the forward sweep.
+            boundaries: from `forward`; emptied on the way.
+            grad: dL/dh [n, seq, d] after the last layer; overwritten.
+            prunable: layers whose weight gradients are wanted.
+            consume: called once for each scored tensor of those layers.
+            perturbation: as in the forward sweep.
+            second_moment: also give F = (1/N) Σ_n g_n², which takes the samples one by one.
+        """
+        call, first = self._recorded(input_ids), min(boundaries)
+        parts = list(self._micro_batches(len(grad), 1 if second_moment else self.micro_batch))
+        with self.pager.pages(range(self.n_layers - 1, first - 1, -1)) as pages:
+            for page in pages:
+                layer, hidden, leaves = page.layer, boundaries.pop(page.layer), {}
+                weights = self._binder.bind(page, perturbation if layer in prunable else None)
+                if layer in prunable:
+                    leaves = self._leaves(page, weights, consume, len(parts), second_moment)
+                for part in parts:
+                    boundary = hidden[part].detach().requires_grad_(layer > first)
+                    with torch.enable_grad():
+                        output = self.skeleton.run_layer(layer, {**weights, **leaves}, call[layer], boundary)
+                    output.backward(grad[part])
+                    if boundary.grad is not None:
+                        grad[part] = boundary.grad
+
+    def head_loss(self, hidden: Tensor, input_ids: Tensor, *, with_grad: bool) -> tuple[float, Tensor | None]:
+        """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d]."""
+        n, seq, _ = hidden.shape
+        targets = input_ids.to(hidden.device)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        grad = torch.zeros_like(hidden) if with_grad else None
+        count = n * (seq - 1)
+        tokens = max(1, HEAD_BYTES // (4 * self.skeleton.config.vocab_size))
+        for rows, columns in _token_blocks(n, seq - 1, tokens):
+            block = hidden[rows, columns].detach().requires_grad_(with_grad)
+            with torch.set_grad_enabled(with_grad):
+                logits = self.skeleton.head(block)
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+                following = targets[rows, columns.start + 1 : columns.stop + 1]
+                loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+            total += loss.detach().double()
+            if grad is not None:
+                (loss / count).backward()
+                grad[rows, columns] = block.grad
+        return float(total) / count, grad
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return torch.cat([self.skeleton.embed(input_ids[part]) for part in self._micro_batches(len(input_ids))])
+
+    def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
+        """The recorded calls for this sequence length; they do not depend on the tokens."""
+        seq = input_ids.shape[1]
+        if seq not in self._calls:
+            self._calls[seq] = self.skeleton.record(input_ids)
+        return self._calls[seq]
+
+    def _micro_batches(self, n: int, size: int | None = None) -> Iterator[slice]:
+        size = size or self.micro_batch
+        for start in range(0, n, size):
+            yield slice(start, min(start + size, n))
+
+    def _leaves(
+        self, page: Page, weights: Mapping[str, Tensor], consume: Consumer, parts: int, second_moment: bool
+    ) -> dict[str, Tensor]:
+        """Leaves for the scored tensors of a layer that hand their summed gradients to `consume`."""
+        leaves = {}
+        for ref in self.refs(page):
+            name = ref.member.tensor
+            leaves[name] = weights[name].detach().requires_grad_()
+            collector = _Collector(ref, page.tensors[name], consume, parts, second_moment)
+            leaves[name].register_post_accumulate_grad_hook(collector)
+        return leaves
+
+    def refs(self, page: Page) -> list[TensorRef]:
+        """The scored tensors of a page."""
+        members, geometry = self.skeleton.family.members, self.skeleton.geometry
+        return [TensorRef(page.layer, m, geometry) for m in members if m.scored and m.tensor in page.tensors]
+
+
+class _Collector:
+    """Sums one tensor's gradient over micro-batches and hands it over with the last of them.
+
+    Called by autograd as soon as the gradient of a micro-batch is there; it frees that gradient, so that
+    a layer's gradients do not exist together unless there are several micro-batches.
+    """
+
+    def __init__(
+        self, ref: TensorRef, stored: Tensor, consume: Consumer, parts: int, second_moment: bool
+    ) -> None:
+        self.ref, self.stored, self.consume = ref, stored, consume
+        self.parts, self.left, self.second_moment = parts, parts, second_moment
+        self.total: Tensor | None = None
+        self.squares: Tensor | None = None
+
+    def __call__(self, leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        assert grad is not None
+        grad = grad if grad.dtype == torch.float64 else grad.float()
+        if self.second_moment:
+            # The seed carries 1/N, so g_n = N · grad and F = (1/N) Σ g_n² = N Σ grad².
+            square = grad.square().mul_(self.parts)
+            self.squares = square if self.squares is None else self.squares.add_(square)
+        self.total = grad if self.total is None else self.total.add_(grad)
+        self.left -= 1
+        if self.left == 0:
+            total, self.total = self.total, None
+            self.consume(self.ref, self.stored, total, self.squares)
+            self.squares = None
+
+
+class _Binder:
+    """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
+
+    A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._buffer: Tensor | None = None
+        self._finite: set[int] = set()
+
+    @property
+    def resident_bytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def bind(
+        self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False
+    ) -> dict[str, Tensor]:
+        """Weights by their names inside the layer; valid until the next call. `own` copies all of them."""
+        weights, position = {}, 0
+        scored = {member.tensor for member in self.skeleton.family.members if member.scored}
+        for name, stored in page.tensors.items():
+            moved = perturbation is not None and name in scored
+            if stored.dtype == self.skeleton.dtype and not moved and not own:
+                weights[name] = stored
+                self._check_first(page.layer, name, stored)
+                continue
+            out = self._room(position, stored.shape)
+            position += out.numel()
+            if perturbation is not None and moved:
+                seed = noise_seed(*perturbation.key, page.layer, name)
+                delta = perturbation.delta.get((page.layer, name))
+                perturb(out, stored, delta, perturbation.sigma, seed)
+            else:
+                out.copy_(stored)
+            self._check_first(page.layer, name, out)
+            weights[name] = out
+        self._finite.add(page.layer)
+        return weights
+
+    def _check_first(self, layer: int, name: str, weight: Tensor) -> None:
+        if layer not in self._finite:
+            check_finite(self.skeleton.checkpoint.path, layer, name, weight)
+
+    def _room(self, position: int, shape: torch.Size) -> Tensor:
+        if self._buffer is None:
+            layers = range(len(self.skeleton.layers))
+            size = max(sum(shape.numel() for shape in self.skeleton.shapes(layer).values()) for layer in layers)
+            self._buffer = torch.empty(size, dtype=self.skeleton.dtype, device=self.skeleton.device)
+        return self._buffer[position : position + shape.numel()].view(shape)
+
+
+def check_finite(path: Path, layer: int, name: str, weight: Tensor) -> None:
+    """Refuse NaN and infinity. A finite sum proves that there is none, without a mask of the weight's size."""
+    if torch.isfinite(weight.sum(dtype=torch.float32)) or torch.isfinite(weight).all():
+        return
+    raise CheckpointError(
+        f"{path}: layer {layer}, {name} holds NaN or infinite values; download or export the checkpoint again"
+    )
+
+
+def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of at most about `tokens` tokens of [n, seq]: whole sequences, or parts of one."""
+    rows, columns = max(1, tokens // seq), min(seq, tokens)
+    for top in range(0, n, rows):
+        for left in range(0, seq, columns):
+            yield slice(top, min(top + rows, n)), slice(left, min(left + columns, seq))
+
+
+class Statistics:
+    """What a method can ask for. It sees tensors and scores, never files, paging or devices.
+
+    Attributes:
+        layers: the prunable layers.
+        seed: of the run.
+    """
+
+    def __init__(self, sweeper: Sweeper, input_ids: Tensor | None, layers: Sequence[int], seed: int) -> None:
+        self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
+        self._start: tuple[int, Tensor] | None = None
+        skeleton = sweeper.skeleton
+        self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
+
+    def bytes_to_read(self, needs: str, sweeps: int) -> int:
+        """Bytes of layers that a method reads which needs "nothing", "weights", or so many "gradients" sweeps."""
+        sizes = [sum(entry.nbytes for entry in layer.values()) for layer in self.sweeper.pager.entries]
+        if needs != "gradients":
+            return sum(sizes[layer] for layer in self.layers) if needs == "weights" else 0
+        # Each way passes the layers from the lowest prunable one up; the first forward also those below.
+        return sum(sizes) + (2 * sweeps - 1) * sum(sizes[self.layers[0] :])
+
+    def weights(self, consume: Callable[[TensorRef, Tensor], None]) -> None:
+        """One sweep over the scored tensors of the prunable layers as they are stored."""
+        with self.sweeper.pager.pages(self.layers) as pages:
+            for page in pages:
+                for ref in self.sweeper.refs(page):
+                    weight = page.tensors[ref.member.tensor]
+                    check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, ref.member.tensor, weight)
+                    consume(ref, weight)
+
+    def gradients(
+        self, consume: Consumer, perturbation: Perturbation | None = None, *, second_moment: bool = False
+    ) -> float:
+        """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
+        assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
+        sweeper, lowest = self.sweeper, self.layers[0]
+        hidden, boundaries = sweeper.forward(
+            self.input_ids,
+            start=self._start,
+            keep_from=lowest,
+            perturbation=perturbation,
+            perturbed=self.layers,
+        )
+        # Below the first prunable layer nothing ever moves: later sweeps start from its input.
+        self._start = (lowest, boundaries[lowest])
+        loss, grad = sweeper.head_loss(hidden, self.input_ids, with_grad=True)
+        assert grad is not None
+        sweeper.backward(
+            self.input_ids,
+            boundaries,
+            grad,
+            self.layers,
+            consume,
+            perturbation=perturbation,
+            second_moment=second_moment,
+        )
+        return loss

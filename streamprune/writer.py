@@ -1,0 +1,206 @@
+"""Sharded safetensors output, written in any order, and a directory that appears only when it is whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.checkpoint import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view
+from streamprune.errors import OutputError
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a tensor that will be written."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class ShardedWriter:
+    """Writes tensors of known shapes to one model.safetensors, or to shards and an index.
+
+    All headers are written first, so tensors may come in any order and none is held back. Use as a
+    context manager; leaving it normally checks that every tensor came, and syncs the files.
+
+    Args:
+        directory: exists already.
+        specs: the tensors, in the order in which the headers list them.
+        max_shard_size: bytes; a tensor larger than that gets a shard of its own.
+
+    Raises:
+        OutputError: the disk is full, or a tensor is missing or not as announced.
+    """
+
+    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int) -> None:
+        self.directory = directory
+        self.entries: dict[str, TensorEntry] = {}
+        self._pending = {spec.name for spec in specs}
+        self._descriptors: list[int] = []
+        self.files: list[str] = []
+        shards = _split(specs, max_shard_size)
+        for number, shard in enumerate(shards):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            self.files.append(name)
+            self._create(directory / name, number, shard)
+        if len(shards) > 1:
+            self._write_index()
+
+    def __enter__(self) -> ShardedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                if self._pending:
+                    raise OutputError(f"tensors never written: {', '.join(sorted(self._pending)[:3])} ...")
+                for descriptor in self._descriptors:
+                    os.fsync(descriptor)
+        finally:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one announced tensor (any device; contiguous or not)."""
+        entry = self.entries[name]
+        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            raise OutputError(
+                f"{name} came as {list(tensor.shape)} {tensor.dtype}, announced as {list(entry.shape)} {entry.dtype}"
+            )
+        if entry.nbytes:
+            buffer = byte_view(tensor.detach().cpu().contiguous())
+            done = 0
+            while done < entry.nbytes:
+                done += os.pwrite(self._descriptors[entry.file], buffer[done:], entry.offset + done)
+        self._pending.discard(name)
+
+    def _create(self, file: Path, number: int, shard: Sequence[TensorSpec]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for spec in shard:
+            header[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [position, position + spec.nbytes],
+            }
+            position += spec.nbytes
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors.append(descriptor)
+        # Taken now, so that a full disk is found before the work and not in the middle of it.
+        os.posix_fallocate(descriptor, 0, 8 + len(encoded) + position)
+        os.pwrite(descriptor, struct.pack("<Q", len(encoded)) + encoded, 0)
+        offset = 8 + len(encoded)
+        for spec in shard:
+            self.entries[spec.name] = TensorEntry(spec.name, spec.dtype, spec.shape, number, offset, spec.nbytes)
+            offset += spec.nbytes
+
+    def _write_index(self) -> None:
+        total = sum(entry.nbytes for entry in self.entries.values())
+        weight_map = {name: self.files[entry.file] for name, entry in self.entries.items()}
+        write_json(self.directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(specs: Sequence[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    size = 0
+    for spec in specs:
+        if shards[-1] and size + spec.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(spec)
+        size += spec.nbytes
+    return shards
+
+
+def write_json(file: Path, value: object) -> None:
+    """Indented JSON with a final newline, as transformers writes it."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output path that exists (without `overwrite`) or whose parent cannot be written to."""
+    if (output.exists() or output.is_symlink()) and not overwrite:
+        raise OutputError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; choose another --output")
+    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise OutputError(f"{output} does not look like a model directory; --overwrite will not remove it")
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent} cannot be written to; choose another --output")
+
+
+@contextmanager
+def atomic_directory(output: Path, *, overwrite: bool, needs: int = 0) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its name when the block ends well, and goes away otherwise.
+
+    Args:
+        output: must not exist, unless `overwrite`.
+        needs: bytes that will be written; checked against the free space first.
+
+    Raises:
+        OutputError: the path is taken, or the disk is full or too small.
+    """
+    check_output(output, overwrite=overwrite)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < needs:
+        raise OutputError(f"{output.parent} has {free:,} bytes free, the output needs {needs:,}; make room")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        _sync(temporary)
+        if output.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
+            output.rename(replaced / output.name)
+            temporary.rename(output)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(output)
+        _sync_directory(output.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OutputError(
+                f"{output.parent}: {error.strerror} while writing; nothing was left behind, make room and repeat"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    for file in directory.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
