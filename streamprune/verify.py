@@ -1,0 +1,88 @@
+"""`streamprune verify`: a pruned directory against the masked dense model.
+
+The masked dense model is streamed from the source; the pruned one is loaded whole by plain transformers in a
+fresh process (`_verify_child.py`), which imports nothing of streamprune.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from streamprune import slim
+from streamprune.allocation import KeptUnits
+from streamprune.calibration import embedded_text, load_tokenizer, tokenize
+from streamprune.checkpoint import read_json
+from streamprune.errors import CheckpointError, StreampruneError
+from streamprune.run import open_model
+
+SEQUENCES, SEQ_LEN = 4, 48
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison and what came of it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(directory: Path, source: str | None = None) -> list[Check]:
+    """Compare a pruned directory with the masked dense model it stands for.
+
+    Args:
+        directory: written by streamprune.
+        source: the dense model, where it has moved.
+
+    Returns:
+        Checks of the logits, of generation with and without the KV cache, and of left padding.
+
+    Raises:
+        StreampruneError: not a pruned directory, the source is gone, or the fresh process failed.
+    """
+    facts_file = directory / "streamprune.json"
+    if not facts_file.is_file():
+        raise CheckpointError(f"{directory} has no streamprune.json; give a directory that streamprune wrote")
+    facts = read_json(facts_file)
+    kept: KeptUnits = {int(layer): kinds for layer, kinds in facts["kept"].items()}
+    model = source or facts["source"]["model"]
+    if source is None and model.startswith("/") and not Path(model).is_dir():
+        raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
+    ids, logits = masked_dense_logits(model, kept, directory)
+    return [Check(**check) for check in _fresh_process(directory, ids, logits, facts["layout"] == "ragged")]
+
+
+def masked_dense_logits(model: str, kept: KeptUnits, tokenizer_at: Path) -> tuple[Tensor, Tensor]:
+    """Token ids [n, seq] and float32 logits [n, seq, vocabulary] of the dense model with its units masked."""
+    with open_model(model, device="cpu", dtype="float32", micro_batch=SEQUENCES) as sweeper:
+        skeleton = sweeper.skeleton
+        if len(kept) != len(skeleton.layers):
+            raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from {len(kept)}")
+        tokens = tokenize(load_tokenizer(tokenizer_at), embedded_text("heldout"))
+        ids = tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
+        hidden, _ = sweeper.forward(ids, edit=lambda layer, weights: slim.mask_layer(skeleton, kept, layer, weights))
+        with torch.no_grad():
+            return ids, skeleton.head(hidden).float()
+
+
+def _fresh_process(directory: Path, ids: Tensor, logits: Tensor, remote_code: bool) -> list[dict[str, Any]]:
+    child = Path(__file__).with_name("_verify_child.py")
+    with tempfile.TemporaryDirectory(prefix="streamprune-verify-") as scratch:
+        save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, Path(scratch) / "expected.safetensors")
+        # -P: the package's own directory must not come first on the path, its module names are common words.
+        command = [sys.executable, "-P", str(child), str(directory), scratch, str(int(remote_code))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise StreampruneError(f"{directory} does not load in plain transformers: {last}")
+        return json.loads((Path(scratch) / "checks.json").read_text())
