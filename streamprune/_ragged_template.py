@@ -97,9 +97,7 @@ class StreampruneLlamaConfig(LlamaConfig):
         """As for the dense model: some rope types are checked against the number of heads."""
         LlamaConfig.validate_rope(self.dense())
 
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
         """Saves this file beside config.json, so that what is saved loads without streamprune too."""
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
         source = inspect.getsource(sys.modules[__name__])
@@ -122,8 +120,8 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-# Not an `nn.Module` in so many words: transformers searches this file for such an attention class to find out
-# whether the model lets its attention implementation be changed, which is for the inherited one to say.
+# Not an `nn.Module` in so many words: transformers searches the file for such an attention class, and takes
+# one that dispatches nothing to mean that the attention implementation of the model cannot be changed.
 class NoAttention(NoMLP):
     """In the place of an attention block that was pruned: likewise, and no attention weights."""
 
@@ -165,6 +163,8 @@ class StreampruneLlamaModel(LlamaModel):
         self.post_init()
 
 
+# GenerationMixin stands among the bases, though inherited: with remote code transformers looks for it there,
+# and otherwise makes a class of its own, which does not pickle.
 class StreampruneLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
     """`LlamaForCausalLM` around `StreampruneLlamaModel`."""
 

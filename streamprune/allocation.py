@@ -36,7 +36,13 @@ class Ratios:
 
 
 def uniform(
-    family: Family, geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, hidden_size: int, *, stock: bool
+    family: Family,
+    geometry: Geometry,
+    costs: Mapping[Kind, int],
+    ratios: Ratios,
+    hidden_size: int,
+    *,
+    stock: bool,
 ) -> dict[Kind, int]:
     """Units to remove from every prunable layer: whole KV groups by floor(r·groups), then channels that fill
     the rest of the layer's parameter budget to the nearest channel.
@@ -101,7 +107,10 @@ def keep_highest(scores: Tensor, removed: int) -> list[int]:
 
 
 def select(
-    scores: Mapping[int, Mapping[Kind, Tensor]], removed: Mapping[Kind, int], geometry: Geometry, n_layers: int
+    scores: Mapping[int, Mapping[Kind, Tensor]],
+    removed: Mapping[Kind, int],
+    geometry: Geometry,
+    n_layers: int,
 ) -> KeptUnits:
     """Kept units of every layer; layers without scores keep all."""
     return {

@@ -143,7 +143,8 @@ class Checkpoint:
 
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:

@@ -66,7 +66,9 @@ def _settings(assignments: tuple[str, ...]) -> dict[str, str]:
 
 COMPUTE_OPTIONS = (
     click.option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one."),
-    click.option("--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."),
+    click.option(
+        "--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."
+    ),
     click.option("--micro-batch", type=int, help="Sequences computed at once; about 2048 tokens' worth."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model's directory brings."),
 )
@@ -195,7 +197,9 @@ def evaluate_command(
         sweeps = evaluate.sweeps_needed(sweeper, segments)
         with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
             result = evaluate.perplexity(sweeper, segments)
-    click.echo(f"perplexity {result.perplexity:.4f} (loss {result.loss:.6f} nats, {result.segments} x {seq_len} tokens)")
+    click.echo(
+        f"perplexity {result.perplexity:.4f} (loss {result.loss:.6f} nats, {result.segments} x {seq_len} tokens)"
+    )
 
 
 @cli.command()
@@ -205,7 +209,14 @@ def evaluate_command(
 def verify(directory: Path, source: str | None, debug: bool) -> None:
     """Load a pruned DIRECTORY in a fresh process and compare it with the masked dense model."""
     checks = verify_output(directory, source)
-    click.echo(report.table([["check", "result", "detail"], *([c.name, "ok" if c.passed else "FAILED", c.detail] for c in checks)]))
+    click.echo(
+        report.table(
+            [
+                ["check", "result", "detail"],
+                *([c.name, "ok" if c.passed else "FAILED", c.detail] for c in checks),
+            ]
+        )
+    )
     if not all(check.passed for check in checks):
         raise StreampruneError(f"{directory} does not behave as the masked dense model; prune it again and report this")
 

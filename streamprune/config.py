@@ -58,7 +58,7 @@ class PruneConfig:
     micro_batch: int | None = None
     dtype: str | None = None
     device: str | None = None
-    evaluate: Path | None | Literal[False] = None
+    evaluate: Path | Literal[False] | None = None
     max_shard_size: int = 5_000_000_000
     overwrite: bool = False
     trust_remote_code: bool = False

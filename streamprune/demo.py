@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,15 +108,21 @@ def _table(result: PruneResult) -> str:
         rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
     rows.append(["perplexity (held-out prose)", *report.perplexity_cells(facts["perplexity"])])
     rows.append(["seconds (scoring, all)", f"{facts['seconds']['scoring']:.1f}", f"{facts['seconds']['total']:.1f}"])
-    rows.append(["peak memory (scoring, all)", report.human(facts["scoring"]["peak_rss"]), report.human(facts["peak_rss"])])
+    rows.append(
+        [
+            "peak memory (scoring, all)",
+            report.human(facts["scoring"]["peak_rss"]),
+            report.human(facts["peak_rss"]),
+        ]
+    )
     return report.table(rows)
 
 
 def _sentence(directory: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())

@@ -78,6 +78,7 @@ class Family:
         channels_key: name of the MLP width in config.json.
         stock_heads: "any" number of KV groups, only a count that "divides" the hidden size, or "fixed".
         ragged: whether layers of different widths can be emitted.
+        stored_as: (name in the model, name in checkpoints) of tensors that transformers renames on loading.
     """
 
     model_type: str
@@ -86,6 +87,7 @@ class Family:
     channels_key: str = "intermediate_size"
     stock_heads: Literal["any", "divides", "fixed"] = "any"
     ragged: bool = True
+    stored_as: tuple[tuple[str, str], ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -146,7 +148,14 @@ FAMILIES: Mapping[str, Family] = {
         Family("smollm3", "model.layers", _LLAMA),
         Family("granite", "model.layers", _LLAMA),
         Family("opt", "model.decoder.layers", _OPT, "ffn_dim", "fixed", ragged=False),
-        Family("gpt_neox", "gpt_neox.layers", _GPT_NEOX, stock_heads="fixed", ragged=False),
+        Family(
+            "gpt_neox",
+            "gpt_neox.layers",
+            _GPT_NEOX,
+            stock_heads="fixed",
+            ragged=False,
+            stored_as=(("lm_head.weight", "embed_out.weight"),),
+        ),
         Family("gpt2", "transformer.h", _GPT2, "n_inner", "fixed", ragged=False),
     )
 }

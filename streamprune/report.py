@@ -60,7 +60,15 @@ class Progress:
         start = self._said = time.perf_counter()
         self._done = 0
         terminal = self.stream.isatty() and not self.quiet
-        bar = tqdm(total=total, desc=name, unit="B", unit_scale=True, file=self.stream, leave=False, disable=not terminal)
+        bar = tqdm(
+            total=total,
+            desc=name,
+            unit="B",
+            unit_scale=True,
+            file=self.stream,
+            leave=False,
+            disable=not terminal,
+        )
         self._bar, self._name, self._total = bar, name, total
         try:
             yield

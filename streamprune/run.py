@@ -75,7 +75,9 @@ def compute_device(name: str | None) -> torch.device:
     except RuntimeError:
         raise UsageError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(f"--device {name} is not available here; use cpu" + (", or cuda" if torch.cuda.is_available() else ""))
+        raise UsageError(
+            f"--device {name} is not available here; use cpu" + (", or cuda" if torch.cuda.is_available() else "")
+        )
     return device
 
 
@@ -127,6 +129,7 @@ def prune(config: PruneConfig, progress: report.Progress | None = None) -> Prune
             source = skeleton.checkpoint.config
             patched = slim.patched_config(source, skeleton.family, skeleton.geometry, kept, config.emit)
             slim.write_config(directory, patched)
+            slim.keep_tokenizer_class(skeleton.checkpoint.path, directory)
             facts = _facts(config, skeleton, plan, settings, micro_batch, kept, scoring, source_hash)
             if segments is not None and before is not None:
                 after = _perplexity_after(config, directory, segments, micro_batch, progress)
@@ -177,7 +180,9 @@ def _plan(config: PruneConfig, skeleton: Skeleton) -> _Plan:
 def _plan_text(config: PruneConfig, skeleton: Skeleton, plan: _Plan) -> str:
     total, gone = skeleton.parameters, plan.removed_parameters
     names = {"kv_group": "KV groups", "channel": "channels"}
-    each = ", ".join(f"{count} of {skeleton.geometry.units(kind)} {names[kind]}" for kind, count in plan.removed.items())
+    each = ", ".join(
+        f"{count} of {skeleton.geometry.units(kind)} {names[kind]}" for kind, count in plan.removed.items()
+    )
     per_layer = sum(plan.costs[kind] * skeleton.geometry.units(kind) for kind in plan.costs)
     text = (
         f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters\n"
@@ -247,16 +252,18 @@ def _forward_bytes(sweeper: Sweeper, segments: Tensor) -> int:
 def _perplexity_after(
     config: PruneConfig, directory: Path, segments: Tensor, micro_batch: int, progress: report.Progress
 ) -> float:
-    with open_model(
-        str(directory),
-        device=config.device,
-        dtype=config.dtype,
-        micro_batch=micro_batch,
-        pruned=True,
-        progress=progress,
-    ) as pruned:
-        with progress.stage("perplexity after", _forward_bytes(pruned, segments)):
-            return evaluate.perplexity(pruned, segments).perplexity
+    with (
+        open_model(
+            str(directory),
+            device=config.device,
+            dtype=config.dtype,
+            micro_batch=micro_batch,
+            pruned=True,
+            progress=progress,
+        ) as pruned,
+        progress.stage("perplexity after", _forward_bytes(pruned, segments)),
+    ):
+        return evaluate.perplexity(pruned, segments).perplexity
 
 
 def _facts(
@@ -270,7 +277,11 @@ def _facts(
     source_hash: str,
 ) -> dict[str, Any]:
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    options |= {"settings": settings, "micro_batch": micro_batch, "dtype": str(skeleton.dtype).removeprefix("torch.")}
+    options |= {
+        "settings": settings,
+        "micro_batch": micro_batch,
+        "dtype": str(skeleton.dtype).removeprefix("torch."),
+    }
     checkpoint, total = skeleton.checkpoint, skeleton.parameters
     return {
         "base_model": _base_name(config.model),

@@ -89,7 +89,9 @@ class Skeleton:
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""
-        return name.removeprefix(self._strip)
+        if name in self.checkpoint.tensors:
+            return name
+        return dict(self.family.stored_as).get(name, name.removeprefix(self._strip))
 
     def layer_prefix(self, index: int) -> str:
         """What the checkpoint's names of layer `index` begin with."""

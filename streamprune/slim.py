@@ -14,7 +14,8 @@ from torch import Tensor
 
 from streamprune import ragged
 from streamprune.allocation import KeptUnits
-from streamprune.checkpoint import INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view
+from streamprune.calibration import load_tokenizer
+from streamprune.checkpoint import INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view, read_config, read_json
 from streamprune.errors import UsageError
 from streamprune.families import Family, Geometry, Kind, Member, kept_lines
 from streamprune.paging import HostDevice, Pager
@@ -192,6 +193,19 @@ def copy_companions(source: Path, directory: Path) -> None:
         weights = name.endswith(WEIGHT_SUFFIXES) or name in (SINGLE_FILE, INDEX_FILE)
         if file.is_file() and not name.startswith(".") and not weights and name not in OWN_FILES:
             shutil.copyfile(file, directory / name)
+
+
+def keep_tokenizer_class(source: Path, directory: Path) -> None:
+    """Name the tokenizer's class where the output's model_type would make AutoTokenizer choose another one.
+
+    That choice goes by model_type for some families, and another class can split the same text differently.
+    """
+    file = directory / "tokenizer_config.json"
+    if not file.is_file() or read_config(source).get("model_type") == read_config(directory).get("model_type"):
+        return
+    dense = type(load_tokenizer(source)).__name__
+    if type(load_tokenizer(directory)).__name__ != dense:
+        write_json(file, read_json(file) | {"tokenizer_class": dense})
 
 
 def mask_layer(skeleton: Skeleton, kept: KeptUnits, layer: int, weights: dict[str, Tensor]) -> None:

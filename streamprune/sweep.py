@@ -181,8 +181,7 @@ class Sweeper:
                 loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
             total += loss.detach().double()
             if grad is not None:
-                (loss / count).backward()
-                grad[rows, columns] = block.grad
+                (grad[rows, columns],) = torch.autograd.grad(loss / count, block)
         return float(total) / count, grad
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -225,9 +224,7 @@ class _Collector:
     a layer's gradients do not exist together unless there are several micro-batches.
     """
 
-    def __init__(
-        self, ref: TensorRef, stored: Tensor, consume: Consumer, parts: int, second_moment: bool
-    ) -> None:
+    def __init__(self, ref: TensorRef, stored: Tensor, consume: Consumer, parts: int, second_moment: bool) -> None:
         self.ref, self.stored, self.consume = ref, stored, consume
         self.parts, self.left, self.second_moment = parts, parts, second_moment
         self.total: Tensor | None = None
@@ -264,9 +261,7 @@ class _Binder:
     def resident_bytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
 
-    def bind(
-        self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False
-    ) -> dict[str, Tensor]:
+    def bind(self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False) -> dict[str, Tensor]:
         """Weights by their names inside the layer; valid until the next call. `own` copies all of them."""
         weights, position = {}, 0
         scored = {member.tensor for member in self.skeleton.family.members if member.scored}

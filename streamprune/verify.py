@@ -45,7 +45,8 @@ def verify(directory: Path, source: str | None = None) -> list[Check]:
         source: the dense model, where it has moved.
 
     Returns:
-        Checks of the logits, of generation with and without the KV cache, and of left padding.
+        Checks of the weights' names, the tokens of a text, the logits, generation with and without the KV cache,
+        and left padding.
 
     Raises:
         StreampruneError: not a pruned directory, the source is gone, or the fresh process failed.
@@ -58,17 +59,17 @@ def verify(directory: Path, source: str | None = None) -> list[Check]:
     model = source or facts["source"]["model"]
     if source is None and model.startswith("/") and not Path(model).is_dir():
         raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
-    ids, logits = masked_dense_logits(model, kept, directory)
+    ids, logits = masked_dense_logits(model, kept)
     return [Check(**check) for check in _fresh_process(directory, ids, logits, facts["layout"] == "ragged")]
 
 
-def masked_dense_logits(model: str, kept: KeptUnits, tokenizer_at: Path) -> tuple[Tensor, Tensor]:
+def masked_dense_logits(model: str, kept: KeptUnits) -> tuple[Tensor, Tensor]:
     """Token ids [n, seq] and float32 logits [n, seq, vocabulary] of the dense model with its units masked."""
     with open_model(model, device="cpu", dtype="float32", micro_batch=SEQUENCES) as sweeper:
         skeleton = sweeper.skeleton
         if len(kept) != len(skeleton.layers):
             raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from {len(kept)}")
-        tokens = tokenize(load_tokenizer(tokenizer_at), embedded_text("heldout"))
+        tokens = tokenize(load_tokenizer(skeleton.checkpoint.path), embedded_text("heldout"))
         ids = tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
         hidden, _ = sweeper.forward(ids, edit=lambda layer, weights: slim.mask_layer(skeleton, kept, layer, weights))
         with torch.no_grad():
@@ -79,6 +80,7 @@ def _fresh_process(directory: Path, ids: Tensor, logits: Tensor, remote_code: bo
     child = Path(__file__).with_name("_verify_child.py")
     with tempfile.TemporaryDirectory(prefix="streamprune-verify-") as scratch:
         save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, Path(scratch) / "expected.safetensors")
+        (Path(scratch) / "text.txt").write_text(embedded_text("heldout"), encoding="utf-8")
         # -P: the package's own directory must not come first on the path, its module names are common words.
         command = [sys.executable, "-P", str(child), str(directory), scratch, str(int(remote_code))]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from streamprune.ragged import modeling_source, ragged_config_fields
 
@@ -212,3 +212,27 @@ def write_checkpoint(path: Path, model: PreTrainedModel, model_type: str, cuts: 
     (path / "config.json").write_text(json.dumps(config))
     (path / f"modeling_streamprune_{model_type}.py").write_text(modeling_source(model_type))
     save_file(slice_state(model, model_type, cuts), path / "model.safetensors", metadata={"format": "pt"})
+
+
+def load(path: Path, auto: Any = AutoModelForCausalLM, **kwargs: Any) -> PreTrainedModel:
+    """Loads with nothing left over and nothing made up."""
+    model, info = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **kwargs)
+    left_over = {key: value for key, value in info.items() if value}
+    if auto is AutoModel:
+        left_over.pop("unexpected_keys", None)
+    assert not left_over
+    return model.eval()
+
+
+def tokens() -> torch.Tensor:
+    """[2, 3 * WINDOW], without the padding token."""
+    return torch.randint(1, BASE["vocab_size"], (2, 3 * WINDOW), generator=torch.Generator().manual_seed(7))
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask), the first row with five padding tokens before its text."""
+    input_ids = tokens()
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[0, :5] = BASE["pad_token_id"]
+    attention_mask[0, :5] = 0
+    return input_ids, attention_mask

@@ -34,9 +34,7 @@ _ELEMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 FORMS = tuple(_ELEMENTS)
 
 
-def unit_score(
-    weight: Tensor, a: Tensor | None, dim: int, form: str = "first", fisher: Tensor | None = None
-) -> Tensor:
+def unit_score(weight: Tensor, a: Tensor | None, dim: int, form: str = "first", fisher: Tensor | None = None) -> Tensor:
     """Scores of the lines of one matrix along `dim`.
 
     Args:

@@ -7,6 +7,7 @@ itself would round δ away (a relative error of 1 in bfloat16).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def smoothgrad(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
 
 def moreau(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
     """|δ_T ⊙ w| / ρ after T gradient steps on the Moreau envelope of the loss (2406.07017, Alg. 1)."""
-    return _moreau(statistics, settings, shrink=lambda ref, delta, step: None)
+    return _moreau(statistics, settings, lambda ref, delta, step: None)
 
 
 def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
@@ -86,21 +87,19 @@ def _moreau(
     """T updates δ ← shrink((1 − γ/ρ)δ − γ g(w + δ + noise)); the last is scored as it comes, not stored."""
     scores = UnitScores.zeros(statistics)
     rho, gamma, steps = settings["rho"], settings["gamma"], settings["steps"]
-    state: State = {}
+    state: State = {}  # a sweep binds a layer with its δ before it hands over that layer's gradients
+
+    def update(step: int, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
+        previous = state.pop(ref.key, None)
+        delta = grad.mul_(-gamma) if previous is None else moreau_step(previous.to(grad.device), grad, rho, gamma)
+        shrink(ref, delta, step)
+        if step < steps - 1:
+            state[ref.key] = delta.to("cpu")
+        else:
+            scores.add(ref, unit_score(weight, delta, ref.member.dim) / rho)
+
     for step in range(steps):
-        upcoming: State = {}
-
-        def update(ref: TensorRef, weight: Tensor, grad: Tensor, step: int = step, new: State = upcoming) -> None:
-            previous = state.pop(ref.key, None)
-            delta = grad.mul_(-gamma) if previous is None else moreau_step(previous, grad, rho, gamma)
-            shrink(ref, delta, step)
-            if step < steps - 1:
-                new[ref.key] = delta.to("cpu")
-            else:
-                scores.add(ref, unit_score(weight, delta, ref.member.dim) / rho)
-
-        _mean_gradient(statistics, update, state, settings["sigma"], step, settings["draws"])
-        state = upcoming
+        _mean_gradient(statistics, partial(update, step), state, settings["sigma"], step, settings["draws"])
     return scores
 
 
@@ -115,19 +114,16 @@ def _mean_gradient(
     """The gradient at w + δ + noise, averaged over `draws` draws, given tensor by tensor to `finish`."""
     sums: State = {}
 
-    def consume(ref: TensorRef, weight: Tensor, grad: Tensor, fisher: Tensor | None, last: bool) -> None:
+    def consume(last: bool, ref: TensorRef, weight: Tensor, grad: Tensor, fisher: Tensor | None) -> None:
         if draws > 1:
             grad = grad.div_(draws)
-            if ref.key in sums:
-                grad = sums.pop(ref.key).add_(grad.cpu()).to(grad.device)
+        if ref.key in sums:
+            grad = sums.pop(ref.key).to(grad.device).add_(grad)
         if last:
             finish(ref, weight, grad)
         else:
-            sums[ref.key] = grad.cpu()
+            sums[ref.key] = grad.to("cpu")
 
     for draw in range(draws):
-        last = draw == draws - 1
-        statistics.gradients(
-            lambda *arguments, last=last: consume(*arguments, last=last),
-            Perturbation(sigma, (statistics.seed, step, draw), delta),
-        )
+        perturbation = Perturbation(sigma, (statistics.seed, step, draw), delta)
+        statistics.gradients(partial(consume, draw == draws - 1), perturbation)

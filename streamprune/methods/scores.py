@@ -19,8 +19,7 @@ class UnitScores:
 
     def __init__(self, layers: Sequence[int], kinds: Sequence[Kind], geometry: Geometry) -> None:
         self.values: dict[int, dict[Kind, Tensor]] = {
-            layer: {kind: torch.zeros(geometry.units(kind), dtype=torch.float64) for kind in kinds}
-            for layer in layers
+            layer: {kind: torch.zeros(geometry.units(kind), dtype=torch.float64) for kind in kinds} for layer in layers
         }
 
     @classmethod

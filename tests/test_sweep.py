@@ -1,0 +1,154 @@
+"""Streamed losses, hidden states and gradients equal those of the whole model under autograd."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    FAMILY_NAMES,
+    N_LAYERS,
+    make_sweeper,
+    save_tiny,
+    tiny_model,
+    token_ids,
+    whole_model_gradients,
+)
+
+from streamprune.sweep import Perturbation, Statistics
+
+LAYERS = range(1, N_LAYERS)
+
+
+def collect(statistics, **options):
+    """Every gradient that a sweep hands over, and the second moments."""
+    grads, moments = {}, {}
+
+    def consume(ref, weight, grad, fisher):
+        assert ref.key not in grads, "each tensor comes once"
+        grads[ref.key] = grad.clone()
+        moments[ref.key] = fisher
+
+    loss = statistics.gradients(consume, **options)
+    return loss, grads, moments
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradients_equal_whole_model_autograd(family, tied, tmp_path):
+    model = save_tiny(tmp_path, family, tied=tied)
+    ids = token_ids(seq=20)  # longer than the sliding windows
+    sweeper = make_sweeper(tmp_path)
+    loss, grads, _ = collect(Statistics(sweeper, ids, LAYERS, seed=0))
+    expected = whole_model_gradients(model, ids)
+    path = sweeper.skeleton.family.layers
+    scored = [m.tensor for m in sweeper.skeleton.family.members if m.scored]
+    names = {(layer, tensor): f"{path}.{layer}.{tensor}" for layer in LAYERS for tensor in scored}
+    names = {key: name for key, name in names.items() if name in expected}
+    assert set(grads) == set(names)
+    for key, name in names.items():
+        scale = expected[name].abs().max()
+        assert scale > 0
+        assert (grads[key] - expected[name]).abs().max() <= 1e-10 * scale, name
+    logits = model(ids).logits[:, :-1].detach()
+    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(loss - whole.item()) <= 1e-12 * whole.item()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_micro_batches_give_the_same_gradients_to_rounding(micro_batch, tmp_path):
+    save_tiny(tmp_path, "llama")
+    ids = token_ids(n=5)
+    whole = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    parts = collect(Statistics(make_sweeper(tmp_path, micro_batch=micro_batch), ids, LAYERS, 0))[1]
+    for key, grad in whole.items():
+        # Llama's norms compute in float32 whatever the model's dtype.
+        torch.testing.assert_close(parts[key], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_second_moment_is_the_mean_of_squared_per_sample_gradients(tmp_path):
+    model = save_tiny(tmp_path, "llama")
+    ids = token_ids(n=4)
+    _, grads, moments = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0), second_moment=True)
+    samples = [whole_model_gradients(model, ids[n : n + 1]) for n in range(len(ids))]
+    for (layer, tensor), moment in moments.items():
+        per_sample = torch.stack([sample[f"model.layers.{layer}.{tensor}"] for sample in samples])
+        torch.testing.assert_close(moment, per_sample.square().mean(0), rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(grads[layer, tensor], per_sample.mean(0), rtol=1e-6, atol=1e-9)
+
+
+def test_perturbed_gradients_equal_those_of_a_perturbed_whole_model(tmp_path):
+    from streamprune.kernels import noise_seed, perturb
+
+    model = save_tiny(tmp_path, "mistral")
+    ids = token_ids()
+    key, sigma = (3, 1, 0), 0.05
+    delta = {(2, "mlp.up_proj.weight"): torch.full((37, 48), 1e-3)}
+    perturbation = Perturbation(sigma, key, delta)
+    _, grads, _ = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 3), perturbation=perturbation)
+    with torch.no_grad():
+        for layer in LAYERS:
+            for name, weight in model.model.layers[layer].named_parameters():
+                if weight.ndim == 2:
+                    seed = noise_seed(*key, layer, name)
+                    weight.copy_(
+                        perturb(torch.empty_like(weight), weight.clone(), delta.get((layer, name)), sigma, seed)
+                    )
+    expected = whole_model_gradients(model, ids)
+    for (layer, tensor), grad in grads.items():
+        torch.testing.assert_close(grad, expected[f"model.layers.{layer}.{tensor}"], rtol=1e-9, atol=1e-14)
+
+
+def test_sweeps_are_the_same_bits_each_time(tmp_path):
+    save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16)
+    ids = token_ids()
+    perturbation = Perturbation(0.05, (0, 0, 0))
+    statistics = Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0)
+    runs = [collect(statistics, perturbation=perturbation)[:2] for _ in range(2)]
+    fresh = Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0)
+    runs.append(collect(fresh, perturbation=perturbation)[:2])
+    for loss, grads in runs[1:]:
+        assert loss == runs[0][0]
+        assert all(torch.equal(grads[key], runs[0][1][key]) for key in grads)
+
+
+def test_head_in_chunks_equals_the_whole_head(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path, "gemma2", tied=True)
+    ids = token_ids(n=3, seq=16)
+    sweeper = make_sweeper(tmp_path)
+    hidden, _ = sweeper.forward(ids)
+    whole, whole_grad = sweeper.head_loss(hidden, ids, with_grad=True)
+    for tokens in (1, 7, 20):
+        monkeypatch.setattr("streamprune.sweep.HEAD_BYTES", tokens * 4 * model.config.vocab_size)
+        loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
+        assert abs(loss - whole) < 1e-10
+        torch.testing.assert_close(grad, whole_grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_sweep_reads_each_layer_once(tmp_path):
+    save_tiny(tmp_path, "llama")
+    statistics = Statistics(make_sweeper(tmp_path), token_ids(), LAYERS, 0)
+    checkpoint, sizes = statistics.sweeper.skeleton.checkpoint, []
+    for sweeps in (1, 2):
+        before = checkpoint.bytes_read
+        collect(statistics)
+        sizes.append(checkpoint.bytes_read - before)
+        assert sum(sizes) == statistics.bytes_to_read("gradients", sweeps)
+
+
+def test_layers_split_over_shards_and_base_model_names_are_read(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model("gpt2", tied=True)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ids = token_ids()
+    sharded = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    tensors = {}
+    for file in Path(tmp_path).glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    # As the published GPT-2 names them.
+    save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    plain = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    assert all(torch.equal(sharded[key], plain[key]) for key in sharded)
