@@ -134,7 +134,7 @@ def prune(config: PruneConfig, progress: report.Progress | None = None) -> Prune
             if segments is not None and before is not None:
                 after = _perplexity_after(config, directory, segments, micro_batch, progress)
                 facts["perplexity"] = {
-                    "text": "embedded held-out prose" if config.evaluate is None else Path(config.evaluate).name,
+                    "text": config.evaluate.name if config.evaluate else "embedded held-out prose",
                     "segments": list(segments.shape),
                     "before": before.perplexity,
                     "after": after,

@@ -8,6 +8,7 @@ gradients tensor by tensor, as autograd finishes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -217,6 +218,25 @@ class Sweeper:
         return [TensorRef(page.layer, m, geometry) for m in members if m.scored and m.tensor in page.tensors]
 
 
+def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int]) -> dict[str, int]:
+    """Bytes that a gradient sweep holds beside the interpreter, by purpose; δ and other method state not included.
+
+    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch.
+    """
+    skeleton = sweeper.skeleton
+    size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
+    hidden = samples * seq_len * skeleton.config.hidden_size * size
+    matrices = [shape for shape in skeleton.shapes(layers[0]).values() if len(shape) == 2]
+    return {
+        "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
+        # Each layer's input from the lowest prunable one up, that layer's again, the gradient, the layer at work.
+        "boundaries": (sweeper.n_layers - layers[0] + 3) * hidden,
+        "one layer's activations": sum(sum(shape) for shape in matrices) * tokens * size,
+        "gradient of the largest matrix, and what is made of it": 2 * max(shape.numel() for shape in matrices) * size,
+        "logits, their softmax and gradient": 3 * HEAD_BYTES,
+    }
+
+
 class _Collector:
     """Sums one tensor's gradient over micro-batches and hands it over with the last of them.
 
@@ -256,6 +276,9 @@ class _Binder:
         self.skeleton = skeleton
         self._buffer: Tensor | None = None
         self._finite: set[int] = set()
+        # torch draws normals in one thread; tensors have generators of their own, so they can be drawn together.
+        threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="streamprune-noise")
 
     @property
     def resident_bytes(self) -> int:
@@ -263,24 +286,26 @@ class _Binder:
 
     def bind(self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False) -> dict[str, Tensor]:
         """Weights by their names inside the layer; valid until the next call. `own` copies all of them."""
-        weights, position = {}, 0
+        weights, position, drawing = {}, 0, []
         scored = {member.tensor for member in self.skeleton.family.members if member.scored}
         for name, stored in page.tensors.items():
             moved = perturbation is not None and name in scored
             if stored.dtype == self.skeleton.dtype and not moved and not own:
                 weights[name] = stored
-                self._check_first(page.layer, name, stored)
                 continue
             out = self._room(position, stored.shape)
             position += out.numel()
             if perturbation is not None and moved:
                 seed = noise_seed(*perturbation.key, page.layer, name)
                 delta = perturbation.delta.get((page.layer, name))
-                perturb(out, stored, delta, perturbation.sigma, seed)
+                drawing.append(self._threads.submit(perturb, out, stored, delta, perturbation.sigma, seed))
             else:
                 out.copy_(stored)
-            self._check_first(page.layer, name, out)
             weights[name] = out
+        for draw in drawing:
+            draw.result()
+        for name, weight in weights.items():
+            self._check_first(page.layer, name, weight)
         self._finite.add(page.layer)
         return weights
 

@@ -5,11 +5,10 @@ import math
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-
 from streamprune.kernels import FORMS, line_norms, moreau_step, noise_seed, perturb, soft_threshold, unit_score
 from streamprune.kernels.perturb import BLOCK as NOISE_BLOCK
 from streamprune.kernels.unit_score import BLOCK as SCORE_BLOCK
+from torch.profiler import ProfilerActivity, profile
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -33,10 +32,12 @@ def close(actual, expected, rtol, atol):
 
 
 def largest_allocation(run):
-    """Bytes of the largest block of memory that any operation of `run` asked the allocator for."""
+    """Bytes of the largest block of memory that `run` asked torch's allocator for, inside operations too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run()
-    return max((event.self_cpu_memory_usage for event in profiled.events()), default=0)
+    # The allocator's own events: an operation's memory in the tables is net of what it freed itself.
+    events = profiled.profiler.kineto_results.events()
+    return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
 
 
 # --- noise -----------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def noise(n, seed, dtype=F64):
 
 
 SIZES = (1, 7, 63, 65, 129, NOISE_BLOCK - 1, NOISE_BLOCK, NOISE_BLOCK + 1, 2 * NOISE_BLOCK + 77)
-# (weight, δ, out, rtol, atol): half-precision outputs are one rounding away, 2⁻⁹ in bf16 and 2⁻¹² in fp16, and
+# (weight, δ, out, rtol, atol): half-precision outputs are one rounding away, 2⁻⁸ in bf16 and 2⁻¹¹ in fp16, and
 # the absolute part is for w and δ that cancel; fp16 has steps of 6e-8 near zero.
 PERTURB_CASES = (
     (F64, F64, F64, 1e-13, 1e-15),
@@ -61,8 +62,8 @@ PERTURB_CASES = (
     (BF16, F32, F32, 1e-6, 1e-7),
     (F16, F32, F32, 1e-6, 1e-7),
     (F64, F32, F32, 1e-6, 1e-7),
-    (BF16, F32, BF16, 2**-8.9, 1e-7),
-    (F32, F32, BF16, 2**-8.9, 1e-7),
+    (BF16, F32, BF16, 2**-7.9, 1e-7),
+    (F32, F32, BF16, 2**-7.9, 1e-7),
     (F16, F32, F16, 2**-10.9, 2e-7),
     (F32, F32, F16, 2**-10.9, 2e-7),
 )
@@ -267,12 +268,13 @@ def shrunk(delta, dim, threshold):
     return torch.stack(kept, dim), sum(norm <= threshold for norm in norms)
 
 
-@pytest.mark.parametrize("dtype,rtol,atol", [(F32, 2e-5, 1e-7), (F64, 1e-12, 1e-15)])
+@pytest.mark.parametrize("dtype,rtol,atol", [(F32, 2e-6, 2e-6), (F64, 1e-13, 1e-14)])
 @pytest.mark.parametrize("given", [False, True], ids=["own norms", "given norms"])
 @pytest.mark.parametrize("dim", [0, 1], ids=["rows", "columns"])
 @pytest.mark.parametrize("shape", [*LINES[:-1], (129, 1025)])
 def test_soft_threshold_shrinks_lines_and_zeroes_small_ones(shape, dim, given, dtype, rtol, atol):
-    # Lines of widely different norms, so that the threshold falls among them.
+    # Lines of widely different norms, so that the threshold falls among them. The tolerance is absolute because
+    # 1 − γη/‖δ_S‖ is a difference: next to the threshold it has few digits left.
     spread = torch.linspace(0.2, 2, shape[dim], dtype=F64)
     delta = (normal(shape, 4) * (spread[:, None] if dim == 0 else spread)).to(dtype)
     norms = delta.double().square().sum(dim=1 - dim).sqrt()
@@ -429,5 +431,5 @@ def test_unit_score_makes_nothing_of_weight_size(dim, form, dtype):
     weight, grad = normal((2053, 2048), 1, dtype=dtype), torch.ones(2053, 2048, dtype=F64 if dtype == F64 else F32)
     work = grad.element_size()
     largest = largest_allocation(lambda: unit_score(weight, grad, dim, form, grad))
-    assert 0 < largest <= SCORE_BLOCK * work
+    assert 0 < largest <= SCORE_BLOCK * work  # a block of float32 for half-precision weights
     assert SCORE_BLOCK * work < weight.numel() * work / 8

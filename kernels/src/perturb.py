@@ -10,8 +10,9 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Elements made at a time on a CPU: the block of noise (4 MiB in float32) stays in the second-level cache.
-BLOCK = 1 << 20
+# Elements made at a time on a CPU. The block stays in cache, and operations of this size run in the calling thread
+# (torch starts its own threads above it), so that several tensors can be perturbed in threads of the caller.
+BLOCK = 1 << 15
 
 
 def noise_seed(*key: int | str) -> int:
@@ -41,9 +42,10 @@ def perturb(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, see
     generator = torch.Generator(device=out.device).manual_seed(seed) if sigma else None
     flat_out, flat_weight = out.view(-1), weight.view(-1)
     flat_delta = None if delta is None else delta.view(-1)
-    block = torch.empty(min(BLOCK, flat_out.numel()), dtype=work_dtype, device=out.device)
-    for start in range(0, flat_out.numel(), BLOCK):
-        stop = min(start + BLOCK, flat_out.numel())
+    step = min(BLOCK, out.numel()) if out.device.type == "cpu" else out.numel()
+    block = torch.empty(step if out.dtype != work_dtype else 0, dtype=work_dtype, device=out.device)
+    for start in range(0, out.numel(), step):
+        stop = min(start + step, out.numel())
         target = flat_out[start:stop] if out.dtype == work_dtype else block[: stop - start]
         if generator is None:
             target.copy_(flat_weight[start:stop])

@@ -50,7 +50,7 @@ def unit_score(weight: Tensor, a: Tensor | None, dim: int, form: str = "first", 
     work_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, columns = weight.shape
     out = torch.zeros(weight.shape[dim], dtype=torch.float64, device=weight.device)
-    step = max(1, BLOCK // max(1, columns))
+    step = max(1, BLOCK // max(1, columns)) if weight.device.type == "cpu" else rows
     for start in range(0, rows, step):
         part = slice(start, start + step)
         w = weight[part].to(work_dtype)

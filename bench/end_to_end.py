@@ -1,0 +1,240 @@
+"""Streamed scoring against transformers in memory: time, peak memory, bytes read. One run, side by side.
+
+    python bench/end_to_end.py --scratch DIR [--layers 12 --layers 24] [--repeat 3] [--json FILE]
+
+Makes a random bfloat16 Llama on disk (24 layers: 1.7 billion parameters, 3.4 GB; needs about 6 GB of scratch for
+both depths, removed afterwards) and measures, each in a fresh process and in turn on the same tokens:
+
+- streamed: `taylor` and one update of `moreau-gs`, through streamprune's own sweeps;
+- whole: the same scores with the model in memory, float32, under transformers and autograd;
+- checkpointed: the same with gradient checkpointing.
+
+The whole-model runs freeze what is not scored, as streamprune does, so they compute no gradient in vain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+SAMPLES, SEQ_LEN = 10, 128
+METHODS = {"taylor": {}, "moreau-gs": {"steps": 1}}
+WAYS = ("streamed", "whole", "checkpointed")
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-5,
+    "dtype": "bfloat16",
+}
+
+
+def make_model(path: Path, layers: int) -> None:
+    """A random checkpoint, written tensor by tensor."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from streamprune.writer import ShardedWriter, TensorSpec
+
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    specs = [TensorSpec(name, torch.bfloat16, tuple(p.shape)) for name, p in model.named_parameters()]
+    generator = torch.Generator().manual_seed(0)
+    with ShardedWriter(path, specs, 5_000_000_000) as writer:
+        for spec in specs:
+            scale = 1.0 if "norm" in spec.name else 0.02
+            noise = torch.ones(spec.shape) if "norm" in spec.name else torch.randn(spec.shape, generator=generator)
+            writer.write(spec.name, (noise * scale).bfloat16())
+
+
+def token_ids() -> torch.Tensor:
+    """The same tokens for every way."""
+    return torch.randint(0, CONFIG["vocab_size"], (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+
+
+def streamed(path: Path, method: str) -> dict:
+    """Scores by sweeps; also what streamprune says it keeps in memory."""
+    from streamprune.methods import METHODS as TABLE
+    from streamprune.methods import resolve_settings
+    from streamprune.report import peak_rss
+    from streamprune.run import open_model
+    from streamprune.sweep import Statistics, default_micro_batch, working_bytes
+
+    baseline = peak_rss()
+    before = _io("rchar")
+    with open_model(str(path), micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
+        checkpoint = sweeper.skeleton.checkpoint
+        loaded, start = checkpoint.bytes_read, time.perf_counter()
+        layers = range(4, sweeper.n_layers - 2)
+        scores = TABLE[method].score(
+            Statistics(sweeper, token_ids(), layers, 0), resolve_settings(method, METHODS[method])
+        )
+        seconds = time.perf_counter() - start
+        declared = working_bytes(sweeper, SAMPLES, SEQ_LEN, layers)
+        entries = sweeper.pager.entries
+        sizes = [sum(entry.nbytes for entry in layer.values()) for layer in entries]
+        return {
+            "seconds": seconds,
+            "checksum": sum(float(v.sum()) for kinds in scores.values.values() for v in kinds.values()),
+            "baseline": baseline,
+            "declared": declared,
+            "bytes_read": checkpoint.bytes_read - loaded,
+            "bytes_of_sweeps": sum(sizes) + sum(sizes[layers[0] :]),
+            "rchar": _io("rchar") - before - loaded,
+        }
+
+
+def whole(path: Path, method: str, *, checkpointing: bool) -> dict:
+    """The same scores with everything in memory: w + δ is w in the first update, so δ = −γg either way."""
+    from transformers import AutoModelForCausalLM
+
+    from streamprune.report import peak_rss
+
+    baseline = peak_rss()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    if checkpointing:
+        # Checkpointing is only active in training mode; a Llama has no dropout to change.
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    n = model.config.num_hidden_layers
+    start = time.perf_counter()
+    model.requires_grad_(False)
+    scored = [p for layer in model.model.layers[4 : n - 2] for p in layer.parameters() if p.ndim == 2]
+    if method == "moreau-gs":
+        with torch.no_grad():
+            noise = torch.Generator().manual_seed(0)
+            originals = [p.bfloat16() for p in scored]
+            for p in scored:
+                p.addcmul_(p.abs(), torch.randn(p.shape, generator=noise), value=0.05)
+    for p in scored:
+        p.requires_grad_(True)
+    ids = token_ids()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    total = 0.0
+    with torch.no_grad():
+        for index, p in enumerate(scored):
+            weight = p if method == "taylor" else originals[index].float()
+            factor = 1.0 if method == "taylor" else 2e-4 / 0.2
+            total += float((weight * p.grad).abs_().sum()) * factor
+    return {"seconds": time.perf_counter() - start, "checksum": total, "baseline": baseline}
+
+
+def _io(field: str) -> int:
+    for line in Path("/proc/self/io").read_text().splitlines():
+        name, value = line.split(": ")
+        if name == field:
+            return int(value)
+    raise OSError(f"/proc/self/io has no {field}")
+
+
+def measure(path: Path, way: str, method: str) -> dict:
+    """One measurement in a fresh process."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--one", way, "--method", method, "--scratch", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_one(path: Path, way: str, method: str) -> None:
+    """The fresh process: prints one JSON object."""
+    from streamprune.report import peak_rss
+
+    with contextlib.redirect_stdout(sys.stderr):
+        result = streamed(path, method) if way == "streamed" else whole(path, method, checkpointing=way != "whole")
+    print(json.dumps({**result, "peak_rss": peak_rss()}))
+
+
+def compare(path: Path, layers: int, repeat: int) -> list[dict]:
+    """All ways and methods, in turn, `repeat` times; medians."""
+    rows = []
+    for method in METHODS:
+        runs: dict[str, list[dict]] = {way: [] for way in WAYS}
+        for _ in range(repeat):
+            for way in WAYS:
+                runs[way].append(measure(path, way, method))
+                print(f"  {layers} layers, {method}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr)
+        reference = statistics.median(run["seconds"] for run in runs["checkpointed"])
+        for way in WAYS:
+            seconds = statistics.median(run["seconds"] for run in runs[way])
+            row = {**runs[way][-1], "layers": layers, "method": method, "way": way}
+            peak = max(run["peak_rss"] for run in runs[way])
+            rows.append({**row, "seconds": seconds, "peak_rss": peak, "ratio": seconds / reference})
+    return rows
+
+
+def show(rows: list[dict]) -> str:
+    """The table that is printed."""
+    from streamprune.report import human, table
+
+    lines = [["layers", "method", "way", "seconds", "of checkpointed", "peak RSS", "declared", "read/layers' bytes"]]
+    for row in rows:
+        own = row["way"] == "streamed"
+        lines.append(
+            [
+                str(row["layers"]),
+                row["method"],
+                row["way"],
+                f"{row['seconds']:.1f}",
+                f"{row['ratio']:.2f}",
+                human(row["peak_rss"]),
+                human(row["baseline"] + sum(row["declared"].values())) if own else "-",
+                f"{row['bytes_read'] / row['bytes_of_sweeps']:.4f}" if own else "-",
+            ]
+        )
+    return table(lines, markdown=True)
+
+
+@click.command()
+@click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Directory with 6 GB free.")
+@click.option("--layers", multiple=True, type=int, default=(12, 24), help="Depths to measure.")
+@click.option("--repeat", type=int, default=3, help="Runs of each; medians are reported.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--one", type=click.Choice(WAYS), hidden=True)
+@click.option("--method", type=click.Choice(list(METHODS)), hidden=True)
+def main(scratch: Path, layers: tuple[int, ...], repeat: int, json_file: Path | None, one: str, method: str) -> None:
+    """Measure, print the table, and write JSON."""
+    if one:
+        run_one(scratch, one, method)
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix="end-to-end-", dir=scratch))
+    rows = []
+    try:
+        for depth in layers:
+            make_model(directory / str(depth), depth)
+            rows += compare(directory / str(depth), depth, repeat)
+            shutil.rmtree(directory / str(depth))
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, float32\n\n{show(rows)}")
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

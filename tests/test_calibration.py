@@ -1,0 +1,303 @@
+"""Text becomes the tokens that it should, and the streamed perplexity is transformers' own."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import VOCABULARY, save_tiny, save_tokenizer, token_ids
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from streamprune import evaluate
+from streamprune.calibration import embedded_text, load_tokenizer, read_text, sample_sequences, tokenize
+from streamprune.errors import CalibrationError, CheckpointError
+from streamprune.run import open_model
+
+# Sampling: tokens that are their own positions show where each window lies.
+
+
+@pytest.mark.parametrize(
+    ("length", "samples", "seq_len"), [(1000, 10, 16), (160, 10, 16), (17, 1, 16), (16, 1, 16)]
+)
+def test_random_windows_are_consecutive_tokens_inside_the_text(length, samples, seq_len):
+    windows = sample_sequences(torch.arange(length), samples, seq_len, "random", seed=0)
+    assert windows.shape == (samples, seq_len)
+    assert windows.dtype == torch.int64
+    assert torch.equal(windows - windows[:, :1], torch.arange(seq_len).expand(samples, seq_len))
+    assert windows.min() >= 0
+    assert windows.max() < length
+
+
+def test_random_windows_reach_both_ends_of_the_text():
+    starts = {sample_sequences(torch.arange(18), 1, 16, "random", seed)[0, 0].item() for seed in range(50)}
+    assert starts == {0, 1, 2}
+
+
+def test_random_windows_are_drawn_by_the_seed_alone():
+    tokens = torch.arange(5000)
+    first = sample_sequences(tokens, 10, 32, "random", seed=3)
+    torch.manual_seed(99)
+    assert torch.equal(first, sample_sequences(tokens, 10, 32, "random", seed=3))
+    assert not torch.equal(first, sample_sequences(tokens, 10, 32, "random", seed=4))
+
+
+def test_drawing_leaves_the_global_generator_alone():
+    state = torch.get_rng_state()
+    sample_sequences(torch.arange(500), 10, 32, "random", seed=3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_first_takes_consecutive_windows_whatever_the_seed():
+    for seed in range(3):
+        windows = sample_sequences(torch.arange(100), 3, 16, "first", seed)
+        assert torch.equal(windows, torch.arange(48).view(3, 16))
+
+
+@pytest.mark.parametrize("sampling", ["random", "first"])
+def test_a_text_one_token_too_short_is_refused_with_the_counts(sampling):
+    with pytest.raises(
+        CalibrationError, match=r"1,599 tokens, 100 samples of 16 need 1,600.*--calibration.*--samples"
+    ):
+        sample_sequences(torch.arange(1599), 100, 16, sampling, 0)
+    assert sample_sequences(torch.arange(1600), 100, 16, sampling, 0).shape == (100, 16)
+
+
+def test_segments_are_the_text_from_its_start_without_the_rest():
+    assert torch.equal(evaluate.segment(torch.arange(37), 8), torch.arange(32).view(4, 8))
+    assert torch.equal(evaluate.segment(torch.arange(37), 8, 2), torch.arange(16).view(2, 8))
+
+
+@pytest.mark.parametrize(
+    ("length", "samples", "named"), [(7, None, "1 segments of 8"), (31, 4, "4 segments of 8")]
+)
+def test_too_few_tokens_for_the_segments_are_refused(length, samples, named):
+    with pytest.raises(CalibrationError, match=rf"{length} tokens, {named} need .*--seq-len"):
+        evaluate.segment(torch.arange(length), 8, samples)
+
+
+# Tokens.
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(path)
+    return load_tokenizer(path)
+
+
+def test_tokens_are_those_of_the_whole_text(tokenizer):
+    text = "Ein kurzer Satz — and the next.\n\nA third ☂.\n"
+    tokens = tokenize(tokenizer, text)
+    assert tokens.dtype == torch.int64
+    assert len(tokens) == len(text.encode())
+    assert tokenizer.decode(tokens) == text
+
+
+@pytest.mark.parametrize("size", [1, 7, 20, 200])
+def test_tokenising_in_blocks_loses_and_repeats_nothing(size, tokenizer, monkeypatch):
+    text = "first line\nsecond line, somewhat longer than a block\n\n\nlast without an end ☂" * 5
+    whole = tokenize(tokenizer, text)
+    monkeypatch.setattr("streamprune.calibration.BLOCK_CHARACTERS", size)
+    assert torch.equal(tokenize(tokenizer, text), whole)
+
+
+def test_no_special_tokens_are_added(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    adding = AutoTokenizer.from_pretrained(tmp_path)
+    template = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    adding.backend_tokenizer.post_processor = template
+    assert adding("ab")["input_ids"][0] == 256
+    assert torch.equal(tokenize(adding, "ab"), tokenize(tokenizer, "ab"))
+
+
+def test_a_text_longer_than_the_model_takes_is_tokenised_without_a_warning(tokenizer):
+    assert len(tokenize(tokenizer, "x" * 1000)) == 1000  # model_max_length is 64; warnings are errors here
+
+
+def test_an_empty_text_has_no_tokens(tokenizer):
+    assert tokenize(tokenizer, "").shape == (0,)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer.*copy the tokenizer files"):
+        load_tokenizer(tmp_path)
+
+
+# Reading text.
+
+
+def test_a_text_file_is_read_as_it_is(tmp_path):
+    text = "a\n\nb ☂\n"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    assert read_text(tmp_path / "text") == text
+    assert read_text(str(tmp_path / "text")) == text
+
+
+def test_jsonl_records_are_joined_by_blank_lines(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "a\\nb", "n": 1}\n\n{"text": "c"}')
+    assert read_text(file) == "a\nb\n\nc"
+    file.write_text('{"body": "a"}\n{"body": ""}\n')
+    assert read_text(file, "body").strip() == "a"
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=["line", "paragraph", "next-line"])
+def test_line_separators_of_unicode_do_not_end_a_json_line(separator, tmp_path):
+    """JSON strings may hold them as they are, and common text does."""
+    file = tmp_path / "data.jsonl"
+    text = f"before{separator}after"
+    file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_text(file) == text
+
+
+def test_parquet_rows_are_joined_by_blank_lines_and_nulls_left_out(tmp_path):
+    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "data.parquet"
+    writer.write_table(pyarrow.table({"text": ["a", None, "", "b ☂"], "n": [1, 2, 3, 4]}), file)
+    assert read_text(file) == "a\n\nb ☂"
+    with pytest.raises(CalibrationError, match=r"columns text, n; name one with --field"):
+        read_text(file, "body")
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "./gone", "/nowhere/at/all"])
+def test_a_missing_file_is_refused(name):
+    with pytest.raises(CalibrationError, match=rf"{re.escape(str(Path(name)))} does not exist"):
+        read_text(name)
+
+
+def test_a_name_that_is_no_file_needs_the_datasets_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"pip install 'streamprune\[datasets\]'"):
+        read_text("wikitext")
+
+
+def test_a_data_set_is_read_by_name_and_split(monkeypatch):
+    asked = []
+
+    class Rows(dict):
+        column_names = ("text",)
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return Rows(text=["a", "", "b"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert read_text("org/corpus:validation") == "a\n\nb"
+    assert read_text("org/corpus") == "a\n\nb"
+    assert asked == [("org/corpus", "validation"), ("org/corpus", "train")]
+    with pytest.raises(CalibrationError, match=r"columns text; name one with --field"):
+        read_text("org/corpus", "body")
+
+
+# The prose in the package.
+
+
+def words(name: str) -> list[str]:
+    return re.findall(r"[\w'’-]+", embedded_text(name).lower())
+
+
+def test_embedded_calibration_text_is_long_enough_and_the_held_out_one_too():
+    assert len(words("calibration")) >= 4000
+    assert len(words("heldout")) >= 2000
+
+
+def grams(name: str, n: int = 8) -> list[tuple[str, ...]]:
+    text = words(name)
+    return [tuple(text[start : start + n]) for start in range(len(text) - n + 1)]
+
+
+def test_embedded_texts_share_no_run_of_eight_words():
+    assert not set(grams("calibration")) & set(grams("heldout"))
+
+
+@pytest.mark.parametrize("name", ["calibration", "heldout"])
+def test_embedded_texts_do_not_repeat_themselves(name):
+    runs = grams(name)
+    assert len(set(runs)) == len(runs)
+
+
+def test_embedded_text_suffices_for_the_default_samples_at_five_characters_a_token():
+    assert len(embedded_text("calibration")) >= 10 * 128 * 5
+
+
+# Perplexity.
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """family -> (directory, model): float64 models, saved once."""
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            path = tmp_path_factory.mktemp(family)
+            made[family] = path, save_tiny(path, family, dtype=torch.float64)
+        return made[family]
+
+    return get
+
+
+@pytest.mark.parametrize("group", [None, 1, 3, 100], ids=lambda group: f"group-{group}")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_perplexity_equals_that_of_transformers(family, group, measured, monkeypatch):
+    path, model = measured(family)
+    segments = token_ids(n=7, seq=21, seed=5)
+    assert segments.max() < VOCABULARY
+    if group is not None:
+        monkeypatch.setattr(evaluate, "HIDDEN_BYTES", group * 21 * 48 * 8 + 5)
+    with torch.no_grad():
+        logits = model(segments).logits[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), segments[:, 1:].flatten())
+        own = torch.stack([model(s[None], labels=s[None]).loss for s in segments]).double().mean()
+    assert own.item() == pytest.approx(expected.item(), rel=1e-6), "the reference is transformers' own loss"
+    with open_model(str(path), device="cpu", dtype="float64", micro_batch=2) as sweeper:
+        sweeps = evaluate.sweeps_needed(sweeper, segments)
+        assert sweeps == {None: 1, 1: 7, 3: 3, 100: 1}[group]
+        checkpoint = sweeper.skeleton.checkpoint
+        before = checkpoint.bytes_read
+        result = evaluate.perplexity(sweeper, segments)
+        assert checkpoint.bytes_read - before == sweeps * sweeper.pager.layer_bytes()
+    assert result.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert result.perplexity == pytest.approx(expected.exp().item(), rel=1e-6)
+    assert (result.segments, result.tokens) == (7, 140)
+
+
+def test_perplexity_is_independent_of_groups_and_micro_batches(measured, monkeypatch):
+    path, _ = measured("llama")
+    segments = token_ids(n=5, seq=13)
+    losses = []
+    for hidden, micro_batch in ((2 << 30, 5), (2 << 30, 2), (1, 1), (2 * 13 * 48 * 8, 3)):
+        monkeypatch.setattr(evaluate, "HIDDEN_BYTES", hidden)
+        with open_model(str(path), device="cpu", dtype="float64", micro_batch=micro_batch) as sweeper:
+            losses.append(evaluate.perplexity(sweeper, segments).loss)
+    assert max(losses) - min(losses) <= 1e-7 * losses[0]
+
+
+def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tmp_path):
+    model = save_tiny(tmp_path, "llama", dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.save_pretrained(tmp_path)
+    with open_model(str(tmp_path), device="cpu", dtype="float64") as sweeper:
+        result = evaluate.perplexity(sweeper, token_ids())
+    assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-12)
+
+
+def test_a_loss_beyond_the_range_of_floats_is_an_infinite_perplexity(tmp_path):
+    model = save_tiny(tmp_path, "llama", dtype=torch.float64)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    model.save_pretrained(tmp_path)
+    with open_model(str(tmp_path), device="cpu", dtype="float64") as sweeper:
+        result = evaluate.perplexity(sweeper, token_ids())
+    assert result.loss > 710
+    assert math.isinf(result.perplexity)
