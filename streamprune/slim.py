@@ -14,13 +14,13 @@ from torch import Tensor
 
 from streamprune import ragged
 from streamprune.allocation import KeptUnits
+from streamprune.binding import check_finite
 from streamprune.calibration import load_tokenizer
 from streamprune.checkpoint import INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view, read_config, read_json
 from streamprune.errors import UsageError
 from streamprune.families import Family, Geometry, Kind, Member, kept_lines
 from streamprune.paging import HostDevice, Pager
 from streamprune.skeleton import Skeleton
-from streamprune.sweep import check_finite
 from streamprune.writer import ShardedWriter, TensorSpec, write_json
 
 # Weights in other formats would contradict the pruned ones; everything else of the source is copied.

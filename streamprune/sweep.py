@@ -8,22 +8,21 @@ gradients tensor by tensor, as autograd finishes them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamprune.errors import CheckpointError
+from streamprune.binding import Binder, Perturbation, check_finite
 from streamprune.families import Geometry, Member
-from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import Page, Pager
 from streamprune.skeleton import LayerCall, Skeleton
 
 HEAD_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
+# Gradients of a mean over thousands of tokens lie below float16's smallest number; they are carried this much larger.
+FLOAT16_SCALE = 2.0**13
 
 
 @dataclass(frozen=True)
@@ -40,21 +39,6 @@ class TensorRef:
         return self.layer, self.member.tensor
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """Weights moved to w + δ + σ|w|ξ in the prunable layers.
-
-    Attributes:
-        sigma: relative standard deviation of the noise.
-        key: (seed, step, draw) of the noise.
-        delta: δ per tensor, float32 on the host; absent tensors have δ = 0.
-    """
-
-    sigma: float
-    key: tuple[int, ...]
-    delta: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
-
-
 # (tensor, its weight as stored, gradient of the mean loss, mean squared per-sample gradient or None)
 Consumer = Callable[[TensorRef, Tensor, Tensor, Tensor | None], None]
 
@@ -62,6 +46,11 @@ Consumer = Callable[[TensorRef, Tensor, Tensor, Tensor | None], None]
 def default_micro_batch(seq_len: int) -> int:
     """Sequences computed at once where the user does not say."""
     return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """How much larger than themselves gradients are carried in a compute dtype."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 class Sweeper:
@@ -75,7 +64,7 @@ class Sweeper:
 
     def __init__(self, skeleton: Skeleton, pager: Pager, micro_batch: int) -> None:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
-        self._binder = _Binder(skeleton)
+        self._binder = Binder(skeleton)
         self._calls: dict[int, list[LayerCall]] = {}
 
     @property
@@ -166,7 +155,10 @@ class Sweeper:
                         grad[part] = boundary.grad
 
     def head_loss(self, hidden: Tensor, input_ids: Tensor, *, with_grad: bool) -> tuple[float, Tensor | None]:
-        """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d]."""
+        """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].
+
+        The gradient is `gradient_scale(dtype)` times as large; what `backward` hands over is not.
+        """
         n, seq, _ = hidden.shape
         targets = input_ids.to(hidden.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
@@ -182,7 +174,7 @@ class Sweeper:
                 loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
             total += loss.detach().double()
             if grad is not None:
-                (grad[rows, columns],) = torch.autograd.grad(loss / count, block)
+                (grad[rows, columns],) = torch.autograd.grad(loss * (gradient_scale(block.dtype) / count), block)
         return float(total) / count, grad
 
     def _embed(self, input_ids: Tensor) -> Tensor:
@@ -221,18 +213,21 @@ class Sweeper:
 def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int]) -> dict[str, int]:
     """Bytes that a gradient sweep holds beside the interpreter, by purpose; δ and other method state not included.
 
-    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch.
+    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch. With
+    several micro-batches a layer's gradients are summed together, otherwise they come and go matrix by matrix.
     """
     skeleton = sweeper.skeleton
     size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
     hidden = samples * seq_len * skeleton.config.hidden_size * size
     matrices = [shape for shape in skeleton.shapes(layers[0]).values() if len(shape) == 2]
+    largest, all_of_them = max(map(torch.Size.numel, matrices)), sum(map(torch.Size.numel, matrices))
+    gradients = 2 * largest + (all_of_them if samples > sweeper.micro_batch else 0)
     return {
         "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
         # Each layer's input from the lowest prunable one up, that layer's again, the gradient, the layer at work.
         "boundaries": (sweeper.n_layers - layers[0] + 3) * hidden,
         "one layer's activations": sum(sum(shape) for shape in matrices) * tokens * size,
-        "gradient of the largest matrix, and what is made of it": 2 * max(shape.numel() for shape in matrices) * size,
+        "gradients, and what is made of them": gradients * max(size, 4),
         "logits, their softmax and gradient": 3 * HEAD_BYTES,
     }
 
@@ -253,7 +248,10 @@ class _Collector:
     def __call__(self, leaf: Tensor) -> None:
         grad, leaf.grad = leaf.grad, None
         assert grad is not None
+        scale = gradient_scale(grad.dtype)
         grad = grad if grad.dtype == torch.float64 else grad.float()
+        if scale != 1:
+            grad = grad.div_(scale)
         if self.second_moment:
             # The seed carries 1/N, so g_n = N · grad and F = (1/N) Σ g_n² = N Σ grad².
             square = grad.square().mul_(self.parts)
@@ -264,70 +262,6 @@ class _Collector:
             total, self.total = self.total, None
             self.consume(self.ref, self.stored, total, self.squares)
             self.squares = None
-
-
-class _Binder:
-    """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
-
-    A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot.
-    """
-
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
-        self._buffer: Tensor | None = None
-        self._finite: set[int] = set()
-        # torch draws normals in one thread; tensors have generators of their own, so they can be drawn together.
-        threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="streamprune-noise")
-
-    @property
-    def resident_bytes(self) -> int:
-        return 0 if self._buffer is None else self._buffer.nbytes
-
-    def bind(self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False) -> dict[str, Tensor]:
-        """Weights by their names inside the layer; valid until the next call. `own` copies all of them."""
-        weights, position, drawing = {}, 0, []
-        scored = {member.tensor for member in self.skeleton.family.members if member.scored}
-        for name, stored in page.tensors.items():
-            moved = perturbation is not None and name in scored
-            if stored.dtype == self.skeleton.dtype and not moved and not own:
-                weights[name] = stored
-                continue
-            out = self._room(position, stored.shape)
-            position += out.numel()
-            if perturbation is not None and moved:
-                seed = noise_seed(*perturbation.key, page.layer, name)
-                delta = perturbation.delta.get((page.layer, name))
-                drawing.append(self._threads.submit(perturb, out, stored, delta, perturbation.sigma, seed))
-            else:
-                out.copy_(stored)
-            weights[name] = out
-        for draw in drawing:
-            draw.result()
-        for name, weight in weights.items():
-            self._check_first(page.layer, name, weight)
-        self._finite.add(page.layer)
-        return weights
-
-    def _check_first(self, layer: int, name: str, weight: Tensor) -> None:
-        if layer not in self._finite:
-            check_finite(self.skeleton.checkpoint.path, layer, name, weight)
-
-    def _room(self, position: int, shape: torch.Size) -> Tensor:
-        if self._buffer is None:
-            layers = range(len(self.skeleton.layers))
-            size = max(sum(shape.numel() for shape in self.skeleton.shapes(layer).values()) for layer in layers)
-            self._buffer = torch.empty(size, dtype=self.skeleton.dtype, device=self.skeleton.device)
-        return self._buffer[position : position + shape.numel()].view(shape)
-
-
-def check_finite(path: Path, layer: int, name: str, weight: Tensor) -> None:
-    """Refuse NaN and infinity. A finite sum proves that there is none, without a mask of the weight's size."""
-    if torch.isfinite(weight.sum(dtype=torch.float32)) or torch.isfinite(weight).all():
-        return
-    raise CheckpointError(
-        f"{path}: layer {layer}, {name} holds NaN or infinite values; download or export the checkpoint again"
-    )
 
 
 def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]]:

@@ -97,6 +97,16 @@ def refused(streamprune: Streamprune, tmp_path: Path, output: Path) -> Callable[
     return run
 
 
+LEFT: set[threading.Thread] = set()
+
+
+def running_threads() -> list[str]:
+    """The package's threads that run still and were not blamed on an earlier test."""
+    left = {thread for thread in threading.enumerate() if thread.name.startswith("streamprune")} - LEFT
+    LEFT.update(left)
+    return [thread.name for thread in left]
+
+
 def check_refusal(result: Outcome, code: int, names: tuple[str, ...], remedy: str = REMEDY) -> None:
     """One line on stderr that names the things and the remedy, the exit code, no thread left."""
     assert result.code == code, result
@@ -107,7 +117,7 @@ def check_refusal(result: Outcome, code: int, names: tuple[str, ...], remedy: st
     for name in names:
         assert name in line
     assert re.search(remedy, line), f"no remedy in: {line}"
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("streamprune")]
+    assert not running_threads()
 
 
 def check_usage_error(result: Outcome, *names: str) -> None:
@@ -777,7 +787,7 @@ def check_interrupted(result: Outcome) -> None:
     assert result.code == 1
     assert result.out == ""
     assert result.err.strip() == "streamprune: interrupted; nothing was written"
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("streamprune")]
+    assert not running_threads()
 
 
 @pytest.mark.parametrize("writes", [0, 3, 70])
@@ -804,20 +814,36 @@ def test_ctrl_c_while_writing_leaves_nothing(writes, streamprune, model, output,
 def test_ctrl_c_while_the_reader_is_waited_for_leaves_nothing(
     streamprune, model, output, tmp_path, monkeypatch
 ):
-    original, sent = os.preadv, []
+    original, reads = os.preadv, []
 
     def preadv(descriptor, buffers, offset):
-        if threading.current_thread() is not threading.main_thread() and not sent:
-            sent.append(offset)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
+        if threading.current_thread() is not threading.main_thread():
+            reads.append(offset)
+            if len(reads) == 20:  # of the third layer, so that the main thread has taken the first
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
         return original(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
     before = snapshot(tmp_path)
     check_interrupted(streamprune("--model", model, "--output", output, "--quiet", *SHORT))
-    assert sent
+    assert len(reads) >= 20
     assert snapshot(tmp_path) == before
+
+
+def test_ctrl_c_while_the_filling_thread_starts_leaves_no_thread(streamprune, model, output, monkeypatch):
+    """A thread that is left waits for ever, and the process with it."""
+    original = threading.Thread.start
+
+    def start(self):
+        if self.name != "streamprune-pager":
+            return original(self)
+        self.daemon = True  # so that a failure of this test cannot keep pytest from ending
+        original(self)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    check_interrupted(streamprune("--model", model, "--output", output, "--quiet", *SHORT))
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -129,6 +130,17 @@ def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_between(dtype):
     assert torch.equal(perturb(torch.empty_like(weight), weight, None, 0.05, 123), first)
 
 
+def test_tensors_drawn_at_the_same_time_get_the_bits_of_one_after_the_other():
+    weight = normal(3 * NOISE_BLOCK + 5, 1, dtype=F32)
+
+    def draw(seed):
+        return perturb(torch.empty_like(weight), weight, None, 0.05, seed)
+
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(draw, range(12)))
+    assert all(torch.equal(bits, draw(seed)) for seed, bits in enumerate(together))
+
+
 def test_noise_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     noise(100, 3)
@@ -137,7 +149,7 @@ def test_noise_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_noise_is_standard_normal_and_uncorrelated(dtype):
-    n = NOISE_BLOCK + (NOISE_BLOCK >> 1) + 13
+    n = 1_500_013  # many blocks, and the last one not full
     xi = noise(n, noise_seed(0, 0, 0, 0, "w"), dtype)
     mean, variance = xi.mean(), xi.var()
     z = (xi - mean) / variance.sqrt()

@@ -772,6 +772,16 @@ def test_eta_quantile_zeroes_the_lines_up_to_that_quantile_of_each_matrix(quanti
         assert torch.isfinite(scores[layer, "kv_group"]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eta_quantile_of_one_zeroes_every_unit(dtype):
+    # The largest line's norm equals γη, and a line goes when its norm is at most γη.
+    for seed in range(20):
+        grads = random_tensors(seed, dtype=dtype)
+        fake = FakeStatistics(grads, lambda key, weight, grads=grads: grads[key], compute=dtype)
+        scores = run("moreau-gs", fake, steps=1, eta_quantile=1)
+        assert all((values == 0).all() for values in scores.values()), seed
+
+
 def test_eta_quantile_is_fixed_at_step_zero():
     # Gradients shrink tenfold after the first sweep: with η from step 0, later steps are shrunk to nothing.
     def fading(key, weight):

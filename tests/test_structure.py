@@ -11,6 +11,7 @@ ROWS = (
     ("errors", "kernels"),
     ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
     ("skeleton", "calibration", "paging", "writer"),
+    ("binding",),
     ("sweep",),
     ("methods", "allocation"),
     ("slim", "evaluate", "report"),

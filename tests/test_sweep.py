@@ -14,7 +14,8 @@ from conftest import (
     whole_model_gradients,
 )
 
-from streamprune.sweep import Perturbation, Statistics
+from streamprune.binding import Perturbation
+from streamprune.sweep import Statistics
 
 LAYERS = range(1, N_LAYERS)
 
@@ -152,3 +153,15 @@ def test_layers_split_over_shards_and_base_model_names_are_read(tmp_path):
     save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
     plain = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
     assert all(torch.equal(sharded[key], plain[key]) for key in sharded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_do_not_underflow_in_half_precision(dtype, tmp_path):
+    save_tiny(tmp_path, "llama", dtype=torch.float32)
+    ids = token_ids(n=5, seq=40)
+    exact = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    _, rough, _ = collect(Statistics(make_sweeper(tmp_path, dtype=dtype), ids, LAYERS, 0))
+    for key, grad in exact.items():
+        assert rough[key].dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(rough[key].double().flatten(), grad.flatten(), dim=0)
+        assert cosine > 0.99, (key, cosine)

@@ -19,7 +19,7 @@ def noise_seed(*key: int | str) -> int:
     """A 63-bit seed from (seed, step, draw, layer, tensor).
 
     The noise is a pure function of this key, so the backward sweep sees the forward sweep's noise and a
-    second run the first run's, in whatever order layers are visited.
+    second run the first run's, in whatever order layers are visited. torch's CPU generator takes the low 32 bits.
     """
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -42,7 +42,7 @@ def perturb(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, see
     generator = torch.Generator(device=out.device).manual_seed(seed) if sigma else None
     flat_out, flat_weight = out.view(-1), weight.view(-1)
     flat_delta = None if delta is None else delta.view(-1)
-    step = min(BLOCK, out.numel()) if out.device.type == "cpu" else out.numel()
+    step = max(1, min(BLOCK, out.numel()) if out.device.type == "cpu" else out.numel())
     block = torch.empty(step if out.dtype != work_dtype else 0, dtype=work_dtype, device=out.device)
     for start in range(0, out.numel(), step):
         stop = min(start + step, out.numel())

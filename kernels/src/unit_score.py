@@ -45,7 +45,8 @@ def unit_score(weight: Tensor, a: Tensor | None, dim: int, form: str = "first", 
         fisher: F, same shape, for `second` and `mix`.
 
     Returns:
-        [rows] or [columns] in float64: blocks are summed in float64 and in a fixed order.
+        [rows] or [columns] in float64. A block of rows is summed in float32 (float64 for float64 weights), blocks are
+        added in float64; the order is fixed.
     """
     work_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, columns = weight.shape

@@ -6,6 +6,7 @@ CONTRIBUTING.md says how to add one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,10 +40,13 @@ class Setting:
         kind = int if isinstance(self.default, int) else float
         try:
             number = kind(value)
-        except (TypeError, ValueError):
-            raise UsageError(f"--set {name}={value}: not {'an integer' if kind is int else 'a number'}") from None
+            if not math.isfinite(number) or (isinstance(value, float) and number != value):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            wanted = "an integer" if kind is int else "a finite number"
+            raise UsageError(f"--set {name}={value}: not {wanted}") from None
         low, high = self.minimum, self.maximum
-        if not number == number or (low is not None and (number < low or (self.exclusive and number == low))):
+        if low is not None and (number < low or (self.exclusive and number == low)):
             raise UsageError(f"--set {name}={value}: must be {'above' if self.exclusive else 'at least'} {low}")
         if high is not None and number > high:
             raise UsageError(f"--set {name}={value}: must be at most {high}")

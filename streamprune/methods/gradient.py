@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.binding import Perturbation
 from streamprune.kernels import line_norms, moreau_step, soft_threshold, unit_score
 from streamprune.methods.scores import UnitScores
-from streamprune.sweep import Perturbation, Statistics, TensorRef
+from streamprune.sweep import Statistics, TensorRef
 
 State = dict[tuple[int, str], Tensor]
 
@@ -65,18 +66,14 @@ def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
     `eta_quantile`, η is set at step 0 to that quantile of the matrix's line norms ‖g_S‖₂.
     """
     gamma, quantile = settings["gamma"], settings["eta_quantile"]
-    etas: dict[tuple[int, str], float] = {}
+    thresholds: dict[tuple[int, str], float] = {}  # γη per matrix, with eta_quantile
 
     def shrink(ref: TensorRef, delta: Tensor, step: int) -> None:
         norms = line_norms(delta, ref.member.dim)
-        if quantile is None:
-            eta = settings["eta"]
-        elif step == 0:
-            # δ_1 = −γg, so the norms of g are those of δ over γ.
-            eta = etas[ref.key] = float(torch.quantile(norms.double(), quantile)) / gamma
-        else:
-            eta = etas[ref.key]
-        soft_threshold(delta, ref.member.dim, gamma * eta, norms)
+        if quantile is not None and step == 0:
+            # δ_1 = −γg, so the quantile of its norms is γη already.
+            thresholds[ref.key] = float(torch.quantile(norms.double(), quantile))
+        soft_threshold(delta, ref.member.dim, thresholds.get(ref.key, gamma * settings["eta"]), norms)
 
     return _moreau(statistics, settings, shrink)
 

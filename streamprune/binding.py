@@ -1,0 +1,102 @@
+"""From a page to the weights that a layer computes with: widened, perturbed, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import CheckpointError
+from streamprune.kernels import noise_seed, perturb
+from streamprune.paging import Page
+from streamprune.skeleton import Skeleton
+
+ALIGNED_ELEMENTS = 16  # bound tensors begin at multiples of this, for vector loads in any dtype
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Weights moved to w + δ + σ|w|ξ in the prunable layers.
+
+    Attributes:
+        sigma: relative standard deviation of the noise.
+        key: (seed, step, draw) of the noise.
+        delta: δ per tensor, float32 on the host; absent tensors have δ = 0.
+    """
+
+    sigma: float
+    key: tuple[int, ...]
+    delta: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+class Binder:
+    """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
+
+    A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._buffer: Tensor | None = None
+        self._finite: set[int] = set()
+        # torch draws normals in one thread; tensors have generators of their own, so they can be drawn together.
+        threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="streamprune-noise")
+
+    @property
+    def resident_bytes(self) -> int:
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    def bind(self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False) -> dict[str, Tensor]:
+        """Weights by their names inside the layer; valid until the next call. `own` copies all of them."""
+        weights, position, drawing = {}, 0, []
+        scored = {member.tensor for member in self.skeleton.family.members if member.scored}
+        for name, stored in page.tensors.items():
+            moved = perturbation is not None and name in scored
+            if stored.dtype == self.skeleton.dtype and not moved and not own:
+                weights[name] = stored
+                continue
+            out = self._room(position, stored.shape)
+            position += _aligned(out.numel())
+            if perturbation is not None and moved:
+                seed = noise_seed(*perturbation.key, page.layer, name)
+                delta = perturbation.delta.get((page.layer, name))
+                delta = delta.to(out.device) if delta is not None else None
+                drawing.append(self._threads.submit(perturb, out, stored, delta, perturbation.sigma, seed))
+            else:
+                out.copy_(stored)
+            weights[name] = out
+        for draw in drawing:
+            draw.result()
+        for name, weight in weights.items():
+            self._check_first(page.layer, name, weight)
+        self._finite.add(page.layer)
+        return weights
+
+    def _check_first(self, layer: int, name: str, weight: Tensor) -> None:
+        if layer not in self._finite:
+            check_finite(self.skeleton.checkpoint.path, layer, name, weight)
+
+    def _room(self, position: int, shape: torch.Size) -> Tensor:
+        if self._buffer is None:
+            layers = map(self.skeleton.shapes, range(len(self.skeleton.layers)))
+            size = max(sum(_aligned(shape.numel()) for shape in shapes.values()) for shapes in layers)
+            self._buffer = torch.empty(size, dtype=self.skeleton.dtype, device=self.skeleton.device)
+        return self._buffer[position : position + shape.numel()].view(shape)
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+
+
+def check_finite(path: Path, layer: int, name: str, weight: Tensor) -> None:
+    """Refuse NaN and infinity. A finite sum proves that there is none, without a mask of the weight's size."""
+    if torch.isfinite(weight.sum(dtype=torch.float32)) or torch.isfinite(weight).all():
+        return
+    raise CheckpointError(
+        f"{path}: layer {layer}, {name} holds NaN or infinite values; download or export the checkpoint again"
+    )
