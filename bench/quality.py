@@ -65,11 +65,9 @@ def score_and_measure(options: dict) -> dict:
             removed = allocation.uniform(family, skeleton.geometry, costs, ratios, hidden, stock=stock)
             kept = allocation.select(scores.values, removed, skeleton.geometry, n_layers)
             with tempfile.TemporaryDirectory() as directory:
-                slim.write_weights(skeleton, kept, Path(directory), 5_000_000_000)
-                source = skeleton.checkpoint.config
-                patched = slim.patched_config(source, family, skeleton.geometry, kept)
-                slim.write_config(Path(directory), patched)
-                with open_model(directory, micro_batch=16, pruned=True) as pruned:
+                slim.write_weights(skeleton, sweeper.pager, kept, Path(directory), 5_000_000_000)
+                slim.write_companions(skeleton, kept, Path(directory), None)
+                with open_model(directory, pruned=True) as pruned:
                     value = evaluate.perplexity(pruned, segments).perplexity
             gone = allocation.removed_parameters(removed, costs, layers)
             result["perplexity"][name] = {"perplexity": value, "parameters": skeleton.parameters - gone}

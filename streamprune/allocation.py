@@ -61,10 +61,7 @@ def uniform(
         if stock:
             groups = _stock_groups(family, geometry, groups, hidden_size)
         if groups >= geometry.kv_groups:
-            raise UsageError(
-                f"a ratio of {share} leaves no KV group of {geometry.kv_groups}; "
-                f"use less than {1 - 1 / geometry.kv_groups + 1e-9:.3f} (--attention-ratio sets attention apart)"
-            )
+            raise UsageError(f"a ratio of {share} leaves no KV group of {geometry.kv_groups}; lower it")
     elif ratios.attention:
         raise UsageError(f"attention of {family.model_type} cannot be pruned; leave --attention-ratio out")
     if ratios.mlp is not None:
@@ -72,6 +69,8 @@ def uniform(
     else:
         prunable = sum(costs[kind] * geometry.units(kind) for kind in costs)
         wanted = (ratios.total * prunable - groups * costs.get("kv_group", 0)) / costs["channel"]
+    if ratios.round_to > geometry.channels:
+        raise UsageError(f"--round-to {ratios.round_to}: a layer has {geometry.channels} channels; lower it")
     kept = geometry.channels - max(0, math.floor(wanted + 0.5))
     if ratios.round_to > 1 and kept != geometry.channels:
         kept = min(geometry.channels, max(1, math.floor(kept / ratios.round_to + 0.5)) * ratios.round_to)
@@ -101,7 +100,7 @@ def keep_highest(scores: Tensor, removed: int) -> list[int]:
     Of equal scores the lowest index goes first.
     """
     if not torch.isfinite(scores).all():
-        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or a smaller --set gamma")
+        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
     order = torch.argsort(scores, stable=True)
     return sorted(order[removed:].tolist())
 

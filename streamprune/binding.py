@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, UsageError
 from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import Page
 from streamprune.skeleton import Skeleton
@@ -25,7 +25,7 @@ class Perturbation:
     Attributes:
         sigma: relative standard deviation of the noise.
         key: (seed, step, draw) of the noise.
-        delta: δ per tensor, float32 on the host; absent tensors have δ = 0.
+        delta: δ per tensor on the host, float32 (float64 in float64 runs); absent tensors have δ = 0.
     """
 
     sigma: float
@@ -65,21 +65,27 @@ class Binder:
             if perturbation is not None and moved:
                 seed = noise_seed(*perturbation.key, page.layer, name)
                 delta = perturbation.delta.get((page.layer, name))
-                delta = delta.to(out.device) if delta is not None else None
-                drawing.append(self._threads.submit(perturb, out, stored, delta, perturbation.sigma, seed))
+                drawing.append(self._threads.submit(_perturb, out, stored, delta, perturbation.sigma, seed))
             else:
                 out.copy_(stored)
             weights[name] = out
         for draw in drawing:
             draw.result()
-        for name, weight in weights.items():
-            self._check_first(page.layer, name, weight)
+        self._check_first(page, weights)
         self._finite.add(page.layer)
         return weights
 
-    def _check_first(self, layer: int, name: str, weight: Tensor) -> None:
-        if layer not in self._finite:
-            check_finite(self.skeleton.checkpoint.path, layer, name, weight)
+    def _check_first(self, page: Page, weights: Mapping[str, Tensor]) -> None:
+        """At a layer's first visit: what was stored, and what became of it in a narrower dtype, is finite."""
+        if page.layer in self._finite:
+            return
+        for name, weight in weights.items():
+            check_finite(self.skeleton.checkpoint.path, page.layer, name, page.tensors[name])
+            if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+                raise UsageError(
+                    f"layer {page.layer}, {name} does not fit into {str(weight.dtype).removeprefix('torch.')}; "
+                    "use --dtype bfloat16 or float32"
+                )
 
     def _room(self, position: int, shape: torch.Size) -> Tensor:
         if self._buffer is None:
@@ -87,6 +93,11 @@ class Binder:
             size = max(sum(_aligned(shape.numel()) for shape in shapes.values()) for shapes in layers)
             self._buffer = torch.empty(size, dtype=self.skeleton.dtype, device=self.skeleton.device)
         return self._buffer[position : position + shape.numel()].view(shape)
+
+
+def _perturb(out: Tensor, stored: Tensor, delta: Tensor | None, sigma: float, seed: int) -> None:
+    """`perturb` with δ brought from the host here, so that one tensor's δ is on a GPU at a time."""
+    perturb(out, stored, None if delta is None else delta.to(out.device), sigma, seed)
 
 
 def _aligned(elements: int) -> int:

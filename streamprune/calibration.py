@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,27 @@ def read_text(source: str | Path, field: str = "text") -> str:
         return "\n\n".join(_jsonl_records(path, field))
     if path.suffix == ".parquet":
         return "\n\n".join(_parquet_records(path, field))
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} is not readable UTF-8 text ({error})") from error
+        raise CalibrationError(f"{path} is not readable UTF-8 text ({error}); convert it") from error
+
+
+def _texts(values: Iterable[Any], field: str, where: object) -> list[str]:
+    """The texts of a column without its empty rows; refuses a column of anything else."""
+    texts = [value for value in values if value]
+    if not all(isinstance(value, str) for value in texts):
+        raise CalibrationError(f"{where}: the column {field!r} holds no text; name the column of the text with --field")
+    return texts
 
 
 def _jsonl_records(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines: it also splits at U+2028, which JSON allows inside strings.
+    for number, line in enumerate(_read_file(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -70,7 +83,7 @@ def _parquet_records(path: Path, field: str) -> list[str]:
         columns = pyarrow.parquet.read_schema(path).names
         if field not in columns:
             raise CalibrationError(f"{path} has the columns {', '.join(columns)}; name one with --field")
-        return [text for text in pyarrow.parquet.read_table(path, columns=[field])[field].to_pylist() if text]
+        return _texts(pyarrow.parquet.read_table(path, columns=[field])[field].to_pylist(), field, path)
     except pyarrow.ArrowException as error:
         raise CalibrationError(f"{path} is not a readable parquet file ({error})") from error
 
@@ -89,7 +102,7 @@ def _dataset_records(name: str, field: str) -> list[str]:
         raise CalibrationError(f"data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
     if field not in data.column_names:
         raise CalibrationError(f"data set {name} has the columns {', '.join(data.column_names)}; name one with --field")
-    return [text for text in data[field] if text]
+    return _texts(data[field], field, f"data set {name}")
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:

@@ -67,11 +67,8 @@ class Checkpoint:
         self.config = read_config(path)
         self.files, expected = _locate_shards(path)
         self.tensors: dict[str, TensorEntry] = {}
-        self.metadata: dict[str, str] = {}
         for number, file in enumerate(self.files):
-            metadata, entries = read_header(file, number)
-            self.metadata.update(metadata)
-            for entry in entries:
+            for entry in read_header(file, number):
                 if entry.name in self.tensors:
                     raise CheckpointError(f"{file}: tensor {entry.name} is also in another shard; re-export it")
                 self.tensors[entry.name] = entry
@@ -161,7 +158,9 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
     if trust_remote_code:
         patterns.append("*.py")
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns))
+        # Some repositories hold the same weights again in their authors' own format.
+        ignored = ["consolidated*", "original/*"]
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -181,7 +180,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__} where an object is expected")
@@ -200,7 +199,10 @@ def _locate_shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
                 f"{path} holds pickled weights only ({pickles[0]}), which can run code when opened; "
                 "convert it with save_pretrained(...) in transformers, which writes safetensors"
             )
-        raise CheckpointError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights")
+        raise CheckpointError(
+            f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights, or where they are published as "
+            "pickles only, convert them with save_pretrained(...) in transformers"
+        )
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index_file} has no weight_map; download it again")
@@ -209,7 +211,10 @@ def _locate_shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
         relative = PurePosixPath(str(file))
         # Lexical on purpose: the hub's cache is made of links that point to its blobs.
         if relative.is_absolute() or ".." in relative.parts or "\\" in str(file):
-            raise CheckpointError(f"{index_file} points outside the model's directory: {name} -> {file}")
+            raise CheckpointError(
+                f"{index_file} points outside the model's directory: {name} -> {file}; "
+                "use the index as it was published"
+            )
         expected[name] = path / relative
     shards = sorted(set(expected.values()))
     for shard in shards:
@@ -218,8 +223,8 @@ def _locate_shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
     return shards, expected
 
 
-def read_header(file: Path, number: int = 0) -> tuple[dict[str, str], list[TensorEntry]]:
-    """Metadata and tensor entries of one safetensors file, in the order of its header.
+def read_header(file: Path, number: int = 0) -> list[TensorEntry]:
+    """The tensor entries of one safetensors file, in the order of its header.
 
     Raises:
         CheckpointError: a header or a tensor that does not fit the file, an unknown dtype.
@@ -234,19 +239,21 @@ def read_header(file: Path, number: int = 0) -> tuple[dict[str, str], list[Tenso
                     f"{file}: its header claims {header_size} bytes, the file has {size}; download it again"
                 )
             header = json.loads(stream.read(header_size))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a safetensors file ({error}); download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file (header is no object); download it again")
     metadata = header.pop("__metadata__", None) or {}
-    return metadata, [_entry(file, number, 8 + header_size, size, *item) for item in header.items()]
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file}: its __metadata__ is no object; download it again")
+    return [_entry(file, number, 8 + header_size, size, *item) for item in header.items()]
 
 
 def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any) -> TensorEntry:
     try:
-        dtype_name, shape = fields["dtype"], tuple(int(extent) for extent in fields["shape"])
+        dtype_name, shape = str(fields["dtype"]), tuple(int(extent) for extent in fields["shape"])
         begin, end = (int(offset) for offset in fields["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file}: malformed header entry for {name}; download it again") from error
     if dtype_name not in DTYPES:
         raise CheckpointError(

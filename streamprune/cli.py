@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
+from click.core import ParameterSource
 
 from streamprune import demo, evaluate, report
 from streamprune.calibration import embedded_text, load_tokenizer, read_text, tokenize
 from streamprune.config import DTYPES, PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import METHODS
-from streamprune.run import open_model, prune
+from streamprune.run import check_tokens, open_model, prune
 from streamprune.sweep import default_micro_batch
 from streamprune.verify import verify as verify_output
 
@@ -50,7 +52,7 @@ class ByteSize(click.ParamType):
         number, unit = value[:-2], value[-2:].upper()
         try:
             return int(float(number) * SIZE_UNITS[unit]) if unit in SIZE_UNITS else int(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
 
 
@@ -69,7 +71,7 @@ COMPUTE_OPTIONS = (
     click.option(
         "--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."
     ),
-    click.option("--micro-batch", type=int, help="Sequences computed at once; about 2048 tokens' worth."),
+    click.option("--micro-batch", type=int, help="Sequences computed at once; by default as many as make 2048 tokens."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model's directory brings."),
 )
 
@@ -105,7 +107,7 @@ def _compute_options(command: Any) -> Any:
     show_default=True,
     help="Seeded windows of the text, or consecutive ones from its start.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, noise and random scores.")
 @click.option("--evaluate", type=click.Path(path_type=Path), help="Text for perplexity before and after.")
 @click.option("--no-evaluate", is_flag=True, help="Measure no perplexity.")
 @click.option("--max-shard-size", type=ByteSize(), default=5_000_000_000, help="Of output files; 5GB by default.")
@@ -121,6 +123,11 @@ def cli(context: click.Context, **options: Any) -> None:
     streamprune --model PATH --method moreau-gs --ratio 0.2 --output DIR
     """
     if context.invoked_subcommand is not None:
+        for name in options:
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE and name != "debug":
+                raise UsageError(
+                    f"--{name.replace('_', '-')} belongs to the main command, not before a subcommand; move it"
+                )
         return
     if options["model"] is None and options["output"] is None:
         click.echo(context.get_help())
@@ -193,7 +200,9 @@ def evaluate_command(
     ) as sweeper:
         words = embedded_text("heldout") if text is None else read_text(text, field)
         tokenizer = load_tokenizer(sweeper.skeleton.checkpoint.path, trust_remote_code=trust_remote_code)
-        segments = evaluate.segment(tokenize(tokenizer, words), seq_len, samples)
+        tokens = tokenize(tokenizer, words)
+        check_tokens(tokens, seq_len, sweeper.skeleton)
+        segments = evaluate.segment(tokens, seq_len, samples)
         sweeps = evaluate.sweeps_needed(sweeper, segments)
         with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
             result = evaluate.perplexity(sweeper, segments)
@@ -205,10 +214,11 @@ def evaluate_command(
 @cli.command()
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--source", help="The dense model, if it is no longer where streamprune.json says.")
+@click.option("--trust-remote-code", is_flag=True, help="Run modelling code that is not as streamprune writes it.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def verify(directory: Path, source: str | None, debug: bool) -> None:
+def verify(directory: Path, source: str | None, trust_remote_code: bool, debug: bool) -> None:
     """Load a pruned DIRECTORY in a fresh process and compare it with the masked dense model."""
-    checks = verify_output(directory, source)
+    checks = verify_output(directory, source, trust_remote_code=trust_remote_code)
     click.echo(
         report.table(
             [
@@ -225,11 +235,15 @@ def verify(directory: Path, source: str | None, debug: bool) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def methods(debug: bool) -> None:
     """The methods: what each needs, its numbers, its paper."""
-    rows = [["method", "needs", "what it is", "paper", "settings"]]
+    rows = [["method", "needs", "what it is", "paper"]]
+    rows += [[method.name, method.needs, method.summary, method.paper] for method in METHODS.values()]
+    settings = [["method", "--set", "default", "meaning"]]
     for method in METHODS.values():
-        settings = " ".join(f"{name}={setting.default}" for name, setting in method.settings.items())
-        rows.append([method.name, method.needs, method.summary, method.paper, settings or "-"])
-    click.echo(report.table(rows))
+        for name, setting in method.settings.items():
+            meaning = setting.meaning + (f": {', '.join(setting.choices)}" if setting.choices else "")
+            default = "-" if setting.default is None else str(setting.default)
+            settings.append([method.name, name, default, meaning])
+    click.echo(f"{report.table(rows)}\n\n{report.table(settings)}")
 
 
 @cli.command(name="demo")
@@ -259,14 +273,21 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; nothing was written", 1, debug)
+        code = _fail("interrupted; no output was written", 1, debug)
     except StreampruneError as error:
         code = _fail(str(error), error.exit_code, debug)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
         code = _fail("out of memory; lower --micro-batch or --samples", 1, debug)
     except OSError as error:
         code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch says so with a class of its own on a GPU, and only in the text on a CPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:

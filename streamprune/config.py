@@ -64,6 +64,13 @@ class PruneConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", Path(self.output))
+        if self.evaluate:
+            object.__setattr__(self, "evaluate", Path(self.evaluate))
+        if self.sampling not in ("random", "first"):
+            raise UsageError(f"--sampling {self.sampling}: choose random or first")
+        if self.emit not in (None, "mistral"):
+            raise UsageError(f"--emit {self.emit}: only mistral can be written")
         for name in ("ratio", "attention_ratio", "mlp_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -72,6 +79,8 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
         if self.seq_len < 2:
             raise UsageError(f"--seq-len {self.seq_len}: must be at least 2, one token predicts the next")
         if self.dtype is not None and self.dtype not in DTYPES:

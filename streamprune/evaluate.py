@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from streamprune.errors import CalibrationError
-from streamprune.sweep import Sweeper
+from streamprune.sweep import Sweeper, default_micro_batch
 
 # Hidden states that are in memory at a time; longer texts take several sweeps.
 HIDDEN_BYTES = 2 << 30
@@ -32,9 +32,10 @@ def segment(tokens: Tensor, seq_len: int, samples: int | None = None) -> Tensor:
     """
     n = len(tokens) // seq_len
     if n < (samples or 1):
+        remedy = "give a longer text" + (", or lower --samples or --seq-len" if samples else "")
         raise CalibrationError(
             f"the text has {len(tokens):,} tokens, {samples or 1} segments of {seq_len} need "
-            f"{(samples or 1) * seq_len:,}; give a longer text, or lower --samples or --seq-len"
+            f"{(samples or 1) * seq_len:,}; {remedy}"
         )
     n = samples or n
     return tokens[: n * seq_len].view(n, seq_len)
@@ -48,10 +49,11 @@ def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
 def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
     """Perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
     group = _group(sweeper, segments.shape[1])
+    micro_batch = default_micro_batch(segments.shape[1])
     total = 0.0
     for start in range(0, len(segments), group):
         part = segments[start : start + group]
-        hidden, _ = sweeper.forward(part)
+        hidden, _ = sweeper.forward(part, micro_batch=micro_batch)
         loss, _ = sweeper.head_loss(hidden, part, with_grad=False)
         total += loss * len(part)
     loss = total / len(segments)

@@ -171,7 +171,6 @@ class Pager:
     ) -> None:
         self.checkpoint, self.entries, self.device, self.poison = checkpoint, entries, device, poison
         self._progress = progress
-        self._consumed: list[Any] = [None, None]
         size = max(sum(_aligned(entry.nbytes) for entry in layer.values()) for layer in entries)
         self._slots = [device.buffer(size) for _ in range(2)]
         count = 0 if device.direct else RING_CHUNKS
@@ -179,12 +178,18 @@ class Pager:
         for _ in range(count):
             self._chunks.put((device.chunk(CHUNK_BYTES), None))
         self.resident_bytes = 2 * size + count * CHUNK_BYTES
+        # Fresh memory may still be in use by compute that was queued before it was freed.
+        self._consumed: list[Any] = [device.record_consumed()] * 2
         # Dropping pages that would stay in the cache makes every later sweep read the disk again.
         self._drop_cache = self.layer_bytes() > psutil.virtual_memory().available // 2
 
     def layer_bytes(self) -> int:
         """Bytes of all layers: what one sweep reads."""
-        return sum(entry.nbytes for layer in self.entries for entry in layer.values())
+        return sum(map(self.bytes_of, range(len(self.entries))))
+
+    def bytes_of(self, layer: int) -> int:
+        """Bytes of one layer as stored."""
+        return sum(entry.nbytes for entry in self.entries[layer].values())
 
     @contextmanager
     def pages(self, order: Sequence[int]) -> Iterator[Iterator[Page]]:
@@ -194,13 +199,16 @@ class Pager:
         """
         handover = _Handover(self._consumed)
         thread = threading.Thread(target=self._fill, args=(order, handover), name="streamprune-pager")
-        thread.start()
         try:
+            thread.start()  # in here, since Ctrl-C may come while it starts
             yield self._held(order, handover)
         finally:
             handover.stop()
-            thread.join()
-            # What was queued on the slots last holds for the next sweep's first copies too.
+            if thread.ident is not None:
+                thread.join()
+            # Copies that nobody waited for (after an error) end before the slots are used again or freed; and what
+            # was queued on the slots last holds for the next sweep's first copies too.
+            self.device.compute_waits(self.device.record_copied())
             self._consumed = [self.device.record_consumed()] * 2
 
     def _held(self, order: Sequence[int], handover: _Handover) -> Iterator[Page]:
@@ -212,7 +220,7 @@ class Pager:
             if self.poison:
                 slot.fill_(0xFF)  # NaN in every float dtype
             handover.release(number % 2, self.device.record_consumed())
-            self._progress(sum(entry.nbytes for entry in self.entries[layer].values()))
+            self._progress(self.bytes_of(layer))
 
     def _fill(self, order: Sequence[int], handover: _Handover) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +24,9 @@ def peak_rss() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
-def peak_device_memory() -> int | None:
-    """Bytes of the largest allocation on the GPU so far, None without one."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+def _peaks() -> str:
+    gpu = f" (GPU {human(torch.cuda.max_memory_allocated())})" if torch.cuda.is_available() else ""
+    return f"peak memory {human(peak_rss())}{gpu}"
 
 
 def human(nbytes: float) -> str:
@@ -43,8 +44,8 @@ class Progress:
     Give `advance` to what reads layers, and wrap each long step in `stage`.
     """
 
-    def __init__(self, stream: TextIO = sys.stderr, *, quiet: bool = False) -> None:
-        self.stream, self.quiet = stream, quiet
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self.stream, self.quiet = stream or sys.stderr, quiet
         self._bar: tqdm[Any] | None = None
         self._done = 0
         self._said = 0.0
@@ -77,19 +78,19 @@ class Progress:
             self._bar = None
         seconds = time.perf_counter() - start
         rate = f", {human(self._done / seconds)}/s" if self._done else ""
-        self.say(f"{name}: {seconds:.1f} s, {human(self._done)} read{rate}, peak memory {human(peak_rss())}")
+        self.say(f"{name}: {seconds:.1f} s, {human(self._done)} read{rate}, {_peaks()}")
 
     def advance(self, nbytes: int) -> None:
         """A layer of `nbytes` is done."""
         self._done += nbytes
         if self._bar is None:
             return
-        self._bar.set_postfix_str(f"peak {human(peak_rss())}", refresh=False)
+        self._bar.set_postfix_str(_peaks(), refresh=False)
         self._bar.update(nbytes)
         now = time.perf_counter()
         if self._bar.disable and now - self._said > LINE_SECONDS:
             self._said = now
-            self.say(f"{self._name}: {self._done / max(self._total, 1):.0%}, peak memory {human(peak_rss())}")
+            self.say(f"{self._name}: {self._done / max(self._total, 1):.0%}, {_peaks()}")
 
 
 def table(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
@@ -114,9 +115,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """README.md of the output, from the contents of its streamprune.json."""
     ragged = facts["layout"] == "ragged"
     tags = ["pruned", "structured-pruning", "streamprune", *(["custom_code"] if ragged else [])]
-    head = ["---", "library_name: transformers", f"base_model: {facts['base_model']}"]
+    head = ["---", "library_name: transformers", f"base_model: {json.dumps(facts['base_model'])}"]
     if facts.get("license"):
-        head.append(f"license: {facts['license']}")
+        head.append(f"license: {json.dumps(facts['license'])}")
     head += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]
     before, after = facts["parameters"]["before"], facts["parameters"]["after"]
     options = facts["options"]
@@ -130,9 +131,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "",
         "## Recipe",
         "",
-        f"Method `{options['method']}` with {_settings_text(options['settings'])}; ratio {options['ratio']} of layers "
-        f"{facts['layers'][0]}:{facts['layers'][1]}; {options['samples']} sequences of {options['seq_len']} tokens; "
-        f"seed {options['seed']}. `streamprune.json` holds every option and the kept units.",
+        f"Layers {facts['layers'][0]}:{facts['layers'][1]}, with these options; `streamprune.json` also holds the kept "
+        "units, the versions and hashes of the source and of the token ids.",
+        "",
+        *(f"- `{name}`: {value}" for name, value in _recipe(options).items()),
         "",
         "## Loading",
         "",
@@ -159,5 +161,14 @@ def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
     return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
 
 
-def _settings_text(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in settings.items() if value is not None) or "no settings"
+def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide the result and were given or have a value, one line each."""
+    machine = ("model", "output", "overwrite", "device", "evaluate", "max_shard_size", "trust_remote_code", "layers")
+    recipe = {name: value for name, value in options.items() if name not in machine and value not in (None, False)}
+    if options["attention_ratio"] is not None and options["mlp_ratio"] is not None:
+        del recipe["ratio"]  # the two set everything
+    recipe["settings"] = ", ".join(
+        f"{name}={value}" for name, value in options["settings"].items() if value is not None
+    )
+    recipe["calibration"] = Path(options["calibration"]).name if options["calibration"] else "embedded prose"
+    return {name: value for name, value in recipe.items() if value != ""}

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from streamprune import allocation, calibration, evaluate, report, slim
-from streamprune.checkpoint import Checkpoint, resolve_model
+from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
-from streamprune.errors import OutputError, UsageError
+from streamprune.errors import CheckpointError, OutputError, StreampruneError, UsageError
 from streamprune.families import unit_costs
 from streamprune.methods import METHODS, UnitScores, resolve_settings
 from streamprune.paging import Pager, paging_device
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Statistics, Sweeper, default_micro_batch
-from streamprune.writer import atomic_directory, check_output, write_json
+from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
 
 EVALUATION_SEQ_LEN = 128
 EVALUATION_SEGMENTS = 100  # at most
@@ -87,7 +89,12 @@ def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint
         return getattr(torch, name)
     if device.type == "cpu":
         return torch.float32
-    return max((entry.dtype for entry in checkpoint.tensors.values()), key=lambda dtype: dtype.itemsize)
+    sizes: dict[torch.dtype, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    # Most bytes: old exports keep a float32 rotary buffer beside float16 weights.
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def prune(config: PruneConfig, progress: report.Progress | None = None) -> PruneResult:
@@ -98,52 +105,55 @@ def prune(config: PruneConfig, progress: report.Progress | None = None) -> Prune
     """
     started = time.perf_counter()
     progress = progress or report.Progress(quiet=True)
-    method, settings = METHODS.get(config.method), resolve_settings(config.method, config.settings)
-    assert method is not None, "resolve_settings refuses unknown methods"
+    settings = resolve_settings(config.method, config.settings)
     check_output(config.output, overwrite=config.overwrite)
-    micro_batch = config.micro_batch or default_micro_batch(config.seq_len)
+    with ExitStack() as output:
+        # In a function of its own: what the source keeps in memory is gone before the result is measured.
+        directory, facts, kept, segments = _score_and_write(config, settings, output, progress)
+        if segments is not None:
+            facts["perplexity"]["after"] = _perplexity_after(config, directory, segments, progress)
+        facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
+        facts["peak_rss"] = report.peak_rss()
+        write_json(directory / OWN_FILE, facts)
+        (directory / "README.md").write_text(report.model_card(facts), encoding="utf-8")
+    return PruneResult(config.output, facts["layout"], kept, facts)
+
+
+def _score_and_write(
+    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: report.Progress
+) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
+    """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
+    method = METHODS[config.method]
     with open_model(
         config.model,
         device=config.device,
         dtype=config.dtype,
-        micro_batch=micro_batch,
+        micro_batch=config.micro_batch or default_micro_batch(config.seq_len),
         trust_remote_code=config.trust_remote_code,
         progress=progress,
     ) as sweeper:
         skeleton = sweeper.skeleton
-        _refuse_in_place(config.output, skeleton.checkpoint.path)
-        plan = _plan(config, skeleton)
+        _refuse_in_place(config, skeleton.checkpoint.path)
+        plan = _plan(config, skeleton, method.state_copies(settings))
+        check_space(config.output, plan.output_bytes)
         progress.say(_plan_text(config, skeleton, plan))
         ids = _calibration_ids(config, skeleton) if method.needs == "gradients" else None
         segments = _evaluation_segments(config, skeleton)
-        before = None
-        if segments is not None:
-            with progress.stage("perplexity before", _forward_bytes(sweeper, segments)):
-                before = evaluate.perplexity(sweeper, segments)
+        before = _perplexity(sweeper, segments, "before", progress) if segments is not None else None
         scores, scoring = _score(config, sweeper, plan, ids, settings, progress)
         kept = allocation.select(scores.values, plan.removed, skeleton.geometry, len(skeleton.layers))
-        with atomic_directory(config.output, overwrite=config.overwrite, needs=plan.output_bytes) as directory:
-            with progress.stage("writing", sweeper.pager.layer_bytes()):
-                source_hash = slim.write_weights(skeleton, kept, directory, config.max_shard_size, progress.advance)
-            slim.copy_companions(skeleton.checkpoint.path, directory)
-            source = skeleton.checkpoint.config
-            patched = slim.patched_config(source, skeleton.family, skeleton.geometry, kept, config.emit)
-            slim.write_config(directory, patched)
-            slim.keep_tokenizer_class(skeleton.checkpoint.path, directory)
-            facts = _facts(config, skeleton, plan, settings, micro_batch, kept, scoring, source_hash)
-            if segments is not None and before is not None:
-                after = _perplexity_after(config, directory, segments, micro_batch, progress)
-                facts["perplexity"] = {
-                    "text": config.evaluate.name if config.evaluate else "embedded held-out prose",
-                    "segments": list(segments.shape),
-                    "before": before.perplexity,
-                    "after": after,
-                }
-            facts["seconds"] = {"scoring": scoring["seconds"], "total": time.perf_counter() - started}
-            facts["peak_rss"] = report.peak_rss()
-            write_json(directory / "streamprune.json", facts)
-            (directory / "README.md").write_text(report.model_card(facts), encoding="utf-8")
-    return PruneResult(config.output, plan.layout, kept, facts)
+        directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
+        with progress.stage("writing", sweeper.pager.layer_bytes()):
+            source_hash = slim.write_weights(skeleton, sweeper.pager, kept, directory, config.max_shard_size)
+        slim.write_companions(skeleton, kept, directory, config.emit)
+        facts = _facts(config, sweeper, plan, settings, kept)
+        facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": source_hash}
+        facts["scoring"] = scoring | {"sha256_of_calibration_ids": _hash(ids)}
+        if segments is not None:
+            text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
+            ids_hash = {"segments": list(segments.shape), "sha256_of_ids": _hash(segments)}
+            facts["perplexity"] = {"text": text, **ids_hash, "before": before}
+    return directory, facts, kept, segments
 
 
 @dataclass(frozen=True)
@@ -155,26 +165,36 @@ class _Plan:
     costs: dict[Any, int]
     layout: str
     output_bytes: int
+    state_bytes: int  # of the method, between sweeps
 
     @property
     def removed_parameters(self) -> int:
         return allocation.removed_parameters(self.removed, self.costs, self.layers)
 
 
-def _plan(config: PruneConfig, skeleton: Skeleton) -> _Plan:
+def _plan(config: PruneConfig, skeleton: Skeleton, state_copies: int) -> _Plan:
     family, geometry, n_layers = skeleton.family, skeleton.geometry, len(skeleton.layers)
     costs = unit_costs(family, geometry, skeleton.shapes(0))
     layers = allocation.prunable_layers(config.layers, n_layers, stock=config.stock)
     ratios = allocation.Ratios(config.ratio, config.attention_ratio, config.mlp_ratio, config.round_to)
-    # A Mistral takes any head count, whatever the Llama that it was.
-    strict = config.stock and config.emit is None
-    removed = allocation.uniform(family, geometry, costs, ratios, skeleton.config.hidden_size, stock=strict)
+    # One width for all layers goes to the stock class, asked for or not; a Mistral takes any head count.
+    stock = len(layers) == n_layers and config.emit is None
+    removed = allocation.uniform(family, geometry, costs, ratios, skeleton.config.hidden_size, stock=stock)
     zeros = {layer: {kind: torch.zeros(geometry.units(kind)) for kind in removed} for layer in layers}
     sample = allocation.select(zeros, removed, geometry, n_layers)
     shape = slim.layout(geometry, sample)
-    slim.check_emittable(family, shape, config.emit, skeleton.checkpoint.config)
+    slim.check_emittable(skeleton, sample, config.emit)
     output_bytes = sum(spec.nbytes for spec in slim.output_specs(skeleton, sample))
-    return _Plan(layers, removed, costs, shape, output_bytes)
+    prunable = sum(costs[kind] * geometry.units(kind) for kind in costs) * len(layers)
+    plan = _Plan(layers, removed, costs, shape, output_bytes, 4 * state_copies * prunable)
+    available = psutil.virtual_memory().available
+    if plan.state_bytes > available:
+        raise StreampruneError(
+            f"{config.method} keeps {report.human(plan.state_bytes)} of state for {prunable:,} parameters, "
+            f"{report.human(available)} of memory are free; "
+            "use --method taylor, --set steps=1 or draws=1, or fewer --layers"
+        )
+    return plan
 
 
 def _plan_text(config: PruneConfig, skeleton: Skeleton, plan: _Plan) -> str:
@@ -189,6 +209,10 @@ def _plan_text(config: PruneConfig, skeleton: Skeleton, plan: _Plan) -> str:
         f"layers {plan.layers.start}:{plan.layers.stop} lose {each} each: {gone:,} parameters, "
         f"{gone / max(1, per_layer * len(plan.layers)):.1%} of what is prunable there, {gone / total:.1%} of the model"
     )
+    if plan.state_bytes:
+        text += (
+            f"\n{config.method} keeps {report.human(plan.state_bytes)} of float32 state in memory between its sweeps"
+        )
     if plan.layout == "ragged":
         text += (
             "\nthe layers come out with different widths: load with trust_remote_code=True or after "
@@ -225,80 +249,77 @@ def _calibration_ids(config: PruneConfig, skeleton: Skeleton) -> Tensor:
         text = calibration.read_text(config.calibration, config.field)
     tokenizer = calibration.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     tokens = calibration.tokenize(tokenizer, text)
-    _check_length(config.seq_len, skeleton)
+    check_tokens(tokens, config.seq_len, skeleton)
     return calibration.sample_sequences(tokens, config.samples, config.seq_len, config.sampling, config.seed)
 
 
-def _check_length(seq_len: int, skeleton: Skeleton) -> None:
+def check_tokens(tokens: Tensor, seq_len: int, skeleton: Skeleton) -> None:
+    """Refuse sequences longer than the model's positions, and the tokens of another model's tokenizer."""
     limit = getattr(skeleton.config, "max_position_embeddings", None)
     if limit is not None and seq_len > limit:
-        raise UsageError(f"--seq-len {seq_len}: the model takes at most {limit} positions")
+        raise UsageError(f"--seq-len {seq_len}: the model takes at most {limit} positions; lower it")
+    vocabulary = skeleton.config.vocab_size
+    if len(tokens) and int(tokens.max()) >= vocabulary:
+        raise CheckpointError(
+            f"{skeleton.checkpoint.path}: its tokenizer gives token {int(tokens.max())}, the model knows {vocabulary}; "
+            "copy the tokenizer files of this model there"
+        )
 
 
 def _evaluation_segments(config: PruneConfig, skeleton: Skeleton) -> Tensor | None:
     if config.evaluate is False:
         return None
-    text = calibration.embedded_text("heldout") if config.evaluate is None else calibration.read_text(config.evaluate)
+    text = (
+        calibration.embedded_text("heldout")
+        if config.evaluate is None
+        else calibration.read_text(config.evaluate, config.field)
+    )
     tokenizer = calibration.load_tokenizer(skeleton.checkpoint.path, trust_remote_code=config.trust_remote_code)
     limit = getattr(skeleton.config, "max_position_embeddings", None) or EVALUATION_SEQ_LEN
     tokens = calibration.tokenize(tokenizer, text)
-    return evaluate.segment(tokens, min(EVALUATION_SEQ_LEN, limit))[:EVALUATION_SEGMENTS]
+    seq_len = min(EVALUATION_SEQ_LEN, limit)
+    check_tokens(tokens, seq_len, skeleton)
+    return evaluate.segment(tokens, seq_len)[:EVALUATION_SEGMENTS]
 
 
-def _forward_bytes(sweeper: Sweeper, segments: Tensor) -> int:
-    return sweeper.pager.layer_bytes() * evaluate.sweeps_needed(sweeper, segments)
+def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: report.Progress) -> float:
+    total = sweeper.pager.layer_bytes() * evaluate.sweeps_needed(sweeper, segments)
+    with progress.stage(f"perplexity {when}", total):
+        return evaluate.perplexity(sweeper, segments).perplexity
 
 
-def _perplexity_after(
-    config: PruneConfig, directory: Path, segments: Tensor, micro_batch: int, progress: report.Progress
-) -> float:
-    with (
-        open_model(
-            str(directory),
-            device=config.device,
-            dtype=config.dtype,
-            micro_batch=micro_batch,
-            pruned=True,
-            progress=progress,
-        ) as pruned,
-        progress.stage("perplexity after", _forward_bytes(pruned, segments)),
-    ):
-        return evaluate.perplexity(pruned, segments).perplexity
+def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, progress: report.Progress) -> float:
+    device, dtype = config.device, config.dtype
+    with open_model(str(directory), device=device, dtype=dtype, pruned=True, progress=progress) as pruned:
+        return _perplexity(pruned, segments, "after", progress)
 
 
 def _facts(
-    config: PruneConfig,
-    skeleton: Skeleton,
-    plan: _Plan,
-    settings: dict[str, Any],
-    micro_batch: int,
-    kept: allocation.KeptUnits,
-    scoring: dict[str, float],
-    source_hash: str,
+    config: PruneConfig, sweeper: Sweeper, plan: _Plan, settings: dict[str, Any], kept: allocation.KeptUnits
 ) -> dict[str, Any]:
+    skeleton = sweeper.skeleton
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    options |= {
-        "settings": settings,
-        "micro_batch": micro_batch,
-        "dtype": str(skeleton.dtype).removeprefix("torch."),
-    }
+    options |= {"settings": settings, "micro_batch": sweeper.micro_batch}
+    options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     checkpoint, total = skeleton.checkpoint, skeleton.parameters
+    packages = ("streamprune", "torch", "transformers", "safetensors")
     return {
         "base_model": _base_name(config.model),
         "license": _license(checkpoint.path),
-        "source": {"model": _source_name(config.model), "sha256_of_tensors": source_hash},
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers", "safetensors")
-        }
+        "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
         "options": options,
         "layout": plan.layout,
         "layers": [plan.layers.start, plan.layers.stop],
         "parameters": {"before": total, "after": total - plan.removed_parameters},
         "bytes": {"before": checkpoint.nbytes, "after": plan.output_bytes},
-        "scoring": scoring,
         "kept": allocation.describe(kept),
     }
+
+
+def _hash(ids: Tensor | None) -> str | None:
+    """SHA-256 of token ids, int64: the text may change or go, what was computed on is known."""
+    return None if ids is None else hashlib.sha256(byte_view(ids.contiguous())).hexdigest()
 
 
 def _source_name(model: str) -> str:
@@ -323,6 +344,11 @@ def _license(path: Path) -> str | None:
         return None
 
 
-def _refuse_in_place(output: Path, source: Path) -> None:
-    if output.exists() and output.resolve() == source.resolve():
-        raise OutputError(f"{output} is the model itself; choose another --output")
+def _refuse_in_place(config: PruneConfig, source: Path) -> None:
+    """--overwrite must not remove what the run reads."""
+    output = config.output.resolve()
+    texts = [Path(text) for text in (config.calibration, config.evaluate) if text]
+    for read in (source, *texts):
+        if output in (read.resolve(), *read.resolve().parents):
+            what = "the model itself" if read == source else str(read)
+            raise OutputError(f"{config.output} is or holds {what}; choose another --output")

@@ -177,10 +177,14 @@ class Skeleton:
         stored = self.stored_name(name)
         entry = self.checkpoint.tensors.get(stored)
         if entry is None:
-            raise CheckpointError(f"{self.checkpoint.path} has no tensor {stored}, which its config.json calls for")
+            raise CheckpointError(
+                f"{self.checkpoint.path} has no tensor {stored}, which its config.json calls for; "
+                "download or export it again"
+            )
         if entry.shape != tuple(shape):
             raise CheckpointError(
-                f"{self.checkpoint.path}: {stored} is {list(entry.shape)}, its config.json calls for {list(shape)}"
+                f"{self.checkpoint.path}: {stored} is {list(entry.shape)}, its config.json calls for {list(shape)}; "
+                "download or export it again"
             )
         if not entry.dtype.is_floating_point:
             raise CheckpointError(
@@ -195,19 +199,26 @@ class Skeleton:
 
     def _load_rest(self) -> None:
         """Fill in everything outside the layers, and tie the head where the config says so."""
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        tied: dict[str, str] = dict(getattr(self.model, "_tied_weights_keys", None) or {})
+        # A shared tensor is stored under either name.
+        other = tied | {source: name for name, source in tied.items()}
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            if self.stored_name(name) not in self.checkpoint.tensors and name in tied:
-                continue
-            entry = self._entry(name, parameter.shape)
+            stored = name
+            if self.config.tie_word_embeddings and self.stored_name(name) not in self.checkpoint.tensors:
+                stored = other.get(name, name)
+            entry = self._entry(stored, parameter.shape)
             value = self.checkpoint.read(entry.name)
             if not torch.isfinite(value).all():
-                raise CheckpointError(f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values")
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values; download or export it again"
+                )
             set_module_tensor_to_device(self.model, name, self.device, value, dtype=self.dtype)
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:
-                raise CheckpointError(f"{self.checkpoint.path} has no tensor {self.stored_name(name)}")
+                raise CheckpointError(
+                    f"{self.checkpoint.path} has no tensor {self.stored_name(name)}; download or export it again"
+                )
             parameter.requires_grad_(False)
         self.model.to(self.device)
 

@@ -5,27 +5,32 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from streamprune import ragged
 from streamprune.allocation import KeptUnits
 from streamprune.binding import check_finite
 from streamprune.calibration import load_tokenizer
-from streamprune.checkpoint import INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view, read_config, read_json
+from streamprune.checkpoint import TensorEntry, byte_view, read_config, read_json
 from streamprune.errors import UsageError
 from streamprune.families import Family, Geometry, Kind, Member, kept_lines
-from streamprune.paging import HostDevice, Pager
+from streamprune.paging import Pager
 from streamprune.skeleton import Skeleton
-from streamprune.writer import ShardedWriter, TensorSpec, write_json
+from streamprune.writer import OWN_FILE, ShardedWriter, TensorSpec, write_json
 
-# Weights in other formats would contradict the pruned ones; everything else of the source is copied.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-OWN_FILES = ("config.json", "README.md", "streamprune.json")
+# What is copied from the source: tokenizer, templates, generation config, terms of use. Never weights in any format.
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+COMPANION_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_COMPANIONS = (".index.json", "adapter_config.json")
+OWN_FILES = ("config.json", "README.md", OWN_FILE)
+# Where a Llama's config.json leaves these out, a Mistral would fill in other values.
+LLAMA_DEFAULTS = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
 
 
 def layout(geometry: Geometry, kept: KeptUnits) -> str:
@@ -37,41 +42,54 @@ def layout(geometry: Geometry, kept: KeptUnits) -> str:
     return "stock" if len(widths) == 1 else "ragged"
 
 
-def check_emittable(family: Family, shape: str, emit: str | None, config: Mapping[str, Any]) -> None:
-    """Refuse what no class can load, before any work.
+def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None) -> None:
+    """Refuse what no class can load, before any work: only the widths of `kept` matter.
 
     Raises:
-        UsageError: ragged layers in a family that has none, or `emit` where it does not fit.
+        UsageError: ragged layers in a family that has none, `emit` where it does not fit, or a config that the
+            class it is for does not accept.
     """
-    if shape == "ragged" and not family.ragged:
+    family, source = skeleton.family, skeleton.checkpoint.config
+    if layout(skeleton.geometry, kept) == "ragged" and not family.ragged:
         raise UsageError(
             f"{family.model_type} can only have layers of one width; pass --stock (all layers, channels only)"
         )
     if emit == "mistral":
-        biased = [name for name in ("attention_bias", "mlp_bias") if config.get(name)]
+        biased = [name for name in ("attention_bias", "mlp_bias") if source.get(name)]
         if family.model_type != "llama" or biased:
             what = f"this one has {biased[0]}" if biased else f"this is {family.model_type}"
             raise UsageError(f"--emit mistral is for bias-free llama models; {what}")
+    config = patched_config(skeleton, kept, emit)
+    ragged.register()
+    try:
+        AutoConfig.for_model(**config)
+    except Exception as error:  # transformers' checks raise many kinds
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"transformers would not load these widths as {config['model_type']} ({reason}); "
+            "keep the heads with --attention-ratio 0"
+        ) from error
 
 
-def patched_config(
-    source: Mapping[str, Any], family: Family, geometry: Geometry, kept: KeptUnits, emit: str | None = None
-) -> dict[str, Any]:
+def patched_config(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None) -> dict[str, Any]:
     """config.json of the pruned model: the source's JSON with the widths changed and nothing else.
 
     It never passes through transformers, which would lose what it does not know (rope_theta of older files).
     """
-    config = copy.deepcopy(dict(source))
+    family, geometry = skeleton.family, skeleton.geometry
+    config = copy.deepcopy(skeleton.checkpoint.config)
     shape = layout(geometry, kept)
-    if shape != "same" and family.stock_heads != "fixed":
-        config["head_dim"] = geometry.head_dim
-    if shape == "stock":
-        config.update(_width_fields(family, geometry, next(iter(kept.values()))))
-    elif shape == "ragged":
+    if shape == "ragged":
         config.update(_width_fields(family, geometry, _all_units(family, geometry)))
         config["per_layer_config"] = _per_layer(family, geometry, kept)
         config.update(ragged.ragged_config_fields(family.model_type))
+    elif shape == "stock" or emit:
+        config.update(_width_fields(family, geometry, kept[0]))
+    if (shape != "same" or emit) and family.stock_heads != "fixed":
+        config["head_dim"] = geometry.head_dim
     if emit == "mistral":
+        for name in LLAMA_DEFAULTS:
+            config.setdefault(name, getattr(skeleton.config, name))
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
     return config
 
@@ -140,13 +158,7 @@ def output_specs(skeleton: Skeleton, kept: KeptUnits) -> list[TensorSpec]:
     return [slicer.spec(entry) for entry in skeleton.checkpoint.tensors.values()]
 
 
-def write_weights(
-    skeleton: Skeleton,
-    kept: KeptUnits,
-    directory: Path,
-    max_shard_size: int,
-    progress: Callable[[int], None] = lambda nbytes: None,
-) -> str:
+def write_weights(skeleton: Skeleton, pager: Pager, kept: KeptUnits, directory: Path, max_shard_size: int) -> str:
     """Write the pruned tensors into `directory`, with one source layer in memory at a time.
 
     Returns:
@@ -160,10 +172,9 @@ def write_weights(
     digests: dict[str, str] = {}
 
     def write(name: str, tensor: Tensor) -> None:
-        digests[name] = hashlib.sha256(byte_view(tensor)).hexdigest()
+        digests[name] = hashlib.sha256(byte_view(tensor.cpu())).hexdigest()
         writer.write(name, slicer.cut(name, tensor))
 
-    pager = Pager(checkpoint, skeleton.entries, HostDevice(), progress=progress)
     with ShardedWriter(directory, output_specs(skeleton, kept), max_shard_size) as writer:
         with pager.pages(range(len(skeleton.layers))) as pages:
             for page in pages:
@@ -177,22 +188,23 @@ def write_weights(
     return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
 
 
-def write_config(directory: Path, config: Mapping[str, Any]) -> None:
-    """config.json, and the modelling file where the layers have different widths."""
-    write_json(directory / "config.json", config)
-    model_type = str(config["model_type"])
-    if "per_layer_config" in config and model_type.startswith("streamprune_"):
-        base = model_type.removeprefix("streamprune_")
-        (directory / f"modeling_{model_type}.py").write_text(ragged.modeling_source(base), encoding="utf-8")
-
-
-def copy_companions(source: Path, directory: Path) -> None:
-    """Copy the tokenizer, chat template, generation config and licence byte for byte."""
+def write_companions(skeleton: Skeleton, kept: KeptUnits, directory: Path, emit: str | None) -> None:
+    """Everything beside the weights: config.json, the modelling file of ragged layers, tokenizer and so on."""
+    source = skeleton.checkpoint.path
     for file in sorted(source.iterdir()):
-        name = file.name
-        weights = name.endswith(WEIGHT_SUFFIXES) or name in (SINGLE_FILE, INDEX_FILE)
-        if file.is_file() and not name.startswith(".") and not weights and name not in OWN_FILES:
-            shutil.copyfile(file, directory / name)
+        if file.is_file() and _is_companion(file.name):
+            shutil.copyfile(file, directory / file.name)
+    config = patched_config(skeleton, kept, emit)
+    write_json(directory / "config.json", config)
+    if "per_layer_config" in config:
+        text = ragged.modeling_source(skeleton.family.model_type)
+        (directory / f"modeling_{config['model_type']}.py").write_text(text, encoding="utf-8")
+    keep_tokenizer_class(source, directory)
+
+
+def _is_companion(name: str) -> bool:
+    known = name.endswith(COMPANION_SUFFIXES) or name.startswith(COMPANION_NAMES)
+    return known and not name.startswith(".") and not name.endswith(NOT_COMPANIONS) and name not in OWN_FILES
 
 
 def keep_tokenizer_class(source: Path, directory: Path) -> None:

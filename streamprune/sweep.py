@@ -87,6 +87,7 @@ class Sweeper:
         perturbation: Perturbation | None = None,
         perturbed: Sequence[int] = (),
         edit: Callable[[int, dict[str, Tensor]], None] | None = None,
+        micro_batch: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states after the last layer [n, seq, d], and the boundaries that were kept.
 
@@ -96,8 +97,9 @@ class Sweeper:
             keep_from: keep the inputs of this layer and of those above.
             perturbation: applied in the layers `perturbed`.
             edit: may change a layer's bound weights in place (masks).
+            micro_batch: sequences per layer call, where not the sweeper's.
         """
-        first, hidden = start if start is not None else (0, self._embed(input_ids))
+        first, hidden = start if start is not None else (0, self._embed(input_ids, micro_batch))
         calls = self._recorded(input_ids)
         boundaries: dict[int, Tensor] = {}
         with self.pager.pages(range(first, self.n_layers)) as pages:
@@ -111,7 +113,7 @@ class Sweeper:
                     boundaries[page.layer] = hidden
                 # The caller of `start` and the boundaries keep theirs; otherwise the layer works in place.
                 output = torch.empty_like(hidden) if kept or page.layer == first else hidden
-                for part in self._micro_batches(len(hidden)):
+                for part in self._micro_batches(len(hidden), micro_batch):
                     output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
                 hidden = output
         return hidden, boundaries
@@ -177,8 +179,9 @@ class Sweeper:
                 (grad[rows, columns],) = torch.autograd.grad(loss * (gradient_scale(block.dtype) / count), block)
         return float(total) / count, grad
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        return torch.cat([self.skeleton.embed(input_ids[part]) for part in self._micro_batches(len(input_ids))])
+    def _embed(self, input_ids: Tensor, micro_batch: int | None) -> Tensor:
+        parts = self._micro_batches(len(input_ids), micro_batch)
+        return torch.cat([self.skeleton.embed(input_ids[part]) for part in parts])
 
     def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """The recorded calls for this sequence length; they do not depend on the tokens."""
@@ -211,7 +214,7 @@ class Sweeper:
 
 
 def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int]) -> dict[str, int]:
-    """Bytes that a gradient sweep holds beside the interpreter, by purpose; δ and other method state not included.
+    """Bytes that a gradient sweep holds beside the interpreter, by purpose; not a method's state.
 
     The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch. With
     several micro-batches a layer's gradients are summed together, otherwise they come and go matrix by matrix.
@@ -288,7 +291,8 @@ class Statistics:
 
     def bytes_to_read(self, needs: str, sweeps: int) -> int:
         """Bytes of layers that a method reads which needs "nothing", "weights", or so many "gradients" sweeps."""
-        sizes = [sum(entry.nbytes for entry in layer.values()) for layer in self.sweeper.pager.entries]
+        pager = self.sweeper.pager
+        sizes = [pager.bytes_of(layer) for layer in range(self.sweeper.n_layers)]
         if needs != "gradients":
             return sum(sizes[layer] for layer in self.layers) if needs == "weights" else 0
         # Each way passes the layers from the lowest prunable one up; the first forward also those below.

@@ -21,8 +21,10 @@ from torch import Tensor
 from streamprune import slim
 from streamprune.allocation import KeptUnits
 from streamprune.calibration import embedded_text, load_tokenizer, tokenize
-from streamprune.checkpoint import read_json
+from streamprune.checkpoint import read_config, read_json
 from streamprune.errors import CheckpointError, StreampruneError
+from streamprune.families import RAGGED_PREFIX
+from streamprune.ragged import modeling_source
 from streamprune.run import open_model
 
 SEQUENCES, SEQ_LEN = 4, 48
@@ -37,12 +39,13 @@ class Check:
     detail: str
 
 
-def verify(directory: Path, source: str | None = None) -> list[Check]:
+def verify(directory: Path, source: str | None = None, *, trust_remote_code: bool = False) -> list[Check]:
     """Compare a pruned directory with the masked dense model it stands for.
 
     Args:
         directory: written by streamprune.
         source: the dense model, where it has moved.
+        trust_remote_code: also run modelling code that is not as streamprune writes it.
 
     Returns:
         Checks of the weights' names, the tokens of a text, the logits, generation with and without the KV cache,
@@ -55,12 +58,27 @@ def verify(directory: Path, source: str | None = None) -> list[Check]:
     if not facts_file.is_file():
         raise CheckpointError(f"{directory} has no streamprune.json; give a directory that streamprune wrote")
     facts = read_json(facts_file)
-    kept: KeptUnits = {int(layer): kinds for layer, kinds in facts["kept"].items()}
-    model = source or facts["source"]["model"]
+    try:
+        kept: KeptUnits = {int(layer): dict(kinds) for layer, kinds in facts["kept"].items()}
+        model, is_ragged = source or str(facts["source"]["model"]), facts["layout"] == "ragged"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{facts_file} is not as streamprune writes it ({error!r}); prune again") from error
+    if is_ragged and not trust_remote_code:
+        _refuse_foreign_code(directory)
     if source is None and model.startswith("/") and not Path(model).is_dir():
         raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
     ids, logits = masked_dense_logits(model, kept)
-    return [Check(**check) for check in _fresh_process(directory, ids, logits, facts["layout"] == "ragged")]
+    return [Check(**check) for check in _fresh_process(directory, ids, logits, is_ragged)]
+
+
+def _refuse_foreign_code(directory: Path) -> None:
+    """The modelling file will be run: it must be the one that streamprune writes."""
+    model_type = str(read_config(directory).get("model_type"))
+    file = directory / f"modeling_{model_type}.py"
+    if not file.is_file() or file.read_text(encoding="utf-8") != modeling_source(
+        model_type.removeprefix(RAGGED_PREFIX)
+    ):
+        raise CheckpointError(f"{file} is not as this streamprune writes it; read it, then pass --trust-remote-code")
 
 
 def masked_dense_logits(model: str, kept: KeptUnits) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from streamprune.checkpoint import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view
 from streamprune.errors import OutputError
+
+OWN_FILE = "streamprune.json"  # in every output, and the only thing that --overwrite takes for one
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class ShardedWriter:
     """Writes tensors of known shapes to one model.safetensors, or to shards and an index.
 
     All headers are written first, so tensors may come in any order and none is held back. Use as a
-    context manager; leaving it normally checks that every tensor came, and syncs the files.
+    context manager; leaving it normally checks that every tensor came.
 
     Args:
         directory: exists already.
@@ -53,7 +55,6 @@ class ShardedWriter:
         self.directory = directory
         self.entries: dict[str, TensorEntry] = {}
         self._pending = {spec.name for spec in specs}
-        self._descriptors: list[int] = []
         self.files: list[str] = []
         shards = _split(specs, max_shard_size)
         for number, shard in enumerate(shards):
@@ -67,28 +68,22 @@ class ShardedWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                if self._pending:
-                    raise OutputError(f"tensors never written: {', '.join(sorted(self._pending)[:3])} ...")
-                for descriptor in self._descriptors:
-                    os.fsync(descriptor)
-        finally:
-            for descriptor in self._descriptors:
-                os.close(descriptor)
+        if kind is None and self._pending:
+            raise OutputError(f"tensors never written: {', '.join(sorted(self._pending)[:3])} ...")
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one announced tensor (any device; contiguous or not)."""
-        entry = self.entries[name]
+        entry = self.entries.get(name)
+        if entry is None:
+            raise OutputError(f"{name} was never announced to the writer")
         if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
             raise OutputError(
                 f"{name} came as {list(tensor.shape)} {tensor.dtype}, announced as {list(entry.shape)} {entry.dtype}"
             )
         if entry.nbytes:
-            buffer = byte_view(tensor.detach().cpu().contiguous())
-            done = 0
-            while done < entry.nbytes:
-                done += os.pwrite(self._descriptors[entry.file], buffer[done:], entry.offset + done)
+            # Opened each time: a checkpoint can have more shards than a process may have open files.
+            with _opened(self.directory / self.files[entry.file], os.O_WRONLY) as descriptor:
+                _write_all(descriptor, byte_view(tensor.detach().cpu().contiguous()), entry.offset)
         self._pending.discard(name)
 
     def _create(self, file: Path, number: int, shard: Sequence[TensorSpec]) -> None:
@@ -103,11 +98,10 @@ class ShardedWriter:
             position += spec.nbytes
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-len(encoded) % 8)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._descriptors.append(descriptor)
-        # Taken now, so that a full disk is found before the work and not in the middle of it.
-        os.posix_fallocate(descriptor, 0, 8 + len(encoded) + position)
-        os.pwrite(descriptor, struct.pack("<Q", len(encoded)) + encoded, 0)
+        with _opened(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            # Taken now, so that a full disk is found before anything is written.
+            os.posix_fallocate(descriptor, 0, 8 + len(encoded) + position)
+            _write_all(descriptor, memoryview(struct.pack("<Q", len(encoded)) + encoded), 0)
         offset = 8 + len(encoded)
         for spec in shard:
             self.entries[spec.name] = TensorEntry(spec.name, spec.dtype, spec.shape, number, offset, spec.nbytes)
@@ -117,6 +111,21 @@ class ShardedWriter:
         total = sum(entry.nbytes for entry in self.entries.values())
         weight_map = {name: self.files[entry.file] for name, entry in self.entries.items()}
         write_json(self.directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@contextmanager
+def _opened(file: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(file, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, buffer: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(descriptor, buffer[done:], offset + done)
 
 
 def _split(specs: Sequence[TensorSpec], max_shard_size: int) -> list[list[TensorSpec]]:
@@ -140,10 +149,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output path that exists (without `overwrite`) or whose parent cannot be written to."""
     if (output.exists() or output.is_symlink()) and not overwrite:
         raise OutputError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; choose another --output")
-    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise OutputError(f"{output} does not look like a model directory; --overwrite will not remove it")
+    if (output.exists() or output.is_symlink()) and not output.is_dir():
+        what = "a file" if output.exists() else "a link to nothing"
+        raise OutputError(f"{output} is {what}; choose another --output")
+    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / OWN_FILE).is_file():
+        raise OutputError(f"{output} has no {OWN_FILE}, so it is not streamprune's; --overwrite will not remove it")
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
@@ -151,35 +161,36 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{parent} cannot be written to; choose another --output")
 
 
+def check_space(output: Path, needs: int) -> None:
+    """Refuse a disk that has less than `needs` bytes free for `output`."""
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needs:
+        raise OutputError(f"{parent} has {free:,} bytes free, the output needs {needs:,}; make room")
+
+
 @contextmanager
-def atomic_directory(output: Path, *, overwrite: bool, needs: int = 0) -> Iterator[Path]:
+def atomic_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its name when the block ends well, and goes away otherwise.
 
     Args:
-        output: must not exist, unless `overwrite`.
-        needs: bytes that will be written; checked against the free space first.
+        output: must not exist, unless `overwrite`; what is there then stays until the new one is whole.
 
     Raises:
-        OutputError: the path is taken, or the disk is full or too small.
+        OutputError: the path is taken, or the disk is full.
     """
     check_output(output, overwrite=overwrite)
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < needs:
-        raise OutputError(f"{output.parent} has {free:,} bytes free, the output needs {needs:,}; make room")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+    temporary = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
-        temporary.chmod(0o755)
+        temporary.mkdir()
         yield temporary
         _sync(temporary)
-        if output.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=f".{output.name}.replaced-", dir=output.parent))
-            output.rename(replaced / output.name)
-            temporary.rename(output)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(output)
+        check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
+        _replace(output, temporary)
         _sync_directory(output.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -189,6 +200,26 @@ def atomic_directory(output: Path, *, overwrite: bool, needs: int = 0) -> Iterat
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(output: Path, temporary: Path) -> None:
+    """Give `temporary` the name `output`; what had it before comes back if that fails."""
+    if not output.exists():
+        temporary.rename(output)
+        return
+    replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+    try:
+        output.rename(replaced)
+        temporary.rename(output)
+    except BaseException:
+        # Also after Ctrl-C between the two: nothing is removed until the new one has the name.
+        if not output.exists() and replaced.exists():
+            replaced.rename(output)
+        raise
+    if replaced.is_symlink():
+        replaced.unlink()
+    else:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

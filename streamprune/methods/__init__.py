@@ -60,6 +60,7 @@ class Method:
     Attributes:
         needs: "nothing", one read of the "weights", or "gradients" of the calibration text.
         sweeps: forward-and-backward sweeps that it takes with given settings.
+        state_copies: float32 copies of the prunable weights that it keeps between sweeps.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Method:
     paper: str
     settings: Mapping[str, Setting] = field(default_factory=dict)
     sweeps: Callable[[Mapping[str, Any]], int] = lambda settings: 0
+    state_copies: Callable[[Mapping[str, Any]], int] = lambda settings: 0
 
 
 _SIGMA = Setting(0.05, "noise relative to each weight", minimum=0)
@@ -84,7 +86,14 @@ def _moreau_settings(rho: float, gamma: float) -> dict[str, Setting]:
     }
 
 
-_MOREAU_SWEEPS = lambda settings: settings["steps"] * settings["draws"]  # noqa: E731
+def _moreau_sweeps(settings: Mapping[str, Any]) -> int:
+    return settings["steps"] * settings["draws"]
+
+
+def _moreau_state(settings: Mapping[str, Any]) -> int:
+    """δ, and the sum of gradients over draws."""
+    return int(settings["steps"] > 1) + int(settings["draws"] > 1)
+
 
 METHODS: Mapping[str, Method] = {
     method.name: method
@@ -112,6 +121,7 @@ METHODS: Mapping[str, Method] = {
                 "mean": Setting("gradient", "what is averaged", choices=("gradient", "score")),
             },
             sweeps=lambda settings: settings["draws"],
+            state_copies=lambda settings: int(settings["mean"] == "gradient" and settings["draws"] > 1),
         ),
         Method(
             "moreau",
@@ -120,7 +130,8 @@ METHODS: Mapping[str, Method] = {
             "|g w| of the loss's Moreau envelope",
             "MoreauPruner, arXiv 2406.07017",
             _moreau_settings(rho=0.05, gamma=1e-3),
-            sweeps=_MOREAU_SWEEPS,
+            sweeps=_moreau_sweeps,
+            state_copies=_moreau_state,
         ),
         Method(
             "moreau-gs",
@@ -133,7 +144,8 @@ METHODS: Mapping[str, Method] = {
                 "eta": Setting(5e-6, "threshold of the group norms", minimum=0),
                 "eta_quantile": Setting(None, "eta from this quantile of them at step 0", minimum=0, maximum=1),
             },
-            sweeps=_MOREAU_SWEEPS,
+            sweeps=_moreau_sweeps,
+            state_copies=_moreau_state,
         ),
     )
 }
