@@ -198,9 +198,11 @@ class Pager:
         A context manager, so that the filling thread is stopped however the block ends.
         """
         handover = _Handover(self._consumed)
-        thread = threading.Thread(target=self._fill, args=(order, handover), name="streamprune-pager")
+        # A daemon, since Ctrl-C may come at any point, also while the sweep is being ended: the thread would then wait
+        # for ever, and the process for the thread.
+        thread = threading.Thread(target=self._fill, args=(order, handover), name="streamprune-pager", daemon=True)
         try:
-            thread.start()  # in here, since Ctrl-C may come while it starts
+            thread.start()
             yield self._held(order, handover)
         finally:
             handover.stop()

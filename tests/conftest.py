@@ -1,19 +1,27 @@
-"""Tiny random models of every family, built and run by transformers itself: the independent side of the tests."""
+"""Tiny random models of every family, built and run by transformers itself, and the fixtures that files share."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from streamprune.kernels import noise_seed, perturb
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from streamprune.checkpoint import Checkpoint
+from streamprune.cli import main
 from streamprune.paging import HostDevice, Pager
 from streamprune.skeleton import Skeleton
-from streamprune.sweep import Sweeper
+from streamprune.sweep import Statistics, Sweeper
+
+pytest.register_assert_rewrite("cli_runner", "plain_methods")
+from cli_runner import REMEDY, SHORT, Outcome, Streamprune, check_refusal, snapshot  # noqa: E402
+from plain_methods import FAMILIES_TESTED, LAYERS, SEED, SIZES, unit_slices, unit_totals  # noqa: E402
 
 VOCABULARY = 260  # the bytes and a few specials
 N_LAYERS = 4
@@ -36,14 +44,16 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "llama": _COMMON | {"head_dim": 10},
     "mistral": _COMMON | {"head_dim": 8, "sliding_window": 7},
     "qwen2": dict(_COMMON),
-    "qwen3": _COMMON | {"head_dim": 10},
+    "qwen3": _COMMON | {"head_dim": 10, "attention_bias": True},
     "gemma2": _COMMON | {"head_dim": 10, "query_pre_attn_scalar": 10, "sliding_window": 7, "layer_types": _SLIDING},
     "gemma3_text": _COMMON
     | {"head_dim": 10, "query_pre_attn_scalar": 10, "sliding_window": 7, "layer_types": _SLIDING},
     "phi3": dict(_COMMON),
     "olmo2": dict(_COMMON),
     "smollm3": _COMMON | {"no_rope_layers": [1, 1, 0, 1]},
-    "granite": _COMMON | {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0},
+    "granite": _COMMON
+    | {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0}
+    | {"attention_bias": True, "mlp_bias": True},
     "gpt_neox": {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"},
     "opt": {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "intermediate_size")}
     | {"ffn_dim": 37, "word_embed_proj_dim": 48},
@@ -127,3 +137,133 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
     save_tiny(path, "llama", dtype=torch.float32, num_hidden_layers=8)
     return path
+
+
+# The command line.
+
+
+@pytest.fixture
+def streamprune(capsys: pytest.CaptureFixture[str]) -> Streamprune:
+    """Runs the command in this process: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return Outcome(stopped.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that a test may damage."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """A free name in a directory of its own."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "pruned"
+
+
+@pytest.fixture
+def refused(streamprune: Streamprune, tmp_path: Path, output: Path) -> Callable[..., str]:
+    """Runs a prune that must be refused, checks all that every refusal promises, and returns the message."""
+
+    def run(model: object, *arguments: object, code: int, names: tuple[str, ...], remedy: str = REMEDY) -> str:
+        before = snapshot(tmp_path)
+        result = streamprune("--model", model, "--output", output, "--quiet", *SHORT, *arguments)
+        assert snapshot(tmp_path) == before, "something was written or removed"
+        check_refusal(result, code, names, remedy)
+        return result.err
+
+    return run
+
+
+@pytest.fixture
+def earlier(streamprune: Streamprune, model: Path, output: Path) -> Path:
+    """An output that an earlier run left, with a file that no run writes."""
+    done = streamprune("--model", model, "--output", output, "--method", "random", "--no-evaluate", "--quiet")
+    assert done.code == 0
+    (output / "notes.txt").write_text("mine")
+    return output
+
+
+# The methods.
+
+
+class Case:
+    """A tiny model: saved for the streamed side, in memory for the whole-model side."""
+
+    def __init__(self, family, path):
+        self.family, self.path, self.sizes = family, path, SIZES[family]
+        self.model = save_tiny(path, family)
+        self.ids = token_ids(n=3, seq=12)
+        self.kinds = ("channel",) if family == "gpt2" else ("kv_group", "channel")
+        self.layer_path = "transformer.h" if family == "gpt2" else "model.layers"
+        self.sweeper = make_sweeper(path)
+        self.parameters = dict(self.model.named_parameters())
+        self.weights = {
+            (layer, name): weight.detach().clone()
+            for layer in LAYERS
+            for name, weight in self.model.get_submodule(f"{self.layer_path}.{layer}").named_parameters()
+            if any(unit_slices(self.sizes, kind, 0, {name}) for kind in self.kinds)
+        }
+
+    def statistics(self, seed=SEED):
+        return Statistics(self.sweeper, self.ids, LAYERS, seed)
+
+    def gradients(self, weights=None, ids=None):
+        """Whole-model gradients of the scored weights, with those weights set to `weights`."""
+        parameters = {key: self.parameters[f"{self.layer_path}.{key[0]}.{key[1]}"] for key in self.weights}
+        with torch.no_grad():
+            for key, weight in (weights or {}).items():
+                parameters[key].copy_(weight)
+        grads = whole_model_gradients(self.model, self.ids if ids is None else ids)
+        with torch.no_grad():
+            for key, weight in self.weights.items():
+                parameters[key].copy_(weight)
+        return {key: grads[f"{self.layer_path}.{key[0]}.{key[1]}"] for key in self.weights}
+
+    def noisy(self, sigma, step, draw, delta=None, seed=SEED):
+        """w + δ + noise of every scored weight."""
+        moved = {}
+        for (layer, name), weight in self.weights.items():
+            at = noise_seed(seed, step, draw, layer, name)
+            shift = None if delta is None else delta[layer, name]
+            moved[layer, name] = perturb(torch.empty_like(weight), weight, shift, sigma, at)
+        return moved
+
+    def totals(self, elements, **options):
+        return unit_totals(self.sizes, self.kinds, LAYERS, elements, **options)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    made = {}
+
+    def case(family):
+        if family not in made:
+            made[family] = Case(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return case
+
+
+@pytest.fixture(params=FAMILIES_TESTED)
+def case(request, cases):
+    return cases(request.param)
+
+
+# The kernels.
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan():
+    """Whatever torch.empty makes holds NaN, so that a kernel which reads it before writing it shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

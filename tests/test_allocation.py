@@ -53,10 +53,13 @@ def test_unit_costs_are_the_formula_plus_biases_and_spanning_norms(family):
     hidden, head = model.config.hidden_size, geometry.head_dim
     costs = unit_costs(row, geometry, shapes)
     matrices = 3 if row.ragged else 2  # gate, up and down, or up and down
-    bias = {"opt": 1, "gpt_neox": 1, "gpt2": 1}.get(family, 0)
+    bias = {"opt": 1, "gpt_neox": 1, "gpt2": 1, "granite": 2}.get(family, 0)  # granite: gate and up
     assert costs["channel"] == matrices * hidden + bias
     if "kv_group" in costs:
-        extra = {"qwen2": (geometry.n_rep + 2) * head, "olmo2": (geometry.n_rep + 1) * head}.get(family, 0)
+        biases = (geometry.n_rep + 2) * head
+        extra = {"qwen2": biases, "qwen3": biases, "granite": biases, "olmo2": (geometry.n_rep + 1) * head}.get(
+            family, 0
+        )
         assert costs["kv_group"] == (2 * geometry.n_rep + 2) * head * hidden + extra
 
 
@@ -110,6 +113,8 @@ def test_kept_widths_are_multiples_of_round_to():
     assert (1536 - removed["channel"]) % 64 == 0
     assert abs(removed["channel"] - smollm(Ratios(0.23))["channel"]) <= 32
     assert smollm(Ratios(0.0, round_to=100))["channel"] == 0
+    with pytest.raises(UsageError, match="--round-to 2048"):
+        smollm(Ratios(0.2, round_to=2048))
 
 
 @pytest.mark.parametrize("ratios", [Ratios(0.9, attention=0.0), Ratios(0.1, mlp=0.9999), Ratios(0.999)])

@@ -98,6 +98,30 @@ def test_stock_output_equals_the_masked_dense_model(family, tmp_path):
     assert config["model_type"] == family
 
 
+@pytest.mark.parametrize("family", GROUPED)
+def test_one_width_for_all_layers_always_loads_in_the_stock_class(family, tmp_path):
+    """Eight heads lose three, and five do not divide 48: not every family takes that, and the allocator knows which."""
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 6}
+    save_tiny(tmp_path / "in", family, **fields)
+    for name, options in {"stock": {"stock": True}, "all-layers": {"layers": (0, N_LAYERS)}}.items():
+        result = run(tmp_path / "in", tmp_path / name, **options)
+        divides = family in ("llama", "gemma2", "gemma3_text")
+        assert len(result.kept[0]["kv_group"]) == (6 if divides else 5)
+        assert_masked_equals_sliced(tmp_path / "in", tmp_path / name, result.kept)
+
+
+def test_widths_that_the_stock_class_would_refuse_are_refused_before_the_work(tmp_path):
+    from streamprune.errors import UsageError
+
+    factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {**factors, "original_max_position_embeddings": 32}
+    save_tiny(tmp_path / "in", "phi3", rope_parameters=rope)
+    with pytest.raises(UsageError, match="--attention-ratio 0"):
+        run(tmp_path / "in", tmp_path / "out", stock=True)
+    result = run(tmp_path / "in", tmp_path / "out", stock=True, attention_ratio=0.0)
+    assert_masked_equals_sliced(tmp_path / "in", tmp_path / "out", result.kept)
+
+
 @pytest.mark.parametrize("family", STOCK_ONLY)
 def test_families_with_fixed_heads_have_no_ragged_form(family, tmp_path):
     from streamprune.errors import UsageError
@@ -187,8 +211,8 @@ def test_output_directory_holds_everything_that_was_promised(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     for line in (
         "library_name: transformers",
-        "base_model: in",
-        "license: apache-2.0",
+        'base_model: "in"',
+        'license: "apache-2.0"',
         "- custom_code",
         "perplexity",
     ):
@@ -254,6 +278,21 @@ def test_the_tokenizers_class_survives_the_new_model_type(family, name, tmp_path
     assert type(dense) is type(pruned)
     text = "The  1234 harbours, café\n\n are quiet."
     assert dense(text)["input_ids"] == pruned(text)["input_ids"]
+
+
+def test_verify_does_not_run_foreign_code_unasked(tmp_path):
+    from streamprune.errors import CheckpointError
+
+    save_tiny(tmp_path / "in", "llama", dtype=torch.float32)
+    run(tmp_path / "in", tmp_path / "out", layers=(1, 3))
+    with (tmp_path / "out" / "modeling_streamprune_llama.py").open("a") as file:
+        file.write(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(CheckpointError, match="--trust-remote-code"):
+        verify(tmp_path / "out")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "out" / "streamprune.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"streamprune\.json"):
+        verify(tmp_path / "out")
 
 
 def test_verify_finds_a_damaged_output(tmp_path):

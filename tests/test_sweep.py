@@ -39,11 +39,11 @@ def test_gradients_equal_whole_model_autograd(family, tied, tmp_path):
     model = save_tiny(tmp_path, family, tied=tied)
     ids = token_ids(seq=20)  # longer than the sliding windows
     sweeper = make_sweeper(tmp_path)
-    loss, grads, _ = collect(Statistics(sweeper, ids, LAYERS, seed=0))
+    loss, grads, _ = collect(Statistics(sweeper, ids, range(N_LAYERS), seed=0))
     expected = whole_model_gradients(model, ids)
     path = sweeper.skeleton.family.layers
     scored = [m.tensor for m in sweeper.skeleton.family.members if m.scored]
-    names = {(layer, tensor): f"{path}.{layer}.{tensor}" for layer in LAYERS for tensor in scored}
+    names = {(layer, tensor): f"{path}.{layer}.{tensor}" for layer in range(N_LAYERS) for tensor in scored}
     names = {key: name for key, name in names.items() if name in expected}
     assert set(grads) == set(names)
     for key, name in names.items():
@@ -110,6 +110,53 @@ def test_sweeps_are_the_same_bits_each_time(tmp_path):
     for loss, grads in runs[1:]:
         assert loss == runs[0][0]
         assert all(torch.equal(grads[key], runs[0][1][key]) for key in grads)
+
+
+@pytest.mark.parametrize(("chunk", "readers"), [(1000, 1), (4096, 5), (1 << 24, 2)])
+def test_the_size_of_reads_and_their_number_change_no_bit(chunk, readers, tmp_path, monkeypatch):
+    save_tiny(tmp_path, "qwen3", dtype=torch.bfloat16)
+    ids = token_ids()
+    reference = collect(Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0))[1]
+    monkeypatch.setattr("streamprune.paging.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("streamprune.paging.READERS", readers)
+    grads = collect(Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0))[1]
+    assert all(torch.equal(grads[key], reference[key]) for key in reference)
+
+
+def test_a_columns_signed_score_is_its_inputs_times_their_gradients(tmp_path):
+    """Σ_i W_ij g_ij = Σ_t x_tj ∂L/∂x_tj for the input x of a projection, seen by a hook in the whole model."""
+    model = save_tiny(tmp_path, "mistral")
+    ids, seen = token_ids(), {}
+
+    def keep(name):
+        def hook(module, inputs):
+            inputs[0].retain_grad()
+            seen[name] = inputs[0]
+
+        return hook
+
+    for layer in LAYERS:
+        for name in ("mlp.down_proj", "self_attn.o_proj"):
+            module = model.get_submodule(f"model.layers.{layer}.{name}")
+            module.register_forward_pre_hook(keep((layer, f"{name}.weight")))
+    whole_model_gradients(model, ids)
+    grads = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    for (layer, tensor), x in seen.items():
+        weight = model.get_parameter(f"model.layers.{layer}.{tensor}").detach()
+        signed = (weight * grads[layer, tensor]).sum(dim=0)
+        torch.testing.assert_close(signed, (x * x.grad).sum(dim=(0, 1)).detach(), rtol=1e-6, atol=1e-10)
+
+
+def test_a_tied_checkpoint_may_store_either_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(tmp_path, "llama", tied=True)
+    ids, file = token_ids(), tmp_path / "model.safetensors"
+    expected = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[0]
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file)
+    assert collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[0] == expected
 
 
 def test_head_in_chunks_equals_the_whole_head(tmp_path, monkeypatch):

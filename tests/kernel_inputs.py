@@ -1,0 +1,24 @@
+"""Inputs of the kernels, the tolerance of their outputs, and the memory they ask for."""
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def normal(shape, seed, scale=1.0, dtype=F64):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=F64) * scale).to(dtype)
+
+
+def close(actual, expected, rtol, atol):
+    torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def largest_allocation(run):
+    """Bytes of the largest block of memory that `run` asked torch's allocator for, inside operations too."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    # The allocator's own events: an operation's memory in the tables is net of what it freed itself.
+    events = profiled.profiler.kineto_results.events()
+    return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)

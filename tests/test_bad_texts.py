@@ -1,0 +1,78 @@
+"""What a calibration or evaluation text may get wrong is refused in one line, and nothing is written."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from cli_runner import SHORT, parquet
+
+
+@pytest.mark.parametrize("sampling", ["random", "first"])
+def test_text_too_short_is_refused_with_both_counts(sampling, refused, model, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("x" * 31)
+    refused(model, "--calibration", text, "--sampling", sampling, code=1, names=("31", "32", "16"), remedy="lower")
+
+
+def test_text_that_just_suffices_is_taken(streamprune, model, output, tmp_path):
+    text = tmp_path / "enough.txt"
+    text.write_text("x" * 32)
+    options = ("--method", "taylor", "--calibration", text, "--no-evaluate", "--quiet", *SHORT)
+    assert streamprune("--model", model, "--output", output, *options).code == 0
+
+
+def test_evaluation_text_too_short_is_refused(refused, model, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("x" * 63)
+    refused(model, "--evaluate", text, code=1, names=("63", "64"))
+
+
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "gone.parquet", "gone"])
+def test_missing_calibration_is_refused(name, refused, model, tmp_path):
+    refused(model, "--calibration", tmp_path / name, code=1, names=(name, "does not exist"))
+
+
+def test_calibration_that_is_a_directory_is_refused(refused, model, tmp_path):
+    refused(model, "--calibration", tmp_path, code=1, names=(str(tmp_path), "directory"))
+
+
+@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
+def test_text_that_is_not_utf8_is_refused(name, refused, model, tmp_path):
+    (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
+    refused(model, "--calibration", tmp_path / name, code=1, names=(name,), remedy="UTF-8")
+
+
+@pytest.mark.parametrize(
+    "record", ['{"body": "words"}', '{"text": 7}', '["words"]'], ids=["no-field", "number", "list"]
+)
+def test_jsonl_without_the_field_is_refused_by_line(record, refused, model, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "words"}\n' + record + "\n")
+    refused(model, "--calibration", file, code=1, names=(f"{file}:2", "'text'"), remedy="--field")
+
+
+def test_bad_json_line_is_refused_by_line(refused, model, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"text": "words"}\n\n{"text": "wor\n')
+    refused(model, "--calibration", file, code=1, names=(f"{file}:3",), remedy="JSON")
+
+
+def test_parquet_without_the_column_is_refused_with_its_columns(refused, model, tmp_path):
+    file = parquet(tmp_path / "data.parquet", body=["words"], title=["t"])
+    refused(model, "--calibration", file, code=1, names=(str(file), "body", "title"), remedy="--field")
+
+
+def test_parquet_column_that_is_no_text_is_refused(refused, model, tmp_path):
+    file = parquet(tmp_path / "data.parquet", text=[1, 2, 3])
+    refused(model, "--calibration", file, code=1, names=(str(file), "text"))
+
+
+def test_damaged_parquet_is_refused(refused, model, tmp_path):
+    file = parquet(tmp_path / "data.parquet", text=["words"])
+    os.truncate(file, file.stat().st_size - 6)
+    refused(model, "--calibration", file, code=1, names=(str(file),), remedy="not a readable parquet file")
+
+
+def test_sequences_longer_than_the_positions_of_the_model_are_refused(refused, model):
+    refused(model, "--seq-len", 65, code=2, names=("--seq-len 65",), remedy="at most 64")
