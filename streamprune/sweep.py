@@ -66,6 +66,7 @@ class Sweeper:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
         self._binder = Binder(skeleton)
         self._calls: dict[int, list[LayerCall]] = {}
+        self._boundaries: Tensor | None = None
 
     @property
     def n_layers(self) -> int:
@@ -91,9 +92,12 @@ class Sweeper:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states after the last layer [n, seq, d], and the boundaries that were kept.
 
+        Boundaries are valid until the next sweep that keeps some: they lie in one tensor that stays.
+
         Args:
             input_ids: [n, seq].
-            start: (layer, its input) where an earlier sweep had the same weights below that layer.
+            start: (layer, its input) where an earlier sweep had the same weights below that layer; with `keep_from`
+                it is the boundary of that very layer that the earlier sweep kept.
             keep_from: keep the inputs of this layer and of those above.
             perturbation: applied in the layers `perturbed`.
             edit: may change a layer's bound weights in place (masks).
@@ -108,11 +112,15 @@ class Sweeper:
                 weights = self._binder.bind(page, moved, own=edit is not None)
                 if edit is not None:
                     edit(page.layer, weights)
-                kept = keep_from is not None and page.layer >= keep_from
-                if kept:
+                if keep_from is not None and page.layer >= keep_from:
+                    store = self._boundary_store(keep_from, hidden)
+                    if page.layer == keep_from and start is None:
+                        hidden = store[0].copy_(hidden)
                     boundaries[page.layer] = hidden
-                # The caller of `start` and the boundaries keep theirs; otherwise the layer works in place.
-                output = torch.empty_like(hidden) if kept or page.layer == first else hidden
+                    output = store[page.layer + 1 - keep_from]
+                else:
+                    # The caller of `start` keeps its hidden states; otherwise the layer works in place.
+                    output = torch.empty_like(hidden) if page.layer == first else hidden
                 for part in self._micro_batches(len(hidden), micro_batch):
                     output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
                 hidden = output
@@ -183,6 +191,16 @@ class Sweeper:
         parts = self._micro_batches(len(input_ids), micro_batch)
         return torch.cat([self.skeleton.embed(input_ids[part]) for part in parts])
 
+    def _boundary_store(self, keep_from: int, hidden: Tensor) -> Tensor:
+        """[layers from `keep_from` up, and one, n, seq, d]: allocated once.
+
+        Tensors that come and go among a layer's activations leave holes in the heap, more with every layer.
+        """
+        shape = (self.n_layers - keep_from + 1, *hidden.shape)
+        if self._boundaries is None or self._boundaries.shape != shape:
+            self._boundaries = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
+        return self._boundaries
+
     def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """The recorded calls for this sequence length; they do not depend on the tokens."""
         seq = input_ids.shape[1]
@@ -227,7 +245,7 @@ def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence
     gradients = 2 * largest + (all_of_them if samples > sweeper.micro_batch else 0)
     return {
         "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
-        # Each layer's input from the lowest prunable one up, that layer's again, the gradient, the layer at work.
+        # Each layer's input from the lowest prunable one up, the last one's output, and the gradient of both kinds.
         "boundaries": (sweeper.n_layers - layers[0] + 3) * hidden,
         "one layer's activations": sum(sum(shape) for shape in matrices) * tokens * size,
         "gradients, and what is made of them": gradients * max(size, 4),

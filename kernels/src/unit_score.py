@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Elements reduced at a time on a CPU, so that the product stays in cache and nothing of weight size is made.
-BLOCK = 1 << 18
+BLOCK = 1 << 17
 
 
 def _second(w: Tensor, fisher: Tensor) -> Tensor:
