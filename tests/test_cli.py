@@ -56,10 +56,12 @@ def test_methods_lists_each_with_its_settings_and_paper(streamprune):
     result = streamprune("methods")
     assert result.code == 0
     for name, method in METHODS.items():
-        (row,) = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
+        row, *settings = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         assert method.paper in row
         assert method.needs in row
-        assert all(f"{setting}=" in row for setting in method.settings)
+        assert [line.split()[1] for line in settings] == list(method.settings)
+        for line, setting in zip(settings, method.settings.values(), strict=True):
+            assert setting.meaning in line and all(choice in line for choice in setting.choices)
 
 
 @pytest.mark.parametrize("position", ["first", "last"])

@@ -68,10 +68,15 @@ def test_one_model_is_in_memory_at_a_time(tiny_llama, tmp_path, monkeypatch):
 
     original, alive = evaluate.perplexity, []
 
-    def counted(sweeper, segments):
+    def pagers():
         gc.collect()
-        alive.append(sum(type(thing) is Pager for thing in gc.get_objects()))
+        return sum(type(thing) is Pager for thing in gc.get_objects())
+
+    def counted(sweeper, segments):
+        alive.append(pagers() - others)
         return original(sweeper, segments)
+
+    others = pagers()  # of other tests
 
     monkeypatch.setattr(evaluate, "perplexity", counted)
     prune(PruneConfig(model=str(tiny_llama), output=tmp_path / "out", method="magnitude"))
