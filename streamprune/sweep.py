@@ -234,8 +234,9 @@ class Sweeper:
 def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int]) -> dict[str, int]:
     """Bytes that a gradient sweep holds beside the interpreter, by purpose; not a method's state.
 
-    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch. With
-    several micro-batches a layer's gradients are summed together, otherwise they come and go matrix by matrix.
+    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch, and their
+    gradients as three of the widest (a gated MLP's product and its two factors exist together). With several
+    micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by matrix.
     """
     skeleton = sweeper.skeleton
     size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
@@ -248,6 +249,7 @@ def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence
         # Each layer's input from the lowest prunable one up, the last one's output, and the gradient of both kinds.
         "boundaries": (sweeper.n_layers - layers[0] + 3) * hidden,
         "one layer's activations": sum(sum(shape) for shape in matrices) * tokens * size,
+        "gradients of its activations": 3 * max(max(shape) for shape in matrices) * tokens * size,
         "gradients, and what is made of them": gradients * max(size, 4),
         "logits, their softmax and gradient": 3 * HEAD_BYTES,
     }
