@@ -216,6 +216,24 @@ def show(rows: list[dict]) -> str:
     return table(lines, markdown=True)
 
 
+def verdicts(rows: list[dict]) -> str:
+    """The targets, and whether the streamed rows meet them."""
+    lines = []
+    for row in (row for row in rows if row["way"] == "streamed"):
+        declared = row["baseline"] + sum(row["declared"].values())
+        checks = {
+            "peak / (baseline + declared) <= 1.10": row["peak_rss"] / declared <= 1.10,
+            "bytes asked of the kernel / layers' bytes <= 1.01": row["rchar"] / row["bytes_of_sweeps"] <= 1.01,
+        }
+        if row["compared"]:
+            checks["seconds / checkpointed <= 1.10"] = row["ratio"] <= 1.10
+        lines += [
+            f"{'met' if ok else 'MISSED'}: {row['layers']} layers, {row['method']}: {name}"
+            for name, ok in checks.items()
+        ]
+    return "\n".join(lines)
+
+
 @click.command()
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Directory with 4 GB free.")
 @click.option("--layers", type=int, default=24, help="Depth that all ways measure; half of it is streamed alone.")
@@ -238,7 +256,8 @@ def main(scratch: Path, layers: int, repeat: int, json_file: Path | None, one: s
             shutil.rmtree(directory / str(depth))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, float32\n\n{show(rows)}")
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, float32\n")
+    print(f"{show(rows)}\n\n{verdicts(rows)}")
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 
