@@ -57,6 +57,7 @@ class Skeleton:
 
     Attributes:
         config: transformers' config. family: the row of the family table.
+        untied: the config ties the head, but the checkpoint has another one; it counts, as in transformers.
         layers: the decoder layers, on meta, in order.
         entries: for each layer, its tensors in the checkpoint by their names inside the layer.
 
@@ -213,7 +214,9 @@ class Skeleton:
                     f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values; download or export it again"
                 )
             set_module_tensor_to_device(self.model, name, self.device, value, dtype=self.dtype)
-        self.model.tie_weights()
+        self.untied = bool(self.config.tie_word_embeddings) and self._own_head(tied)
+        if not self.untied:
+            self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta:
                 raise CheckpointError(
@@ -221,6 +224,11 @@ class Skeleton:
                 )
             parameter.requires_grad_(False)
         self.model.to(self.device)
+
+    def _own_head(self, tied: Mapping[str, str]) -> bool:
+        """Whether both of a tied pair are stored and differ."""
+        own = [pair for pair in tied.items() if all(self.stored_name(n) in self.checkpoint.tensors for n in pair)]
+        return any(not torch.equal(*map(self.model.get_parameter, pair)) for pair in own)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:

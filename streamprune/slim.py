@@ -78,6 +78,8 @@ def patched_config(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None)
     """
     family, geometry = skeleton.family, skeleton.geometry
     config = copy.deepcopy(skeleton.checkpoint.config)
+    if skeleton.untied:
+        config["tie_word_embeddings"] = False
     shape = layout(geometry, kept)
     if shape == "ragged":
         config.update(_width_fields(family, geometry, _all_units(family, geometry)))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import FAMILY_NAMES, GROUPED, N_LAYERS, save_tiny, token_ids
+from conftest import FAMILY_NAMES, GROUPED, N_LAYERS, make_sweeper, save_tiny, token_ids
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -151,6 +151,24 @@ def test_ratio_zero_gives_the_same_bytes(family, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()
     source, output = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("in", "out"))
     assert source == output
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_head_of_its_own_counts_although_the_config_ties_it(family, tmp_path):
+    source, output = tmp_path / "source", tmp_path / "output"
+    save_tiny(source, family, tied=False)
+    config = json.loads((source / "config.json").read_text())
+    config.pop("tie_word_embeddings")
+    if family == "llama":
+        config["tie_word_embeddings"] = True  # gemma's own default
+    (source / "config.json").write_text(json.dumps(config))
+    result = run(source, output, ratio=0.5, layers=(1, 3))
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_masked_equals_sliced(source, output, result.kept)
+    model, ids = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64), token_ids()
+    with torch.no_grad():
+        hidden = make_sweeper(source).forward(ids)[0]
+        torch.testing.assert_close(make_sweeper(source).skeleton.head(hidden), model(ids).logits, atol=1e-9, rtol=0)
 
 
 def test_emit_mistral_takes_any_head_count_and_has_the_llamas_logits(tmp_path):
