@@ -53,7 +53,13 @@ CONFIG = {
 }
 
 
-def make_model(path: Path, layers: int) -> None:
+DRY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+DRY |= {"vocab_size": 1024}
+# How far two ways' sums of scores may lie apart: rounding of the compute dtype.
+TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
+
+
+def make_model(path: Path, layers: int, *, dry: bool = False) -> None:
     """A random checkpoint, written tensor by tensor."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -61,7 +67,7 @@ def make_model(path: Path, layers: int) -> None:
     from streamprune.writer import ShardedWriter, TensorSpec
 
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": layers}))
+    (path / "config.json").write_text(json.dumps({**CONFIG, **(DRY if dry else {}), "num_hidden_layers": layers}))
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     model.tie_weights()
@@ -74,12 +80,20 @@ def make_model(path: Path, layers: int) -> None:
             writer.write(spec.name, (noise * scale).bfloat16())
 
 
-def token_ids() -> torch.Tensor:
+def token_ids(path: Path) -> torch.Tensor:
     """The same tokens for every way."""
-    return torch.randint(0, CONFIG["vocab_size"], (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(1))
+    vocabulary = json.loads((path / "config.json").read_text())["vocab_size"]
+    return torch.randint(0, vocabulary, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(1))
 
 
-def streamed(path: Path, method: str) -> dict:
+def memory(device: str) -> dict:
+    """Peak memory of the process and, on a GPU, of the device."""
+    from streamprune.report import peak_rss
+
+    return {"peak_rss": peak_rss()} | ({"peak_gpu": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
+
+
+def streamed(path: Path, method: str, device: str) -> dict:
     """Scores by sweeps; also what streamprune says it keeps in memory."""
     from streamprune.methods import METHODS as TABLE
     from streamprune.methods import resolve_settings
@@ -89,12 +103,12 @@ def streamed(path: Path, method: str) -> dict:
 
     baseline = peak_rss()
     before = _io("rchar")
-    with open_model(str(path), micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
+    with open_model(str(path), device=device, micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
         checkpoint = sweeper.skeleton.checkpoint
         loaded, start = checkpoint.bytes_read, time.perf_counter()
         layers = range(4, sweeper.n_layers - 2)
         scores = TABLE[method].score(
-            Statistics(sweeper, token_ids(), layers, 0), resolve_settings(method, METHODS[method])
+            Statistics(sweeper, token_ids(path), layers, 0), resolve_settings(method, METHODS[method])
         )
         seconds = time.perf_counter() - start
         declared = working_bytes(sweeper, SAMPLES, SEQ_LEN, layers)
@@ -111,14 +125,16 @@ def streamed(path: Path, method: str) -> dict:
         }
 
 
-def whole(path: Path, method: str, *, checkpointing: bool) -> dict:
+def whole(path: Path, method: str, device: str, *, checkpointing: bool) -> dict:
     """The same scores with everything in memory: w + δ is w in the first update, so δ = −γg either way."""
     from transformers import AutoModelForCausalLM
 
     from streamprune.report import peak_rss
 
     baseline = peak_rss()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    # As streamprune computes by default: float32 on a CPU, the stored dtype on a GPU.
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     if checkpointing:
         # Checkpointing is only active in training mode; a Llama has no dropout to change.
         model.train()
@@ -132,16 +148,16 @@ def whole(path: Path, method: str, *, checkpointing: bool) -> dict:
     originals = add_noise(scored) if method == "moreau-gs" else {}
     for p in scored.values():
         p.requires_grad_(True)
-    ids = token_ids()
+    ids = token_ids(path).to(device)
     model(ids, labels=ids, use_cache=False).loss.backward()
     total = 0.0
     with torch.no_grad():
         for key, p in scored.items():
             if method == "taylor":
-                total += float((p * p.grad).abs_().sum())
+                total += float((p * p.grad.float()).abs_().sum())
             else:
                 dim = 1 if key[1].endswith(("o_proj.weight", "down_proj.weight")) else 0
-                delta = p.grad.mul_(-GAMMA)
+                delta = p.grad.float().mul_(-GAMMA)
                 norms = delta.norm(dim=1 - dim, keepdim=True)
                 delta.mul_((1 - GAMMA * ETA / norms).clamp_(min=0))
                 total += float((originals[key].float() * delta).abs_().sum()) / RHO
@@ -172,10 +188,10 @@ def _io(field: str) -> int:
     raise OSError(f"/proc/self/io has no {field}")
 
 
-def measure(path: Path, way: str, method: str) -> dict:
+def measure(path: Path, way: str, method: str, device: str) -> dict:
     """One measurement in a fresh process."""
     done = subprocess.run(
-        [sys.executable, __file__, "--one", way, "--method", method, "--scratch", str(path)],
+        [sys.executable, __file__, "--one", way, "--method", method, "--scratch", str(path), "--device", device],
         capture_output=True,
         text=True,
         check=False,
@@ -185,26 +201,27 @@ def measure(path: Path, way: str, method: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_one(path: Path, way: str, method: str) -> None:
+def run_one(path: Path, way: str, method: str, device: str) -> None:
     """The fresh process: prints one JSON object."""
-    from streamprune.report import peak_rss
-
     with contextlib.redirect_stdout(sys.stderr):
-        result = streamed(path, method) if way == "streamed" else whole(path, method, checkpointing=way != "whole")
-    print(json.dumps({**result, "peak_rss": peak_rss()}))
+        if way == "streamed":
+            result = streamed(path, method, device)
+        else:
+            result = whole(path, method, device, checkpointing=way == "checkpointed")
+    print(json.dumps({**result, **memory(device)}))
 
 
-def compare(path: Path, layers: int, repeat: int, ways: tuple[str, ...]) -> list[dict]:
+def compare(path: Path, layers: int, repeat: int, ways: tuple[str, ...], device: str) -> list[dict]:
     """All ways and methods, in turn, `repeat` times; medians."""
     rows = []
     for method in METHODS:
         runs: dict[str, list[dict]] = {way: [] for way in ways}
         for _ in range(repeat):
             for way in ways:
-                runs[way].append(measure(path, way, method))
+                runs[way].append(measure(path, way, method, device))
                 print(f"  {layers} layers, {method}, {way}: {runs[way][-1]['seconds']:.1f} s", file=sys.stderr)
         sums = [run["checksum"] for way in ways for run in runs[way]]
-        if max(sums) - min(sums) > 1e-4 * max(sums):
+        if max(sums) - min(sums) > TOLERANCE[device] * max(sums):
             raise SystemExit(f"the ways do not compute the same scores: {sums}")
         reference = statistics.median(run["seconds"] for run in runs[ways[-1]])
         for way in ways:
@@ -221,7 +238,19 @@ def show(rows: list[dict]) -> str:
     """The table that is printed."""
     from streamprune.report import human, table
 
-    lines = [["layers", "method", "way", "seconds", "of checkpointed", "peak RSS", "declared", "read/layers' bytes"]]
+    lines = [
+        [
+            "layers",
+            "method",
+            "way",
+            "seconds",
+            "of checkpointed",
+            "peak RSS",
+            "peak GPU",
+            "declared",
+            "read/layers' bytes",
+        ]
+    ]
     for row in rows:
         own = row["way"] == "streamed"
         lines.append(
@@ -232,6 +261,7 @@ def show(rows: list[dict]) -> str:
                 f"{row['seconds']:.1f}",
                 f"{row['ratio']:.2f}" if row["compared"] else "-",
                 human(row["peak_rss"]),
+                human(row["peak_gpu"]) if "peak_gpu" in row else "-",
                 human(row["baseline"] + sum(row["declared"].values())) if own else "-",
                 f"{row['bytes_read'] / row['bytes_of_sweeps']:.4f}" if own else "-",
             ]
@@ -239,13 +269,16 @@ def show(rows: list[dict]) -> str:
     return table(lines, markdown=True)
 
 
-def verdicts(rows: list[dict]) -> str:
+def verdicts(rows: list[dict], device: str) -> str:
     """The targets, and whether the streamed rows meet them."""
     lines = []
     for row in (row for row in rows if row["way"] == "streamed"):
-        declared = row["baseline"] + sum(row["declared"].values())
+        # On a GPU the declared bytes are the device's, where there is no interpreter.
+        host = device == "cpu"
+        declared = sum(row["declared"].values()) + (row["baseline"] if host else 0)
+        peak = row["peak_rss" if host else "peak_gpu"]
         checks = {
-            "peak / (baseline + declared) <= 1.10": row["peak_rss"] / declared <= 1.10,
+            "peak / declared <= 1.10": peak / declared <= 1.10,
             "bytes asked of the kernel / layers' bytes <= 1.01": row["rchar"] / row["bytes_of_sweeps"] <= 1.01,
         }
         if row["compared"]:
@@ -261,26 +294,44 @@ def verdicts(rows: list[dict]) -> str:
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Directory with 4 GB free.")
 @click.option("--layers", type=int, default=24, help="Depth that all ways measure; half of it is streamed alone.")
 @click.option("--repeat", type=int, default=3, help="Runs of each; medians are reported.")
+@click.option("--device", type=click.Choice(list(TOLERANCE)), default="cpu", show_default=True)
+@click.option("--keep", type=click.Path(path_type=Path), help="Move the checkpoint there instead of removing it.")
+@click.option("--dry", is_flag=True, help="A tiny model: only to see that everything runs.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", type=click.Choice(WAYS), hidden=True)
 @click.option("--method", type=click.Choice(list(METHODS)), hidden=True)
-def main(scratch: Path, layers: int, repeat: int, json_file: Path | None, one: str, method: str) -> None:
+def main(
+    scratch: Path,
+    layers: int,
+    repeat: int,
+    device: str,
+    keep: Path | None,
+    dry: bool,
+    json_file: Path | None,
+    one: str,
+    method: str,
+) -> None:
     """Measure, print the table, and write JSON."""
     if one:
-        run_one(scratch, one, method)
+        run_one(scratch, one, method, device)
         return
     scratch.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="end-to-end-", dir=scratch))
     rows = []
     try:
-        for depth, ways, times in ((layers, WAYS, repeat), (layers // 2, WAYS[:1], 1)):
-            make_model(directory / str(depth), depth)
-            rows += compare(directory / str(depth), depth, times, ways)
-            shutil.rmtree(directory / str(depth))
+        # Of fewer than 7 layers none is prunable.
+        for depth, ways, times in ((layers, WAYS, repeat), (max(7, layers // 2), WAYS[:1], 1)):
+            model = directory / str(depth)
+            make_model(model, depth, dry=dry)
+            rows += compare(model, depth, times, ways, device)
+            if keep is not None and depth == layers:
+                shutil.move(model, keep)
+            else:
+                shutil.rmtree(model)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, float32\n")
-    print(f"{show(rows)}\n\n{verdicts(rows)}")
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, {device}\n")
+    print(f"{show(rows)}\n\n{verdicts(rows, device)}")
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
 

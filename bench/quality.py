@@ -5,12 +5,14 @@
 Each method scores layers 4:28 and, for --stock, all layers, in a process of its own (its peak memory and seconds
 stand beside it); the checkpoints of all settings are written, loaded back and measured on the first 100 segments of
 128 tokens. Needs about 2 GB of temporary space. `smoothgrad` takes 100 sweeps, so the whole takes about an hour on
-two cores; --method picks some.
+two cores; --method picks some. With --seeds N each runs with the seeds 0 … N−1, and the table shows mean (least–most)
+and the seconds of seed 0.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,8 +54,7 @@ def score_and_measure(options: dict) -> dict:
         n_layers = len(skeleton.layers)
         layers = range(n_layers) if stock else range(4, 28)
         start = time.perf_counter()
-        statistics = Statistics(sweeper, ids, layers, seed=0)
-        scores = METHODS[method].score(statistics, resolve_settings(method, {}))
+        scores = METHODS[method].score(Statistics(sweeper, ids, layers, options["seed"]), resolve_settings(method, {}))
         result: dict = {"seconds": time.perf_counter() - start, "peak_rss": peak_rss(), "perplexity": {}}
         costs = unit_costs(skeleton.family, skeleton.geometry, skeleton.shapes(0))
         for name, setting in SETTINGS.items():
@@ -90,12 +91,17 @@ def show(results: dict) -> str:
     from streamprune.report import human, table
 
     rows = [["method", *SETTINGS, "seconds", "peak RSS", "seconds (30 layers)", "peak RSS (30 layers)"]]
-    for method, (ranged, stock) in results.items():
-        values = ranged["perplexity"] | stock["perplexity"]
-        cells = [f"{values[name]['perplexity']:.1f}" for name in SETTINGS]
-        costs = [cell for run in (ranged, stock) for cell in (f"{run['seconds']:.1f}", human(run["peak_rss"]))]
+    for method, pairs in results.items():
+        values = [ranged["perplexity"] | stock["perplexity"] for ranged, stock in pairs]
+        cells = [_spread([value[name]["perplexity"] for value in values]) for name in SETTINGS]
+        costs = [cell for run in pairs[0] for cell in (f"{run['seconds']:.1f}", human(run["peak_rss"]))]
         rows.append([method, *cells, *costs])
     return table(rows, markdown=True)
+
+
+def _spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
 @click.command()
@@ -104,6 +110,7 @@ def show(results: dict) -> str:
 @click.option("--text", type=click.Path(path_type=Path, exists=True))
 @click.option("--sampling", type=click.Choice(["first", "random"]), default="first", show_default=True)
 @click.option("--method", "methods", multiple=True, help="Only this one; repeatable.")
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many, from 0.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", hidden=True)
 def main(
@@ -112,6 +119,7 @@ def main(
     text: Path | None,
     sampling: str,
     methods: tuple[str, ...],
+    seeds: int,
     json_file: Path | None,
     one: str | None,
 ) -> None:
@@ -127,13 +135,15 @@ def main(
 
     model = model or demo.fetch(demo.default_cache(), Progress())
     common = {"model": str(model), "calibration": str(calibration), "text": str(text), "sampling": sampling}
-    results = {}
-    for method in methods or METHODS:
-        results[method] = [measure({**common, "method": method, "stock": stock}) for stock in (False, True)]
-        print(method, json.dumps(results[method]), file=sys.stderr, flush=True)
-        if json_file:
-            json_file.write_text(json.dumps(results, indent=1) + "\n")
-    dense = results.get("random", [{"perplexity": {}}])[0]["perplexity"].get("dense")
+    results: dict[str, list] = {}
+    for seed in range(seeds):
+        for method in methods or METHODS:
+            pair = [measure({**common, "method": method, "stock": stock, "seed": seed}) for stock in (False, True)]
+            results.setdefault(method, []).append(pair)
+            print(method, seed, json.dumps(pair), file=sys.stderr, flush=True)
+            if json_file:
+                json_file.write_text(json.dumps(results, indent=1) + "\n")
+    dense = results["random"][0][0]["perplexity"]["dense"] if "random" in results else None
     if dense:
         print(f"dense: {dense['perplexity']:.2f}")
     print(f"{show(results)}\n\n{MEANING}")

@@ -7,50 +7,34 @@ gradients tensor by tensor, as autograd finishes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from streamprune.binding import Binder, Perturbation, check_finite
-from streamprune.families import Geometry, Member
+from streamprune.capture import (
+    Consumer,
+    GradientCollector,
+    MakeCollector,
+    PowerCollector,
+    PowersConsumer,
+    TensorRef,
+    gradient_scale,
+    watched,
+)
 from streamprune.paging import Page, Pager
 from streamprune.skeleton import LayerCall, Skeleton
 
 HEAD_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
-# Gradients of a mean over thousands of tokens lie below float16's smallest number; they are carried this much larger.
-FLOAT16_SCALE = 2.0**13
-
-
-@dataclass(frozen=True)
-class TensorRef:
-    """A scored tensor of a layer."""
-
-    layer: int
-    member: Member
-    geometry: Geometry
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """Identifies the tensor in the model."""
-        return self.layer, self.member.tensor
-
-
-# (tensor, its weight as stored, gradient of the mean loss, mean squared per-sample gradient or None)
-Consumer = Callable[[TensorRef, Tensor, Tensor, Tensor | None], None]
 
 
 def default_micro_batch(seq_len: int) -> int:
     """Sequences computed at once where the user does not say."""
     return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
-
-
-def gradient_scale(dtype: torch.dtype) -> float:
-    """How much larger than themselves gradients are carried in a compute dtype."""
-    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 class Sweeper:
@@ -132,37 +116,38 @@ class Sweeper:
         boundaries: dict[int, Tensor],
         grad: Tensor,
         prunable: Sequence[int],
-        consume: Consumer,
+        collector: MakeCollector,
         *,
         perturbation: Perturbation | None = None,
-        second_moment: bool = False,
     ) -> None:
-        """From dL/dh after the last layer down to the lowest boundary, feeding `consume`.
+        """From dL/dh after the last layer down to the lowest boundary, feeding collectors.
 
         Args:
             input_ids: [n, seq], as in the forward sweep.
             boundaries: from `forward`; emptied on the way.
             grad: dL/dh [n, seq, d] after the last layer; overwritten.
             prunable: layers whose weight gradients are wanted.
-            consume: called once for each scored tensor of those layers.
+            collector: makes the collector of a scored tensor of those layers, given the number of micro-batches.
             perturbation: as in the forward sweep.
-            second_moment: also give F = (1/N) Σ_n g_n², which takes the samples one by one.
         """
         call, first = self._recorded(input_ids), min(boundaries)
-        parts = list(self._micro_batches(len(grad), 1 if second_moment else self.micro_batch))
+        parts = list(self._micro_batches(len(grad)))
         with self.pager.pages(range(self.n_layers - 1, first - 1, -1)) as pages:
             for page in pages:
-                layer, hidden, leaves = page.layer, boundaries.pop(page.layer), {}
+                layer, hidden = page.layer, boundaries.pop(page.layer)
                 weights = self._binder.bind(page, perturbation if layer in prunable else None)
-                if layer in prunable:
-                    leaves = self._leaves(page, weights, consume, len(parts), second_moment)
-                for part in parts:
-                    boundary = hidden[part].detach().requires_grad_(layer > first)
-                    with torch.enable_grad():
-                        output = self.skeleton.run_layer(layer, {**weights, **leaves}, call[layer], boundary)
-                    output.backward(grad[part])
-                    if boundary.grad is not None:
-                        grad[part] = boundary.grad
+                refs = self.refs(page) if layer in prunable else []
+                collectors = [collector(ref, page.tensors[ref.member.tensor], len(parts)) for ref in refs]
+                # Nothing is wanted below `first`; but captured ends need a graph, which then begins at the boundary.
+                graph = layer > first or any(isinstance(each, PowerCollector) for each in collectors)
+                with watched(self.skeleton.layers[layer], weights, collectors) as bound:
+                    for part in parts:
+                        boundary = hidden[part].detach().requires_grad_(graph)
+                        with torch.enable_grad():
+                            output = self.skeleton.run_layer(layer, bound, call[layer], boundary)
+                        output.backward(grad[part])
+                        if layer > first and boundary.grad is not None:
+                            grad[part] = boundary.grad
 
     def head_loss(self, hidden: Tensor, input_ids: Tensor, *, with_grad: bool) -> tuple[float, Tensor | None]:
         """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].
@@ -213,18 +198,6 @@ class Sweeper:
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
-    def _leaves(
-        self, page: Page, weights: Mapping[str, Tensor], consume: Consumer, parts: int, second_moment: bool
-    ) -> dict[str, Tensor]:
-        """Leaves for the scored tensors of a layer that hand their summed gradients to `consume`."""
-        leaves = {}
-        for ref in self.refs(page):
-            name = ref.member.tensor
-            leaves[name] = weights[name].detach().requires_grad_()
-            collector = _Collector(ref, page.tensors[name], consume, parts, second_moment)
-            leaves[name].register_post_accumulate_grad_hook(collector)
-        return leaves
-
     def refs(self, page: Page) -> list[TensorRef]:
         """The scored tensors of a page."""
         members, geometry = self.skeleton.family.members, self.skeleton.geometry
@@ -255,38 +228,6 @@ def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence
     }
 
 
-class _Collector:
-    """Sums one tensor's gradient over micro-batches and hands it over with the last of them.
-
-    Called by autograd as soon as the gradient of a micro-batch is there; it frees that gradient, so that
-    a layer's gradients do not exist together unless there are several micro-batches.
-    """
-
-    def __init__(self, ref: TensorRef, stored: Tensor, consume: Consumer, parts: int, second_moment: bool) -> None:
-        self.ref, self.stored, self.consume = ref, stored, consume
-        self.parts, self.left, self.second_moment = parts, parts, second_moment
-        self.total: Tensor | None = None
-        self.squares: Tensor | None = None
-
-    def __call__(self, leaf: Tensor) -> None:
-        grad, leaf.grad = leaf.grad, None
-        assert grad is not None
-        scale = gradient_scale(grad.dtype)
-        grad = grad if grad.dtype == torch.float64 else grad.float()
-        if scale != 1:
-            grad = grad.div_(scale)
-        if self.second_moment:
-            # The seed carries 1/N, so g_n = N · grad and F = (1/N) Σ g_n² = N Σ grad².
-            square = grad.square().mul_(self.parts)
-            self.squares = square if self.squares is None else self.squares.add_(square)
-        self.total = grad if self.total is None else self.total.add_(grad)
-        self.left -= 1
-        if self.left == 0:
-            total, self.total = self.total, None
-            self.consume(self.ref, self.stored, total, self.squares)
-            self.squares = None
-
-
 def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]]:
     """Blocks of at most about `tokens` tokens of [n, seq]: whole sequences, or parts of one."""
     rows, columns = max(1, tokens // seq), min(seq, tokens)
@@ -300,6 +241,7 @@ class Statistics:
 
     Attributes:
         layers: the prunable layers.
+        samples: calibration sequences.
         seed: of the run.
     """
 
@@ -308,6 +250,7 @@ class Statistics:
         self._start: tuple[int, Tensor] | None = None
         skeleton = sweeper.skeleton
         self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
+        self.samples = 0 if input_ids is None else len(input_ids)
 
     def bytes_to_read(self, needs: str, sweeps: int) -> int:
         """Bytes of layers that a method reads which needs "nothing", "weights", or so many "gradients" sweeps."""
@@ -327,10 +270,16 @@ class Statistics:
                     check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, ref.member.tensor, weight)
                     consume(ref, weight)
 
-    def gradients(
-        self, consume: Consumer, perturbation: Perturbation | None = None, *, second_moment: bool = False
-    ) -> float:
+    def gradients(self, consume: Consumer, perturbation: Perturbation | None = None) -> float:
         """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
+        return self._sweep(partial(GradientCollector, consume), perturbation)
+
+    def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
+        """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
+        assert self.input_ids is not None, "as for gradients"
+        return self._sweep(partial(PowerCollector, consume, powers, tuple(self.input_ids.shape)), None)
+
+    def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
         assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
         sweeper, lowest = self.sweeper, self.layers[0]
         hidden, boundaries = sweeper.forward(
@@ -344,13 +293,5 @@ class Statistics:
         self._start = (lowest, boundaries[lowest])
         loss, grad = sweeper.head_loss(hidden, self.input_ids, with_grad=True)
         assert grad is not None
-        sweeper.backward(
-            self.input_ids,
-            boundaries,
-            grad,
-            self.layers,
-            consume,
-            perturbation=perturbation,
-            second_moment=second_moment,
-        )
+        sweeper.backward(self.input_ids, boundaries, grad, self.layers, collector, perturbation=perturbation)
         return loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from streamprune.kernels import noise_seed, perturb
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton's first import: its kernels then run on CPU tensors
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from streamprune.checkpoint import Checkpoint
 from streamprune.cli import main
+from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import HostDevice, Pager
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Statistics, Sweeper

@@ -2,10 +2,10 @@
 
 import torch
 from plain_methods import unit_totals
-from streamprune.kernels import noise_seed, perturb
 
+from streamprune.capture import TensorRef
 from streamprune.families import FAMILIES, Geometry
-from streamprune.sweep import TensorRef
+from streamprune.kernels import noise_seed, perturb
 
 HIDDEN = 7
 GEOMETRY = Geometry(kv_groups=2, n_rep=2, head_dim=3, channels=5)
@@ -38,7 +38,7 @@ class FakeStatistics:
     """
 
     def __init__(self, weights, gradient, seed=0, compute=torch.float64):
-        self.layers, self.kinds, self.geometry, self.seed = FAKE_LAYERS, KINDS, GEOMETRY, seed
+        self.layers, self.kinds, self.geometry, self.seed, self.samples = FAKE_LAYERS, KINDS, GEOMETRY, seed, 1
         self.stored, self.gradient, self.compute = weights, gradient, compute
         members = {member.tensor: member for member in FAMILIES["llama"].members}
         self.refs = {key: TensorRef(key[0], members[key[1]], GEOMETRY) for key in weights}
@@ -48,7 +48,7 @@ class FakeStatistics:
         for key, weight in self.stored.items():
             consume(self.refs[key], weight.clone())
 
-    def gradients(self, consume, perturbation=None, *, second_moment=False):
+    def gradients(self, consume, perturbation=None):
         moved = {}
         for key, weight in self.stored.items():
             if perturbation is None:
@@ -63,9 +63,16 @@ class FakeStatistics:
         self.perturbations.append(perturbation)
         # Backwards, as a sweep comes; each consumer may overwrite what it is given.
         for key in reversed(self.stored):
-            moment = grads[key].square() if second_moment else None
-            consume(self.refs[key], self.stored[key].clone(), grads[key].clone(), moment)
+            consume(self.refs[key], self.stored[key].clone(), grads[key].clone())
         return 0.0
+
+    def gradient_powers(self, consume, powers):
+        """Of one sample, whose own gradient is the mean gradient."""
+
+        def split(ref, weight, grad):
+            consume(ref, weight, {power: grad.abs() ** power if power else grad.clone() for power in powers})
+
+        return self.gradients(split)
 
 
 def fake_totals(elements):

@@ -67,7 +67,7 @@ def test_noise_follows_the_seed_and_repeats(llama):
 def streamed_products(case):
     """g ⊙ w of every scored tensor, as the sweep gives them."""
     products = {}
-    case.statistics().gradients(lambda ref, weight, grad, fisher: products.update({ref.key: grad * weight}))
+    case.statistics().gradients(lambda ref, weight, grad: products.update({ref.key: grad * weight}))
     return products
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from kernel_inputs import BF16, F16, F32, F64, close, largest_allocation, normal
+
 from streamprune.kernels import noise_seed, perturb
 from streamprune.kernels.perturb import BLOCK as NOISE_BLOCK
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("errors", "kernels"),
     ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
-    ("skeleton", "calibration", "paging", "writer"),
+    ("skeleton", "calibration", "paging", "writer", "capture"),
     ("binding",),
     ("sweep",),
     ("methods", "allocation"),

@@ -1,10 +1,25 @@
-"""The element-wise operations of streamprune, each file a torch reference tuned for CPU.
+"""The element-wise and per-sample operations of streamprune: in each file a torch reference tuned for CPU, a Triton
+kernel, and the function that picks by device.
 
-Nothing here knows of models, files or methods; only torch is imported.
+Nothing here knows of models, files or methods; only torch and, where it is installed, Triton are imported.
 """
 
-from streamprune.kernels.moreau_step import line_norms, moreau_step, soft_threshold
+from streamprune.kernels.grad_norm import grad_norm
+from streamprune.kernels.moreau_step import MoreauStep, moreau_step, soft_threshold
 from streamprune.kernels.perturb import noise_seed, perturb
 from streamprune.kernels.unit_score import FORMS, unit_score
+from streamprune.kernels.weight_score import prune_n_of_m, prune_rows, weight_score
 
-__all__ = ["FORMS", "line_norms", "moreau_step", "noise_seed", "perturb", "soft_threshold", "unit_score"]
+__all__ = [
+    "FORMS",
+    "MoreauStep",
+    "grad_norm",
+    "moreau_step",
+    "noise_seed",
+    "perturb",
+    "prune_n_of_m",
+    "prune_rows",
+    "soft_threshold",
+    "unit_score",
+    "weight_score",
+]

@@ -1,4 +1,4 @@
-"""Element-wise importance |a ⊙ w| and the Taylor forms, reduced straight to rows or columns.
+"""Element-wise importance |a ⊙ w| and the Taylor forms, reduced straight to rows or columns, or to groups of them.
 
     first      Σ |g w|                                arXiv 2305.11627, Eq. 3, |∂L/∂w · w| per weight
     second     Σ |w² F|,  F = (1/N) Σ_n g_n²          (published code: no ½)
@@ -16,8 +16,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, tl, use_triton
+
 # Elements reduced at a time on a CPU, so that the product stays in cache and nothing of weight size is made.
 BLOCK = 1 << 17
+CHUNK_ROWS = 512  # rows that one program sums of its columns; the chunks are added afterwards
 
 
 def _second(w: Tensor, fisher: Tensor) -> Tensor:
@@ -34,8 +37,17 @@ _ELEMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 FORMS = tuple(_ELEMENTS)
 
 
-def unit_score(weight: Tensor, a: Tensor | None, dim: int, form: str = "first", fisher: Tensor | None = None) -> Tensor:
-    """Scores of the lines of one matrix along `dim`.
+def unit_score(
+    weight: Tensor,
+    a: Tensor | None,
+    dim: int,
+    form: str = "first",
+    fisher: Tensor | None = None,
+    *,
+    group: int = 1,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Scores of the lines of one matrix along `dim`, or of groups of `group` consecutive lines.
 
     Args:
         weight: w [rows, columns], any float dtype.
@@ -43,15 +55,26 @@ def unit_score(weight: Tensor, a: Tensor | None, dim: int, form: str = "first", 
         dim: 0 scores rows, 1 scores columns.
         form: one of `FORMS`.
         fisher: F, same shape, for `second` and `mix`.
+        group: lines of a unit (of a KV group: its heads' rows); divides the number of lines.
+        backend: "torch" or "triton" instead of the device's own.
 
     Returns:
-        [rows] or [columns] in float64. A block of rows is summed in float32 (float64 for float64 weights), blocks are
-        added in float64; the order is fixed.
+        [lines / group] in float64. A block of a line is summed in float32 (float64 for float64 weights), blocks and
+        lines are added in float64; the order is fixed, so the same operands give the same bits.
     """
+    lines = _kernel_lines(weight, a, dim, form, fisher) if use_triton(weight, backend) else None
+    if lines is None:
+        lines = _reference(weight, a, dim, form, fisher)
+    if form == "vectorize":
+        lines = lines.abs_()
+    return lines.view(-1, group).sum(dim=1) if group > 1 else lines
+
+
+def _reference(weight: Tensor, a: Tensor | None, dim: int, form: str, fisher: Tensor | None) -> Tensor:
     work_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, columns = weight.shape
     out = torch.zeros(weight.shape[dim], dtype=torch.float64, device=weight.device)
-    step = max(1, BLOCK // max(1, columns)) if weight.device.type == "cpu" else rows
+    step = max(1, BLOCK // max(1, columns)) if weight.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         w = weight[part].to(work_dtype)
@@ -61,4 +84,153 @@ def unit_score(weight: Tensor, a: Tensor | None, dim: int, form: str = "first", 
             out[part] = values.sum(dim=1)
         else:
             out += values.sum(dim=0)
-    return out.abs_() if form == "vectorize" else out
+    return out
+
+
+def _kernel_lines(weight: Tensor, a: Tensor | None, dim: int, form: str, fisher: Tensor | None) -> Tensor:
+    chunks = 1 if dim == 0 else ceil_div(weight.shape[0], CHUNK_ROWS)
+    partial = torch.empty((chunks, weight.shape[dim]), dtype=torch.float32, device=weight.device)
+    if weight.numel() == 0:
+        partial.zero_()
+    else:
+        launch(partial, weight, a, dim, form, fisher).run()
+    return partial.sum(dim=0, dtype=torch.float64)
+
+
+def launch(
+    partial: Tensor, weight: Tensor, a: Tensor | None, dim: int, form: str, fisher: Tensor | None = None
+) -> Launch:
+    """The start of `row_score_kernel` or `column_score_kernel`; `partial` is [chunks of rows, lines], float32."""
+    rows, columns = weight.shape
+    a = weight if a is None else a
+    fisher = weight if fisher is None else fisher
+    arguments = {"partial_ptr": partial, "weight_ptr": weight, "a_ptr": a, "fisher_ptr": fisher}
+    arguments |= {"n_rows": rows, "n_cols": columns}
+    for name, operand in (("weight", weight), ("a", a), ("fisher", fisher)):
+        arguments |= {f"stride_{name}_row": operand.stride(0), f"stride_{name}_col": operand.stride(1)}
+    if dim == 0:
+        constants = {"FORM": form, "BLOCK_ROWS": 4, "BLOCK_COLS": 512}
+        return Launch(row_score_kernel, (ceil_div(rows, 4),), arguments, constants)
+    constants = {"FORM": form, "BLOCK_ROWS": 16, "BLOCK_COLS": 128, "CHUNK_ROWS": CHUNK_ROWS}
+    return Launch(column_score_kernel, (ceil_div(columns, 128), len(partial)), arguments, constants)
+
+
+@jit
+def element_scores(
+    weight_ptr,
+    a_ptr,
+    fisher_ptr,
+    row,
+    col,
+    inside,
+    stride_weight_row,
+    stride_weight_col,
+    stride_a_row,
+    stride_a_col,
+    stride_fisher_row,
+    stride_fisher_col,
+    FORM: tl.constexpr,
+):
+    """The form's value of every element of a tile, 0 outside; `row` [BR, 1] and `col` [1, BC] are int64."""
+    w = tl.load(weight_ptr + row * stride_weight_row + col * stride_weight_col, mask=inside, other=0).to(tl.float32)
+    if FORM == "square":
+        value = w * w
+    elif FORM == "second":
+        fisher = tl.load(fisher_ptr + row * stride_fisher_row + col * stride_fisher_col, mask=inside, other=0)
+        value = w * w * fisher.to(tl.float32)
+    else:
+        a = tl.load(a_ptr + row * stride_a_row + col * stride_a_col, mask=inside, other=0)
+        value = w * a.to(tl.float32)
+        if FORM == "mix":
+            fisher = tl.load(fisher_ptr + row * stride_fisher_row + col * stride_fisher_col, mask=inside, other=0)
+            value -= 0.5 * (w * w * fisher.to(tl.float32))
+        if FORM != "vectorize":
+            value = tl.abs(value)
+    return value
+
+
+@jit
+def row_score_kernel(
+    partial_ptr,
+    weight_ptr,
+    a_ptr,
+    fisher_ptr,
+    n_rows,
+    n_cols,
+    stride_weight_row,
+    stride_weight_col,
+    stride_a_row,
+    stride_a_col,
+    stride_fisher_row,
+    stride_fisher_col,
+    FORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Σ over the columns of BLOCK_ROWS rows: each lane adds its columns, the lanes are added at the end."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for start in range(0, n_cols, BLOCK_COLS):
+        col = (start + tl.arange(0, BLOCK_COLS)[None, :]).to(tl.int64)  # [1, BC]
+        inside = (row < n_rows) & (col < n_cols)
+        total += element_scores(
+            weight_ptr,
+            a_ptr,
+            fisher_ptr,
+            row,
+            col,
+            inside,
+            stride_weight_row,
+            stride_weight_col,
+            stride_a_row,
+            stride_a_col,
+            stride_fisher_row,
+            stride_fisher_col,
+            FORM,
+        )
+    tl.store(partial_ptr + row, tl.sum(total, axis=1, keep_dims=True), mask=row < n_rows)
+
+
+@jit
+def column_score_kernel(
+    partial_ptr,
+    weight_ptr,
+    a_ptr,
+    fisher_ptr,
+    n_rows,
+    n_cols,
+    stride_weight_row,
+    stride_weight_col,
+    stride_a_row,
+    stride_a_col,
+    stride_fisher_row,
+    stride_fisher_col,
+    FORM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    CHUNK_ROWS: tl.constexpr,
+):
+    """Σ over one chunk of rows of BLOCK_COLS columns, into this chunk's row of `partial`."""
+    col = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
+    first = tl.program_id(1).to(tl.int64) * CHUNK_ROWS
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for start in range(0, CHUNK_ROWS, BLOCK_ROWS):
+        row = first + start + tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
+        inside = (row < n_rows) & (col < n_cols)
+        total += element_scores(
+            weight_ptr,
+            a_ptr,
+            fisher_ptr,
+            row,
+            col,
+            inside,
+            stride_weight_row,
+            stride_weight_col,
+            stride_a_row,
+            stride_a_col,
+            stride_fisher_row,
+            stride_fisher_col,
+            FORM,
+        )
+    summed = tl.sum(total, axis=0, keep_dims=True)  # [1, BC]
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * n_cols + col, summed, mask=col < n_cols)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from streamprune.binding import Perturbation
-from streamprune.kernels import line_norms, moreau_step, soft_threshold, unit_score
+from streamprune.capture import TensorRef
+from streamprune.kernels import moreau_step, soft_threshold, unit_score
 from streamprune.methods.scores import UnitScores
-from streamprune.sweep import Statistics, TensorRef
+from streamprune.sweep import Statistics
 
 State = dict[tuple[int, str], Tensor]
 
@@ -28,10 +29,17 @@ def taylor(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
     """
     scores, order = UnitScores.zeros(statistics), settings["order"]
 
-    def consume(ref: TensorRef, weight: Tensor, grad: Tensor, fisher: Tensor | None) -> None:
-        scores.add(ref, unit_score(weight, grad, ref.member.dim, order, fisher))
+    def consume(ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
+        scores.add(ref, unit_score(weight, grad, ref.member.dim, order))
 
-    statistics.gradients(consume, second_moment=order in ("second", "mix"))
+    def consume_powers(ref: TensorRef, weight: Tensor, sums: dict[int, Tensor]) -> None:
+        fisher = sums[2].div_(statistics.samples)
+        scores.add(ref, unit_score(weight, sums.get(0), ref.member.dim, order, fisher))
+
+    if order in ("second", "mix"):
+        statistics.gradient_powers(consume_powers, (0, 2) if order == "mix" else (2,))
+    else:
+        statistics.gradients(consume)
     return scores
 
 
@@ -46,7 +54,7 @@ def smoothgrad(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
         _mean_gradient(statistics, score, {}, settings["sigma"], 0, draws)
         return scores
 
-    def consume(ref: TensorRef, weight: Tensor, grad: Tensor, fisher: Tensor | None) -> None:
+    def consume(ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
         score(ref, weight, grad.div_(draws))
 
     for draw in range(draws):
@@ -56,7 +64,12 @@ def smoothgrad(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
 
 def moreau(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
     """|δ_T ⊙ w| / ρ after T gradient steps on the Moreau envelope of the loss (2406.07017, Alg. 1)."""
-    return _moreau(statistics, settings, lambda ref, delta, step: None)
+    rho, gamma = settings["rho"], settings["gamma"]
+
+    def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
+        return moreau_step(delta, grad, rho, gamma).delta
+
+    return _moreau(statistics, settings, advance)
 
 
 def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
@@ -65,31 +78,36 @@ def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
     A group is the unit's own slice of a matrix: a row of q, k, v, gate, up, a column of o and down. With
     `eta_quantile`, η is set at step 0 to that quantile of the matrix's line norms ‖g_S‖₂.
     """
-    gamma, quantile = settings["gamma"], settings["eta_quantile"]
+    rho, gamma, quantile = settings["rho"], settings["gamma"], settings["eta_quantile"]
     thresholds: dict[tuple[int, str], float] = {}  # γη per matrix, with eta_quantile
 
-    def shrink(ref: TensorRef, delta: Tensor, step: int) -> None:
-        norms = line_norms(delta, ref.member.dim)
-        if quantile is not None and step == 0:
+    def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
+        dim, threshold = ref.member.dim, gamma * settings["eta"]
+        if quantile is not None:
+            threshold = thresholds.get(ref.key, 0.0)
+        step = moreau_step(delta, grad, rho, gamma, dim=dim, threshold=threshold)
+        if quantile is not None and ref.key not in thresholds:
+            assert step.norms is not None
             # δ_1 = −γg, so the quantile of its norms is γη already.
-            thresholds[ref.key] = float(torch.quantile(norms.double(), quantile))
-        soft_threshold(delta, ref.member.dim, thresholds.get(ref.key, gamma * settings["eta"]), norms)
+            thresholds[ref.key] = float(torch.quantile(step.norms.double(), quantile))
+            soft_threshold(step.delta, dim, thresholds[ref.key], step.norms)
+        return step.delta
 
-    return _moreau(statistics, settings, shrink)
+    return _moreau(statistics, settings, advance)
 
 
 def _moreau(
-    statistics: Statistics, settings: dict[str, Any], shrink: Callable[[TensorRef, Tensor, int], None]
+    statistics: Statistics,
+    settings: dict[str, Any],
+    advance: Callable[[TensorRef, Tensor | None, Tensor], Tensor],
 ) -> UnitScores:
-    """T updates δ ← shrink((1 − γ/ρ)δ − γ g(w + δ + noise)); the last is scored as it comes, not stored."""
-    scores = UnitScores.zeros(statistics)
-    rho, gamma, steps = settings["rho"], settings["gamma"], settings["steps"]
+    """T updates of δ by `advance`, from the gradient at w + δ + noise; the last is scored as it comes, not stored."""
+    scores, rho, steps = UnitScores.zeros(statistics), settings["rho"], settings["steps"]
     state: State = {}  # a sweep binds a layer with its δ before it hands over that layer's gradients
 
     def update(step: int, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
         previous = state.pop(ref.key, None)
-        delta = grad.mul_(-gamma) if previous is None else moreau_step(previous.to(grad.device), grad, rho, gamma)
-        shrink(ref, delta, step)
+        delta = advance(ref, None if previous is None else previous.to(grad.device), grad)
         if step < steps - 1:
             state[ref.key] = delta.to("cpu")
         else:
@@ -111,7 +129,7 @@ def _mean_gradient(
     """The gradient at w + δ + noise, averaged over `draws` draws, given tensor by tensor to `finish`."""
     sums: State = {}
 
-    def consume(last: bool, ref: TensorRef, weight: Tensor, grad: Tensor, fisher: Tensor | None) -> None:
+    def consume(last: bool, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
         if draws > 1:
             grad = grad.div_(draws)
         if ref.key in sums:

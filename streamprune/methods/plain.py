@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.capture import TensorRef
 from streamprune.kernels import noise_seed, unit_score
 from streamprune.methods.scores import UnitScores
-from streamprune.sweep import Statistics, TensorRef
+from streamprune.sweep import Statistics
 
 
 def random(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from streamprune.capture import TensorRef
 from streamprune.families import Geometry, Kind, fold_lines
-from streamprune.sweep import Statistics, TensorRef
+from streamprune.sweep import Statistics
 
 
 class UnitScores:

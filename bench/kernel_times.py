@@ -1,0 +1,144 @@
+"""Times of the kernels: the torch side on a CPU, the Triton side on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from kernel_cases import SAMPLES, SIZES, TOKENS, Case, cases
+from torch.utils import benchmark
+
+REPEAT = 7
+COPY_BYTES = 1 << 30
+CACHE_BYTES = 1 << 28  # written between two runs on a GPU, so that neither finds its operands in the cache
+DRY_SIZE = (64, 192)
+
+
+def cpu(options: dict[str, Any]) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """A row per op and number of threads: the torch side against the plain expression, in turn, medians."""
+    size, repeat = (DRY_SIZE, 2) if options["dry"] else (SIZES[options["model"]], REPEAT)
+    rows = [["op", "threads", "ms", "plain torch, ms", "ratio"]]
+    figures = []
+    for case in cases():
+        operands = case.operands(size, "cpu")
+        made = case.make(operands)
+        for threads in sorted({1, torch.get_num_threads()}):
+            timers = [
+                benchmark.Timer("run()", globals={"run": run}, num_threads=threads) for run in (made.op, made.naive)
+            ]
+            times: list[list[float]] = [[], []]
+            for _ in range(repeat):
+                for timer, taken in zip(timers, times, strict=True):
+                    taken.append(timer.timeit(1).median)
+            mine, plain = map(statistics.median, times)
+            figures.append({"op": case.name, "threads": threads, "seconds": mine, "plain": plain})
+            rows.append([case.name, str(threads), f"{mine * 1e3:.2f}", f"{plain * 1e3:.2f}", f"{mine / plain:.2f}"])
+    return rows, figures
+
+
+def median_seconds(run: Callable[[], Any], device: str, repeat: int) -> float:
+    """Median time of `run`, by events on a GPU."""
+    run()
+    if device == "cpu":
+        taken = []
+        for _ in range(repeat):
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        return statistics.median(taken)
+    flush = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeat)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) / 1e3 for start, end in events)
+
+
+def gpu(options: dict[str, Any]) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """A row per kernel: its rate, and that rate over a device copy's or a cuBLAS product's of the same run."""
+    dry = options["dry"]
+    device, repeat = ("cpu", 2) if dry else ("cuda", 20)
+    size = DRY_SIZE if dry else SIZES[options["model"]]
+    source = torch.empty(1 << 20 if dry else COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_rate = 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device, repeat)
+    rows = [["kernel", "ms", "rate", "of copy or cuBLAS"]]
+    figures = []
+    for case in cases():
+        operands = case.operands(size, device)
+        seconds = median_seconds(case.make(operands).launch.run, device, repeat)
+        elements = operands.rows * operands.columns
+        if case.name.startswith("grad_norm"):
+            work, unit, reference = (
+                2 * SAMPLES * TOKENS * elements,
+                "TFLOP/s",
+                _product_rate(case, size, device, repeat),
+            )
+        else:
+            work, unit, reference = case.minimum * elements, "GB/s", copy_rate
+        rate = work / seconds
+        shown = rate / (1e12 if unit == "TFLOP/s" else 1e9)
+        figures.append({"kernel": case.name, "seconds": seconds, "rate": rate, "unit": unit, "share": rate / reference})
+        rows.append([case.name, f"{seconds * 1e3:.3f}", f"{shown:.1f} {unit}", f"{rate / reference:.0%}"])
+    return rows, figures
+
+
+def _product_rate(case: Case, size: tuple[int, int], device: str, repeat: int) -> float:
+    """FLOP/s of torch's bfloat16 product of the shapes of `grad_norm` over all tokens."""
+    operands = case.operands(size, device)
+    x = operands.normal((SAMPLES * TOKENS, operands.columns), torch.bfloat16)
+    dy = operands.normal((SAMPLES * TOKENS, operands.rows), torch.bfloat16)
+    seconds = median_seconds(lambda: dy.T @ x, device, repeat)
+    return 2 * SAMPLES * TOKENS * operands.rows * operands.columns / seconds
+
+
+def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
+    """How the seconds of two moreau-gs updates on the demo's model are spent; the second one has a δ.
+
+    Binding a layer is widening and perturbing its weights; the rest is the layers' own forwards and backwards, the
+    head, and waiting for the disk.
+    """
+    from streamprune import binding, demo
+    from streamprune.methods import METHODS, gradient, resolve_settings
+    from streamprune.report import Progress
+    from streamprune.run import open_model
+    from streamprune.sweep import Statistics, default_micro_batch
+
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+        return run
+
+    watched = ((binding.Binder, "bind"), (gradient, "moreau_step"), (gradient, "unit_score"))
+    originals = [getattr(owner, name) for owner, name in watched]
+    model = demo.fetch(demo.default_cache(), Progress())
+    with open_model(str(model), micro_batch=default_micro_batch(TOKENS)) as sweeper:
+        ids = torch.randint(0, sweeper.skeleton.config.vocab_size, (SAMPLES, TOKENS))
+        layers = range(4, sweeper.n_layers - 2)
+        for (owner, name), original in zip(watched, originals, strict=True):
+            setattr(owner, name, timed(name, original))
+        try:
+            start = time.perf_counter()
+            settings = resolve_settings("moreau-gs", {"steps": 2})
+            METHODS["moreau-gs"].score(Statistics(sweeper, ids, layers, 0), settings)
+            total = time.perf_counter() - start
+        finally:
+            for (owner, name), original in zip(watched, originals, strict=True):
+                setattr(owner, name, original)
+    seconds["everything else"] = total - sum(seconds.values())
+    rows = [["part of two moreau-gs updates", "seconds", "share"]]
+    rows += [[name, f"{value:.2f}", f"{value / total:.1%}"] for name, value in seconds.items()]
+    return rows, seconds

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that wants a GPU, in one command that takes less than 9 minutes.
+#
+#   bench/on_gpu.sh OUT [--dry]
+#
+# OUT gets tests.txt, device.txt, kernels.json, end_to_end.json and overlap.json, and each table on standard output. Needs
+# a python ($PYTHON, by default python3) with the packages of pyproject.toml, pytest and, for a GPU, torch's CUDA build.
+# --dry goes the same way on a CPU: tiny shapes, kernels in Triton's interpreter.
+set -euo pipefail
+
+out=${1:?usage: bench/on_gpu.sh OUT [--dry]}
+dry=${2:-}
+[[ -z $dry || $dry == --dry ]] || { echo "unknown option $dry" >&2; exit 2; }
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+# The package as it lies here, installed or not: its kernels are in a folder of another name.
+mkdir "$scratch/site"
+cp -r streamprune "$scratch/site/streamprune"
+cp -r kernels/src "$scratch/site/streamprune/kernels"
+export PYTHONPATH="$scratch/site"
+
+if [[ -n $dry ]]; then
+  device=cpu layers=8 model=135M tokens=(--tokens 128)
+  tests=(tests/test_grad_norm.py -k "strided or nothing")
+else
+  device=cuda layers=24 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
+  tests=(tests/test_noise_kernel.py tests/test_moreau_step.py tests/test_unit_score.py tests/test_grad_norm.py
+    tests/test_weight_score.py tests/test_cuda.py)
+  "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU; --dry runs without one"'
+fi
+"$python" - <<'PY' | tee "$out/device.txt"
+import platform, torch
+from streamprune.kernels.launch import triton
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU"
+print(f"{name}; torch {torch.__version__}; triton {getattr(triton, '__version__', 'absent')}")
+PY
+
+echo "== tests"
+"$python" -m pytest -q -p no:cacheprovider "${tests[@]}" | tee "$out/tests.txt"
+echo "== kernels"
+"$python" bench/kernels.py --gpu --model "$model" $dry --json "$out/kernels.json"
+echo "== end to end"
+"$python" bench/end_to_end.py --scratch "$scratch" --layers "$layers" --repeat 1 --device "$device" \
+  --keep "$scratch/model" $dry --json "$out/end_to_end.json"
+echo "== overlap"
+"$python" bench/overlap.py --model "$scratch/model" --device "$device" "${tokens[@]}" --repeat 3 --json "$out/overlap.json"

@@ -1,0 +1,90 @@
+"""How well reading hides behind computing: a forward sweep against its reading alone and its computing alone.
+
+    python bench/overlap.py --model DIR [--device cuda] [--tokens 128 --tokens 1280 --tokens 12800] [--json FILE]
+
+A sweep that overlaps perfectly takes the longer of the two, plus one layer (the first read has nothing to hide behind).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import torch
+
+from streamprune.paging import Page, Pager
+from streamprune.report import table
+from streamprune.run import open_model
+
+SEQ_LEN = 128
+
+
+class StillPager:
+    """Hands out every layer with the weights of the first one, which stay where they are."""
+
+    def __init__(self, pager: Pager) -> None:
+        with pager.pages([0]) as pages:
+            self.page = next(pages)
+
+    @contextmanager
+    def pages(self, order: Sequence[int]) -> Iterator[Iterator[Page]]:
+        """As `Pager.pages`, without reading."""
+        yield (Page(layer, self.page.tensors) for layer in order)
+
+
+def read_alone(pager: Pager, layers: int) -> None:
+    """A sweep that computes nothing."""
+    with pager.pages(range(layers)) as pages:
+        for _ in pages:
+            pass
+
+
+def median_seconds(run: Callable[[], object], device: str, repeat: int) -> float:
+    """Wall time, the device's work included."""
+    taken = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+@click.command()
+@click.option("--model", required=True, help="A checkpoint; random ones are made by bench/end_to_end.py.")
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--tokens", type=int, multiple=True, default=(128, 1280, 12800), show_default=True)
+@click.option("--repeat", type=int, default=5, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(model: str, device: str, tokens: tuple[int, ...], repeat: int, json_file: Path | None) -> None:
+    """Measure, print the table, and write JSON."""
+    rows = [["tokens", "sweep, s", "reading alone", "computing alone", "sweep / longer one", "and one layer"]]
+    figures = []
+    with open_model(model, device=device, micro_batch=16) as sweeper, torch.no_grad():
+        pager, layers = sweeper.pager, sweeper.n_layers
+        for count in tokens:
+            ids = torch.randint(0, sweeper.skeleton.config.vocab_size, (max(1, count // SEQ_LEN), SEQ_LEN))
+            sweeper.forward(ids)
+            sweep = median_seconds(lambda ids=ids: sweeper.forward(ids), device, repeat)
+            reading = median_seconds(lambda: read_alone(pager, layers), device, repeat)
+            sweeper.pager = StillPager(pager)
+            computing = median_seconds(lambda ids=ids: sweeper.forward(ids), device, repeat)
+            sweeper.pager = pager
+            longer = max(reading, computing)
+            bound = longer + (reading + computing) / layers
+            figures.append({"tokens": count, "sweep": sweep, "reading": reading, "computing": computing})
+            cells = [f"{sweep:.2f}", f"{reading:.2f}", f"{computing:.2f}", f"{sweep / longer:.2f}"]
+            rows.append([str(count), *cells, f"{sweep / bound:.2f}"])
+    print(table(rows, markdown=True))
+    if json_file:
+        json_file.write_text(json.dumps({"device": device, "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,267 @@
+"""Importance of single weights, |W|(‖X_j‖ + α‖G_ij‖), and pruning by it: exactly k per row, or N kept of M.
+
+    Wanda      |W_ij| · ‖X_j‖₂                     arXiv 2306.11695, Eq. 1
+    GBLM       |W_ij| · (‖X_j‖₂ + α ‖G_ij‖_p)      arXiv 2311.04902, Eq. 6
+    magnitude  |W_ij|
+
+The lowest scores go; of equal scores the one with the lowest index goes first, so the count is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, power_of_two, tl, use_triton
+
+BLOCK = 1 << 17  # elements at a time on a CPU
+MOST_COLUMNS = 1 << 15  # of a row that one program holds in registers
+
+
+def weight_score(weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """Scores [d_out, d_in], float32 (float64 for float64 weights).
+
+    Args:
+        weight: W [d_out, d_in], any float dtype.
+        x_norm: ‖X_j‖₂ [d_in], float32 or float64; None for magnitude.
+        grad_norm: ‖G_ij‖_p [d_out, d_in], or None.
+        alpha: weight α of the gradient term.
+    """
+    work_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    # Factors are not negative, so |w| f = |w f|, which needs one buffer.
+    if grad_norm is None:
+        score = weight.to(work_dtype, copy=True)
+        return (score if x_norm is None else score.mul_(x_norm)).abs_()
+    factor = grad_norm.to(work_dtype, copy=True).mul_(alpha)
+    return (factor if x_norm is None else factor.add_(x_norm)).mul_(weight).abs_()
+
+
+def prune_rows(
+    weight: Tensor,
+    count: int,
+    x_norm: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    alpha: float = 0.0,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Zero the `count` lowest-scored weights of every row of `weight` [d_out, d_in], in place; returns it.
+
+    Other arguments as in `weight_score`. With a kernel W is read and written once and no score is stored; rows of more
+    than 32,768 weights take torch's operations.
+
+    Raises:
+        ValueError: `count` is negative or more than a row has.
+    """
+    rows, columns = weight.shape
+    if not 0 <= count <= columns:
+        raise ValueError(f"{count} weights cannot go from rows of {columns}")
+    if count == 0 or rows == 0:
+        return weight
+    if use_triton(weight, backend) and columns <= MOST_COLUMNS:
+        launch_rows(weight, count, x_norm, grad_norm, alpha).run()
+        return weight
+    for part in _row_blocks(weight):
+        score = weight_score(weight[part], x_norm, None if grad_norm is None else grad_norm[part], alpha)
+        threshold = score.kthvalue(count, dim=1, keepdim=True).values
+        gone, ties = score < threshold, score == threshold
+        wanted = count - gone.sum(dim=1, keepdim=True)
+        if (ties.sum(dim=1, keepdim=True) > wanted).any():
+            ties &= ties.cumsum(dim=1) <= wanted
+        weight[part].masked_fill_(gone.logical_or_(ties), 0)
+    return weight
+
+
+def prune_n_of_m(
+    weight: Tensor,
+    n: int,
+    m: int,
+    x_norm: Tensor | None = None,
+    grad_norm: Tensor | None = None,
+    alpha: float = 0.0,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Keep the `n` highest-scored of every `m` consecutive weights of a row, in place; returns `weight`.
+
+    Raises:
+        ValueError: `m` does not divide the row, or `n` is not in 0 … m.
+    """
+    columns = weight.shape[1]
+    if m < 1 or columns % m or not 0 <= n <= m:
+        raise ValueError(f"{n} of {m} cannot be kept in rows of {columns}")
+    if weight.numel() == 0 or n == m:
+        return weight
+    if use_triton(weight, backend) and m in (2, 4, 8, 16):
+        launch_n_of_m(weight, n, m, x_norm, grad_norm, alpha).run()
+        return weight
+    for part in _row_blocks(weight):
+        score = weight_score(weight[part], x_norm, None if grad_norm is None else grad_norm[part], alpha)
+        places = score.view(-1, m).T.contiguous()  # [m, groups]: a comparison is one pass over two lines
+        rank = torch.zeros(places.shape, dtype=torch.uint8, device=weight.device)
+        for place in range(m):
+            for later in range(place + 1, m):
+                first = places[place] <= places[later]
+                rank[later] += first
+                rank[place] += first.logical_not_()
+        gone = (rank < m - n).T.reshape(score.shape)
+        weight[part].masked_fill_(gone, 0)
+    return weight
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    """Rows at a time: on a CPU few enough to stay in cache, elsewhere all."""
+    rows, columns = weight.shape
+    step = max(1, BLOCK // columns) if weight.device.type == "cpu" else rows
+    for start in range(0, rows, step):
+        yield slice(start, start + step)
+
+
+def _operands(weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None, alpha: float) -> dict[str, object]:
+    gradient = weight if grad_norm is None else grad_norm
+    return {
+        "weight_ptr": weight,
+        "x_norm_ptr": weight if x_norm is None else x_norm.contiguous(),
+        "grad_norm_ptr": gradient,
+        "alpha": float(alpha),
+        "n_rows": weight.shape[0],
+        "n_cols": weight.shape[1],
+        "stride_weight_row": weight.stride(0),
+        "stride_weight_col": weight.stride(1),
+        "stride_grad_row": gradient.stride(0),
+        "stride_grad_col": gradient.stride(1),
+    }
+
+
+def launch_rows(
+    weight: Tensor, count: int, x_norm: Tensor | None, grad_norm: Tensor | None, alpha: float = 0.0
+) -> Launch:
+    """The start of `prune_rows_kernel` for these operands."""
+    rows, columns = weight.shape
+    block = power_of_two(columns)
+    return Launch(
+        prune_rows_kernel,
+        (rows,),
+        {**_operands(weight, x_norm, grad_norm, alpha), "count": count},
+        {
+            "HAS_X": x_norm is not None,
+            "HAS_GRAD": grad_norm is not None,
+            "INDEX_BITS": block.bit_length(),
+            "BLOCK": block,
+        },
+        num_warps=max(1, min(32, block // 512)),
+    )
+
+
+def launch_n_of_m(
+    weight: Tensor, n: int, m: int, x_norm: Tensor | None, grad_norm: Tensor | None, alpha: float = 0.0
+) -> Launch:
+    """The start of `prune_n_of_m_kernel` for these operands."""
+    rows, columns = weight.shape
+    groups = 1024 // m
+    return Launch(
+        prune_n_of_m_kernel,
+        (rows, ceil_div(columns // m, groups)),
+        {**_operands(weight, x_norm, grad_norm, alpha), "count": m - n},
+        {"HAS_X": x_norm is not None, "HAS_GRAD": grad_norm is not None, "M": m, "GROUPS": groups},
+    )
+
+
+@jit
+def scores(weight, x_norm_ptr, grad_norm_block, alpha, col, inside, HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr):
+    """|w|(‖x‖ + α‖g‖) of a tile."""
+    score = tl.abs(weight)
+    if HAS_GRAD:
+        factor = alpha * tl.load(grad_norm_block, mask=inside, other=0).to(tl.float32)
+        if HAS_X:
+            factor += tl.load(x_norm_ptr + col, mask=inside, other=0).to(tl.float32)
+        score *= factor
+    elif HAS_X:
+        score *= tl.load(x_norm_ptr + col, mask=inside, other=0).to(tl.float32)
+    return score
+
+
+@jit
+def prune_rows_kernel(
+    weight_ptr,
+    x_norm_ptr,
+    grad_norm_ptr,
+    alpha,
+    n_rows,
+    n_cols,
+    stride_weight_row,
+    stride_weight_col,
+    stride_grad_row,
+    stride_grad_col,
+    count,
+    HAS_X: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    INDEX_BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Zero the `count` lowest scores of one row.
+
+    Floats that are not negative are ordered as their bits are, so the count-th smallest is found bit by bit; among the
+    weights that equal it, the last index that goes is found the same way.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)  # [BLOCK]
+    inside = col < n_cols
+    block = weight_ptr + row * stride_weight_row + col.to(tl.int64) * stride_weight_col
+    weight = tl.load(block, mask=inside, other=0).to(tl.float32)
+    grad_block = grad_norm_ptr + row * stride_grad_row + col.to(tl.int64) * stride_grad_col
+    score = scores(weight, x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
+    bits = tl.where(inside, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)  # above every score
+    threshold = count * 0
+    for bit in range(0, 31):
+        candidate = threshold | (1 << (30 - bit))
+        below = tl.sum((bits < candidate).to(tl.int32))
+        threshold = tl.where(below < count, candidate, threshold)
+    ties = bits == threshold
+    wanted = count - tl.sum((bits < threshold).to(tl.int32))
+    last = count * 0
+    for bit in range(0, INDEX_BITS):
+        candidate = last | (1 << (INDEX_BITS - 1 - bit))
+        before = tl.sum((ties & (col < candidate)).to(tl.int32))
+        last = tl.where(before < wanted, candidate, last)
+    # Only zeros are written: keeping the weights as well would take too many registers for long rows.
+    gone = (bits < threshold) | (ties & (col <= last))
+    tl.store(block, tl.zeros((BLOCK,), dtype=weight_ptr.dtype.element_ty), mask=inside & gone)
+
+
+@jit
+def prune_n_of_m_kernel(
+    weight_ptr,
+    x_norm_ptr,
+    grad_norm_ptr,
+    alpha,
+    n_rows,
+    n_cols,
+    stride_weight_row,
+    stride_weight_col,
+    stride_grad_row,
+    stride_grad_col,
+    count,
+    HAS_X: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    M: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Zero the `count` lowest scores of each of GROUPS groups of M: those that fewer than `count` others precede."""
+    row = tl.program_id(0).to(tl.int64)
+    # Flat for wide loads, and as groups for the comparisons.
+    col = tl.program_id(1).to(tl.int64) * GROUPS * M + tl.arange(0, GROUPS * M)  # [GROUPS · M]
+    inside = col < n_cols
+    block = weight_ptr + row * stride_weight_row + col * stride_weight_col
+    stored = tl.load(block, mask=inside, other=0)
+    grad_block = grad_norm_ptr + row * stride_grad_row + col * stride_grad_col
+    score = scores(stored.to(tl.float32), x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
+    score = tl.reshape(score, (GROUPS, M))
+    mine, others = score[:, :, None], score[:, None, :]  # [GROUPS, M, M]: every score against every other
+    place = tl.arange(0, M)
+    earlier = place[None, None, :] < place[None, :, None]
+    precedes = (others < mine) | ((others == mine) & earlier)
+    rank = tl.reshape(tl.sum(precedes.to(tl.int32), axis=2), (GROUPS * M,))
+    tl.store(block, tl.where(rank < count, 0, stored), mask=inside)

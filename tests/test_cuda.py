@@ -1,0 +1,70 @@
+"""What only a GPU can show: the same gradients and scores as on a CPU, from slots that are poisoned when released."""
+
+import pytest
+import torch
+from conftest import N_LAYERS, save_tiny, token_ids, whole_model_gradients
+
+from streamprune.binding import Perturbation
+from streamprune.checkpoint import Checkpoint
+from streamprune.kernels import perturb
+from streamprune.methods import METHODS, resolve_settings
+from streamprune.paging import Pager, paging_device
+from streamprune.skeleton import Skeleton
+from streamprune.sweep import Statistics, Sweeper
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CUDA = torch.device("cuda")
+
+
+def cuda_sweeper(path, dtype):
+    checkpoint = Checkpoint(path)
+    skeleton = Skeleton(checkpoint, dtype, CUDA)
+    return Sweeper(skeleton, Pager(checkpoint, skeleton.entries, paging_device(CUDA), poison=True), 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
+def test_streamed_gradients_equal_whole_model_autograd_on_the_cpu(family, tmp_path):
+    model, ids, grads = save_tiny(tmp_path, family), token_ids(n=5, seq=20), {}
+    sweeper = cuda_sweeper(tmp_path, torch.float64)
+    Statistics(sweeper, ids, range(N_LAYERS), 0).gradients(lambda ref, w, g: grads.update({ref.key: g.cpu()}))
+    expected, path = whole_model_gradients(model, ids), sweeper.skeleton.family.layers
+    for (layer, tensor), grad in grads.items():
+        whole = expected[f"{path}.{layer}.{tensor}"]
+        # Norms compute in float32 whatever the model's dtype.
+        assert (grad - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_every_sweep_gives_the_same_bits(tmp_path):
+    save_tiny(tmp_path, "llama", dtype=torch.bfloat16, hidden_size=256, intermediate_size=512)
+    perturbation, runs = Perturbation(0.05, (0, 0, 0)), []
+    for _ in range(5):
+        grads = {}
+        statistics = Statistics(cuda_sweeper(tmp_path, torch.bfloat16), token_ids(n=8, seq=48), range(1, N_LAYERS), 0)
+        statistics.gradients(lambda ref, w, g, grads=grads: grads.update({ref.key: g.cpu()}), perturbation)
+        assert all(torch.isfinite(grad).all() for grad in grads.values())
+        runs.append(grads)
+    for other in runs[1:]:
+        assert all(torch.equal(runs[0][key], grad) for key, grad in other.items())
+
+
+@pytest.mark.parametrize("method", ["taylor", "moreau-gs"])
+def test_scores_are_those_of_the_cpu(method, tmp_path):
+    save_tiny(tmp_path, "llama", dtype=torch.float32)
+    ids = token_ids(n=4, seq=20)
+    settings = {"steps": 2, "sigma": 0.0} if method == "moreau-gs" else {}  # the devices' noise differs
+    checkpoint = Checkpoint(tmp_path)
+    on_cpu = Skeleton(checkpoint, torch.float32, torch.device("cpu"))
+    cpu = Sweeper(on_cpu, Pager(checkpoint, on_cpu.entries, paging_device(torch.device("cpu"))), 2)
+    both = [
+        METHODS[method].score(Statistics(sweeper, ids, range(1, 3), 0), resolve_settings(method, settings)).values
+        for sweeper in (cpu, cuda_sweeper(tmp_path, torch.float32))
+    ]
+    for layer, kinds in both[0].items():
+        for kind, values in kinds.items():
+            torch.testing.assert_close(both[1][layer][kind], values, rtol=1e-3, atol=1e-9)
+
+
+def test_a_gpu_takes_the_kernel_by_itself():
+    weight = torch.ones(1000, device=CUDA)
+    outs = [perturb(torch.empty_like(weight), weight, None, 0.05, 5, backend=b) for b in (None, "triton", "torch")]
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
