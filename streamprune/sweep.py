@@ -277,7 +277,7 @@ class Statistics:
     def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
         """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
         assert self.input_ids is not None, "as for gradients"
-        return self._sweep(partial(PowerCollector, consume, powers, tuple(self.input_ids.shape)), None)
+        return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self.input_ids.shape[1])), None)
 
     def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
         assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"

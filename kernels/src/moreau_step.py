@@ -105,7 +105,7 @@ def _tile(rows: int, columns: int, dim: int) -> tuple[int, int] | None:
 
     A column goes with its neighbours, at least 4 and at most 16, so that 16 bytes are contiguous.
     """
-    height, width = power_of_two(rows), power_of_two(columns)
+    height, width = max(2, power_of_two(rows)), power_of_two(columns)
     if dim == 0:
         return (max(1, min(height, 2048 // width)), width) if width <= MOST_ELEMENTS else None
     beside = min(16, MOST_ELEMENTS // height)
@@ -123,42 +123,60 @@ def launch(
     threshold: float | None = None,
     has_delta: bool = True,
 ) -> Launch:
-    """The start of `moreau_step_kernel` for these operands."""
+    """The start of `moreau_rows_kernel` or `moreau_columns_kernel` for these operands."""
     rows, columns = delta.shape
     tile = (4, 512) if threshold is None else _tile(rows, columns, dim)
     assert tile is not None, "moreau_step asks whether a line fits"
     block_rows, block_cols = tile
-    return Launch(
-        moreau_step_kernel,
-        (ceil_div(rows, block_rows), ceil_div(columns, block_cols)),
-        {
-            "delta_ptr": delta,
-            "grad_ptr": grad,
-            "norms_ptr": norms,
-            "decay": 1 - gamma / rho,
-            "gamma": float(gamma),
-            "threshold": 0.0 if threshold is None else float(threshold),
-            "n_rows": rows,
-            "n_cols": columns,
-            "stride_delta_row": delta.stride(0),
-            "stride_delta_col": delta.stride(1),
-            "stride_grad_row": grad.stride(0),
-            "stride_grad_col": grad.stride(1),
-        },
-        {
-            "HAS_DELTA": has_delta,
-            "SAME_STRIDES": delta.stride() == grad.stride(),
-            "SHRINK": threshold is not None,
-            "BY_ROW": dim == 0,
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_COLS": block_cols,
-        },
-        num_warps=max(4, min(16, block_rows * block_cols // 1024)),
-    )
+    arguments = {
+        "delta_ptr": delta,
+        "grad_ptr": grad,
+        "norms_ptr": norms,
+        "decay": 1 - gamma / rho,
+        "gamma": float(gamma),
+        "threshold": 0.0 if threshold is None else float(threshold),
+        "n_rows": rows,
+        "n_cols": columns,
+        "stride_delta_row": delta.stride(0),
+        "stride_delta_col": delta.stride(1),
+        "stride_grad_row": grad.stride(0),
+        "stride_grad_col": grad.stride(1),
+    }
+    num_warps = max(4, min(32 if dim == 1 else 16, block_rows * block_cols // 1024))
+    if dim == 1 and threshold is not None:
+        constants = {"HAS_DELTA": has_delta, "HALF_ROWS": block_rows // 2, "BLOCK_COLS": block_cols}
+        return Launch(moreau_columns_kernel, (ceil_div(columns, block_cols),), arguments, constants, num_warps)
+    constants = {"HAS_DELTA": has_delta, "SHRINK": threshold is not None}
+    constants |= {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
+    grid = (ceil_div(rows, block_rows), ceil_div(columns, block_cols))
+    return Launch(moreau_rows_kernel, grid, arguments, constants, num_warps)
 
 
 @jit
-def moreau_step_kernel(
+def stepped(
+    delta_block,
+    grad_block,
+    inside,
+    decay,
+    gamma,
+    HAS_DELTA: tl.constexpr,
+):
+    """decay δ − γ g of a tile, in float32."""
+    value = -gamma * tl.load(grad_block, mask=inside, other=0).to(tl.float32)
+    if HAS_DELTA:
+        value += decay * tl.load(delta_block, mask=inside, other=0).to(tl.float32)
+    return value
+
+
+@jit
+def shrinkage(norm, threshold):
+    """max(0, 1 − γη/‖δ_S‖), also for norms of 0."""
+    kept = norm > threshold
+    return tl.where(kept, 1 - threshold / tl.where(kept, norm, 1.0), 0.0)
+
+
+@jit
+def moreau_rows_kernel(
     delta_ptr,
     grad_ptr,
     norms_ptr,
@@ -172,32 +190,75 @@ def moreau_step_kernel(
     stride_grad_row,
     stride_grad_col,
     HAS_DELTA: tl.constexpr,
-    SAME_STRIDES: tl.constexpr,
     SHRINK: tl.constexpr,
-    BY_ROW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """δ ← GST(decay δ − γ g) for one tile, which holds whole lines where they are shrunk."""
-    first_row, first_col = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLS
-    row = tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
-    col = tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
-    inside = (row < n_rows - first_row) & (col < n_cols - first_col)
-    # The tile begins at 64-bit offsets; inside it 32 bits do, and leave registers for long columns.
-    delta_ptr += first_row.to(tl.int64) * stride_delta_row + first_col.to(tl.int64) * stride_delta_col
-    grad_ptr += first_row.to(tl.int64) * stride_grad_row + first_col.to(tl.int64) * stride_grad_col
-    delta_offset = row * stride_delta_row + col * stride_delta_col
-    grad_offset = delta_offset if SAME_STRIDES else row * stride_grad_row + col * stride_grad_col
-    value = -gamma * tl.load(grad_ptr + grad_offset, mask=inside, other=0).to(tl.float32)  # [BR, BC]
-    if HAS_DELTA:
-        value += decay * tl.load(delta_ptr + delta_offset, mask=inside, other=0).to(tl.float32)
+    """δ ← GST(decay δ − γ g) for one tile [BR, BC], which holds whole rows where they are shrunk."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
+    col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
+    inside = (row < n_rows) & (col < n_cols)
+    delta_block = delta_ptr + row * stride_delta_row + col.to(tl.int64) * stride_delta_col
+    grad_block = grad_ptr + row * stride_grad_row + col.to(tl.int64) * stride_grad_col
+    value = stepped(delta_block, grad_block, inside, decay, gamma, HAS_DELTA)
     if SHRINK:
         # Norms lie around 1e-6 and their squares around 1e-12: far above float32's smallest normal number.
-        norm = tl.sqrt(tl.sum(value * value, axis=1 if BY_ROW else 0, keep_dims=True))
-        kept = norm > threshold
-        value *= tl.where(kept, 1 - threshold / tl.where(kept, norm, 1.0), 0.0)
-        if BY_ROW:
-            tl.store(norms_ptr + first_row + row, norm, mask=row < n_rows - first_row)
-        else:
-            tl.store(norms_ptr + first_col + col, norm, mask=col < n_cols - first_col)
-    tl.store(delta_ptr + delta_offset, value.to(delta_ptr.dtype.element_ty), mask=inside)
+        norm = tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True))
+        value *= shrinkage(norm, threshold)
+        tl.store(norms_ptr + row, norm, mask=row < n_rows)
+    tl.store(delta_block, value.to(delta_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def moreau_columns_kernel(
+    delta_ptr,
+    grad_ptr,
+    norms_ptr,
+    decay,
+    gamma,
+    threshold,
+    n_rows,
+    n_cols,
+    stride_delta_row,
+    stride_delta_col,
+    stride_grad_row,
+    stride_grad_col,
+    HAS_DELTA: tl.constexpr,
+    HALF_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """δ ← GST(decay δ − γ g) for whole columns, in two halves [HR, BC] of rows.
+
+    Registers are what limits a column's length. A tile begins at a 64-bit offset, and inside it 32 bits do; `zero`
+    makes the compiler load a half only when the one before is summed, and make addresses anew, not keep them.
+    """
+    first = tl.program_id(0) * BLOCK_COLS
+    col = tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
+    row = tl.arange(0, HALF_ROWS)[:, None]  # [HR, 1]
+    delta_ptr += first.to(tl.int64) * stride_delta_col
+    grad_ptr += first.to(tl.int64) * stride_grad_col
+    col_inside = col < n_cols - first
+
+    inside = (row < n_rows) & col_inside
+    delta_block = delta_ptr + (row * stride_delta_row + col * stride_delta_col)
+    grad_block = grad_ptr + (row * stride_grad_row + col * stride_grad_col)
+    value_0 = stepped(delta_block, grad_block, inside, decay, gamma, HAS_DELTA)
+    square = tl.sum(value_0 * value_0, axis=0, keep_dims=True)  # [1, BC]
+
+    zero = tl.max(square.to(tl.int32, bitcast=True)) >> 31  # a square's bits have no sign
+    row_1 = HALF_ROWS + zero + row
+    inside = (row_1 < n_rows) & col_inside
+    delta_block = delta_ptr + (row_1 * stride_delta_row + col * stride_delta_col)
+    grad_block = grad_ptr + (row_1 * stride_grad_row + col * stride_grad_col)
+    value_1 = stepped(delta_block, grad_block, inside, decay, gamma, HAS_DELTA)
+    norm = tl.sqrt(square + tl.sum(value_1 * value_1, axis=0, keep_dims=True))
+    tl.store(norms_ptr + first + col, norm, mask=col_inside)
+
+    scale = shrinkage(norm, threshold)
+    zero = tl.max(norm.to(tl.int32, bitcast=True)) >> 31
+    row_0, row_1 = zero + row, HALF_ROWS + zero + row
+    dtype = delta_ptr.dtype.element_ty
+    delta_block = delta_ptr + (row_0 * stride_delta_row + col * stride_delta_col)
+    tl.store(delta_block, (value_0 * scale).to(dtype), mask=(row_0 < n_rows) & col_inside)
+    delta_block = delta_ptr + (row_1 * stride_delta_row + col * stride_delta_col)
+    tl.store(delta_block, (value_1 * scale).to(dtype), mask=(row_1 < n_rows) & col_inside)

@@ -49,8 +49,8 @@ def prune_rows(
 ) -> Tensor:
     """Zero the `count` lowest-scored weights of every row of `weight` [d_out, d_in], in place; returns it.
 
-    Other arguments as in `weight_score`. With a kernel W is read and written once and no score is stored; rows of more
-    than 32,768 weights take torch's operations.
+    Other arguments as in `weight_score`. With a kernel W is read once, zeros are written and no score is stored; rows of
+    more than 32,768 weights take torch's operations.
 
     Raises:
         ValueError: `count` is negative or more than a row has.
@@ -140,7 +140,7 @@ def launch_rows(
 ) -> Launch:
     """The start of `prune_rows_kernel` for these operands."""
     rows, columns = weight.shape
-    block = power_of_two(columns)
+    block = max(2, power_of_two(columns))
     return Launch(
         prune_rows_kernel,
         (rows,),
@@ -149,7 +149,7 @@ def launch_rows(
             "HAS_X": x_norm is not None,
             "HAS_GRAD": grad_norm is not None,
             "INDEX_BITS": block.bit_length(),
-            "BLOCK": block,
+            "HALF": block // 2,
         },
         num_warps=max(1, min(32, block // 512)),
     )
@@ -170,17 +170,48 @@ def launch_n_of_m(
 
 
 @jit
-def scores(weight, x_norm_ptr, grad_norm_block, alpha, col, inside, HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr):
-    """|w|(‖x‖ + α‖g‖) of a tile."""
-    score = tl.abs(weight)
+def scores(weight_block, x_norm_ptr, grad_norm_block, alpha, col, inside, HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr):
+    """|w|(‖x‖ + α‖g‖) of a tile. The weights come last: two bytes each, they are the cheapest to wait with."""
     if HAS_GRAD:
         factor = alpha * tl.load(grad_norm_block, mask=inside, other=0).to(tl.float32)
         if HAS_X:
             factor += tl.load(x_norm_ptr + col, mask=inside, other=0).to(tl.float32)
-        score *= factor
-    elif HAS_X:
+        return tl.abs(tl.load(weight_block, mask=inside, other=0).to(tl.float32)) * factor
+    score = tl.abs(tl.load(weight_block, mask=inside, other=0).to(tl.float32))
+    if HAS_X:
         score *= tl.load(x_norm_ptr + col, mask=inside, other=0).to(tl.float32)
     return score
+
+
+@jit
+def score_bits(
+    weight_ptr,
+    x_norm_ptr,
+    grad_norm_ptr,
+    alpha,
+    col,
+    n_cols,
+    stride_weight_col,
+    stride_grad_col,
+    HAS_X: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+):
+    """Bits of the scores of some columns of one row; what is outside lies above every score."""
+    inside = col < n_cols
+    weight_block, grad_block = weight_ptr + col * stride_weight_col, grad_norm_ptr + col * stride_grad_col
+    score = scores(weight_block, x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
+    return tl.where(inside, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)
+
+
+@jit
+def kth_smallest(one, other, k, BITS: tl.constexpr):
+    """The k-th smallest (k from 1) of two blocks, of which it is known to be in 0 … 2^BITS − 1; int32."""
+    result = k * 0
+    for bit in range(0, BITS):
+        candidate = result | (1 << (BITS - 1 - bit))
+        below = tl.sum((one < candidate).to(tl.int32) + (other < candidate).to(tl.int32))
+        result = tl.where(below < k, candidate, result)
+    return result
 
 
 @jit
@@ -199,7 +230,7 @@ def prune_rows_kernel(
     HAS_X: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     INDEX_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     """Zero the `count` lowest scores of one row.
 
@@ -207,28 +238,27 @@ def prune_rows_kernel(
     weights that equal it, the last index that goes is found the same way.
     """
     row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)  # [BLOCK]
-    inside = col < n_cols
-    block = weight_ptr + row * stride_weight_row + col.to(tl.int64) * stride_weight_col
-    weight = tl.load(block, mask=inside, other=0).to(tl.float32)
-    grad_block = grad_norm_ptr + row * stride_grad_row + col.to(tl.int64) * stride_grad_col
-    score = scores(weight, x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
-    bits = tl.where(inside, score.to(tl.int32, bitcast=True), 0x7FFFFFFF)  # above every score
-    threshold = count * 0
-    for bit in range(0, 31):
-        candidate = threshold | (1 << (30 - bit))
-        below = tl.sum((bits < candidate).to(tl.int32))
-        threshold = tl.where(below < count, candidate, threshold)
-    ties = bits == threshold
-    wanted = count - tl.sum((bits < threshold).to(tl.int32))
-    last = count * 0
-    for bit in range(0, INDEX_BITS):
-        candidate = last | (1 << (INDEX_BITS - 1 - bit))
-        before = tl.sum((ties & (col < candidate)).to(tl.int32))
-        last = tl.where(before < wanted, candidate, last)
-    # Only zeros are written: keeping the weights as well would take too many registers for long rows.
-    gone = (bits < threshold) | (ties & (col <= last))
-    tl.store(block, tl.zeros((BLOCK,), dtype=weight_ptr.dtype.element_ty), mask=inside & gone)
+    # Rows begin at 64-bit offsets; inside one 32 bits do, and leave registers for long rows.
+    weight_ptr += row * stride_weight_row
+    grad_norm_ptr += row * stride_grad_row
+    col_0 = tl.arange(0, HALF)
+    bits_0 = score_bits(
+        weight_ptr, x_norm_ptr, grad_norm_ptr, alpha, col_0, n_cols, stride_weight_col, stride_grad_col, HAS_X, HAS_GRAD
+    )
+    # Bits have no sign, so this adds 0; without the dependence the compiler would load both halves at once and spill.
+    col_1 = tl.multiple_of(HALF + (tl.max(bits_0) >> 31), HALF) + col_0
+    bits_1 = score_bits(
+        weight_ptr, x_norm_ptr, grad_norm_ptr, alpha, col_1, n_cols, stride_weight_col, stride_grad_col, HAS_X, HAS_GRAD
+    )
+    threshold = kth_smallest(bits_0, bits_1, count, 31)
+    # What is below goes, what is above stays, and what is equal goes by its index.
+    order_0 = tl.where(bits_0 < threshold, -1, tl.where(bits_0 == threshold, col_0, 0x7FFFFFFF))
+    order_1 = tl.where(bits_1 < threshold, -1, tl.where(bits_1 == threshold, col_1, 0x7FFFFFFF))
+    last = kth_smallest(order_0, order_1, count, INDEX_BITS)
+    # Only zeros are written: one number per weight is all that a program keeps.
+    zeros = tl.zeros((HALF,), dtype=weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + col_0 * stride_weight_col, zeros, mask=order_0 <= last)
+    tl.store(weight_ptr + col_1 * stride_weight_col, zeros, mask=order_1 <= last)
 
 
 @jit
@@ -255,13 +285,13 @@ def prune_n_of_m_kernel(
     col = tl.program_id(1).to(tl.int64) * GROUPS * M + tl.arange(0, GROUPS * M)  # [GROUPS · M]
     inside = col < n_cols
     block = weight_ptr + row * stride_weight_row + col * stride_weight_col
-    stored = tl.load(block, mask=inside, other=0)
     grad_block = grad_norm_ptr + row * stride_grad_row + col * stride_grad_col
-    score = scores(stored.to(tl.float32), x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
+    score = scores(block, x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
     score = tl.reshape(score, (GROUPS, M))
     mine, others = score[:, :, None], score[:, None, :]  # [GROUPS, M, M]: every score against every other
     place = tl.arange(0, M)
     earlier = place[None, None, :] < place[None, :, None]
     precedes = (others < mine) | ((others == mine) & earlier)
     rank = tl.reshape(tl.sum(precedes.to(tl.int32), axis=2), (GROUPS * M,))
-    tl.store(block, tl.where(rank < count, 0, stored), mask=inside)
+    zeros = tl.zeros((GROUPS * M,), dtype=weight_ptr.dtype.element_ty)
+    tl.store(block, zeros, mask=inside & (rank < count))
