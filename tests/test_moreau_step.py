@@ -208,10 +208,10 @@ def test_a_threshold_from_the_norms_of_a_step_can_follow_it():
 
 
 def test_the_moreau_step_makes_nothing_of_weight_size():
-    delta, grad = normal((1024, 2048), 1, dtype=F32), normal((1024, 2048), 2, dtype=F32)
+    delta, grad = normal((4096, 4096), 1, dtype=F32), normal((4096, 4096), 2, dtype=F32)
 
     def step():
         for dim in (0, 1):
             moreau_step(delta, grad, 0.2, 0.01, dim=dim, threshold=1e-3)
 
-    assert largest_allocation(step) <= delta.nbytes // 64
+    assert largest_allocation(step) <= delta.nbytes // 64  # a block of unit_score's

@@ -49,8 +49,8 @@ def prune_rows(
 ) -> Tensor:
     """Zero the `count` lowest-scored weights of every row of `weight` [d_out, d_in], in place; returns it.
 
-    Other arguments as in `weight_score`. With a kernel W is read once, zeros are written and no score is stored; rows of
-    more than 32,768 weights take torch's operations.
+    Other arguments as in `weight_score`. With a kernel W is read once, zeros are written and no score is stored; rows
+    of more than 32,768 weights take torch's operations.
 
     Raises:
         ValueError: `count` is negative or more than a row has.
