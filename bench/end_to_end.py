@@ -169,8 +169,9 @@ def add_noise(scored: dict[tuple[int, str], torch.Tensor]) -> dict[tuple[int, st
     """The noise that streamprune draws, tensors in parallel as there; returns the weights before it, bfloat16."""
     from streamprune.kernels import noise_seed, perturb
 
-    originals = {key: p.bfloat16() for key, p in scored.items()}
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+    originals = {key: p.detach().to(torch.bfloat16, copy=True) for key, p in scored.items()}
+    on_gpu = any(p.is_cuda for p in scored.values())
+    with ThreadPoolExecutor(1 if on_gpu else torch.get_num_threads()) as threads:
         drawing = [
             threads.submit(perturb, p.data, originals[key], None, SIGMA, noise_seed(0, 0, 0, *key))
             for key, p in scored.items()

@@ -128,7 +128,7 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
     watched = ((binding.Binder, "bind"), (gradient, "moreau_step"), (gradient, "unit_score"))
     originals = [getattr(owner, name) for owner, name in watched]
     model = demo.fetch(demo.default_cache(), Progress())
-    with open_model(str(model), micro_batch=default_micro_batch(TOKENS)) as sweeper:
+    with open_model(str(model), device="cpu", micro_batch=default_micro_batch(TOKENS)) as sweeper:
         ids = torch.randint(0, sweeper.skeleton.config.vocab_size, (SAMPLES, TOKENS))
         layers = range(4, sweeper.n_layers - 2)
         for (owner, name), original in zip(watched, originals, strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ MULTIPROCESSOR = {
     89: (65536, 1536, 100 << 10, 24),
     90: (65536, 2048, 228 << 10, 32),
 }
-MOST_SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes that one program may ask for
 TARGETS = (*(f"sm_{capability}" for capability in MULTIPROCESSOR), *(["gfx942"] if "amd" in backends else []))
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -88,8 +87,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
         if aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=launch.options)
 
 
 def nvidia(launch: Launch, capability: int) -> MachineCode:
@@ -117,7 +115,8 @@ def nvidia(launch: Launch, capability: int) -> MachineCode:
 
 def amd(launch: Launch, architecture: str) -> MachineCode:
     """Machine code of a launch for an AMD architecture such as gfx942."""
-    compiled = compile_launch(launch, GPUTarget("hip", architecture, 64))
+    # As `most_warps` has it there.
+    compiled = compile_launch(replace(launch, num_warps=min(16, launch.num_warps)), GPUTarget("hip", architecture, 64))
     text = compiled.asm["amdgcn"]
     found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
     registers, threads = int(found["vgpr_count"]), 64 * compiled.metadata.num_warps

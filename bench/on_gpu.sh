@@ -22,13 +22,13 @@ trap 'rm -rf "$scratch"' EXIT
 mkdir "$scratch/site"
 cp -r streamprune "$scratch/site/streamprune"
 cp -r kernels/src "$scratch/site/streamprune/kernels"
-export PYTHONPATH="$scratch/site"
+export PYTHONPATH="$scratch/site" PYTHONSAFEPATH=1  # safe: not from the current directory, which has no kernels
 
 if [[ -n $dry ]]; then
-  device=cpu layers=8 model=135M tokens=(--tokens 128)
+  device=cpu layers=8 repeat=1 model=135M tokens=(--tokens 128)
   tests=(tests/test_grad_norm.py -k "strided or nothing")
 else
-  device=cuda layers=24 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
+  device=cuda layers=24 repeat=3 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
   tests=(tests/test_noise_kernel.py tests/test_moreau_step.py tests/test_unit_score.py tests/test_grad_norm.py
     tests/test_weight_score.py tests/test_cuda.py)
   "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU; --dry runs without one"'
@@ -40,12 +40,14 @@ name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.p
 print(f"{name}; torch {torch.__version__}; triton {getattr(triton, '__version__', 'absent')}")
 PY
 
-echo "== tests"
-"$python" -m pytest -q -p no:cacheprovider "${tests[@]}" | tee "$out/tests.txt"
-echo "== kernels"
-"$python" bench/kernels.py --gpu --model "$model" $dry --json "$out/kernels.json"
-echo "== end to end"
-"$python" bench/end_to_end.py --scratch "$scratch" --layers "$layers" --repeat 1 --device "$device" \
+status=0
+stage() {  # one that fails does not keep the others from running
+  echo "== $1"
+  "$python" "${@:2}" || status=1
+}
+stage tests -m pytest -q -p no:cacheprovider "${tests[@]}" > >(tee "$out/tests.txt")
+stage kernels bench/kernels.py --gpu --model "$model" $dry --json "$out/kernels.json"
+stage "end to end" bench/end_to_end.py --scratch "$scratch" --layers "$layers" --repeat "$repeat" --device "$device" \
   --keep "$scratch/model" $dry --json "$out/end_to_end.json"
-echo "== overlap"
-"$python" bench/overlap.py --model "$scratch/model" --device "$device" "${tokens[@]}" --repeat 3 --json "$out/overlap.json"
+stage overlap bench/overlap.py --model "$scratch/model" --device "$device" "${tokens[@]}" --repeat 3 --json "$out/overlap.json"
+exit $status

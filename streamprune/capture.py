@@ -139,6 +139,7 @@ def _capture(collector: PowerCollector, module: nn.Module, arguments: tuple[Any,
     x = arguments[0].detach()
 
     def hand_over(dy: Tensor) -> None:
-        collector(x, dy) if isinstance(module, nn.Linear) else collector(dy, x)
+        ends = (x, dy) if isinstance(module, nn.Linear) else (dy, x)
+        collector(*ends)
 
     output.register_hook(hand_over)

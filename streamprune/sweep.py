@@ -204,19 +204,20 @@ class Sweeper:
         return [TensorRef(page.layer, m, geometry) for m in members if m.scored and m.tensor in page.tensors]
 
 
-def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int]) -> dict[str, int]:
+def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int], sums: int = 1) -> dict[str, int]:
     """Bytes that a gradient sweep holds beside the interpreter, by purpose; not a method's state.
 
     The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch, and their
     gradients as three of the widest (a gated MLP's product and its two factors exist together). With several
-    micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by matrix.
+    micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by matrix. `sums` is
+    how many are kept of each: more than one for `gradient_powers` with several powers.
     """
     skeleton = sweeper.skeleton
     size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
     hidden = samples * seq_len * skeleton.config.hidden_size * size
     matrices = [shape for shape in skeleton.shapes(layers[0]).values() if len(shape) == 2]
     largest, all_of_them = max(map(torch.Size.numel, matrices)), sum(map(torch.Size.numel, matrices))
-    gradients = 2 * largest + (all_of_them if samples > sweeper.micro_batch else 0)
+    gradients = (1 + sums) * largest + (sums * all_of_them if samples > sweeper.micro_batch else 0)
     return {
         "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
         # Each layer's input from the lowest prunable one up, the last one's output, and the gradient of both kinds.

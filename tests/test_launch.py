@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from kernel_inputs import needs_triton
+from kernel_inputs import DEVICE, needs_triton
 
 from streamprune.kernels import perturb
 from streamprune.kernels.launch import ceil_div, power_of_two, use_triton
@@ -38,8 +38,11 @@ def test_without_triton_every_op_runs_on_a_cpu():
 def test_the_device_picks_the_backend_unless_told():
     assert not use_triton(torch.ones(1), None) and use_triton(torch.ones(1), "triton")
     weight = torch.ones(100)
-    outs = [perturb(torch.empty(100), weight, None, 0.05, 5, backend=b) for b in (None, "torch", "triton")]
-    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+    outs = [perturb(torch.empty(100), weight, None, 0.05, 5, backend=b) for b in (None, "torch")]
+    assert torch.equal(*outs)
+    weight = weight.to(DEVICE)
+    by_kernel = perturb(torch.empty_like(weight), weight, None, 0.05, 5, backend="triton")
+    assert not torch.equal(by_kernel.cpu(), outs[0])
 
 
 @pytest.mark.parametrize("n,power", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (13824, 16384), (28672, 32768)])

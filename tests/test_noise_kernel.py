@@ -184,7 +184,7 @@ def test_strided_operands_get_the_noise_of_their_elements():
 
 
 def test_both_backends_draw_from_one_distribution():
-    weight = torch.full((1 << 17,), 2.0)
+    weight = torch.full((1 << 17,), 2.0, device=DEVICE)
     drawn = {
         backend: perturb(torch.empty_like(weight), weight, None, 0.05, 11, backend=backend).double()
         for backend in ("torch", "triton")

@@ -26,17 +26,17 @@ def grad_norm(acc: Tensor, x: Tensor, dy: Tensor, power: int, *, backend: Backen
         power: p, 1 or 2; 0 for the plain sum Σ_n dY_nᵀ X_n.
         backend: "torch" or "triton" instead of the device's own.
 
-    bfloat16 and float16 are multiplied on tensor cores and summed in float32. The torch side makes one gradient at a
-    time, in one buffer.
+    bfloat16 and float16 are multiplied on tensor cores and summed in float32; wider ends take torch's operations, which
+    make one gradient at a time, in one buffer.
     """
     if power not in POWERS:
         raise ValueError(f"power {power} is not one of {POWERS}")
     if x.shape[:2] != dy.shape[:2] or acc.shape != (dy.shape[2], x.shape[2]):
         shapes = f"acc {list(acc.shape)}, x {list(x.shape)}, dy {list(dy.shape)}"
         raise ValueError(f"{shapes}: wanted [d_out, d_in], [samples, tokens, d_in], [samples, tokens, d_out]")
-    if not acc.is_contiguous():
-        raise ValueError("acc is not contiguous")
-    if use_triton(x, backend):
+    if not acc.is_contiguous() or x.dtype != dy.dtype:
+        raise ValueError(f"acc must be contiguous, and x {x.dtype} and dy {dy.dtype} of one dtype")
+    if use_triton(x, backend) and x.dtype in (torch.bfloat16, torch.float16):
         if acc.numel() and x.shape[0] * x.shape[1]:
             launch(acc, x, dy, power).run()
         return acc
@@ -84,8 +84,6 @@ def launch(acc: Tensor, x: Tensor, dy: Tensor, power: int) -> Launch:
         },
         {
             "POWER": power,
-            # Of float32 operands; the others are multiplied exactly.
-            "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
             # Triton's interpreter multiplies the bit patterns of bfloat16.
             "WIDEN": interpreted() and x.dtype == torch.bfloat16,
             "BLOCK_OUT": BLOCK_OUT,
@@ -114,7 +112,6 @@ def grad_norm_kernel(
     stride_dy_token,
     stride_dy_col,
     POWER: tl.constexpr,
-    PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -148,7 +145,7 @@ def grad_norm_kernel(
         x = tl.load(x_block + x_offset, mask=token_inside[:, None] & column_inside[None, :], other=0)
         if WIDEN:
             dy, x = dy.to(tl.float32), x.to(tl.float32)
-        grad = tl.dot(dy, x, grad, input_precision=PRECISION)
+        grad = tl.dot(dy, x, grad)
         if first + BLOCK_TOKENS >= n_tokens:
             if POWER == 2:
                 total += grad * grad

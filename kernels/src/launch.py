@@ -69,13 +69,21 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 3
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told. Fusion into multiply-adds is said outright: Triton's default for it changes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
     def run(self) -> None:
         """Start it on the device of its first tensor."""
         first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
-            self.kernel[self.grid](
-                **self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
+
+
+def most_warps() -> int:
+    """Warps that a program may have: 1024 threads, of 32 to a warp, or 64 on an AMD card."""
+    return 16 if torch.version.hip else 32
 
 
 def power_of_two(n: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, power_of_two, tl, use_triton
+from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, most_warps, power_of_two, tl, use_triton
 from streamprune.kernels.unit_score import unit_score
 
 MOST_ELEMENTS = 1 << 15  # that one program holds in registers
@@ -87,7 +87,7 @@ def _reference(
     if threshold is None:
         return MoreauStep(target)
     # In blocks: torch's own norm of columns takes four times as long, and of bfloat16 it makes a copy.
-    norms = unit_score(target, None, dim, "square", backend="torch").sqrt_()
+    norms = unit_score(target, None, dim, "square").sqrt_()
     norms = norms.to(torch.promote_types(target.dtype, torch.float32))
     return MoreauStep(target, norms, soft_threshold(target, dim, threshold, norms))
 
@@ -96,7 +96,7 @@ def _with_kernel(
     target: Tensor, has_delta: bool, grad: Tensor, rho: float, gamma: float, dim: int, threshold: float | None
 ) -> MoreauStep:
     lines = target.shape[dim] if threshold is not None else 0
-    norms = torch.empty(lines, dtype=torch.float32, device=target.device)
+    norms = torch.zeros(lines, dtype=torch.float32, device=target.device)
     if target.numel():
         launch(target, grad, norms, rho, gamma, dim=dim, threshold=threshold, has_delta=has_delta).run()
     return MoreauStep(target) if threshold is None else MoreauStep(target, norms, (norms <= threshold).sum())
@@ -144,7 +144,7 @@ def launch(
         "stride_grad_row": grad.stride(0),
         "stride_grad_col": grad.stride(1),
     }
-    num_warps = max(4, min(32 if dim == 1 else 16, block_rows * block_cols // 1024))
+    num_warps = max(4, min(most_warps() if dim == 1 else 16, block_rows * block_cols // 1024))
     if dim == 1 and threshold is not None:
         constants = {"HAS_DELTA": has_delta, "HALF_ROWS": block_rows // 2, "BLOCK_COLS": block_cols}
         return Launch(moreau_columns_kernel, (ceil_div(columns, block_cols),), arguments, constants, num_warps)
@@ -174,7 +174,7 @@ def stepped(
 def shrinkage(norm, threshold):
     """max(0, 1 − γη/‖δ_S‖), also for norms of 0."""
     kept = norm > threshold
-    return tl.where(kept, 1 - threshold / tl.where(kept, norm, 1.0), 0.0)
+    return tl.where(kept, 1 - tl.div_rn(threshold, tl.where(kept, norm, 1.0)), 0.0)
 
 
 @jit
@@ -204,8 +204,8 @@ def moreau_rows_kernel(
     grad_block = grad_ptr + row * stride_grad_row + col.to(tl.int64) * stride_grad_col
     value = stepped(delta_block, grad_block, inside, decay, gamma, HAS_DELTA)
     if SHRINK:
-        # Norms lie around 1e-6 and their squares around 1e-12: far above float32's smallest normal number.
-        norm = tl.sqrt(tl.sum(value * value, axis=1, keep_dims=True))
+        # Elements below 1e-19 count as 0: their squares lie below float32's smallest normal number.
+        norm = tl.sqrt_rn(tl.sum(value * value, axis=1, keep_dims=True))
         value *= shrinkage(norm, threshold)
         tl.store(norms_ptr + row, norm, mask=row < n_rows)
     tl.store(delta_block, value.to(delta_ptr.dtype.element_ty), mask=inside)
@@ -247,13 +247,13 @@ def moreau_columns_kernel(
     value_0 = stepped(delta_block, grad_block, inside, decay, gamma, HAS_DELTA)
     square = tl.sum(value_0 * value_0, axis=0, keep_dims=True)  # [1, BC]
 
-    zero = tl.max(square.to(tl.int32, bitcast=True)) >> 31  # a square's bits have no sign
+    zero = tl.max(square.to(tl.int32, bitcast=True)) >> 31  # a square's bits have no sign, but for some NaN
     row_1 = HALF_ROWS + zero + row
     inside = (row_1 < n_rows) & col_inside
     delta_block = delta_ptr + (row_1 * stride_delta_row + col * stride_delta_col)
     grad_block = grad_ptr + (row_1 * stride_grad_row + col * stride_grad_col)
     value_1 = stepped(delta_block, grad_block, inside, decay, gamma, HAS_DELTA)
-    norm = tl.sqrt(square + tl.sum(value_1 * value_1, axis=0, keep_dims=True))
+    norm = tl.sqrt_rn(square + tl.sum(value_1 * value_1, axis=0, keep_dims=True))
     tl.store(norms_ptr + first + col, norm, mask=col_inside)
 
     scale = shrinkage(norm, threshold)
@@ -261,6 +261,6 @@ def moreau_columns_kernel(
     row_0, row_1 = zero + row, HALF_ROWS + zero + row
     dtype = delta_ptr.dtype.element_ty
     delta_block = delta_ptr + (row_0 * stride_delta_row + col * stride_delta_col)
-    tl.store(delta_block, (value_0 * scale).to(dtype), mask=(row_0 < n_rows) & col_inside)
+    tl.store(delta_block, (value_0 * scale).to(dtype), mask=(row_0 >= 0) & (row_0 < n_rows) & col_inside)
     delta_block = delta_ptr + (row_1 * stride_delta_row + col * stride_delta_col)
     tl.store(delta_block, (value_1 * scale).to(dtype), mask=(row_1 < n_rows) & col_inside)

@@ -48,6 +48,8 @@ def perturb(
 
     Each operand is read once and `out` written once; the sum is made in float32 (in float64 for a float64 `out`).
     """
+    if not out.is_contiguous():
+        raise ValueError("out is not contiguous")
     if use_triton(out, backend):
         launch(out, weight, delta, sigma, seed).run()
         return out

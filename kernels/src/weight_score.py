@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, power_of_two, tl, use_triton
+from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, most_warps, power_of_two, tl, use_triton
 
 BLOCK = 1 << 17  # elements at a time on a CPU
 MOST_COLUMNS = 1 << 15  # of a row that one program holds in registers
@@ -126,7 +126,6 @@ def _operands(weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None, a
         "x_norm_ptr": weight if x_norm is None else x_norm.contiguous(),
         "grad_norm_ptr": gradient,
         "alpha": float(alpha),
-        "n_rows": weight.shape[0],
         "n_cols": weight.shape[1],
         "stride_weight_row": weight.stride(0),
         "stride_weight_col": weight.stride(1),
@@ -151,7 +150,7 @@ def launch_rows(
             "INDEX_BITS": block.bit_length(),
             "HALF": block // 2,
         },
-        num_warps=max(1, min(32, block // 512)),
+        num_warps=max(1, min(most_warps(), block // 512)),
     )
 
 
@@ -220,7 +219,6 @@ def prune_rows_kernel(
     x_norm_ptr,
     grad_norm_ptr,
     alpha,
-    n_rows,
     n_cols,
     stride_weight_row,
     stride_weight_col,
@@ -267,7 +265,6 @@ def prune_n_of_m_kernel(
     x_norm_ptr,
     grad_norm_ptr,
     alpha,
-    n_rows,
     n_cols,
     stride_weight_row,
     stride_weight_col,
