@@ -37,6 +37,7 @@ def test_without_triton_every_op_runs_on_a_cpu():
 @needs_triton
 def test_the_device_picks_the_backend_unless_told():
     assert not use_triton(torch.ones(1), None) and use_triton(torch.ones(1), "triton")
+    assert not use_triton(torch.ones(1, dtype=torch.float64), "triton")  # its kernel would compute in float32
     weight = torch.ones(100)
     outs = [perturb(torch.empty(100), weight, None, 0.05, 5, backend=b) for b in (None, "torch")]
     assert torch.equal(*outs)

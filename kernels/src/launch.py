@@ -34,16 +34,16 @@ def jit(kernel: Callable[..., None] | None = None, **options: Any) -> Any:
 def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
     """Whether an op on `tensor` runs its kernel: on a GPU where Triton is installed, or as `backend` says.
 
-    float64 has no kernels. The interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1 before the first import).
+    float64 has no kernels, whatever `backend` says. The interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1 before the first import).
 
     Raises:
         RuntimeError: `backend` is "triton" and Triton is absent.
     """
     if backend == "triton" and triton is None:
         raise RuntimeError("Triton is not installed; pip install triton, or leave the backend to the device")
-    if backend is not None:
-        return backend == "triton"
-    return triton is not None and tensor.is_cuda and tensor.dtype != torch.float64
+    if tensor.dtype == torch.float64:
+        return False
+    return backend == "triton" if backend is not None else triton is not None and tensor.is_cuda
 
 
 def interpreted() -> bool:

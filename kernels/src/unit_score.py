@@ -62,9 +62,8 @@ def unit_score(
         [lines / group] in float64. A block of a line is summed in float32 (float64 for float64 weights), blocks and
         lines are added in float64; the order is fixed, so the same operands give the same bits.
     """
-    lines = _kernel_lines(weight, a, dim, form, fisher) if use_triton(weight, backend) else None
-    if lines is None:
-        lines = _reference(weight, a, dim, form, fisher)
+    score = _kernel_lines if use_triton(weight, backend) else _reference
+    lines = score(weight, a, dim, form, fisher)
     if form == "vectorize":
         lines = lines.abs_()
     return lines.view(-1, group).sum(dim=1) if group > 1 else lines
