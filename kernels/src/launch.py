@@ -34,7 +34,8 @@ def jit(kernel: Callable[..., None] | None = None, **options: Any) -> Any:
 def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
     """Whether an op on `tensor` runs its kernel: on a GPU where Triton is installed, or as `backend` says.
 
-    float64 has no kernels, whatever `backend` says. The interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1 before the first import).
+    float64 has no kernels, whatever `backend` says. The interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1
+    before the first import).
 
     Raises:
         RuntimeError: `backend` is "triton" and Triton is absent.
