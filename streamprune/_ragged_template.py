@@ -2,8 +2,8 @@
 
 config.json gives the widths of the dense model and, under `per_layer_config`, what a layer has instead:
 fewer heads (`num_attention_heads`, `num_key_value_heads`), fewer MLP channels (`intermediate_size`), or no
-attention or no MLP at all (`skip`; such a block has neither weights nor norm). All else is the transformers
-model.
+attention or no MLP at all (`skip`; such a block has neither weights nor norm). With `output_biases`, attention
+and MLP end with a bias. All else is the transformers model.
 
 Written by streamprune, which pruned the checkpoint. Load it with
 `AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`, transformers 5.15 or later.
@@ -133,6 +133,9 @@ def ragged_layer(config: StreampruneLlamaConfig, layer_idx: int) -> LlamaDecoder
     """Decoder layer `layer_idx`, as wide as its own config says."""
     layer_config: Any = config.per_layer_config[layer_idx]
     layer: Any = LlamaDecoderLayer(layer_config, layer_idx)
+    if getattr(config.dense(), "output_biases", False):
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.bias = nn.Parameter(torch.zeros(linear.out_features))
     if "attention" in skipped(layer_config):
         layer.self_attn = NoAttention()
         for norm in ATTENTION_NORMS:

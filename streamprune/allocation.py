@@ -1,4 +1,4 @@
-"""From scores to kept units: how many go from each layer, and which."""
+"""From scores to what is kept: how many units go from each layer, and which; or which layers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from streamprune.families import Family, Geometry, Kind
 # Guards floor(r·n) against r·n being 28.999999999 where 29 is meant, as in the published code.
 FLOOR_SLACK = 1e-9
 
+# Kept units of each layer and kind; a layer that is not in it goes as a whole.
 KeptUnits = dict[int, dict[Kind, list[int]]]
 
 
@@ -99,10 +100,14 @@ def keep_highest(scores: Tensor, removed: int) -> list[int]:
 
     Of equal scores the lowest index goes first.
     """
-    if not torch.isfinite(scores).all():
-        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
+    _check_finite(scores)
     order = torch.argsort(scores, stable=True)
     return sorted(order[removed:].tolist())
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
 
 
 def select(
@@ -121,19 +126,149 @@ def select(
     }
 
 
-def removed_parameters(removed: Mapping[Kind, int], costs: Mapping[Kind, int], layers: Sequence[int]) -> int:
-    """Parameters that go when `removed` units go from each of `layers`."""
-    return len(layers) * sum(count * costs[kind] for kind, count in removed.items())
+def all_units(geometry: Geometry, kinds: Sequence[Kind]) -> dict[Kind, list[int]]:
+    """Every unit of a layer."""
+    return {kind: list(range(geometry.units(kind))) for kind in kinds}
 
 
-def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool) -> range:
-    """The prunable layers: `given` as [A, B), by default [4, L − 2) as published, and all of them for `stock`.
+def removed_parameters(kept: KeptUnits, costs: Mapping[Kind, int], geometry: Geometry, layer_sizes: list[int]) -> int:
+    """Parameters that go when `kept` remain of layers that have `layer_sizes` parameters."""
+    units = sum((geometry.units(kind) - len(u)) * costs[kind] for kinds in kept.values() for kind, u in kinds.items())
+    return units + sum(size for layer, size in enumerate(layer_sizes) if layer not in kept)
+
+
+@dataclass(frozen=True)
+class GlobalRule:
+    """How units of all prunable layers are compared.
+
+    Attributes:
+        ratio: fraction of their parameters that goes.
+        normalize: "zscore" of the scores in each layer and kind, or "raw" scores divided by the unit's parameters.
+        min_keep: fraction of each kind that every layer keeps, one unit at least.
+        round_to: the kept number of channels is a multiple of this.
+    """
+
+    ratio: float
+    normalize: str = "zscore"
+    min_keep: float = 0.1
+    round_to: int = 1
+
+    def step(self, kind: Kind) -> int:
+        """How many units of a kind go together."""
+        return self.round_to if kind == "channel" else 1
+
+    def most(self, kind: Kind, units: int) -> int:
+        """How many of `units` a layer may lose."""
+        step = self.step(kind)
+        least = max(1, math.ceil(self.min_keep * units - FLOOR_SLACK))
+        return max(0, units - -(-least // step) * step)
+
+
+def check_global(rule: GlobalRule, costs: Mapping[Kind, int], geometry: Geometry) -> None:
+    """Refuse a ratio that `min_keep` does not leave room for."""
+    all_of_them = sum(costs[kind] * geometry.units(kind) for kind in costs)
+    most = sum(costs[kind] * rule.most(kind, geometry.units(kind)) for kind in costs) / all_of_them
+    if rule.ratio > most:
+        raise UsageError(
+            f"a ratio of {rule.ratio} is more than --min-keep {rule.min_keep} leaves room for, {most:.3f}; "
+            "lower one of them"
+        )
+
+
+def allocate_globally(
+    scores: Mapping[int, Mapping[Kind, Tensor]],
+    rule: GlobalRule,
+    costs: Mapping[Kind, int],
+    geometry: Geometry,
+    n_layers: int,
+) -> KeptUnits:
+    """Kept units when the lowest of all prunable layers go, until the budget of parameters is met.
+
+    Units go in blocks of `rule.step`, in the order of their mean scores (per unit); the first block of a layer is as
+    small as makes the rest a multiple. A block that is too large for what is left of the budget is passed over, so
+    that what goes is the budget to the nearest smallest block.
+    """
+    budget = rule.ratio * sum(costs[kind] * geometry.units(kind) for kind in costs) * len(scores)
+    slack = min(costs[kind] * rule.step(kind) for kind in costs) / 2
+    blocks = []
+    for layer, kinds in scores.items():
+        for kind, values in kinds.items():
+            blocks += [(value, layer, kind, size) for value, size in _blocks(values, kind, rule, costs[kind])]
+    removed: dict[tuple[int, Kind], int] = {}
+    gone = 0
+    for _, layer, kind, size in sorted(blocks, key=lambda block: block[0]):
+        if gone + size * costs[kind] <= budget + slack:
+            gone += size * costs[kind]
+            removed[layer, kind] = removed.get((layer, kind), 0) + size
+    return {
+        layer: {
+            kind: keep_highest(scores[layer][kind], removed.get((layer, kind), 0)) if layer in scores else everything
+            for kind, everything in all_units(geometry, list(costs)).items()
+        }
+        for layer in range(n_layers)
+    }
+
+
+def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tuple[float, int]]:
+    """(mean normalised score, size) of the blocks of one layer and kind that may go, lowest first."""
+    ordered = torch.tensor([float(value) for value in values], dtype=torch.float64).sort().values
+    if rule.normalize == "raw":
+        ordered /= cost
+    else:
+        deviation = ordered.std() if len(ordered) > 1 else torch.zeros(())
+        ordered = (ordered - ordered.mean()) / (deviation if deviation > 0 else 1)
+    step, blocks, start = rule.step(kind), [], 0
+    size = len(ordered) % step or step
+    while start + size <= rule.most(kind, len(ordered)):
+        blocks.append((float(ordered[start : start + size].mean()), size))
+        start, size = start + size, step
+    return blocks
+
+
+def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:
+    """How many of the prunable layers go: the nearest number to the ratio.
+
+    Raises:
+        UsageError: none although the ratio is not 0, or all of the model.
+    """
+    count = math.floor(ratio * len(layers) + 0.5)
+    if ratio > 0 and count == 0:
+        raise UsageError(f"a ratio of {ratio} is less than half of one of {len(layers)} layers; raise it")
+    if count >= n_layers:
+        raise UsageError(f"a ratio of {ratio} takes all {n_layers} layers; lower it")
+    return count
+
+
+def select_layers(
+    scores: Mapping[int, float],
+    count: int,
+    geometry: Geometry,
+    kinds: Sequence[Kind],
+    n_layers: int,
+    *,
+    contiguous: bool,
+) -> KeptUnits:
+    """All units of the layers that remain when the `count` lowest-scored go, or the lowest run of `count`."""
+    prunable = list(scores)
+    values = torch.tensor([scores[layer] for layer in prunable], dtype=torch.float64)
+    if contiguous and count:
+        _check_finite(values)
+        first = int(values.unfold(0, count, 1).sum(dim=1).argmin())  # of equal ones the first
+        gone = set(prunable[first : first + count])
+    else:
+        stay = keep_highest(values, count)
+        gone = set(prunable) - {prunable[index] for index in stay}
+    return {layer: all_units(geometry, kinds) for layer in range(n_layers) if layer not in gone}
+
+
+def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, whole: bool, stock: bool) -> range:
+    """The prunable layers: `given` as [A, B), by default [4, L − 2) as published, or the `whole` model.
 
     Raises:
         UsageError: a range that is empty, outside the model, or not all layers with `stock`.
     """
     if given is None:
-        start, stop = (0, n_layers) if stock else (4, n_layers - 2)
+        start, stop = (0, n_layers) if whole or stock else (4, n_layers - 2)
         if start >= stop:
             raise UsageError(f"the default --layers 4:{n_layers - 2} is empty in a model of {n_layers} layers; give it")
         return range(start, stop)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +51,21 @@ class Binder:
     def resident_bytes(self) -> int:
         return 0 if self._buffer is None else self._buffer.nbytes
 
-    def bind(self, page: Page, perturbation: Perturbation | None = None, *, own: bool = False) -> dict[str, Tensor]:
-        """Weights by their names inside the layer; valid until the next call. `own` copies all of them."""
+    def bind(
+        self,
+        page: Page,
+        perturbation: Perturbation | None = None,
+        scored: Container[str] = (),
+        *,
+        own: bool = False,
+    ) -> dict[str, Tensor]:
+        """Weights by their names inside the layer; valid until the next call.
+
+        Args:
+            perturbation: moves the tensors `scored`.
+            own: copy all of them, so that they can be changed.
+        """
         weights, position, drawing = {}, 0, []
-        scored = {member.tensor for member in self.skeleton.family.members if member.scored}
         for name, stored in page.tensors.items():
             moved = perturbation is not None and name in scored
             if stored.dtype == self.skeleton.dtype and not moved and not own:

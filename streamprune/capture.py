@@ -24,16 +24,33 @@ FLOAT16_SCALE = 2.0**13
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A scored tensor of a layer."""
+    """A scored matrix of a layer.
+
+    Attributes:
+        tensor: its name inside the layer.
+        member: its part in units; None for a matrix that no unit cuts, where single weights are pruned.
+        transposed: stored as [d_in, d_out] (GPT-2's Conv1D).
+    """
 
     layer: int
-    member: Member
+    tensor: str
     geometry: Geometry
+    member: Member | None
+    transposed: bool = False
 
     @property
     def key(self) -> tuple[int, str]:
         """Identifies the tensor in the model."""
-        return self.layer, self.member.tensor
+        return self.layer, self.tensor
+
+    @property
+    def dim(self) -> int:
+        """The dimension whose lines belong to units; output rows where there are none."""
+        return self.member.dim if self.member is not None else int(self.transposed)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A view [d_out, d_in] of the weight as stored."""
+        return weight.T if self.transposed else weight
 
 
 # (tensor, its weight as stored, gradient of the mean loss)
@@ -116,12 +133,12 @@ def watched(
     """The weights to run `layer` with, so that its backward passes inside the block feed the collectors."""
     bound, handles = dict(weights), []
     for collector in collectors:
-        name = collector.ref.member.tensor
+        name = collector.ref.tensor
         if isinstance(collector, GradientCollector):
             bound[name] = weights[name].detach().requires_grad_()
             bound[name].register_post_accumulate_grad_hook(collector)
         else:
-            module = layer.get_submodule(name.rpartition(".")[0])
+            module = layer.get_submodule(module_of(name))
             handles.append(module.register_forward_hook(partial(_capture, collector)))
     try:
         yield bound
@@ -133,13 +150,17 @@ def watched(
 def _capture(collector: PowerCollector, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
     """A forward hook of a Linear: its X now, its dY when the backward pass has it.
 
-    The weight needs no gradient, so autograd computes none. Where it is stored as [d_in, d_out] (GPT-2's Conv1D) the
-    two ends change places.
+    The weight needs no gradient, so autograd computes none. Where it is stored as [d_in, d_out] the two ends change
+    places.
     """
     x = arguments[0].detach()
 
     def hand_over(dy: Tensor) -> None:
-        ends = (x, dy) if isinstance(module, nn.Linear) else (dy, x)
-        collector(*ends)
+        collector(*((dy, x) if collector.ref.transposed else (x, dy)))
 
     output.register_hook(hand_over)
+
+
+def module_of(tensor: str) -> str:
+    """Name of the module that has this parameter."""
+    return tensor.rpartition(".")[0]

@@ -87,19 +87,34 @@ def _compute_options(command: Any) -> Any:
 @click.option("--model", help="Model directory or hub id.")
 @click.option("--output", type=click.Path(path_type=Path), help="Directory to make.")
 @click.option("--method", default="moreau-gs", show_default=True, help="A row of `streamprune methods`.")
-@click.option("--ratio", type=float, default=0.2, show_default=True, help="Part of the prunable parameters to remove.")
-@click.option("--granularity", type=click.Choice(["units"]), default="units", help="KV groups and MLP channels.")
+@click.option("--ratio", type=float, help="Part of the prunable parameters to remove; 0.2, of weights 0.5.")
+@click.option(
+    "--granularity",
+    default="units",
+    show_default=True,
+    metavar="WHAT",
+    help="What goes: units (KV groups and MLP channels), layers, weights of each row, or all but N of M: 2:4, 4:8.",
+)
 @click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A number of the method; repeatable.")
 @click.option("--layers", type=LayerRange(), help="Prunable layers; 4:L-2 by default, all with --stock.")
 @click.option("--attention-ratio", type=float, help="Part of the KV groups to remove, apart from --ratio.")
 @click.option("--mlp-ratio", type=float, help="Part of the channels to remove, apart from --ratio.")
+@click.option("--allocation", help="Units per layer: uniform, or global by comparing all layers; the method's own.")
+@click.option("--normalize", default="zscore", show_default=True, help="What global compares: zscore, or raw.")
+@click.option("--min-keep", type=float, default=0.1, show_default=True, help="Part of its units that a layer keeps.")
+@click.option("--contiguous", is_flag=True, help="Remove one run of layers.")
+@click.option("--no-bias", is_flag=True, help="flap: no biases in the place of what goes.")
+@click.option("--compensate", is_flag=True, help="Re-fit o and down to what is left of their inputs, by least squares.")
+@click.option("--compensate-tokens", type=int, default=65536, show_default=True, help="Calibration tokens, at most.")
+@click.option("--compensate-ridge", type=float, default=1e-2, show_default=True, help="λ over the mean diagonal.")
+@click.option("--compensate-target", help="own output, or the dense residual stream, the default where possible.")
 @click.option("--round-to", type=int, default=1, help="Make kept MLP widths multiples of this, such as 64.")
 @click.option("--stock", is_flag=True, help="One width for all layers: loads without any extra code.")
 @click.option("--emit", type=click.Choice(["mistral"]), help="Write a bias-free Llama as Mistral (any head count).")
 @click.option("--calibration", help="FILE (.txt, .jsonl, .parquet) or hub data set NAME[:SPLIT]; else embedded prose.")
 @click.option("--field", default="text", help="Column of the text in jsonl, parquet and data sets.")
-@click.option("--samples", type=int, default=10, show_default=True, help="Calibration sequences.")
-@click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of each.")
+@click.option("--samples", type=int, help="Calibration sequences; as in the method's paper, 10 of the embedded prose.")
+@click.option("--seq-len", type=int, help="Tokens of each; as in the method's paper, 128 of the embedded prose.")
 @click.option(
     "--sampling",
     type=click.Choice(["random", "first"]),
@@ -140,14 +155,15 @@ def cli(context: click.Context, **options: Any) -> None:
 
 
 def _run_prune(options: dict[str, Any], quiet: bool) -> None:
-    for name in ("debug", "granularity"):
-        options.pop(name)
+    options.pop("debug")
     no_evaluate = options.pop("no_evaluate")
     if no_evaluate:
         if options["evaluate"] is not None:
             raise UsageError("--evaluate and --no-evaluate exclude each other")
         options["evaluate"] = False
     options["settings"] = _settings(options.pop("assignments"))
+    if options.pop("no_bias"):
+        options["settings"]["bias"] = "no"
     result = prune(PruneConfig(**options), report.Progress(quiet=quiet))
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
@@ -155,8 +171,7 @@ def _run_prune(options: dict[str, Any], quiet: bool) -> None:
 
 def _summary(facts: dict[str, Any]) -> str:
     rows = [["", "before", "after"]]
-    for name in ("parameters", "bytes"):
-        rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
+    rows += report.sizes(facts)
     if "perplexity" in facts:
         rows.append(["perplexity", *report.perplexity_cells(facts["perplexity"])])
     seconds, peak = facts["seconds"], report.human(facts["peak_rss"])
@@ -235,8 +250,10 @@ def verify(directory: Path, source: str | None, trust_remote_code: bool, debug: 
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def methods(debug: bool) -> None:
     """The methods: what each needs, its numbers, its paper."""
-    rows = [["method", "needs", "what it is", "paper"]]
-    rows += [[method.name, method.needs, method.summary, method.paper] for method in METHODS.values()]
+    rows = [["method", "units", "weights", "layers", "needs", "what it is", "paper"]]
+    for method in METHODS.values():
+        matrix = ["yes" if target in method.targets else "-" for target in ("units", "weights", "layers")]
+        rows.append([method.name, *matrix, " + ".join(method.needs) or "nothing", method.summary, method.paper])
     settings = [["method", "--set", "default", "meaning"]]
     for method in METHODS.values():
         for name, setting in method.settings.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +11,31 @@ from typing import Any, Literal
 
 from streamprune.errors import UsageError
 
+Target = Literal["units", "layers", "weights"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
+N_OF_M = re.compile(r"([0-9]+):([0-9]+)")
+CHOICES = {
+    "sampling": ("random", "first"),
+    "allocation": ("uniform", "global"),
+    "normalize": ("zscore", "raw"),
+    "compensate_target": ("own", "stream"),
+    "dtype": DTYPES,
+}
+# Options that mean something for some of what can be removed only.
+ONLY_FOR: Mapping[str, tuple[Target, ...]] = {
+    "attention_ratio": ("units",),
+    "mlp_ratio": ("units",),
+    "allocation": ("units",),
+    "normalize": ("units",),
+    "min_keep": ("units",),
+    "round_to": ("units",),
+    "stock": ("units", "layers"),
+    "emit": ("units",),
+    "contiguous": ("layers",),
+    "compress": ("weights",),
+    "compensate": ("units", "layers"),
+}
 
 
 @dataclass(frozen=True)
@@ -19,15 +45,28 @@ class PruneConfig:
     Attributes:
         model: directory or hub id. output: directory to make.
         method: a row of `streamprune methods`. settings: its own numbers (`--set`).
-        ratio: fraction of the prunable parameters of the prunable layers to remove, in [0, 1).
+        granularity: what goes: "units" (KV groups and channels), whole "layers", single "weights" of each row, or all
+            but N of every M weights as "N:M".
+        ratio: fraction of the prunable parameters of the prunable layers to remove, in [0, 1); by default 0.2, of
+            weights 0.5. N:M has its own.
         attention_ratio, mlp_ratio: set attention and MLP apart.
-        layers: prunable layers [A, B); by default [4, L − 2), with `stock` all.
+        layers: prunable layers [A, B); by default [4, L − 2); with `stock` and for weights all.
+        allocation: units per layer: "uniform", or "global" by comparing all layers; None for the method's own.
+        normalize: what "global" compares: the scores' "zscore" in each layer and kind, or "raw" ones per parameter.
+        min_keep: fraction of each kind of unit that "global" leaves in every layer, one unit at least.
+        contiguous: remove one run of layers, that with the lowest sum of scores.
         round_to: kept MLP widths are multiples of this.
         stock: one width for all layers, loadable by the stock classes.
         emit: "mistral" writes a bias-free Llama as model_type mistral, which takes any head count.
+        compress: write 2:4 weights in the sparse-24-bitmask format of compressed-tensors.
+        compensate: re-fit o and down to their pruned inputs by least squares, on `compensate_tokens` tokens of the
+            calibration text, with `compensate_ridge` times the mean of the Gram matrix's diagonal on its diagonal;
+            `compensate_target`: the layer's "own" output before pruning, or what brings the residual "stream" nearest
+            to the dense model's; None for the latter where the family allows it.
         calibration: file, hub data set "name[:split]", or None for the embedded text.
         field: JSON or parquet column of the text.
-        samples, seq_len: calibration sequences and their length in tokens.
+        samples, seq_len: calibration sequences and their length in tokens; None for what the method's paper takes
+            where a calibration text is given, and for 10 x 128 of the embedded one.
         sampling: "random" seeded windows of the tokenised text, or "first" for consecutive ones.
         micro_batch: sequences computed at once; None for about 2048 tokens.
         dtype: compute dtype; None for float32 on a CPU and the checkpoint's own on a GPU.
@@ -41,18 +80,28 @@ class PruneConfig:
     model: str
     output: Path
     method: str = "moreau-gs"
-    ratio: float = 0.2
     settings: Mapping[str, Any] = field(default_factory=dict)
+    granularity: str = "units"
+    ratio: float | None = None
     attention_ratio: float | None = None
     mlp_ratio: float | None = None
     layers: tuple[int, int] | None = None
+    allocation: Literal["uniform", "global"] | None = None
+    normalize: Literal["zscore", "raw"] = "zscore"
+    min_keep: float = 0.1
+    contiguous: bool = False
     round_to: int = 1
     stock: bool = False
     emit: Literal["mistral"] | None = None
+    compress: bool = False
+    compensate: bool = False
+    compensate_tokens: int = 65536
+    compensate_ridge: float = 1e-2
+    compensate_target: Literal["own", "stream"] | None = None
     calibration: str | None = None
     field: str = "text"
-    samples: int = 10
-    seq_len: int = 128
+    samples: int | None = None
+    seq_len: int | None = None
     sampling: Literal["random", "first"] = "random"
     seed: int = 0
     micro_batch: int | None = None
@@ -67,23 +116,77 @@ class PruneConfig:
         object.__setattr__(self, "output", Path(self.output))
         if self.evaluate:
             object.__setattr__(self, "evaluate", Path(self.evaluate))
-        if self.sampling not in ("random", "first"):
-            raise UsageError(f"--sampling {self.sampling}: choose random or first")
+        self._check_choices()
+        self._check_numbers()
+        self._check_combinations()
+        if self.ratio is None:
+            n_of_m = self.n_of_m
+            ratio = 1 - n_of_m[0] / n_of_m[1] if n_of_m else DEFAULT_RATIOS[self.granularity]
+            object.__setattr__(self, "ratio", ratio)
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """(N, M) where N of every M weights stay."""
+        match = N_OF_M.fullmatch(self.granularity)
+        return (int(match[1]), int(match[2])) if match else None
+
+    @property
+    def target(self) -> Target:
+        """What is removed, without the pattern."""
+        targets: dict[str, Target] = {"units": "units", "layers": "layers"}
+        return targets.get(self.granularity, "weights")
+
+    def _check_choices(self) -> None:
+        if self.granularity not in DEFAULT_RATIOS:
+            n_of_m = self.n_of_m
+            if n_of_m is None or not 0 < n_of_m[0] < n_of_m[1]:
+                raise UsageError(
+                    f"--granularity {self.granularity}: choose units, layers, weights, or N:M with N below M (2:4)"
+                )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise UsageError(f"{_flag(name)} {value}: choose {' or '.join(choices)}")
         if self.emit not in (None, "mistral"):
             raise UsageError(f"--emit {self.emit}: only mistral can be written")
-        for name in ("ratio", "attention_ratio", "mlp_ratio"):
+
+    def _check_numbers(self) -> None:
+        for name in ("ratio", "attention_ratio", "mlp_ratio", "min_keep"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 0 and below 1")
-        for name in ("samples", "round_to", "micro_batch", "max_shard_size"):
+                raise UsageError(f"{_flag(name)} {value}: must be at least 0 and below 1")
+        for name in ("samples", "round_to", "micro_batch", "max_shard_size", "compensate_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise UsageError(f"{_flag(name)} {value}: must be at least 1")
+        if not 0 <= self.compensate_ridge < math.inf:
+            raise UsageError(f"--compensate-ridge {self.compensate_ridge}: must be at least 0 and finite")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
-        if self.seq_len < 2:
+        if self.seq_len is not None and self.seq_len < 2:
             raise UsageError(f"--seq-len {self.seq_len}: must be at least 2, one token predicts the next")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype}: choose one of {', '.join(DTYPES)}")
+
+    def _check_combinations(self) -> None:
         if self.emit is not None and not self.stock:
             raise UsageError(f"--emit {self.emit} writes one width for all layers: pass --stock with it")
+        if self.n_of_m is not None and self.ratio is not None:
+            raise UsageError(f"--ratio does not go with --granularity {self.granularity}, which sets it; leave it out")
+        for name, targets in ONLY_FOR.items():
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and self.target not in targets:
+                raise UsageError(
+                    f"{_flag(name)} does not go with --granularity {self.granularity}, only with "
+                    f"{' and '.join(targets)}; leave it out"
+                )
+        if self.compress and self.n_of_m != (2, 4):
+            raise UsageError("--compress stores weights of --granularity 2:4 only; leave it out")
+        if self.stock and self.allocation == "global":
+            raise UsageError("--allocation global gives every layer its own width: leave --stock out")
+        if self.allocation == "global" and (self.attention_ratio is not None or self.mlp_ratio is not None):
+            raise UsageError(
+                "--allocation global has one budget for all kinds of unit: leave --attention-ratio and --mlp-ratio out"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

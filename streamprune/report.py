@@ -114,25 +114,25 @@ def _is_number(text: str) -> bool:
 def model_card(facts: Mapping[str, Any]) -> str:
     """README.md of the output, from the contents of its streamprune.json."""
     ragged = facts["layout"] == "ragged"
-    tags = ["pruned", "structured-pruning", "streamprune", *(["custom_code"] if ragged else [])]
+    kind = "sparse" if "zeros" in facts else "structured-pruning"
+    tags = ["pruned", kind, "streamprune", *(["custom_code"] if ragged else [])]
     head = ["---", "library_name: transformers", f"base_model: {json.dumps(facts['base_model'])}"]
     if facts.get("license"):
         head.append(f"license: {json.dumps(facts['license'])}")
     head += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]
-    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
     options = facts["options"]
     lines = [
         f"# {facts['base_model']}, pruned",
         "",
-        f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed with "
-        f"[streamprune](https://pypi.org/project/streamprune/) {facts['versions']['streamprune']}.",
+        f"{_what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
+        f"{facts['versions']['streamprune']}.",
         "",
         table(_card_rows(facts), markdown=True),
         "",
         "## Recipe",
         "",
-        f"Layers {facts['layers'][0]}:{facts['layers'][1]}, with these options; `streamprune.json` also holds the kept "
-        "units, the versions and hashes of the source and of the token ids.",
+        f"Layers {facts['layers'][0]}:{facts['layers'][1]}, with these options; `streamprune.json` also holds the "
+        "units that stayed, the versions and hashes of the source and of the token ids.",
         "",
         *(f"- `{name}`: {value}" for name, value in _recipe(options).items()),
         "",
@@ -147,10 +147,28 @@ def model_card(facts: Mapping[str, Any]) -> str:
     return "\n".join([*head, "", *lines]) + "\n"
 
 
+def _what_was_done(facts: Mapping[str, Any]) -> str:
+    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
+    if "zeros" in facts:
+        zeros, of = facts["zeros"]["weights"], facts["zeros"]["of"]
+        return (
+            f"{zeros:,} of {of:,} weights ({zeros / of:.1%}) were set to zero, by the pattern "
+            f"`{facts['options']['granularity']}`; the files are not smaller for it,"
+        )
+    return f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed"
+
+
+def sizes(facts: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of parameters, non-zero ones where weights were pruned, and bytes, before and after."""
+    rows = [[name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"] for name in ("parameters", "bytes")]
+    if "zeros" in facts:
+        before = facts["parameters"]["before"]
+        rows.insert(1, ["not pruned", f"{before:,}", f"{before - facts['zeros']['weights']:,}"])
+    return rows
+
+
 def _card_rows(facts: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["", "before", "after"]]
-    for name in ("parameters", "bytes"):
-        rows.append([name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"])
+    rows = [["", "before", "after"], *sizes(facts)]
     if facts.get("perplexity"):
         rows.append([f"perplexity ({facts['perplexity']['text']})", *perplexity_cells(facts["perplexity"])])
     return rows

@@ -10,25 +10,27 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
-from streamprune import allocation, calibration, evaluate, report, slim
+from streamprune import allocation, calibration, evaluate, report
 from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
-from streamprune.errors import CheckpointError, OutputError, StreampruneError, UsageError
-from streamprune.families import unit_costs
-from streamprune.methods import METHODS, UnitScores, resolve_settings
+from streamprune.errors import CheckpointError, OutputError, UsageError
+from streamprune.job import Done, Job
+from streamprune.methods import METHODS, resolve_settings
 from streamprune.paging import Pager, paging_device
+from streamprune.plan import Plan, describe, make_plan, removed_parameters
 from streamprune.skeleton import Skeleton
-from streamprune.sweep import Statistics, Sweeper, default_micro_batch
+from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
 
 EVALUATION_SEQ_LEN = 128
 EVALUATION_SEGMENTS = 100  # at most
+EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
+REPAIR_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class PruneResult:
 
     Attributes:
         output: the directory. layout: "same", "stock" or "ragged".
-        kept: kept units per layer and kind. facts: the contents of streamprune.json.
+    kept: kept units per layer and kind; layers that are not in it are gone. facts: the contents of streamprune.json.
     """
 
     output: Path
@@ -53,6 +55,7 @@ def open_model(
     device: str | None = None,
     dtype: str | None = None,
     micro_batch: int = 1,
+    scope: Literal["units", "matrices"] = "units",
     pruned: bool = False,
     trust_remote_code: bool = False,
     progress: report.Progress | None = None,
@@ -65,7 +68,7 @@ def open_model(
         skeleton = Skeleton(checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code)
         advance = progress.advance if progress is not None else lambda nbytes: None
         pager = Pager(checkpoint, skeleton.entries, paging_device(where), progress=advance)
-        yield Sweeper(skeleton, pager, micro_batch)
+        yield Sweeper(skeleton, pager, micro_batch, scope)
 
 
 def compute_device(name: str | None) -> torch.device:
@@ -105,7 +108,7 @@ def prune(config: PruneConfig, progress: report.Progress | None = None) -> Prune
     """
     started = time.perf_counter()
     progress = progress or report.Progress(quiet=True)
-    settings = resolve_settings(config.method, config.settings)
+    settings = resolve_settings(config.method, config.settings, config.target)
     check_output(config.output, overwrite=config.overwrite)
     with ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
@@ -128,129 +131,63 @@ def _score_and_write(
         config.model,
         device=config.device,
         dtype=config.dtype,
-        micro_batch=config.micro_batch or default_micro_batch(config.seq_len),
+        scope="matrices" if config.target == "weights" else "units",
         trust_remote_code=config.trust_remote_code,
         progress=progress,
     ) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
-        plan = _plan(config, skeleton, method.state_copies(settings))
+        plan = make_plan(config, skeleton, settings)
         check_space(config.output, plan.output_bytes)
-        progress.say(_plan_text(config, skeleton, plan))
-        ids = _calibration_ids(config, skeleton) if method.needs == "gradients" else None
+        progress.say(describe(config, skeleton, plan))
+        tokens = _calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
+        ids = _calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
+        repair_ids = _repair_ids(config, skeleton, tokens) if config.compensate and tokens is not None else None
+        sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
         segments = _evaluation_segments(config, skeleton)
         before = _perplexity(sweeper, segments, "before", progress) if segments is not None else None
-        scores, scoring = _score(config, sweeper, plan, ids, settings, progress)
-        kept = allocation.select(scores.values, plan.removed, skeleton.geometry, len(skeleton.layers))
+        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids)
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
-        with progress.stage("writing", sweeper.pager.layer_bytes()):
-            source_hash = slim.write_weights(skeleton, sweeper.pager, kept, directory, config.max_shard_size)
-        slim.write_companions(skeleton, kept, directory, config.emit)
-        facts = _facts(config, sweeper, plan, settings, kept)
-        facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": source_hash}
-        facts["scoring"] = scoring | {"sha256_of_calibration_ids": _hash(ids)}
+        done = job.prune_weights(directory) if config.target == "weights" else job.prune_units(directory)
+        facts = _facts(config, sweeper, plan, settings, done)
+        facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
+        facts["scoring"] = done.scoring | {"sha256_of_calibration_ids": _hash(ids)}
+        if repair_ids is not None:
+            facts["compensation"] = {"tokens": list(repair_ids.shape), "sha256_of_ids": _hash(repair_ids)}
         if segments is not None:
             text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
             ids_hash = {"segments": list(segments.shape), "sha256_of_ids": _hash(segments)}
             facts["perplexity"] = {"text": text, **ids_hash, "before": before}
-    return directory, facts, kept, segments
+    return directory, facts, done.kept, segments
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is decided before any weight of a layer is read."""
-
-    layers: range
-    removed: dict[Any, int]
-    costs: dict[Any, int]
-    layout: str
-    output_bytes: int
-    state_bytes: int  # of the method, between sweeps
-
-    @property
-    def removed_parameters(self) -> int:
-        return allocation.removed_parameters(self.removed, self.costs, self.layers)
-
-
-def _plan(config: PruneConfig, skeleton: Skeleton, state_copies: int) -> _Plan:
-    family, geometry, n_layers = skeleton.family, skeleton.geometry, len(skeleton.layers)
-    costs = unit_costs(family, geometry, skeleton.shapes(0))
-    layers = allocation.prunable_layers(config.layers, n_layers, stock=config.stock)
-    ratios = allocation.Ratios(config.ratio, config.attention_ratio, config.mlp_ratio, config.round_to)
-    # One width for all layers goes to the stock class, asked for or not; a Mistral takes any head count.
-    stock = len(layers) == n_layers and config.emit is None
-    removed = allocation.uniform(family, geometry, costs, ratios, skeleton.config.hidden_size, stock=stock)
-    zeros = {layer: {kind: torch.zeros(geometry.units(kind)) for kind in removed} for layer in layers}
-    sample = allocation.select(zeros, removed, geometry, n_layers)
-    shape = slim.layout(geometry, sample)
-    slim.check_emittable(skeleton, sample, config.emit)
-    output_bytes = sum(spec.nbytes for spec in slim.output_specs(skeleton, sample))
-    prunable = sum(costs[kind] * geometry.units(kind) for kind in costs) * len(layers)
-    plan = _Plan(layers, removed, costs, shape, output_bytes, 4 * state_copies * prunable)
-    available = psutil.virtual_memory().available
-    if plan.state_bytes > available:
-        raise StreampruneError(
-            f"{config.method} keeps {report.human(plan.state_bytes)} of state for {prunable:,} parameters, "
-            f"{report.human(available)} of memory are free; "
-            "use --method taylor, --set steps=1 or draws=1, or fewer --layers"
-        )
-    return plan
-
-
-def _plan_text(config: PruneConfig, skeleton: Skeleton, plan: _Plan) -> str:
-    total, gone = skeleton.parameters, plan.removed_parameters
-    names = {"kv_group": "KV groups", "channel": "channels"}
-    each = ", ".join(
-        f"{count} of {skeleton.geometry.units(kind)} {names[kind]}" for kind, count in plan.removed.items()
-    )
-    per_layer = sum(plan.costs[kind] * skeleton.geometry.units(kind) for kind in plan.costs)
-    text = (
-        f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters\n"
-        f"layers {plan.layers.start}:{plan.layers.stop} lose {each} each: {gone:,} parameters, "
-        f"{gone / max(1, per_layer * len(plan.layers)):.1%} of what is prunable there, {gone / total:.1%} of the model"
-    )
-    if plan.state_bytes:
-        text += (
-            f"\n{config.method} keeps {report.human(plan.state_bytes)} of float32 state in memory between its sweeps"
-        )
-    if plan.layout == "ragged":
-        text += (
-            "\nthe layers come out with different widths: load with trust_remote_code=True or after "
-            "`import streamprune`; --stock prunes all layers alike and needs neither"
-        )
-    return text
-
-
-def _score(
-    config: PruneConfig,
-    sweeper: Sweeper,
-    plan: _Plan,
-    ids: Tensor | None,
-    settings: dict[str, Any],
-    progress: report.Progress,
-) -> tuple[UnitScores, dict[str, float]]:
-    method, checkpoint = METHODS[config.method], sweeper.skeleton.checkpoint
-    statistics = Statistics(sweeper, ids, plan.layers, config.seed)
-    start, read = time.perf_counter(), checkpoint.bytes_read
-    with progress.stage(f"scoring {method.name}", statistics.bytes_to_read(method.needs, method.sweeps(settings))):
-        scores = method.score(statistics, settings)
-    return scores, {
-        "seconds": time.perf_counter() - start,
-        "bytes_read": checkpoint.bytes_read - read,
-        "peak_rss": report.peak_rss(),
-    }
-
-
-def _calibration_ids(config: PruneConfig, skeleton: Skeleton) -> Tensor:
-    path = skeleton.checkpoint.path
+def _calibration_tokens(config: PruneConfig, skeleton: Skeleton) -> Tensor:
+    """All tokens of the calibration text."""
     if config.calibration is None:
         text = calibration.embedded_text("calibration")
     else:
         text = calibration.read_text(config.calibration, config.field)
+    path = skeleton.checkpoint.path
     tokenizer = calibration.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    tokens = calibration.tokenize(tokenizer, text)
-    check_tokens(tokens, config.seq_len, skeleton)
-    return calibration.sample_sequences(tokens, config.samples, config.seq_len, config.sampling, config.seed)
+    return calibration.tokenize(tokenizer, text)
+
+
+def _calibration_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tensor:
+    """What the method's scores are taken on: as asked, or as its paper has it where a text is given."""
+    samples, seq_len = METHODS[config.method].calibration if config.calibration else EMBEDDED_CALIBRATION
+    limit = getattr(skeleton.config, "max_position_embeddings", None) or seq_len
+    samples, seq_len = config.samples or samples, config.seq_len or min(seq_len, limit)
+    check_tokens(tokens, seq_len, skeleton)
+    return calibration.sample_sequences(tokens, samples, seq_len, config.sampling, config.seed)
+
+
+def _repair_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tensor:
+    """`compensate_tokens` tokens for the least squares, or as many as the text has."""
+    limit = getattr(skeleton.config, "max_position_embeddings", None) or REPAIR_SEQ_LEN
+    count = min(config.compensate_tokens, len(tokens))
+    seq_len = min(REPAIR_SEQ_LEN, limit, count)
+    check_tokens(tokens, seq_len, skeleton)
+    return calibration.sample_sequences(tokens, count // seq_len, seq_len, config.sampling, config.seed)
 
 
 def check_tokens(tokens: Tensor, seq_len: int, skeleton: Skeleton) -> None:
@@ -294,27 +231,28 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         return _perplexity(pruned, segments, "after", progress)
 
 
-def _facts(
-    config: PruneConfig, sweeper: Sweeper, plan: _Plan, settings: dict[str, Any], kept: allocation.KeptUnits
-) -> dict[str, Any]:
+def _facts(config: PruneConfig, sweeper: Sweeper, plan: Plan, settings: dict[str, Any], done: Done) -> dict[str, Any]:
     skeleton = sweeper.skeleton
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     options |= {"settings": settings, "micro_batch": sweeper.micro_batch}
     options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     checkpoint, total = skeleton.checkpoint, skeleton.parameters
     packages = ("streamprune", "torch", "transformers", "safetensors")
-    return {
+    after = total - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
+    facts = {
         "base_model": _base_name(config.model),
         "license": _license(checkpoint.path),
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()},
         "options": options,
-        "layout": plan.layout,
+        "layout": done.layout,
         "layers": [plan.layers.start, plan.layers.stop],
-        "parameters": {"before": total, "after": total - plan.removed_parameters},
-        "bytes": {"before": checkpoint.nbytes, "after": plan.output_bytes},
-        "kept": allocation.describe(kept),
+        "parameters": {"before": total, "after": after},
+        "bytes": {"before": checkpoint.nbytes, "after": done.output_bytes},
     }
+    if plan.sparsity is not None:
+        return facts | {"zeros": dict(zip(("weights", "of"), done.zeros, strict=True))}
+    return facts | {"kept": allocation.describe(done.kept), "output_biases": plan.biases}
 
 
 def _hash(ids: Tensor | None) -> str | None:

@@ -19,6 +19,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from streamprune.checkpoint import Checkpoint, TensorEntry
 from streamprune.errors import CheckpointError
@@ -101,6 +102,14 @@ class Skeleton:
     def shapes(self, index: int) -> dict[str, torch.Size]:
         """Shapes of the parameters of layer `index` by their names inside the layer."""
         return {name: parameter.shape for name, parameter in self.layers[index].named_parameters()}
+
+    def matrices(self, index: int) -> dict[str, bool]:
+        """Names of the weight matrices of layer `index`, and whether each is stored transposed, as [d_in, d_out]."""
+        return {
+            f"{name}.weight": isinstance(module, Conv1D)
+            for name, module in self.layers[index].named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
 
     @property
     def geometry(self) -> Geometry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from streamprune import ragged
-from streamprune.allocation import KeptUnits
+from streamprune.allocation import KeptUnits, all_units
 from streamprune.binding import check_finite
 from streamprune.calibration import load_tokenizer
+from streamprune.capture import module_of
 from streamprune.checkpoint import TensorEntry, byte_view, read_config, read_json
 from streamprune.errors import UsageError
 from streamprune.families import Family, Geometry, Kind, Member, kept_lines
-from streamprune.paging import Pager
+from streamprune.paging import Page, Pager
 from streamprune.skeleton import Skeleton
 from streamprune.writer import OWN_FILE, ShardedWriter, TensorSpec, write_json
 
@@ -32,17 +33,24 @@ OWN_FILES = ("config.json", "README.md", OWN_FILE)
 # Where a Llama's config.json leaves these out, a Mistral would fill in other values.
 LLAMA_DEFAULTS = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
 
+Means = Mapping[tuple[int, str], Tensor]  # x̄ [d_in] of the inputs of (layer, tensor)
 
-def layout(geometry: Geometry, kept: KeptUnits) -> str:
-    """How the layers come out: "same" as the source, "stock" (one new width for all), or "ragged"."""
+
+def layout(geometry: Geometry, kept: KeptUnits, n_layers: int, *, biases: bool = False) -> str:
+    """How the layers come out: "same" as the source, "stock" (one width for all, or fewer layers), or "ragged".
+
+    `biases` are on o and down where the family has none: only the ragged form can have them.
+    """
+    if biases:
+        return "ragged"
     widths = {tuple(len(units) for units in layer.values()) for layer in kept.values()}
     dense = {tuple(geometry.units(kind) for kind in layer) for layer in kept.values()}
-    if widths == dense:
+    if widths == dense and len(kept) == n_layers:
         return "same"
     return "stock" if len(widths) == 1 else "ragged"
 
 
-def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None) -> None:
+def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, biases: bool = False) -> None:
     """Refuse what no class can load, before any work: only the widths of `kept` matter.
 
     Raises:
@@ -50,7 +58,7 @@ def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None) -> No
             class it is for does not accept.
     """
     family, source = skeleton.family, skeleton.checkpoint.config
-    if layout(skeleton.geometry, kept) == "ragged" and not family.ragged:
+    if layout(skeleton.geometry, kept, len(skeleton.layers), biases=biases) == "ragged" and not family.ragged:
         raise UsageError(
             f"{family.model_type} can only have layers of one width; pass --stock (all layers, channels only)"
         )
@@ -59,7 +67,9 @@ def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None) -> No
         if family.model_type != "llama" or biased:
             what = f"this one has {biased[0]}" if biased else f"this is {family.model_type}"
             raise UsageError(f"--emit mistral is for bias-free llama models; {what}")
-    config = patched_config(skeleton, kept, emit)
+    if len(kept) < len(skeleton.layers) and source.get("scale_attn_by_inverse_layer_idx"):
+        raise UsageError("attention of this model is scaled by the layer's number, which changes; prune units instead")
+    config = patched_config(skeleton, kept, emit, biases=biases)
     ragged.register()
     try:
         AutoConfig.for_model(**config)
@@ -71,7 +81,9 @@ def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None) -> No
         ) from error
 
 
-def patched_config(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None) -> dict[str, Any]:
+def patched_config(
+    skeleton: Skeleton, kept: KeptUnits, emit: str | None = None, *, biases: bool = False
+) -> dict[str, Any]:
     """config.json of the pruned model: the source's JSON with the widths changed and nothing else.
 
     It never passes through transformers, which would lose what it does not know (rope_theta of older files).
@@ -80,13 +92,17 @@ def patched_config(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None)
     config = copy.deepcopy(skeleton.checkpoint.config)
     if skeleton.untied:
         config["tie_word_embeddings"] = False
-    shape = layout(geometry, kept)
+    shape = layout(geometry, kept, len(skeleton.layers), biases=biases)
     if shape == "ragged":
-        config.update(_width_fields(family, geometry, _all_units(family, geometry)))
+        config.update(_width_fields(family, geometry, all_units(geometry, family.kinds)))
         config["per_layer_config"] = _per_layer(family, geometry, kept)
         config.update(ragged.ragged_config_fields(family.model_type))
+        if biases:
+            config["output_biases"] = True
     elif shape == "stock" or emit:
-        config.update(_width_fields(family, geometry, kept[0]))
+        config.update(_width_fields(family, geometry, next(iter(kept.values()))))
+    if len(kept) < len(skeleton.layers):
+        config.update(_layer_fields(skeleton, kept))
     if (shape != "same" or emit) and family.stock_heads != "fixed":
         config["head_dim"] = geometry.head_dim
     if emit == "mistral":
@@ -96,8 +112,15 @@ def patched_config(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None)
     return config
 
 
-def _all_units(family: Family, geometry: Geometry) -> dict[Kind, list[int]]:
-    return {kind: list(range(geometry.units(kind))) for kind in family.kinds}
+def _layer_fields(skeleton: Skeleton, kept: KeptUnits) -> dict[str, Any]:
+    """The number of layers, and every list with an entry per layer, also those that transformers fills in."""
+    n_layers = len(skeleton.layers)
+    names = skeleton.config.attribute_map
+    fields: dict[str, Any] = {names.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+    for name, value in skeleton.config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == n_layers:
+            fields[name] = [value[layer] for layer in kept]
+    return fields
 
 
 def _width_fields(family: Family, geometry: Geometry, layer: Mapping[Kind, list[int]]) -> dict[str, int]:
@@ -109,10 +132,10 @@ def _width_fields(family: Family, geometry: Geometry, layer: Mapping[Kind, list[
 
 
 def _per_layer(family: Family, geometry: Geometry, kept: KeptUnits) -> dict[str, dict[str, int]]:
-    dense = _width_fields(family, geometry, _all_units(family, geometry))
+    dense = _width_fields(family, geometry, all_units(geometry, family.kinds))
     digits = len(str(len(kept) - 1))
     overrides = {}
-    for layer, units in kept.items():
+    for layer, units in enumerate(kept.values()):
         fields = _width_fields(family, geometry, units)
         changed = {name: value for name, value in fields.items() if value != dense[name]}
         if changed:
@@ -120,8 +143,8 @@ def _per_layer(family: Family, geometry: Geometry, kept: KeptUnits) -> dict[str,
     return overrides
 
 
-class _Slicer:
-    """Which lines of which stored tensor remain."""
+class Slicer:
+    """What remains of which stored tensor, and under which name."""
 
     def __init__(self, skeleton: Skeleton, kept: KeptUnits) -> None:
         self.geometry, self.kept = skeleton.geometry, kept
@@ -130,6 +153,15 @@ class _Slicer:
             for member in skeleton.family.members:
                 if member.tensor in skeleton.entries[layer]:
                     self._members[skeleton.layer_prefix(layer) + member.tensor] = (layer, member)
+        self._layers = {skeleton.layer_prefix(layer): layer for layer in range(len(skeleton.layers))}
+        self._prefixes = {layer: skeleton.layer_prefix(number) for number, layer in enumerate(kept)}
+
+    def name(self, name: str) -> str | None:
+        """The name in the output: layers are numbered anew. None if the tensor's layer goes."""
+        for prefix, layer in self._layers.items():
+            if name.startswith(prefix):
+                return self._prefixes[layer] + name.removeprefix(prefix) if layer in self.kept else None
+        return name
 
     def _lines(self, name: str) -> tuple[int, Tensor] | None:
         """(dimension, indices that remain) of a stored tensor, None where nothing goes."""
@@ -141,12 +173,14 @@ class _Slicer:
             return None
         return member.dim, kept_lines(member, self.geometry, units)
 
-    def spec(self, entry: TensorEntry) -> TensorSpec:
-        """Name, dtype and shape of `entry` in the output."""
-        shape = list(entry.shape)
+    def spec(self, entry: TensorEntry) -> TensorSpec | None:
+        """Name, dtype and shape of `entry` in the output; None if it goes."""
+        name, shape = self.name(entry.name), list(entry.shape)
+        if name is None:
+            return None
         if (lines := self._lines(entry.name)) is not None:
             shape[lines[0]] = len(lines[1])
-        return TensorSpec(entry.name, entry.dtype, tuple(shape))
+        return TensorSpec(name, entry.dtype, tuple(shape))
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """What remains of a stored tensor."""
@@ -154,49 +188,137 @@ class _Slicer:
         return tensor if lines is None else tensor.index_select(*lines)
 
 
-def output_specs(skeleton: Skeleton, kept: KeptUnits) -> list[TensorSpec]:
-    """All tensors of the output, with the source's names, in the source's order."""
-    slicer = _Slicer(skeleton, kept)
-    return [slicer.spec(entry) for entry in skeleton.checkpoint.tensors.values()]
+def output_matrices(skeleton: Skeleton, layer: int) -> list[Member]:
+    """The matrices through which a layer's units reach the residual stream: o and down."""
+    stored = skeleton.matrices(layer)
+    return [m for m in skeleton.family.members if m.tensor in stored and m.dim == (0 if stored[m.tensor] else 1)]
 
 
-def write_weights(skeleton: Skeleton, pager: Pager, kept: KeptUnits, directory: Path, max_shard_size: int) -> str:
-    """Write the pruned tensors into `directory`, with one source layer in memory at a time.
+def bias_of(tensor: str) -> str:
+    """Name of the bias beside a weight."""
+    return f"{module_of(tensor)}.bias"
 
-    Returns:
-        The SHA-256 of the source's tensors: of the lines "name sha256(bytes)", sorted.
+
+def output_specs(skeleton: Skeleton, kept: KeptUnits, *, biases: bool = False) -> list[TensorSpec]:
+    """All tensors of the output, with the source's names but for the layers' numbers, in the source's order.
+
+    With `biases`, each o and down is followed by one where it has none.
+    """
+    slicer, added = Slicer(skeleton, kept), {}
+    for layer in kept if biases else ():
+        for member in output_matrices(skeleton, layer):
+            if bias_of(member.tensor) not in skeleton.entries[layer]:
+                prefix = skeleton.layer_prefix(layer)
+                added[prefix + member.tensor] = prefix + bias_of(member.tensor)
+    specs = []
+    for entry in skeleton.checkpoint.tensors.values():
+        spec = slicer.spec(entry)
+        if spec is not None:
+            specs.append(spec)
+            if entry.name in added:
+                bias = slicer.name(added[entry.name])
+                assert bias is not None, "its layer stays"
+                specs.append(TensorSpec(bias, entry.dtype, (skeleton.config.hidden_size,)))
+    return specs
+
+
+class OutputWriter:
+    """Writes the pruned tensors, in any order, and hashes the source's on the way. A context manager.
+
+    Args:
+        specs: from `output_specs`.
 
     Raises:
         CheckpointError: NaN or infinite weights in the source.
         OutputError: the disk is full.
     """
-    checkpoint, slicer = skeleton.checkpoint, _Slicer(skeleton, kept)
-    digests: dict[str, str] = {}
 
-    def write(name: str, tensor: Tensor) -> None:
-        digests[name] = hashlib.sha256(byte_view(tensor.cpu())).hexdigest()
-        writer.write(name, slicer.cut(name, tensor))
+    def __init__(
+        self, skeleton: Skeleton, kept: KeptUnits, specs: Sequence[TensorSpec], directory: Path, max_shard_size: int
+    ) -> None:
+        self.skeleton, self._slicer = skeleton, Slicer(skeleton, kept)
+        self._writer = ShardedWriter(directory, specs, max_shard_size)
+        self._digests: dict[str, str] = {}
 
-    with ShardedWriter(directory, output_specs(skeleton, kept), max_shard_size) as writer:
-        with pager.pages(range(len(skeleton.layers))) as pages:
+    def __enter__(self) -> OutputWriter:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._writer.__exit__(*exc)
+
+    def put(self, name: str, source: Tensor, made: Tensor | None = None) -> None:
+        """Write what remains of a source tensor, or what was `made` of it."""
+        self._digests[name] = hashlib.sha256(byte_view(source.cpu().contiguous())).hexdigest()
+        target = self._slicer.name(name)
+        if target is not None:
+            self._writer.write(target, self._slicer.cut(name, source) if made is None else made)
+
+    def put_layer(self, page: Page, made: Mapping[str, Tensor]) -> None:
+        """Write what remains of a layer; `made` by names inside it: replaced tensors, and new ones."""
+        prefix = self.skeleton.layer_prefix(page.layer)
+        for name, tensor in page.tensors.items():
+            check_finite(self.skeleton.checkpoint.path, page.layer, name, tensor)
+            self.put(prefix + name, tensor, made.get(name))
+        for name in made.keys() - page.tensors.keys():
+            target = self._slicer.name(prefix + name)
+            assert target is not None, "nothing is made for layers that go"
+            self._writer.write(target, made[name])
+
+    def finish(self, pager: Pager, make: Callable[[Page], Mapping[str, Tensor]] = lambda page: {}) -> str:
+        """Write all that has not been put yet, one source layer in memory at a time.
+
+        Args:
+            make: what is made of a layer, for `put_layer`.
+
+        Returns:
+            The SHA-256 of the source's tensors: of the lines "name sha256(bytes)", sorted.
+        """
+        skeleton, checkpoint = self.skeleton, self.skeleton.checkpoint
+        untouched = [
+            layer
+            for layer, entries in enumerate(skeleton.entries)
+            if not any(entry.name in self._digests for entry in entries.values())
+        ]
+        with pager.pages(untouched) as pages:
             for page in pages:
-                prefix = skeleton.layer_prefix(page.layer)
-                for name, tensor in page.tensors.items():
-                    check_finite(checkpoint.path, page.layer, name, tensor)
-                    write(prefix + name, tensor)
+                self.put_layer(page, make(page))
         for name in checkpoint.tensors:
-            if name not in digests:
-                write(name, checkpoint.read(name))
-    return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
+            if name not in self._digests:
+                self.put(name, checkpoint.read(name))
+        digests = self._digests
+        return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
 
 
-def write_companions(skeleton: Skeleton, kept: KeptUnits, directory: Path, emit: str | None) -> None:
+def mean_biases(skeleton: Skeleton, kept: KeptUnits, means: Means, page: Page) -> dict[str, Tensor]:
+    """Biases of o and down that keep the calibration-mean output: W(x̄ ⊙ removed), added to those there are.
+
+    arXiv 2312.11983, §3.4. Layers without `means` get biases of zero.
+    """
+    biases = {}
+    for member in output_matrices(skeleton, page.layer) if page.layer in kept else ():
+        weight, name = page.tensors[member.tensor], bias_of(member.tensor)
+        mean = means.get((page.layer, member.tensor))
+        removed = torch.zeros(weight.shape[member.dim], dtype=torch.float64)
+        if mean is not None:
+            removed.copy_(mean)
+            removed[kept_lines(member, skeleton.geometry, kept[page.layer][member.kind])] = 0
+        matrix = (weight if member.dim == 1 else weight.T).cpu().double()
+        bias = matrix @ removed
+        if name in page.tensors:
+            bias += page.tensors[name].cpu().double()
+        biases[name] = bias.to(weight.dtype)
+    return biases
+
+
+def write_companions(
+    skeleton: Skeleton, kept: KeptUnits, directory: Path, emit: str | None, *, biases: bool = False
+) -> None:
     """Everything beside the weights: config.json, the modelling file of ragged layers, tokenizer and so on."""
     source = skeleton.checkpoint.path
     for file in sorted(source.iterdir()):
         if file.is_file() and _is_companion(file.name):
             shutil.copyfile(file, directory / file.name)
-    config = patched_config(skeleton, kept, emit)
+    config = patched_config(skeleton, kept, emit, biases=biases)
     write_json(directory / "config.json", config)
     if "per_layer_config" in config:
         text = ragged.modeling_source(skeleton.family.model_type)
@@ -222,15 +344,17 @@ def keep_tokenizer_class(source: Path, directory: Path) -> None:
         write_json(file, read_json(file) | {"tokenizer_class": dense})
 
 
-def mask_layer(skeleton: Skeleton, kept: KeptUnits, layer: int, weights: dict[str, Tensor]) -> None:
+def mask_layer(
+    skeleton: Skeleton, kept: KeptUnits, layer: int, weights: Mapping[str, Tensor], kind: Kind | None = None
+) -> None:
     """Turn a layer's bound weights into the masked dense layer that the sliced one must equal, in place.
 
     The columns through which a removed unit reaches the residual stream become zero. Where a norm spans all
     heads (OLMo 2) the removed rows become zero too and its weight is scaled by √(kept/all), since the mean
-    square is then taken over fewer elements.
+    square is then taken over fewer elements. With `kind`, only units of that kind are masked.
     """
     for member in skeleton.family.members:
-        if member.tensor not in weights:
+        if member.tensor not in weights or kind not in (None, member.kind):
             continue
         units = kept[layer][member.kind]
         lines = kept_lines(member, skeleton.geometry, units)

@@ -1,30 +1,24 @@
 """Forward and backward sweeps: every sequence goes through one layer before the next layer is touched.
 
-A forward sweep keeps each prunable layer's input (a boundary); the backward sweep recomputes a layer from its
-boundary with gradients, so that one layer's activations and gradients exist at a time. Methods receive the
-gradients tensor by tensor, as autograd finishes them.
+A forward sweep keeps each prunable layer's input (a boundary), or lets a visitor see and change the layers on the way;
+the backward sweep recomputes a layer from its boundary with gradients, so that one layer's activations and gradients
+exist at a time. Methods receive the gradients tensor by tensor, as autograd finishes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamprune.binding import Binder, Perturbation, check_finite
-from streamprune.capture import (
-    Consumer,
-    GradientCollector,
-    MakeCollector,
-    PowerCollector,
-    PowersConsumer,
-    TensorRef,
-    gradient_scale,
-    watched,
-)
+from streamprune.binding import Binder, Perturbation
+from streamprune.capture import MakeCollector, PowerCollector, TensorRef, gradient_scale, watched
+from streamprune.inputs import Inputs
 from streamprune.paging import Page, Pager
 from streamprune.skeleton import LayerCall, Skeleton
 
@@ -37,6 +31,49 @@ def default_micro_batch(seq_len: int) -> int:
     return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
 
 
+@dataclass
+class Visit:
+    """A layer in a forward sweep, before its output is made: its Linears can be watched, its weights changed.
+
+    Attributes:
+        page: the layer as it is stored.
+        weights: copies in the compute dtype, by their names inside the layer; what is changed here takes effect.
+        hidden: the layer's input [n, seq, d].
+    """
+
+    sweeper: Sweeper
+    page: Page
+    weights: dict[str, Tensor]
+    hidden: Tensor
+    call: LayerCall
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer."""
+        return self.page.layer
+
+    def run(self, hidden: Tensor | None = None, *, inputs: Inputs[Any] | None = None, keep: bool = True) -> Tensor:
+        """The layer's output [n, seq, d] with the weights as they are now.
+
+        Args:
+            hidden: instead of the layer's own input.
+            inputs: takes in what the Linears are given.
+            keep: whether the output is wanted; without, an empty tensor comes back.
+        """
+        hidden = self.hidden if hidden is None else hidden
+        output = torch.empty_like(hidden) if keep else hidden.new_empty(0)
+        skeleton = self.sweeper.skeleton
+        for part in self.sweeper.micro_batches(len(hidden)):
+            with inputs.watching(skeleton.layers[self.layer]) if inputs is not None else nullcontext():
+                made = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
+            if keep:
+                output[part] = made
+        return output
+
+
+Visitor = Callable[[Visit], Tensor]  # returns the hidden states that go on
+
+
 class Sweeper:
     """Runs sweeps of one model.
 
@@ -44,10 +81,14 @@ class Sweeper:
         skeleton: embeddings, head and layer functions.
         pager: brings the layers' weights.
         micro_batch: sequences per layer call; part of the arithmetic, since sums depend on it.
+        scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
     """
 
-    def __init__(self, skeleton: Skeleton, pager: Pager, micro_batch: int) -> None:
+    def __init__(
+        self, skeleton: Skeleton, pager: Pager, micro_batch: int, scope: Literal["units", "matrices"] = "units"
+    ) -> None:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
+        self.scored = [_refs(skeleton, layer, scope) for layer in range(len(skeleton.layers))]
         self._binder = Binder(skeleton)
         self._calls: dict[int, list[LayerCall]] = {}
         self._boundaries: Tensor | None = None
@@ -71,10 +112,11 @@ class Sweeper:
         keep_from: int | None = None,
         perturbation: Perturbation | None = None,
         perturbed: Sequence[int] = (),
-        edit: Callable[[int, dict[str, Tensor]], None] | None = None,
+        visit: Visitor | None = None,
+        stop: int | None = None,
         micro_batch: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Hidden states after the last layer [n, seq, d], and the boundaries that were kept.
+        """Hidden states after the last layer (or before layer `stop`) [n, seq, d], and the boundaries that were kept.
 
         Boundaries are valid until the next sweep that keeps some: they lie in one tensor that stays.
 
@@ -84,18 +126,20 @@ class Sweeper:
                 it is the boundary of that very layer that the earlier sweep kept.
             keep_from: keep the inputs of this layer and of those above.
             perturbation: applied in the layers `perturbed`.
-            edit: may change a layer's bound weights in place (masks).
+            visit: makes each layer's output instead, with no boundaries kept.
+            stop: the first layer that is not run.
             micro_batch: sequences per layer call, where not the sweeper's.
         """
         first, hidden = start if start is not None else (0, self._embed(input_ids, micro_batch))
         calls = self._recorded(input_ids)
         boundaries: dict[int, Tensor] = {}
-        with self.pager.pages(range(first, self.n_layers)) as pages:
+        with self.pager.pages(range(first, self.n_layers if stop is None else stop)) as pages:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
-                weights = self._binder.bind(page, moved, own=edit is not None)
-                if edit is not None:
-                    edit(page.layer, weights)
+                weights = self._binder.bind(page, moved, self.scored[page.layer], own=visit is not None)
+                if visit is not None:
+                    hidden = visit(Visit(self, page, weights, hidden, calls[page.layer]))
+                    continue
                 if keep_from is not None and page.layer >= keep_from:
                     store = self._boundary_store(keep_from, hidden)
                     if page.layer == keep_from and start is None:
@@ -105,7 +149,7 @@ class Sweeper:
                 else:
                     # The caller of `start` keeps its hidden states; otherwise the layer works in place.
                     output = torch.empty_like(hidden) if page.layer == first else hidden
-                for part in self._micro_batches(len(hidden), micro_batch):
+                for part in self.micro_batches(len(hidden), micro_batch):
                     output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
                 hidden = output
         return hidden, boundaries
@@ -131,13 +175,13 @@ class Sweeper:
             perturbation: as in the forward sweep.
         """
         call, first = self._recorded(input_ids), min(boundaries)
-        parts = list(self._micro_batches(len(grad)))
+        parts = list(self.micro_batches(len(grad)))
         with self.pager.pages(range(self.n_layers - 1, first - 1, -1)) as pages:
             for page in pages:
                 layer, hidden = page.layer, boundaries.pop(page.layer)
-                weights = self._binder.bind(page, perturbation if layer in prunable else None)
-                refs = self.refs(page) if layer in prunable else []
-                collectors = [collector(ref, page.tensors[ref.member.tensor], len(parts)) for ref in refs]
+                scored = self.scored[layer] if layer in prunable else {}
+                weights = self._binder.bind(page, perturbation if scored else None, scored)
+                collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
                 # Nothing is wanted below `first`; but captured ends need a graph, which then begins at the boundary.
                 graph = layer > first or any(isinstance(each, PowerCollector) for each in collectors)
                 with watched(self.skeleton.layers[layer], weights, collectors) as bound:
@@ -173,7 +217,7 @@ class Sweeper:
         return float(total) / count, grad
 
     def _embed(self, input_ids: Tensor, micro_batch: int | None) -> Tensor:
-        parts = self._micro_batches(len(input_ids), micro_batch)
+        parts = self.micro_batches(len(input_ids), micro_batch)
         return torch.cat([self.skeleton.embed(input_ids[part]) for part in parts])
 
     def _boundary_store(self, keep_from: int, hidden: Tensor) -> Tensor:
@@ -193,15 +237,19 @@ class Sweeper:
             self._calls[seq] = self.skeleton.record(input_ids)
         return self._calls[seq]
 
-    def _micro_batches(self, n: int, size: int | None = None) -> Iterator[slice]:
+    def micro_batches(self, n: int, size: int | None = None) -> Iterator[slice]:
+        """`n` sequences in parts of `size`, by default the sweeper's own."""
         size = size or self.micro_batch
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
-    def refs(self, page: Page) -> list[TensorRef]:
-        """The scored tensors of a page."""
-        members, geometry = self.skeleton.family.members, self.skeleton.geometry
-        return [TensorRef(page.layer, m, geometry) for m in members if m.scored and m.tensor in page.tensors]
+
+def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -> dict[str, TensorRef]:
+    """The scored matrices of a layer by their names inside it."""
+    geometry, stored = skeleton.geometry, skeleton.matrices(layer)
+    members = {m.tensor: m for m in skeleton.family.members if m.scored}
+    names = stored if scope == "matrices" else [name for name in members if name in stored]
+    return {name: TensorRef(layer, name, geometry, members.get(name), stored[name]) for name in names}
 
 
 def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int], sums: int = 1) -> dict[str, int]:
@@ -235,64 +283,3 @@ def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]
     for top in range(0, n, rows):
         for left in range(0, seq, columns):
             yield slice(top, min(top + rows, n)), slice(left, min(left + columns, seq))
-
-
-class Statistics:
-    """What a method can ask for. It sees tensors and scores, never files, paging or devices.
-
-    Attributes:
-        layers: the prunable layers.
-        samples: calibration sequences.
-        seed: of the run.
-    """
-
-    def __init__(self, sweeper: Sweeper, input_ids: Tensor | None, layers: Sequence[int], seed: int) -> None:
-        self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
-        self._start: tuple[int, Tensor] | None = None
-        skeleton = sweeper.skeleton
-        self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
-        self.samples = 0 if input_ids is None else len(input_ids)
-
-    def bytes_to_read(self, needs: str, sweeps: int) -> int:
-        """Bytes of layers that a method reads which needs "nothing", "weights", or so many "gradients" sweeps."""
-        pager = self.sweeper.pager
-        sizes = [pager.bytes_of(layer) for layer in range(self.sweeper.n_layers)]
-        if needs != "gradients":
-            return sum(sizes[layer] for layer in self.layers) if needs == "weights" else 0
-        # Each way passes the layers from the lowest prunable one up; the first forward also those below.
-        return sum(sizes) + (2 * sweeps - 1) * sum(sizes[self.layers[0] :])
-
-    def weights(self, consume: Callable[[TensorRef, Tensor], None]) -> None:
-        """One sweep over the scored tensors of the prunable layers as they are stored."""
-        with self.sweeper.pager.pages(self.layers) as pages:
-            for page in pages:
-                for ref in self.sweeper.refs(page):
-                    weight = page.tensors[ref.member.tensor]
-                    check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, ref.member.tensor, weight)
-                    consume(ref, weight)
-
-    def gradients(self, consume: Consumer, perturbation: Perturbation | None = None) -> float:
-        """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
-        return self._sweep(partial(GradientCollector, consume), perturbation)
-
-    def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
-        """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
-        assert self.input_ids is not None, "as for gradients"
-        return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self.input_ids.shape[1])), None)
-
-    def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
-        assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
-        sweeper, lowest = self.sweeper, self.layers[0]
-        hidden, boundaries = sweeper.forward(
-            self.input_ids,
-            start=self._start,
-            keep_from=lowest,
-            perturbation=perturbation,
-            perturbed=self.layers,
-        )
-        # Below the first prunable layer nothing ever moves: later sweeps start from its input.
-        self._start = (lowest, boundaries[lowest])
-        loss, grad = sweeper.head_loss(hidden, self.input_ids, with_grad=True)
-        assert grad is not None
-        sweeper.backward(self.input_ids, boundaries, grad, self.layers, collector, perturbation=perturbation)
-        return loss

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamprune import slim
-from streamprune.allocation import KeptUnits
+from streamprune.allocation import KeptUnits, all_units
 from streamprune.calibration import embedded_text, load_tokenizer, tokenize
-from streamprune.checkpoint import read_config, read_json
+from streamprune.capture import module_of
+from streamprune.checkpoint import Checkpoint, read_config, read_json
 from streamprune.errors import CheckpointError, StreampruneError
-from streamprune.families import RAGGED_PREFIX
+from streamprune.families import RAGGED_PREFIX, kept_lines
 from streamprune.ragged import modeling_source
 from streamprune.run import open_model
+from streamprune.skeleton import Skeleton
+from streamprune.sweep import Visit
 
 SEQUENCES, SEQ_LEN = 4, 48
 
@@ -59,16 +63,19 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
         raise CheckpointError(f"{directory} has no streamprune.json; give a directory that streamprune wrote")
     facts = read_json(facts_file)
     try:
-        kept: KeptUnits = {int(layer): dict(kinds) for layer, kinds in facts["kept"].items()}
+        units = facts.get("kept")
+        kept = None if units is None else {int(layer): dict(kinds) for layer, kinds in units.items()}
         model, is_ragged = source or str(facts["source"]["model"]), facts["layout"] == "ragged"
+        options = facts["options"]
+        change = Change(kept, bool(options["compensate"]), bool(facts.get("output_biases")), options["method"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{facts_file} is not as streamprune writes it ({error!r}); prune again") from error
     if is_ragged and not trust_remote_code:
         _refuse_foreign_code(directory)
     if source is None and model.startswith("/") and not Path(model).is_dir():
         raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
-    ids, logits = masked_dense_logits(model, kept)
-    return [Check(**check) for check in _fresh_process(directory, ids, logits, is_ragged)]
+    ids, logits, checks = expected_logits(model, directory, change)
+    return checks + [Check(**check) for check in _fresh_process(directory, ids, logits, is_ragged)]
 
 
 def _refuse_foreign_code(directory: Path) -> None:
@@ -81,17 +88,95 @@ def _refuse_foreign_code(directory: Path) -> None:
         raise CheckpointError(f"{file} is not as this streamprune writes it; read it, then pass --trust-remote-code")
 
 
-def masked_dense_logits(model: str, kept: KeptUnits) -> tuple[Tensor, Tensor]:
-    """Token ids [n, seq] and float32 logits [n, seq, vocabulary] of the dense model with its units masked."""
+@dataclass(frozen=True)
+class Change:
+    """What a run did to its source.
+
+    Attributes:
+        kept: units per layer and kind; None where single weights were pruned.
+        compensated: o and down were fitted anew.
+        biases: o and down have biases in the place of units.
+        method: of its scores.
+    """
+
+    kept: KeptUnits | None
+    compensated: bool
+    biases: bool
+    method: str
+
+
+def expected_logits(model: str, directory: Path, change: Change) -> tuple[Tensor, Tensor, list[Check]]:
+    """Token ids [n, seq], and float32 logits [n, seq, vocabulary] of the dense model with what went masked.
+
+    Weights that the run made itself (fitted ones, biases, those of pruned rows) are taken from `directory` and put
+    where they belong in the dense model. For pruned rows there is also a check that what is not zero is as it was.
+    """
     with open_model(model, device="cpu", dtype="float32", micro_batch=SEQUENCES) as sweeper:
         skeleton = sweeper.skeleton
-        if len(kept) != len(skeleton.layers):
-            raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from {len(kept)}")
+        if change.kept is not None and max(change.kept, default=0) >= len(skeleton.layers):
+            raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from more")
         tokens = tokenize(load_tokenizer(skeleton.checkpoint.path), embedded_text("heldout"))
         ids = tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
-        hidden, _ = sweeper.forward(ids, edit=lambda layer, weights: slim.mask_layer(skeleton, kept, layer, weights))
+        with Checkpoint(directory) as output:
+            masking = _Masking(skeleton, output, change)
+            hidden, _ = sweeper.forward(ids, visit=masking.visit)
         with torch.no_grad():
-            return ids, skeleton.head(hidden).float()
+            return ids, skeleton.head(hidden).float(), masking.checks()
+
+
+class _Masking:
+    """The visitor that makes each layer of the dense model what it is in the output, at full width."""
+
+    def __init__(self, skeleton: Skeleton, output: Checkpoint, change: Change) -> None:
+        self.skeleton, self.output, self.change = skeleton, output, change
+        everything = all_units(skeleton.geometry, skeleton.family.kinds)
+        whole = {layer: everything for layer in range(len(skeleton.layers))}
+        self.kept: KeptUnits = whole if change.kept is None else change.kept
+        self.altered = 0
+
+    def visit(self, visit: Visit) -> Tensor:
+        """The layer's output."""
+        if visit.layer not in self.kept:
+            return visit.hidden
+        if self.change.kept is None:
+            self._take_matrices(visit)
+            return visit.run()
+        slim.mask_layer(self.skeleton, self.kept, visit.layer, visit.weights)
+        with ExitStack() as hooks:
+            for member in slim.output_matrices(self.skeleton, visit.layer):
+                if self.change.compensated:
+                    lines = kept_lines(member, self.skeleton.geometry, self.kept[visit.layer][member.kind])
+                    fitted = self._read(visit.layer, member.tensor).float()
+                    visit.weights[member.tensor].index_copy_(member.dim, lines, fitted)
+                if self.change.biases:
+                    self._add_bias(visit, slim.bias_of(member.tensor), hooks)
+            return visit.run()
+
+    def checks(self) -> list[Check]:
+        """Whether weights that are not zero are as they were, where the method changes none."""
+        if self.change.kept is not None or self.change.method == "sparsegpt":
+            return []
+        detail = f"{self.altered:,} differ" if self.altered else "as they were"
+        return [Check("weights that are not zero", self.altered == 0, detail)]
+
+    def _read(self, layer: int, tensor: str) -> Tensor:
+        """A tensor of a source layer in the output, where layers are numbered anew."""
+        return self.output.read(self.skeleton.layer_prefix(list(self.kept).index(layer)) + tensor)
+
+    def _add_bias(self, visit: Visit, name: str, hooks: ExitStack) -> None:
+        bias = self._read(visit.layer, name).float()
+        if name in visit.weights:
+            visit.weights[name].copy_(bias)
+            return
+        module = self.skeleton.layers[visit.layer].get_submodule(module_of(name))
+        handle = module.register_forward_hook(lambda module, given, made: made + bias)
+        hooks.callback(handle.remove)
+
+    def _take_matrices(self, visit: Visit) -> None:
+        for name in self.skeleton.matrices(visit.layer):
+            made, stored = self._read(visit.layer, name), visit.page.tensors[name]
+            self.altered += int(((made != stored) & (made != 0)).sum())
+            visit.weights[name].copy_(made)
 
 
 def _fresh_process(directory: Path, ids: Tensor, logits: Tensor, remote_code: bool) -> list[dict[str, Any]]:

@@ -15,64 +15,56 @@ from torch import Tensor
 
 from streamprune.binding import Perturbation
 from streamprune.capture import TensorRef
-from streamprune.kernels import moreau_step, soft_threshold, unit_score
-from streamprune.methods.scores import UnitScores
-from streamprune.sweep import Statistics
+from streamprune.kernels import moreau_step, soft_threshold
+from streamprune.methods.scores import Sink, WeightPruner
+from streamprune.statistics import Statistics
 
 State = dict[tuple[int, str], Tensor]
 
 
-def taylor(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
+def taylor(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     """|g w|, |w² F|, |g w − ½ w² F| or the line's |Σ g w|, summed over the unit.
 
     arXiv 2305.11627, Eqs. 3-5, with F = (1/N) Σ_n g_n² and, for `second`, no ½, as its code has it.
     """
-    scores, order = UnitScores.zeros(statistics), settings["order"]
+    order = settings["order"]
 
     def consume(ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
-        scores.add(ref, unit_score(weight, grad, ref.member.dim, order))
+        sink.add(ref, weight, grad, order)
 
     def consume_powers(ref: TensorRef, weight: Tensor, sums: dict[int, Tensor]) -> None:
-        fisher = sums[2].div_(statistics.samples)
-        scores.add(ref, unit_score(weight, sums.get(0), ref.member.dim, order, fisher))
+        sink.add(ref, weight, sums.get(0), order, sums[2].div_(statistics.samples))
 
     if order in ("second", "mix"):
         statistics.gradient_powers(consume_powers, (0, 2) if order == "mix" else (2,))
     else:
         statistics.gradients(consume)
-    return scores
 
 
-def smoothgrad(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
+def smoothgrad(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     """|mean g ⊙ w| or mean |g ⊙ w| over noisy copies of the weights (2406.07017 states it both ways)."""
-    scores, draws = UnitScores.zeros(statistics), settings["draws"]
-
-    def score(ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
-        scores.add(ref, unit_score(weight, grad, ref.member.dim))
-
-    if settings["mean"] == "gradient":
-        _mean_gradient(statistics, score, {}, settings["sigma"], 0, draws)
-        return scores
-
-    def consume(ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
-        score(ref, weight, grad.div_(draws))
-
-    for draw in range(draws):
-        statistics.gradients(consume, Perturbation(settings["sigma"], (statistics.seed, 0, draw)))
-    return scores
+    sigma, draws = settings["sigma"], settings["draws"]
+    if settings["mean"] == "score" and not isinstance(sink, WeightPruner):
+        # Sums over units need no state between the draws.
+        for draw in range(draws):
+            perturbation = Perturbation(sigma, (statistics.seed, 0, draw))
+            statistics.gradients(lambda ref, weight, grad: sink.add(ref, weight, grad.div_(draws)), perturbation)
+        return
+    of = torch.abs_ if settings["mean"] == "score" else None
+    _mean_gradient(statistics, sink.add, {}, sigma, 0, draws, of)
 
 
-def moreau(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
+def moreau(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     """|δ_T ⊙ w| / ρ after T gradient steps on the Moreau envelope of the loss (2406.07017, Alg. 1)."""
     rho, gamma = settings["rho"], settings["gamma"]
 
     def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
         return moreau_step(delta, grad, rho, gamma).delta
 
-    return _moreau(statistics, settings, advance)
+    _moreau(statistics, settings, sink, advance)
 
 
-def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
+def moreau_gs(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     """MoreauPruner with group soft-thresholding after each step (2406.07017, §3.3).
 
     A group is the unit's own slice of a matrix: a row of q, k, v, gate, up, a column of o and down. With
@@ -82,7 +74,7 @@ def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
     thresholds: dict[tuple[int, str], float] = {}  # γη per matrix, with eta_quantile
 
     def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
-        dim, threshold = ref.member.dim, gamma * settings["eta"]
+        dim, threshold = ref.dim, gamma * settings["eta"]
         if quantile is not None:
             threshold = thresholds.get(ref.key, 0.0)
         step = moreau_step(delta, grad, rho, gamma, dim=dim, threshold=threshold)
@@ -93,16 +85,17 @@ def moreau_gs(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
             soft_threshold(step.delta, dim, thresholds[ref.key], step.norms)
         return step.delta
 
-    return _moreau(statistics, settings, advance)
+    _moreau(statistics, settings, sink, advance)
 
 
 def _moreau(
     statistics: Statistics,
     settings: dict[str, Any],
+    sink: Sink,
     advance: Callable[[TensorRef, Tensor | None, Tensor], Tensor],
-) -> UnitScores:
+) -> None:
     """T updates of δ by `advance`, from the gradient at w + δ + noise; the last is scored as it comes, not stored."""
-    scores, rho, steps = UnitScores.zeros(statistics), settings["rho"], settings["steps"]
+    rho, steps = settings["rho"], settings["steps"]
     state: State = {}  # a sweep binds a layer with its δ before it hands over that layer's gradients
 
     def update(step: int, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
@@ -111,25 +104,27 @@ def _moreau(
         if step < steps - 1:
             state[ref.key] = delta.to("cpu")
         else:
-            scores.add(ref, unit_score(weight, delta, ref.member.dim) / rho)
+            sink.add(ref, weight, delta, scale=1 / rho)
 
     for step in range(steps):
         _mean_gradient(statistics, partial(update, step), state, settings["sigma"], step, settings["draws"])
-    return scores
 
 
 def _mean_gradient(
     statistics: Statistics,
-    finish: Callable[[TensorRef, Tensor, Tensor], None],
+    finish: Callable[[TensorRef, Tensor, Tensor], object],
     delta: State,
     sigma: float,
     step: int,
     draws: int,
+    of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """The gradient at w + δ + noise, averaged over `draws` draws, given tensor by tensor to `finish`."""
+    """The gradient at w + δ + noise (or `of` it), averaged over `draws` draws, given tensor by tensor to `finish`."""
     sums: State = {}
 
     def consume(last: bool, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
+        if of is not None:
+            grad = of(grad)
         if draws > 1:
             grad = grad.div_(draws)
         if ref.key in sums:

@@ -1,37 +1,38 @@
-"""Scores that need no gradients."""
+"""Scores that need no calibration text."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamprune.capture import TensorRef
-from streamprune.kernels import noise_seed, unit_score
-from streamprune.methods.scores import UnitScores
-from streamprune.sweep import Statistics
+from streamprune.kernels import noise_seed
+from streamprune.methods.scores import Sink, WeightPruner
+from streamprune.statistics import Statistics
 
 
-def random(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
-    """Uniform in [0, 1), from (seed, layer, kind)."""
-    scores = UnitScores.zeros(statistics)
-    for layer, kinds in scores.values.items():
-        for kind, values in kinds.items():
-            seed = noise_seed(statistics.seed, layer, kind)
-            values.copy_(torch.rand(values.shape, generator=torch.Generator().manual_seed(seed)))
-    return scores
+def random(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
+    """Uniform in [0, 1), from (seed, layer, kind or tensor)."""
+
+    def uniform(layer: int, what: str, shape: torch.Size) -> Tensor:
+        generator = torch.Generator().manual_seed(noise_seed(statistics.seed, layer, what))
+        return torch.rand(shape, generator=generator)
+
+    def prune(pruner: WeightPruner, ref: TensorRef, weight: Tensor) -> None:
+        scores = uniform(ref.layer, ref.tensor, weight.shape).to(weight.device)
+        pruner.sparsity.prune(ref.matrix(scores))
+        pruner.put(ref, weight, weight.masked_fill(scores == 0, 0))
+
+    if isinstance(sink, WeightPruner):
+        statistics.weights(partial(prune, sink))
+    else:
+        sink.draw(uniform)
 
 
-def magnitude(statistics: Statistics, settings: dict[str, Any]) -> UnitScores:
-    """The ℓ2 norm of all weights of the unit."""
-    scores = UnitScores.zeros(statistics)
-
-    def consume(ref: TensorRef, weight: Tensor) -> None:
-        scores.add(ref, unit_score(weight, None, ref.member.dim, "square"))
-
-    statistics.weights(consume)
-    for kinds in scores.values.values():
-        for values in kinds.values():
-            values.sqrt_()
-    return scores
+def magnitude(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
+    """|w|; of a unit or a layer the ℓ2 norm of all its weights."""
+    statistics.weights(lambda ref, weight: sink.add(ref, weight, form="square"))
+    sink.root()

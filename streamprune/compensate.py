@@ -1,0 +1,224 @@
+"""Repair after units or layers are gone: o and down are fitted anew, by ridge least squares on calibration activations.
+
+The layers are walked in one forward sweep on the already pruned and repaired prefix. With x the input of o (or down)
+there, x_S what is left of it, H_S = Σ x_S x_Sᵀ and λ given relative to the mean of H_S's diagonal:
+
+    own      W' = W (Σ x x_Sᵀ) (H_S + λI)⁻¹            the layer's own output before pruning, from the same input
+    stream   W' = W_S + (Σ e x_Sᵀ) (H_S + λI)⁻¹        e: the dense model's hidden states after the layer, less ours
+
+`own` is W·H[:,S]·(H[S,S] + λI)⁻¹ with H = Σ x xᵀ. `stream` takes in what pruning below has changed; it fits `down`
+only, and is what mends the layer before layers that are gone: its goal is then what those would have put out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from streamprune import slim
+from streamprune.allocation import KeptUnits
+from streamprune.capture import module_of
+from streamprune.errors import StreampruneError, UsageError
+from streamprune.families import Member, kept_lines
+from streamprune.paging import Page
+from streamprune.skeleton import Skeleton
+from streamprune.sweep import Sweeper, Visit
+
+Target = Literal["own", "stream"]
+# A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
+Write = Callable[[Page, Mapping[str, Tensor]], None]
+
+
+class _Reached(Exception):
+    """The layer has come to the module that was asked about; what follows is not needed."""
+
+
+def repair_target(skeleton: Skeleton, wanted: Target | None) -> Target:
+    """What to fit to: as `wanted`, else `stream` where the family allows it.
+
+    It needs a layer's output to be its residual plus `down`'s output times a constant.
+
+    Raises:
+        UsageError: `stream` is wanted, and a norm stands between them.
+    """
+    layer = skeleton.layers[0]
+    normed = any(hasattr(layer, name) for name in ("post_feedforward_layernorm", "post_mlp_layernorm"))
+    if not normed and getattr(skeleton.config, "do_layer_norm_before", True):
+        return wanted or "stream"
+    if wanted == "stream":
+        raise UsageError(
+            f"layers of {skeleton.family.model_type} have a norm after their MLP, so its output cannot be fitted to "
+            "the residual stream; leave --compensate out, or with units use --compensate-target own"
+        )
+    return "own"
+
+
+def compensate(
+    sweeper: Sweeper,
+    input_ids: Tensor,
+    kept: KeptUnits,
+    *,
+    ridge: float,
+    target: Target,
+    write: Write,
+) -> None:
+    """Repair what is left of a model and write it, layer by layer as far as anything goes.
+
+    Args:
+        input_ids: calibration tokens [n, seq].
+        kept: kept units; for layers that go, the layer before them is fitted.
+        ridge: λ relative to the mean of H_S's diagonal.
+
+    Raises:
+        StreampruneError: H_S is singular, with λ = 0 or too few tokens.
+    """
+    skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
+    gone = [layer for layer in range(n_layers) if layer not in kept]
+    repair = _Repair(sweeper, kept, ridge, write)
+    if gone:
+        repair.goals = _hidden_after_gaps(sweeper, input_ids, gone)
+    elif target == "stream":
+        repair.dense = sweeper.forward(input_ids, stop=0)[0]
+    geometry = skeleton.geometry
+    cut = [layer for layer, kinds in kept.items() if any(len(u) < geometry.units(k) for k, u in kinds.items())]
+    last = max([*cut, *repair.goals], default=-1)
+    sweeper.forward(input_ids, visit=repair.visit, stop=last + 1)
+
+
+def _hidden_after_gaps(sweeper: Sweeper, input_ids: Tensor, gone: list[int]) -> dict[int, Tensor]:
+    """By the layer before each run of layers that go: the dense model's hidden states after the run."""
+    goals: dict[int, Tensor] = {}
+    ends = {end: _before(end, gone) for end in gone if end + 1 not in gone}
+
+    def visit(visit: Visit) -> Tensor:
+        output = visit.run()
+        if ends.get(visit.layer, -1) >= 0:
+            goals[ends[visit.layer]] = output
+        return output
+
+    sweeper.forward(input_ids, visit=visit, stop=max(ends) + 1)
+    return goals
+
+
+def _before(layer: int, gone: list[int]) -> int:
+    """The layer before the run of layers that ends with `layer`; −1 if it begins the model."""
+    while layer in gone:
+        layer -= 1
+    return layer
+
+
+@dataclass
+class _Repair:
+    """The visitor that fits each layer and writes it."""
+
+    sweeper: Sweeper
+    kept: KeptUnits
+    ridge: float
+    write: Write
+    goals: dict[int, Tensor] = field(default_factory=dict)  # hidden states wanted after some layers
+    dense: Tensor | None = None  # the dense model's hidden states, where every layer is to follow them
+
+    def visit(self, visit: Visit) -> Tensor:
+        if visit.layer not in self.kept:
+            self.write(visit.page, {})
+            return visit.hidden
+        goal = self.goals.pop(visit.layer, None)
+        if self.dense is not None:
+            goal = self.dense = visit.run(self.dense)
+        fitted: dict[str, Tensor] = {}
+        skeleton, units = self.sweeper.skeleton, self.kept[visit.layer]
+        members = slim.output_matrices(skeleton, visit.layer)
+        for member in members:
+            kind = member.kind
+            whole = len(units[kind]) == skeleton.geometry.units(kind)
+            target = goal if member is members[-1] else None
+            if whole and target is None:
+                continue
+            weight = visit.weights[member.tensor].clone()
+            lines = kept_lines(member, skeleton.geometry, units[kind]).to(weight.device)
+            if target is not None:
+                slim.mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
+                matrix = self._to_goal(visit, member, lines, target)
+            else:
+                matrix = self._to_own_output(visit, member, lines)
+                slim.mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
+            made = (matrix if member.dim == 1 else matrix.T).to(visit.page.tensors[member.tensor].dtype)
+            visit.weights[member.tensor].index_copy_(member.dim, lines, made.to(weight.dtype))
+            fitted[member.tensor] = made
+        self.write(visit.page, fitted)
+        return visit.run()
+
+    def _to_own_output(self, visit: Visit, member: Member, lines: Tensor) -> Tensor:
+        """W' [d_out, kept] that puts out from x_S what W puts out from x; the unit's other matrices are still whole."""
+        skeleton = self.sweeper.skeleton
+        weights, pruned = visit.weights, visit.weights
+        if any(m.kind == member.kind and m.tensor.endswith("norm.weight") for m in skeleton.family.members):
+            # A norm over all heads: what is left of x changes when some of it goes.
+            pruned = {name: weight.clone() for name, weight in weights.items()}
+            slim.mask_layer(skeleton, self.kept, visit.layer, pruned, member.kind)
+        matrix = weights[member.tensor] if member.dim == 1 else weights[member.tensor].T
+        cross, gram = _zeros(matrix, matrix.shape[1], len(lines)), _zeros(matrix, len(lines), len(lines))
+        for part in self.sweeper.micro_batches(len(visit.hidden)):
+            x = self._run_to(visit, member, weights, visit.hidden[part])
+            left = x if pruned is weights else self._run_to(visit, member, pruned, visit.hidden[part])
+            cross.addmm_(x.T, left[:, lines])
+            if pruned is not weights:
+                gram.addmm_(left[:, lines].T, left[:, lines])
+        return self._solve(matrix.to(cross.dtype) @ cross, cross[lines] if pruned is weights else gram, visit.layer)
+
+    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: Tensor) -> Tensor:
+        """W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
+        matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
+        cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
+        scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
+        seen: list[Tensor] = []
+        module = self.sweeper.skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
+        handle = module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            for part in self.sweeper.micro_batches(len(visit.hidden)):
+                output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
+                left = seen.pop().reshape(-1, matrix.shape[1])[:, lines].to(gram.dtype)
+                error = (goal[part] - output).flatten(0, -2).to(gram.dtype)
+                cross.addmm_(error.T, left, alpha=1 / scale)
+                gram.addmm_(left.T, left)
+        finally:
+            handle.remove()
+        return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, visit.layer)
+
+    def _run_to(self, visit: Visit, member: Member, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
+        """What the module of `member` is given [tokens, d_in] when the layer runs on `hidden`."""
+        skeleton, seen = self.sweeper.skeleton, []
+
+        def stop(module: Any, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0])
+            raise _Reached
+
+        module = skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            skeleton.run_layer(visit.layer, weights, visit.call, hidden)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        x = seen[0].reshape(-1, seen[0].shape[-1])
+        return x if x.dtype == torch.float64 else x.float()
+
+    def _solve(self, right: Tensor, gram: Tensor, layer: int) -> Tensor:
+        """right (H_S + λI)⁻¹; `gram` is overwritten."""
+        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise StreampruneError(
+                f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
+            )
+        return torch.cholesky_solve(right.T, lower).T
+
+
+def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(rows, columns, dtype=dtype, device=like.device)

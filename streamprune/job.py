@@ -1,0 +1,143 @@
+"""The part of a run that scores and writes: units or layers by their scores, or weights as they are scored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune import report, slim
+from streamprune.allocation import KeptUnits
+from streamprune.capture import TensorRef
+from streamprune.compensate import compensate
+from streamprune.config import PruneConfig
+from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
+from streamprune.paging import Page
+from streamprune.plan import Plan
+from streamprune.statistics import Statistics
+from streamprune.sweep import Sweeper, default_micro_batch
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job has written.
+
+    Attributes:
+        kept: units per layer and kind; layers that are not in it are gone.
+        layout: "same", "stock" or "ragged".
+        output_bytes: of all tensors.
+        added_parameters: biases that the source has not.
+        zeros: how many of the pruned weights are zero, and of how many.
+        source_hash: SHA-256 of the source's tensors.
+        scoring: seconds, bytes_read, and peak_rss so far.
+    """
+
+    kept: KeptUnits
+    layout: str
+    output_bytes: int
+    added_parameters: int
+    zeros: tuple[int, int]
+    source_hash: str
+    scoring: dict[str, float]
+
+
+@dataclass
+class Job:
+    """A planned run on an open model.
+
+    Attributes:
+        ids: calibration tokens [n, seq] of the method, if it needs any.
+        repair_ids: those of the least squares after units or layers are gone.
+    """
+
+    config: PruneConfig
+    settings: dict[str, Any]
+    plan: Plan
+    sweeper: Sweeper
+    progress: report.Progress
+    ids: Tensor | None
+    repair_ids: Tensor | None
+
+    def prune_units(self, directory: Path) -> Done:
+        """Score units or layers, choose what stays, repair it if asked to, and write it."""
+        skeleton, plan = self.sweeper.skeleton, self.plan
+        statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
+        sink = LayerScores(plan.layers) if self.config.target == "layers" else UnitScores.zeros(statistics)
+        scoring: dict[str, float] = {}
+        with self._scoring(statistics, scoring):
+            METHODS[self.config.method].score(statistics, self.settings, sink)
+        kept = plan.keep(sink, skeleton, self.config.contiguous)
+        specs = slim.output_specs(skeleton, kept, biases=plan.biases)
+        make: Callable[[Page], dict[str, Tensor]] = lambda page: {}  # noqa: E731
+        if plan.biases:
+            assert isinstance(sink, UnitScores), "only units have biases in their place"
+            make = partial(slim.mean_biases, skeleton, kept, sink.means)
+        del statistics
+        with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
+            if self.repair_ids is not None:
+                self._repair(kept, writer)
+            with self.progress.stage("writing", self.sweeper.pager.layer_bytes()):
+                source_hash = writer.finish(self.sweeper.pager, make)
+        added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
+        new_biases = plan.biases and added > 0
+        slim.write_companions(skeleton, kept, directory, self.config.emit, biases=new_biases)
+        layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=new_biases)
+        nbytes = sum(spec.nbytes for spec in specs)
+        return Done(kept, layout, nbytes, added, (0, 0), source_hash, scoring)
+
+    def prune_weights(self, directory: Path) -> Done:
+        """Prune each matrix as soon as it is scored, and write it at once."""
+        skeleton, plan = self.sweeper.skeleton, self.plan
+        assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
+        kept = plan.widths
+        specs = slim.output_specs(skeleton, kept)
+        statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
+        zeros, total = 0, 0
+        scoring: dict[str, float] = {}
+        with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
+
+            def emit(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
+                nonlocal zeros, total
+                writer.put(skeleton.layer_prefix(ref.layer) + ref.tensor, stored, pruned)
+                zeros, total = zeros + pruned.numel() - int(pruned.count_nonzero()), total + pruned.numel()
+
+            with self._scoring(statistics, scoring):
+                METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
+            with self.progress.stage("writing", 0):
+                source_hash = writer.finish(self.sweeper.pager)
+        slim.write_companions(skeleton, kept, directory, None)
+        return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash, scoring)
+
+    def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
+        assert self.repair_ids is not None and self.plan.repair is not None
+        config, sweeps = self.config, 2 if len(kept) < self.sweeper.n_layers else 1
+        self.sweeper.micro_batch = config.micro_batch or default_micro_batch(self.repair_ids.shape[1])
+        with self.progress.stage("repairing", sweeps * self.sweeper.pager.layer_bytes()):
+            compensate(
+                self.sweeper,
+                self.repair_ids,
+                kept,
+                ridge=config.compensate_ridge,
+                target=self.plan.repair,
+                write=writer.put_layer,
+            )
+
+    @contextmanager
+    def _scoring(self, statistics: Statistics, facts: dict[str, float]) -> Iterator[None]:
+        """The stage in which the method works; its figures go into `facts`."""
+        method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
+        needs = method.needs or (("weights",) if self.config.target == "weights" else ())
+        start, read = time.perf_counter(), checkpoint.bytes_read
+        total = statistics.bytes_to_read(needs, method.sweeps(self.settings))
+        with self.progress.stage(f"scoring {method.name}", total):
+            yield
+        facts["seconds"] = time.perf_counter() - start
+        facts["bytes_read"] = checkpoint.bytes_read - read
+        facts["peak_rss"] = report.peak_rss()

@@ -1,0 +1,87 @@
+"""The activation family: Wanda, Wanda-sp, FLAP, and GBLM-Pruner, which adds gradient norms.
+
+Where weights are pruned, a layer is pruned and run again before the next layer's inputs are taken, as published; scores
+of units and layers are those of the dense model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from streamprune.capture import TensorRef
+from streamprune.inputs import Moments
+from streamprune.methods.scores import Sink, UnitScores
+from streamprune.statistics import Statistics
+
+PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α is for gradient norms over so many
+
+
+def wanda(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
+    """|W_ij| ‖X_j‖₂, with ‖X_j‖ over all tokens, divided by √N (2306.11695, Eq. 1)."""
+
+    def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> Tensor | None:
+        return sink.add_norms(ref, weight, (inputs.squares / statistics.samples).sqrt_())
+
+    statistics.inputs(Moments, consume)
+
+
+def wanda_sp(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
+    """mean_i |W_ij| ‖X_j‖₂/√N of the columns of o and down, summed over a head's columns (2312.11983, §5.1)."""
+
+    def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
+        if _cut_by_inputs(ref):
+            norms = (inputs.squares.double() / statistics.samples).sqrt_()
+            sink.lines(ref, ref.matrix(weight).double().abs().mean(dim=0) * norms)
+
+    statistics.inputs(Moments, consume)
+
+
+def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
+    """WIFV: the sample variance of input j times Σ_i W_ij², for the columns of o and down (2312.11983, Eqs. 4-5).
+
+    The means of the inputs stay in `sink.means`: a bias W(x̄ ⊙ removed) keeps the calibration-mean output.
+    """
+
+    def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
+        if _cut_by_inputs(ref):
+            sink.lines(ref, ref.matrix(weight).double().square().sum(dim=0) * inputs.variance.double())
+            if settings["bias"] == "yes":
+                sink.means[ref.key] = inputs.mean.cpu()
+
+    statistics.inputs(Moments, consume)
+
+
+def _cut_by_inputs(ref: TensorRef) -> bool:
+    """Whether units cut the matrix's inputs (o and down), not its outputs."""
+    return ref.dim == (0 if ref.transposed else 1)
+
+
+def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
+    """|W_ij| (‖X_j‖₂ + α ‖G_ij‖_p), G over the samples' own gradients of the dense model (2311.04902, Eq. 6).
+
+    The published code divides ‖X_j‖ by √N and not ‖G‖: `norm=published`. With `norm=mean` both are per sample, ‖G‖₁/N
+    or ‖G‖₂/√N, and α counts as much more as makes the two agree at the published N = 128.
+    """
+    power, samples, alpha = settings["p"], statistics.samples, settings["alpha"]
+    per_sample = settings["norm"] == "mean"
+    norms: dict[tuple[int, str], Tensor] = {}
+
+    def keep(ref: TensorRef, weight: Tensor, sums: dict[int, Tensor]) -> None:
+        norm = sums[power].sqrt_() if power == 2 else sums[power]
+        if per_sample:
+            norm /= samples ** (1 / power)
+        if settings["terms"] == "gradient":
+            sink.add_norms(ref, weight, None, norm, 1.0)
+        else:
+            norms[ref.key] = norm.to("cpu")
+
+    def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> Tensor | None:
+        factor = alpha * (PUBLISHED_SAMPLES ** (1 / power) if per_sample else 1)
+        x_norm = (inputs.squares / samples).sqrt_()
+        return sink.add_norms(ref, weight, x_norm, norms.pop(ref.key).to(weight.device), factor)
+
+    statistics.gradient_powers(keep, (power,))
+    if settings["terms"] == "both":
+        statistics.inputs(Moments, consume)

@@ -1,0 +1,110 @@
+"""SparseGPT: prune a row by its second-order error and update what remains (arXiv 2301.00774, Algorithm 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.capture import TensorRef
+from streamprune.errors import StreampruneError
+from streamprune.inputs import Gram
+from streamprune.methods.scores import Sparsity, WeightPruner
+from streamprune.statistics import Statistics
+
+BLOCK = 128  # columns whose updates are gathered before the rest of the row gets them
+MORE_DAMPING = (1, 10, 100)  # tried in turn where rounding leaves H without a Cholesky factor
+
+
+def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPruner) -> None:
+    """Masks by w²/U_jj² and the OBS update, layer by layer on the pruned prefix; q, k, v share H, gate and up too."""
+    shared: list[tuple[Gram, Tensor]] = []
+
+    def consume(ref: TensorRef, weight: Tensor, gram: Gram) -> Tensor:
+        if not shared or shared[0][0] is not gram:
+            shared[:] = [(gram, inverse_factor(gram.total, settings["damp"], f"layer {ref.layer}, {ref.tensor}"))]
+        pruned = weight.clone()
+        matrix = ref.matrix(pruned)
+        dead = gram.total.diagonal() == 0
+        matrix.copy_(prune_and_update(matrix, shared[0][1], dead, sink.sparsity)[0])
+        return sink.put(ref, weight, pruned)
+
+    statistics.inputs(Gram, consume)
+
+
+def inverse_factor(gram: Tensor, damp: float, what: str = "H") -> Tensor:
+    """The upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, with λ = `damp` times the mean of H's diagonal.
+
+    H is XᵀX up to a factor, which changes neither masks nor updates; inputs that are always zero get H_jj = 1.
+
+    Raises:
+        StreampruneError: H has no Cholesky factor, even with 100 times the damping.
+    """
+    diagonal = gram.diagonal()
+    fixed = torch.where(diagonal == 0, 1.0, diagonal)
+    for more in MORE_DAMPING:
+        damped = gram.clone()
+        damped.diagonal().copy_(fixed + more * damp * fixed.mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed:
+            return upper
+    raise StreampruneError(f"{what}: the inputs' Gram matrix is singular; give more --samples, or a larger --set damp")
+
+
+def prune_and_update(
+    weight: Tensor, factor: Tensor, dead: Tensor, sparsity: Sparsity, block: int = BLOCK
+) -> tuple[Tensor, float]:
+    """Prune W [d_out, d_in] and update what remains.
+
+    Args:
+        factor: U [d_in, d_in]; float32, or float64, in which the work is done.
+        dead: inputs that are always zero [d_in]; their weights become zero.
+        block: columns at a time; multiples of M in N:M.
+
+    Returns:
+        The new W in the dtype of `factor`, and Σ e²/2 of the errors e = (w − q)/U_jj: ‖ΔW X‖²/N for H = (2/N) X Xᵀ.
+    """
+    rows, columns = weight.shape
+    m = sparsity.m or 1
+    block = -(-block // m) * m
+    # By columns: one of them is then a line of memory.
+    work = weight.T.to(factor.dtype).contiguous()
+    if sparsity.m == sparsity.n and sparsity.count(columns * rows) == 0:
+        return work.T, 0.0
+    work[dead] = 0
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part, local = work[start:stop], factor[start:stop, start:stop]
+        diagonal = local.diagonal()
+        if not sparsity.m:
+            count = sparsity.count(stop * rows) - sparsity.count(start * rows)
+            gone = _lowest((part / diagonal[:, None]).square_().flatten(), count).view_as(part)
+        errors = torch.empty_like(part)
+        for column in range(stop - start):
+            if sparsity.m and column % m == 0:
+                scores = (part[column : column + m] / diagonal[column : column + m, None]).square_()
+                order = scores.argsort(dim=0, stable=True)
+                picked = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order[: m - sparsity.n], True)
+                going = picked.unbind()
+            goes = going[column % m] if sparsity.m else gone[column]
+            error = torch.where(goes, part[column] / diagonal[column], 0)
+            part[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
+            part[column].masked_fill_(goes, 0)
+            errors[column] = error
+        loss += errors.double().square_().sum()
+        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return work.T, float(loss) / 2
+
+
+def _lowest(scores: Tensor, count: int) -> Tensor:
+    """A mask of exactly the `count` lowest of `scores`; of equal ones the first go."""
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = scores.kthvalue(count).values
+    gone = scores < threshold
+    gone[(scores == threshold).nonzero().flatten()[: count - int(gone.sum())]] = True
+    return gone

@@ -1,0 +1,164 @@
+"""What a method can ask for. It sees tensors and scores, never files, paging or devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from streamprune.binding import Perturbation, check_finite
+from streamprune.capture import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer, TensorRef
+from streamprune.inputs import Inputs, Sums
+from streamprune.sweep import Sweeper, Visit
+
+# Hidden states of left-out layers that are carried through the layers together.
+STREAM_BYTES = 2 << 30
+
+
+class Statistics:
+    """Sweeps over one model and one calibration batch.
+
+    Attributes:
+        layers: the prunable layers.
+        samples: calibration sequences.
+        seed: of the run.
+    """
+
+    def __init__(self, sweeper: Sweeper, input_ids: Tensor | None, layers: Sequence[int], seed: int) -> None:
+        self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
+        self._start: tuple[int, Tensor] | None = None
+        skeleton = sweeper.skeleton
+        self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
+        self.samples = 0 if input_ids is None else len(input_ids)
+
+    @property
+    def _ids(self) -> Tensor:
+        assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
+        return self.input_ids
+
+    def bytes_to_read(self, needs: Sequence[str], sweeps: int) -> int:
+        """Bytes of layers that a method reads which needs these, with so many "gradients" sweeps."""
+        pager = self.sweeper.pager
+        sizes = [pager.bytes_of(layer) for layer in range(self.sweeper.n_layers)]
+        above = sum(sizes[self.layers[0] :])
+        totals = {
+            "weights": sum(sizes[layer] for layer in self.layers),
+            # Each way passes the layers from the lowest prunable one up; the first forward also those below.
+            "gradients": sum(sizes) + (2 * sweeps - 1) * above,
+            "inputs": sum(sizes[: self.layers[-1] + 1]),
+            "hidden": sum(sizes[: self.layers[-1] + 1]),
+            "losses": sum(sizes),
+        }
+        return sum(totals[need] for need in needs)
+
+    def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
+        """One sweep over the scored matrices of the prunable layers as they are stored."""
+        with self.sweeper.pager.pages(self.layers) as pages:
+            for page in pages:
+                for name, ref in self.sweeper.scored[page.layer].items():
+                    weight = page.tensors[name]
+                    check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, name, weight)
+                    consume(ref, weight)
+
+    def gradients(self, consume: Consumer, perturbation: Perturbation | None = None) -> float:
+        """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
+        return self._sweep(partial(GradientCollector, consume), perturbation)
+
+    def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
+        """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
+        return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self._ids.shape[1])), None)
+
+    def inputs(self, kind: type[Sums], consume: Callable[[TensorRef, Tensor, Sums], Tensor | None]) -> None:
+        """One forward sweep that hands over sums over what each scored matrix is given.
+
+        Args:
+            kind: `Moments` or `Gram`; matrices with the same input are given the same object, one after another.
+            consume: is given (matrix, its weight as stored, sums). What it returns, stored alike, takes the place of
+                the weight: once a layer's matrices are through, the layer runs again and its new output goes on.
+        """
+        last = self.layers[-1]
+
+        def visit(visit: Visit) -> Tensor:
+            if visit.layer not in self.layers:
+                return visit.run()
+            inputs, changed = Inputs(kind, list(self.sweeper.scored[visit.layer])), False
+            output = visit.run(inputs=inputs)
+            for name, ref in self.sweeper.scored[visit.layer].items():
+                weight = consume(ref, visit.page.tensors[name], inputs.sums[name])
+                if weight is not None:
+                    visit.weights[name].copy_(weight)
+                    changed = True
+            if not changed or visit.layer == last:
+                return output
+            del output
+            return visit.run()
+
+        self.sweeper.forward(self._ids, visit=visit, stop=last + 1)
+
+    def hidden(self, consume: Callable[[int, Tensor, Tensor], None]) -> None:
+        """One forward sweep that hands over (layer, its input [n, seq, d], its output) for each prunable layer."""
+
+        def visit(visit: Visit) -> Tensor:
+            output = visit.run()
+            if visit.layer in self.layers:
+                consume(visit.layer, visit.hidden, output)
+            return output
+
+        self.sweeper.forward(self._ids, visit=visit, stop=self.layers[-1] + 1)
+
+    def losses_without(self) -> dict[int, float]:
+        """Mean loss in nats with each prunable layer left out.
+
+        All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
+        """
+        ids, skeleton = self._ids, self.sweeper.skeleton
+        hidden_bytes = ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize
+        size = max(1, STREAM_BYTES // hidden_bytes)
+        losses: dict[int, float] = {}
+        start: tuple[int, Tensor] | None = None
+        for first in range(0, len(self.layers), size):
+            streams, start = self._without(self.layers[first : first + size], start)
+            for layer, hidden in streams.items():
+                losses[layer], _ = self.sweeper.head_loss(hidden, ids, with_grad=False)
+        return losses
+
+    def _without(
+        self, layers: Sequence[int], start: tuple[int, Tensor] | None
+    ) -> tuple[dict[int, Tensor], tuple[int, Tensor]]:
+        """Hidden states at the end without each of `layers`, and (the layer above them, its input in the whole model).
+
+        `start` is the latter for the layers before.
+        """
+        streams: dict[int, Tensor] = {}
+        above, whole = layers[-1] + 1, [] if start is None else [start[1]]
+
+        def visit(visit: Visit) -> Tensor:
+            for layer, hidden in streams.items():
+                streams[layer] = visit.run(hidden)
+            if visit.layer in layers:
+                streams[visit.layer] = visit.hidden
+            if visit.layer >= above:
+                return visit.hidden  # the whole model is not needed any more
+            output = visit.run()
+            whole[:] = [output]
+            return output
+
+        self.sweeper.forward(self._ids, start=start, visit=visit)
+        return streams, (above, whole[0])
+
+    def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
+        sweeper, lowest, ids = self.sweeper, self.layers[0], self._ids
+        hidden, boundaries = sweeper.forward(
+            ids,
+            start=self._start,
+            keep_from=lowest,
+            perturbation=perturbation,
+            perturbed=self.layers,
+        )
+        # Below the first prunable layer nothing ever moves: later sweeps start from its input.
+        self._start = (lowest, boundaries[lowest])
+        loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
+        assert grad is not None
+        sweeper.backward(ids, boundaries, grad, self.layers, collector, perturbation=perturbation)
+        return loss
