@@ -96,10 +96,11 @@ def memory(device: str) -> dict:
 def streamed(path: Path, method: str, device: str) -> dict:
     """Scores by sweeps; also what streamprune says it keeps in memory."""
     from streamprune.methods import METHODS as TABLE
-    from streamprune.methods import resolve_settings
+    from streamprune.methods import UnitScores, resolve_settings
     from streamprune.report import peak_rss
     from streamprune.run import open_model
-    from streamprune.sweep import Statistics, default_micro_batch, working_bytes
+    from streamprune.statistics import Statistics
+    from streamprune.sweep import default_micro_batch, working_bytes
 
     baseline = peak_rss()
     before = _io("rchar")
@@ -107,9 +108,9 @@ def streamed(path: Path, method: str, device: str) -> dict:
         checkpoint = sweeper.skeleton.checkpoint
         loaded, start = checkpoint.bytes_read, time.perf_counter()
         layers = range(4, sweeper.n_layers - 2)
-        scores = TABLE[method].score(
-            Statistics(sweeper, token_ids(path), layers, 0), resolve_settings(method, METHODS[method])
-        )
+        statistics = Statistics(sweeper, token_ids(path), layers, 0)
+        scores = UnitScores.zeros(statistics)
+        TABLE[method].score(statistics, resolve_settings(method, METHODS[method]), scores)
         seconds = time.perf_counter() - start
         declared = working_bytes(sweeper, SAMPLES, SEQ_LEN, layers)
         entries = sweeper.pager.entries

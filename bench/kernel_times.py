@@ -108,10 +108,11 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
     head, and waiting for the disk.
     """
     from streamprune import binding, demo
-    from streamprune.methods import METHODS, gradient, resolve_settings
+    from streamprune.methods import METHODS, UnitScores, gradient, resolve_settings, scores
     from streamprune.report import Progress
     from streamprune.run import open_model
-    from streamprune.sweep import Statistics, default_micro_batch
+    from streamprune.statistics import Statistics
+    from streamprune.sweep import default_micro_batch
 
     seconds: dict[str, float] = {}
 
@@ -125,7 +126,7 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
 
         return run
 
-    watched = ((binding.Binder, "bind"), (gradient, "moreau_step"), (gradient, "unit_score"))
+    watched = ((binding.Binder, "bind"), (gradient, "moreau_step"), (scores, "unit_score"))
     originals = [getattr(owner, name) for owner, name in watched]
     model = demo.fetch(demo.default_cache(), Progress())
     with open_model(str(model), device="cpu", micro_batch=default_micro_batch(TOKENS)) as sweeper:
@@ -136,7 +137,8 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
         try:
             start = time.perf_counter()
             settings = resolve_settings("moreau-gs", {"steps": 2})
-            METHODS["moreau-gs"].score(Statistics(sweeper, ids, layers, 0), settings)
+            statistics = Statistics(sweeper, ids, layers, 0)
+            METHODS["moreau-gs"].score(statistics, settings, UnitScores.zeros(statistics))
             total = time.perf_counter() - start
         finally:
             for (owner, name), original in zip(watched, originals, strict=True):

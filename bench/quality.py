@@ -41,7 +41,8 @@ def score_and_measure(options: dict) -> dict:
     from streamprune.methods import METHODS, resolve_settings
     from streamprune.report import peak_rss
     from streamprune.run import open_model
-    from streamprune.sweep import Statistics, default_micro_batch
+    from streamprune.statistics import Statistics
+    from streamprune.sweep import default_micro_batch
 
     method, stock = options["method"], options["stock"]
     with open_model(options["model"], micro_batch=default_micro_batch(128)) as sweeper:

@@ -261,7 +261,7 @@ def select_layers(
     return {layer: all_units(geometry, kinds) for layer in range(n_layers) if layer not in gone}
 
 
-def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, whole: bool, stock: bool) -> range:
+def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool, whole: bool = False) -> range:
     """The prunable layers: `given` as [A, B), by default [4, L − 2) as published, or the `whole` model.
 
     Raises:

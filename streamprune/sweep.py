@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -88,10 +89,15 @@ class Sweeper:
         self, skeleton: Skeleton, pager: Pager, micro_batch: int, scope: Literal["units", "matrices"] = "units"
     ) -> None:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
-        self.scored = [_refs(skeleton, layer, scope) for layer in range(len(skeleton.layers))]
+        self.scope = scope
         self._binder = Binder(skeleton)
         self._calls: dict[int, list[LayerCall]] = {}
         self._boundaries: Tensor | None = None
+
+    @cached_property
+    def scored(self) -> list[dict[str, TensorRef]]:
+        """The scored matrices of each layer, by their names inside it."""
+        return [_refs(self.skeleton, layer, self.scope) for layer in range(self.n_layers)]
 
     @property
     def n_layers(self) -> int:
@@ -136,7 +142,8 @@ class Sweeper:
         with self.pager.pages(range(first, self.n_layers if stop is None else stop)) as pages:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
-                weights = self._binder.bind(page, moved, self.scored[page.layer], own=visit is not None)
+                scored = self.scored[page.layer] if moved is not None else ()
+                weights = self._binder.bind(page, moved, scored, own=visit is not None)
                 if visit is not None:
                     hidden = visit(Visit(self, page, weights, hidden, calls[page.layer]))
                     continue

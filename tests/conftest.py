@@ -24,7 +24,8 @@ from streamprune.cli import main
 from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import HostDevice, Pager
 from streamprune.skeleton import Skeleton
-from streamprune.sweep import Statistics, Sweeper
+from streamprune.statistics import Statistics
+from streamprune.sweep import Sweeper
 
 pytest.register_assert_rewrite("cli_runner", "plain_methods")
 from cli_runner import REMEDY, SHORT, Outcome, Streamprune, check_refusal, snapshot  # noqa: E402

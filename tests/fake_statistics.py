@@ -41,7 +41,7 @@ class FakeStatistics:
         self.layers, self.kinds, self.geometry, self.seed, self.samples = FAKE_LAYERS, KINDS, GEOMETRY, seed, 1
         self.stored, self.gradient, self.compute = weights, gradient, compute
         members = {member.tensor: member for member in FAMILIES["llama"].members}
-        self.refs = {key: TensorRef(key[0], members[key[1]], GEOMETRY) for key in weights}
+        self.refs = {key: TensorRef(*key, GEOMETRY, members[key[1]]) for key in weights}
         self.seen, self.grads, self.perturbations = [], [], []
 
     def weights(self, consume):

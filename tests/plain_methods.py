@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from streamprune.methods import METHODS, resolve_settings
+from streamprune.methods import METHODS, UnitScores, resolve_settings
 
 LAYERS = (1, 2)  # a layer below and a layer above them stay as they are
 SEED = 5
@@ -13,8 +13,9 @@ SEED = 5
 
 def run(name, statistics, **settings):
     """{(layer, kind): scores} of a method."""
-    scores = METHODS[name].score(statistics, resolve_settings(name, settings)).values
-    return {(layer, kind): values for layer, kinds in scores.items() for kind, values in kinds.items()}
+    sink = UnitScores.zeros(statistics)
+    METHODS[name].score(statistics, resolve_settings(name, settings), sink)
+    return {(layer, kind): values for layer, kinds in sink.values.items() for kind, values in kinds.items()}
 
 
 def assert_scores(actual, expected, rtol=1e-9, atol=0.0):

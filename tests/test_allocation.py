@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILY_NAMES, tiny_model
 from transformers import AutoConfig
 
-from streamprune.allocation import Ratios, keep_highest, prunable_layers, removed_parameters, uniform
+from streamprune.allocation import Ratios, keep_highest, prunable_layers, removed_parameters, select, uniform
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.families import FAMILIES, Geometry, geometry_of, unit_costs
 from streamprune.skeleton import meta_model
@@ -41,7 +41,10 @@ def test_published_parameter_counts_from_configs_alone(fields, layers, before, a
     shapes = {name: parameter.shape for name, parameter in model.model.layers[0].named_parameters()}
     costs = unit_costs(family, geometry, shapes)
     removed = uniform(family, geometry, costs, Ratios(0.25), config.hidden_size, stock=False)
-    assert before - removed_parameters(removed, costs, range(*layers)) == after
+    n_layers = config.num_hidden_layers
+    zeros = {layer: {kind: torch.zeros(geometry.units(kind)) for kind in costs} for layer in range(*layers)}
+    kept = select(zeros, removed, geometry, n_layers)
+    assert before - removed_parameters(kept, costs, geometry, [0] * n_layers) == after
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

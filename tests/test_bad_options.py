@@ -78,7 +78,7 @@ def test_emit_without_stock_is_refused(refused, model):
 
 
 def test_unknown_method_is_refused_and_the_known_ones_listed(refused, model):
-    refused(model, "--method", "wanda", code=2, names=("'wanda'", *METHODS), remedy="known are")
+    refused(model, "--method", "owl", code=2, names=("'owl'", *METHODS), remedy="known are")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_sequences_of_one_token_are_refused(refused, model):
         ("--dtype", "int8"),
         ("--samples", "few"),
         ("--sampling", "last"),
-        ("--granularity", "weights"),
+        ("--granularity", "heads"),
         ("--seed", "x"),
         ("--ratio", "x"),
     ],

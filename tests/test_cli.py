@@ -58,7 +58,8 @@ def test_methods_lists_each_with_its_settings_and_paper(streamprune):
     for name, method in METHODS.items():
         row, *settings = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         assert method.paper in row
-        assert method.needs in row
+        assert (" + ".join(method.needs) or "nothing") in row
+        assert row.split()[1:4] == ["yes" if t in method.targets else "-" for t in ("units", "weights", "layers")]
         assert [line.split()[1] for line in settings] == list(method.settings)
         for line, setting in zip(settings, method.settings.values(), strict=True):
             assert setting.meaning in line and all(choice in line for choice in setting.choices)

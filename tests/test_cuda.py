@@ -3,14 +3,16 @@
 import pytest
 import torch
 from conftest import N_LAYERS, save_tiny, token_ids, whole_model_gradients
+from plain_methods import assert_scores
+from plain_methods import run as run_method
 
 from streamprune.binding import Perturbation
 from streamprune.checkpoint import Checkpoint
 from streamprune.kernels import perturb
-from streamprune.methods import METHODS, resolve_settings
 from streamprune.paging import Pager, paging_device
 from streamprune.skeleton import Skeleton
-from streamprune.sweep import Statistics, Sweeper
+from streamprune.statistics import Statistics
+from streamprune.sweep import Sweeper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -56,12 +58,10 @@ def test_scores_are_those_of_the_cpu(method, tmp_path):
     on_cpu = Skeleton(checkpoint, torch.float32, torch.device("cpu"))
     cpu = Sweeper(on_cpu, Pager(checkpoint, on_cpu.entries, paging_device(torch.device("cpu"))), 2)
     both = [
-        METHODS[method].score(Statistics(sweeper, ids, range(1, 3), 0), resolve_settings(method, settings)).values
+        run_method(method, Statistics(sweeper, ids, range(1, 3), 0), **settings)
         for sweeper in (cpu, cuda_sweeper(tmp_path, torch.float32))
     ]
-    for layer, kinds in both[0].items():
-        for kind, values in kinds.items():
-            torch.testing.assert_close(both[1][layer][kind], values, rtol=1e-3, atol=1e-9)
+    assert_scores(both[1], both[0], rtol=1e-3, atol=1e-9)
 
 
 def test_a_gpu_takes_the_kernel_by_itself():

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, demo, prune
-from streamprune.methods import METHODS, resolve_settings
+from streamprune.methods import METHODS, UnitScores, resolve_settings
 from streamprune.run import open_model
-from streamprune.sweep import Statistics
+from streamprune.statistics import Statistics
 from streamprune.verify import verify
 
 MODEL = demo.default_cache() / demo.MODEL_NAME
@@ -62,7 +62,7 @@ def test_a_sweep_reads_the_layers_bytes_and_no_more():
         statistics.gradients(lambda *tensors: None)  # loads what torch and transformers import on first use
         checkpoint = sweeper.skeleton.checkpoint
         counted, asked = checkpoint.bytes_read, rchar()
-        METHODS["taylor"].score(statistics, resolve_settings("taylor", {}))
+        METHODS["taylor"].score(statistics, resolve_settings("taylor", {}), UnitScores.zeros(statistics))
         counted, asked = checkpoint.bytes_read - counted, rchar() - asked
         sizes = [sum(entry.nbytes for entry in layer.values()) for layer in sweeper.pager.entries]
     needed = 2 * sum(sizes[4:])  # forwards and backwards from the lowest prunable layer

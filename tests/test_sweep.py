@@ -15,7 +15,7 @@ from conftest import (
 )
 
 from streamprune.binding import Perturbation
-from streamprune.sweep import Statistics
+from streamprune.statistics import Statistics
 
 LAYERS = range(1, N_LAYERS)
 
@@ -196,7 +196,7 @@ def test_a_sweep_reads_each_layer_once(tmp_path):
         before = checkpoint.bytes_read
         collect(statistics)
         sizes.append(checkpoint.bytes_read - before)
-        assert sum(sizes) == statistics.bytes_to_read("gradients", sweeps)
+        assert sum(sizes) == statistics.bytes_to_read(["gradients"], sweeps)
 
 
 def test_layers_split_over_shards_and_base_model_names_are_read(tmp_path):
