@@ -136,7 +136,6 @@ def test_sequences_of_one_token_are_refused(refused, model):
         ("--dtype", "int8"),
         ("--samples", "few"),
         ("--sampling", "last"),
-        ("--granularity", "heads"),
         ("--seed", "x"),
         ("--ratio", "x"),
     ],
