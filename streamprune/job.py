@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ class Done:
         added_parameters: biases that the source has not.
         zeros: how many of the pruned weights are zero, and of how many.
         source_hash: SHA-256 of the source's tensors.
-        scoring: seconds, bytes_read, and peak_rss so far.
     """
 
     kept: KeptUnits
@@ -45,7 +44,6 @@ class Done:
     added_parameters: int
     zeros: tuple[int, int]
     source_hash: str
-    scoring: dict[str, float]
 
 
 @dataclass
@@ -55,6 +53,7 @@ class Job:
     Attributes:
         ids: calibration tokens [n, seq] of the method, if it needs any.
         repair_ids: those of the least squares after units or layers are gone.
+        costs: of scoring: seconds, bytes_read, and peak_rss so far.
     """
 
     config: PruneConfig
@@ -64,22 +63,26 @@ class Job:
     progress: report.Progress
     ids: Tensor | None
     repair_ids: Tensor | None
+    costs: dict[str, float] = field(default_factory=dict)
 
-    def prune_units(self, directory: Path) -> Done:
-        """Score units or layers, choose what stays, repair it if asked to, and write it."""
+    def score(self) -> UnitScores | LayerScores:
+        """Scores of units or layers."""
+        statistics = Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed)
+        layers = self.config.target == "layers"
+        scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
+        with self._scoring(statistics):
+            METHODS[self.config.method].score(statistics, self.settings, scores)
+        return scores
+
+    def cut(self, scores: UnitScores | LayerScores, directory: Path) -> Done:
+        """Choose what stays, repair it if asked to, and write it."""
         skeleton, plan = self.sweeper.skeleton, self.plan
-        statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
-        sink = LayerScores(plan.layers) if self.config.target == "layers" else UnitScores.zeros(statistics)
-        scoring: dict[str, float] = {}
-        with self._scoring(statistics, scoring):
-            METHODS[self.config.method].score(statistics, self.settings, sink)
-        kept = plan.keep(sink, skeleton, self.config.contiguous)
+        kept = plan.keep(scores, skeleton, self.config.contiguous)
         specs = slim.output_specs(skeleton, kept, biases=plan.biases)
         make: Callable[[Page], dict[str, Tensor]] = lambda page: {}  # noqa: E731
         if plan.biases:
-            assert isinstance(sink, UnitScores), "only units have biases in their place"
-            make = partial(slim.mean_biases, skeleton, kept, sink.means)
-        del statistics
+            assert isinstance(scores, UnitScores), "only units have biases in their place"
+            make = partial(slim.mean_biases, skeleton, kept, scores.means)
         with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
             if self.repair_ids is not None:
                 self._repair(kept, writer)
@@ -90,7 +93,7 @@ class Job:
         slim.write_companions(skeleton, kept, directory, self.config.emit, biases=new_biases)
         layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=new_biases)
         nbytes = sum(spec.nbytes for spec in specs)
-        return Done(kept, layout, nbytes, added, (0, 0), source_hash, scoring)
+        return Done(kept, layout, nbytes, added, (0, 0), source_hash)
 
     def prune_weights(self, directory: Path) -> Done:
         """Prune each matrix as soon as it is scored, and write it at once."""
@@ -100,7 +103,6 @@ class Job:
         specs = slim.output_specs(skeleton, kept)
         statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
         zeros, total = 0, 0
-        scoring: dict[str, float] = {}
         with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
 
             def emit(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
@@ -108,12 +110,12 @@ class Job:
                 writer.put(skeleton.layer_prefix(ref.layer) + ref.tensor, stored, pruned)
                 zeros, total = zeros + pruned.numel() - int(pruned.count_nonzero()), total + pruned.numel()
 
-            with self._scoring(statistics, scoring):
+            with self._scoring(statistics):
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
             with self.progress.stage("writing", 0):
                 source_hash = writer.finish(self.sweeper.pager)
         slim.write_companions(skeleton, kept, directory, None)
-        return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash, scoring)
+        return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
 
     def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
@@ -130,14 +132,14 @@ class Job:
             )
 
     @contextmanager
-    def _scoring(self, statistics: Statistics, facts: dict[str, float]) -> Iterator[None]:
-        """The stage in which the method works; its figures go into `facts`."""
+    def _scoring(self, statistics: Statistics) -> Iterator[None]:
+        """The stage in which the method works; its figures go into `costs`."""
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         needs = method.needs or (("weights",) if self.config.target == "weights" else ())
         start, read = time.perf_counter(), checkpoint.bytes_read
         total = statistics.bytes_to_read(needs, method.sweeps(self.settings))
         with self.progress.stage(f"scoring {method.name}", total):
             yield
-        facts["seconds"] = time.perf_counter() - start
-        facts["bytes_read"] = checkpoint.bytes_read - read
-        facts["peak_rss"] = report.peak_rss()
+        self.costs["seconds"] = time.perf_counter() - start
+        self.costs["bytes_read"] = checkpoint.bytes_read - read
+        self.costs["peak_rss"] = report.peak_rss()

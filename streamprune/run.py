@@ -148,10 +148,10 @@ def _score_and_write(
         before = _perplexity(sweeper, segments, "before", progress) if segments is not None else None
         job = Job(config, settings, plan, sweeper, progress, ids, repair_ids)
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
-        done = job.prune_weights(directory) if config.target == "weights" else job.prune_units(directory)
+        done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
         facts = _facts(config, sweeper, plan, settings, done)
         facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
-        facts["scoring"] = done.scoring | {"sha256_of_calibration_ids": _hash(ids)}
+        facts["scoring"] = job.costs | {"sha256_of_calibration_ids": _hash(ids)}
         if repair_ids is not None:
             facts["compensation"] = {"tokens": list(repair_ids.shape), "sha256_of_ids": _hash(repair_ids)}
         if segments is not None:
