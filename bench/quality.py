@@ -1,12 +1,12 @@
-"""Perplexity of every method on the demo's 135M Llama: the table of the README.
+"""Perplexity after pruning the demo's 135M Llama: the tables of the README.
 
-    python bench/quality.py --calibration wikitext2-valid.txt --text wikitext2-test.txt [--json FILE]
+    python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N]
 
-Each method scores layers 4:28 and, for --stock, all layers, in a process of its own (its peak memory and seconds
-stand beside it); the checkpoints of all settings are written, loaded back and measured on the first 100 segments of
-128 tokens. Needs about 2 GB of temporary space. `smoothgrad` takes 100 sweeps, so the whole takes about an hour on
-two cores; --method picks some. With --seeds N each runs with the seeds 0 … N−1, and the table shows mean (least–most)
-and the seconds of seed 0.
+TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `weights` (50 %,
+2:4, 4:8), `layers` (1 to 9 of 30) or `compensate` (tokens, λ, target). DIR holds wikitext2-valid.txt (calibration),
+wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not computed again, so a run that was cut
+short goes on. Each method scores once, in a process of its own, for all settings that share its scores; the
+checkpoints are written, loaded back and measured. Needs about 2 GB of temporary space.
 """
 
 from __future__ import annotations
@@ -18,136 +18,240 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-SETTINGS = {
-    "channels": {"ratio": 0.25, "layers": (4, 28)},
-    "both": {"ratio": 0.25, "layers": (4, 28), "attention_ratio": 0.34, "mlp_ratio": 0.25},
-    "stock 0.2": {"ratio": 0.2, "stock": True},
-    "stock 0.25": {"ratio": 0.25, "stock": True},
+GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
+UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
+MIDDLE = {"layers": [4, 28]}
+# Table -> methods and their settings; settings of one method share its scores where layers and granularity agree.
+TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
+    "main": (
+        ("random", "magnitude", *GRADIENT),
+        {
+            "channels": {"ratio": 0.25, **MIDDLE},
+            "both": {"ratio": 0.25, **MIDDLE, "attention_ratio": 0.34, "mlp_ratio": 0.25},
+            "stock 0.2": {"ratio": 0.2, "stock": True},
+            "stock 0.25": {"ratio": 0.25, "stock": True},
+        },
+    ),
+    "units": (
+        UNITS,
+        {
+            f"{ratio:.0%}{' compensated' if repaired else ''}": {"ratio": ratio, **MIDDLE, "compensate": repaired}
+            for repaired in (False, True)
+            for ratio in (0.2, 0.3, 0.4, 0.5)
+        },
+    ),
+    "weights": (
+        ("magnitude", "wanda", "gblm", "sparsegpt"),
+        {"50%": {"granularity": "weights"}, "2:4": {"granularity": "2:4"}, "4:8": {"granularity": "4:8"}},
+    ),
+    "layers": (
+        ("random", "magnitude", "taylor", "layer-ppl", "block-influence"),
+        {
+            f"{count} layers{', ' + name if name else ''}": {
+                **MIDDLE,
+                "granularity": "layers",
+                "ratio": count / 24,
+                **more,
+            }
+            for name, more in (
+                ("", {}),
+                ("contiguous", {"contiguous": True}),
+                ("compensated", {"compensate": True}),
+            )
+            for count in (1, 3, 6, 9)
+        },
+    ),
+    "compensate": (
+        ("taylor",),
+        {
+            f"{target} {tokens} λ={ridge}": {
+                "ratio": 0.25,
+                **MIDDLE,
+                "compensate": True,
+                "compensate_target": target,
+                "compensate_tokens": tokens,
+                "compensate_ridge": ridge,
+            }
+            for target in ("own", "stream")
+            for tokens, ridge in (
+                *((tokens, 0.01) for tokens in (8192, 16384, 32768, 65536, 131072)),
+                *((32768, ridge) for ridge in (0.0001, 0.001, 0.1, 1.0)),
+            )
+        },
+    ),
 }
-MEANING = """\
-channels: --ratio 0.25 --layers 4:28 (512 of 1536 channels of 24 layers); both: --attention-ratio 0.34 --mlp-ratio 0.25
---layers 4:28 (one of 3 KV groups and 384 channels); stock 0.2 and 0.25: --stock --ratio, channels of all 30 layers
-(stock 0.2 removes about as many parameters as `channels`)."""
+SHARED = ("granularity", "layers", "stock")  # of settings: what scores depend on
+TEXTS = {
+    "test 128": ("wikitext2-test", 128, 100),
+    "test 1024": ("wikitext2-test", 1024, 20),
+    "ptb": ("ptb-valid", 128, 100),
+}
 
 
-def score_and_measure(options: dict) -> dict:
-    """Score once for one range of layers and measure every setting of that range."""
-    from streamprune import allocation, calibration, evaluate, slim
+def measure(job: dict[str, Any]) -> None:
+    """Score once and measure all settings of a job; one line of JSON each, as they are done."""
+    from streamprune import calibration
     from streamprune.config import PruneConfig
-    from streamprune.families import unit_costs
+    from streamprune.job import Job
     from streamprune.methods import METHODS, resolve_settings
-    from streamprune.report import peak_rss
-    from streamprune.run import open_model
-    from streamprune.statistics import Statistics
+    from streamprune.plan import make_plan
+    from streamprune.report import Progress, peak_rss
+    from streamprune.run import REPAIR_SEQ_LEN, open_model
     from streamprune.sweep import default_micro_batch
 
-    method, stock = options["method"], options["stock"]
-    with open_model(options["model"], micro_batch=default_micro_batch(128)) as sweeper:
-        skeleton = sweeper.skeleton
-        tokenizer = calibration.load_tokenizer(skeleton.checkpoint.path)
-        tokens = calibration.tokenize(tokenizer, calibration.read_text(options["calibration"]))
-        ids = calibration.sample_sequences(tokens, 10, 128, options["sampling"], 0)
-        text = calibration.tokenize(tokenizer, calibration.read_text(options["text"]))
-        segments = evaluate.segment(text, 128, 100)
-        n_layers = len(skeleton.layers)
-        layers = range(n_layers) if stock else range(4, 28)
-        start = time.perf_counter()
-        scores = METHODS[method].score(Statistics(sweeper, ids, layers, options["seed"]), resolve_settings(method, {}))
-        result: dict = {"seconds": time.perf_counter() - start, "peak_rss": peak_rss(), "perplexity": {}}
-        costs = unit_costs(skeleton.family, skeleton.geometry, skeleton.shapes(0))
-        for name, setting in SETTINGS.items():
-            if bool(setting.get("stock")) != stock:
-                continue
-            config = PruneConfig(model=options["model"], output=Path("unused"), **setting)
-            ratios = allocation.Ratios(config.ratio, config.attention_ratio, config.mlp_ratio)
-            family, hidden = skeleton.family, skeleton.config.hidden_size
-            removed = allocation.uniform(family, skeleton.geometry, costs, ratios, hidden, stock=stock)
-            kept = allocation.select(scores.values, removed, skeleton.geometry, n_layers)
+    data, method = Path(job["data"]), METHODS[job["method"]]
+    scores = None
+    first = next(iter(job["settings"].values()))
+    scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
+    with open_model(job["model"], scope=scope) as sweeper:
+        tokenizer = calibration.load_tokenizer(sweeper.skeleton.checkpoint.path)
+        tokens = calibration.tokenize(tokenizer, calibration.read_text(data / "wikitext2-valid.txt"))
+        samples, seq_len = (10, 128) if "inputs" not in method.needs else (128, 512)
+        ids = calibration.sample_sequences(tokens, samples, seq_len, "first", 0)
+        for name, options in job["settings"].items():
+            options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
+            config = PruneConfig(
+                model=job["model"], output=Path("unused"), method=method.name, seed=job["seed"], **options
+            )
+            settings = resolve_settings(method.name, {}, config.target)
+            plan = make_plan(config, sweeper.skeleton, settings)
+            count = config.compensate_tokens // REPAIR_SEQ_LEN
+            repair_ids = calibration.sample_sequences(tokens, count, REPAIR_SEQ_LEN, "first", 0)
+            run = Job(
+                config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids if config.compensate else None
+            )
+            sweeper.micro_batch = default_micro_batch(seq_len)
             with tempfile.TemporaryDirectory() as directory:
-                slim.write_weights(skeleton, sweeper.pager, kept, Path(directory), 5_000_000_000)
-                slim.write_companions(skeleton, kept, Path(directory), None)
-                with open_model(directory, pruned=True) as pruned:
-                    value = evaluate.perplexity(pruned, segments).perplexity
-            gone = allocation.removed_parameters(removed, costs, layers)
-            result["perplexity"][name] = {"perplexity": value, "parameters": skeleton.parameters - gone}
-        if method == "random":
-            result["perplexity"]["dense"] = {"perplexity": evaluate.perplexity(sweeper, segments).perplexity}
-    return result
+                start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read
+                if config.target == "weights":
+                    run.prune_weights(Path(directory))
+                    costs = run.costs
+                else:
+                    if scores is None:
+                        scores, costs = run.score(), run.costs
+                        start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read
+                    run.cut(scores, Path(directory))
+                cutting = {
+                    "seconds": time.perf_counter() - start,
+                    "peak_rss": peak_rss(),
+                    "bytes_read": sweeper.skeleton.checkpoint.bytes_read - read,
+                }
+                result = {"perplexity": perplexities(directory, data), "scoring": costs, "cutting": cutting}
+            print(json.dumps([name, result]), flush=True)
 
 
-def measure(options: dict) -> dict:
-    """`score_and_measure` in a fresh process."""
-    command = [sys.executable, __file__, "--one", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+def perplexities(directory: str, data: Path) -> dict[str, float]:
+    """Of the three texts, streamed."""
+    from streamprune import calibration, evaluate
+    from streamprune.run import open_model
+
+    values = {}
+    with open_model(directory, pruned=True) as pruned:
+        tokenizer = calibration.load_tokenizer(pruned.skeleton.checkpoint.path)
+        for name, (file, seq_len, samples) in TEXTS.items():
+            tokens = calibration.tokenize(tokenizer, calibration.read_text(data / f"{file}.txt"))
+            values[name] = evaluate.perplexity(pruned, evaluate.segment(tokens, seq_len, samples)).perplexity
+    return values
 
 
-def show(results: dict) -> str:
-    """The README's table."""
-    from streamprune.report import human, table
+def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """Settings whose scores are the same, together; weights are pruned as they are scored, each by itself."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, options in settings.items():
+        key = json.dumps([options.get(each) for each in SHARED])
+        if options.get("granularity", "units") not in ("units", "layers"):
+            key = name
+        groups.setdefault(key, {})[name] = options
+    return list(groups.values())
 
-    rows = [["method", *SETTINGS, "seconds", "peak RSS", "seconds (30 layers)", "peak RSS (30 layers)"]]
-    for method, pairs in results.items():
-        values = [ranged["perplexity"] | stock["perplexity"] for ranged, stock in pairs]
-        cells = [_spread([value[name]["perplexity"] for value in values]) for name in SETTINGS]
-        costs = [cell for run in pairs[0] for cell in (f"{run['seconds']:.1f}", human(run["peak_rss"]))]
-        rows.append([method, *cells, *costs])
-    return table(rows, markdown=True)
+
+def show(table: str, results: dict[str, Any]) -> str:
+    """Perplexities (of the first text in the tables with many settings), and the costs."""
+    from streamprune.report import human
+    from streamprune.report import table as aligned
+
+    methods, settings = TABLES[table]
+    rows = [["method", "text", *settings, "scoring s", "peak RSS", "read"]]
+    for method in methods:
+        done = [results[key] for key in results if key.split("/")[:2] == [table, method]]
+        if not done:
+            continue
+        for text in TEXTS:
+            cells = [_spread([run[name]["perplexity"][text] for run in done if name in run]) for name in settings]
+            costs = next(iter(done[0].values()))["scoring"] if text == "test 128" else None
+            last = (
+                [f"{costs['seconds']:.1f}", human(costs["peak_rss"]), human(costs["bytes_read"])] if costs else [""] * 3
+            )
+            rows.append([method if costs else "", text, *cells, *last])
+    return aligned(rows, markdown=True)
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
 
 
 @click.command()
+@click.argument("table", type=click.Choice(list(TABLES)))
+@click.option("--data", type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Figures; what it has is not computed again."
+)
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
-@click.option("--calibration", type=click.Path(path_type=Path, exists=True))
-@click.option("--text", type=click.Path(path_type=Path, exists=True))
-@click.option("--sampling", type=click.Choice(["first", "random"]), default="first", show_default=True)
-@click.option("--method", "methods", multiple=True, help="Only this one; repeatable.")
+@click.option("--method", "only_methods", multiple=True, help="Only this one; repeatable.")
+@click.option("--only", multiple=True, help="Only this setting; repeatable.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many, from 0.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", hidden=True)
 def main(
-    model: Path | None,
-    calibration: Path | None,
-    text: Path | None,
-    sampling: str,
-    methods: tuple[str, ...],
-    seeds: int,
+    table: str,
+    data: Path | None,
     json_file: Path | None,
+    model: Path | None,
+    only_methods: tuple[str, ...],
+    only: tuple[str, ...],
+    seeds: int,
     one: str | None,
 ) -> None:
-    """Measure, print the table, and write JSON."""
+    """Measure what FILE lacks, and print the table."""
     if one:
-        print(json.dumps(score_and_measure(json.loads(one))))
+        measure(json.loads(one))
         return
-    if calibration is None or text is None:
-        raise click.UsageError("--calibration and --text are needed")
-    from streamprune import demo
-    from streamprune.methods import METHODS
-    from streamprune.report import Progress
+    results: dict[str, Any] = json.loads(json_file.read_text()) if json_file and json_file.exists() else {}
+    if data is not None:
+        from streamprune import demo
+        from streamprune.report import Progress
 
-    model = model or demo.fetch(demo.default_cache(), Progress())
-    common = {"model": str(model), "calibration": str(calibration), "text": str(text), "sampling": sampling}
-    results: dict[str, list] = {}
-    for seed in range(seeds):
-        for method in methods or METHODS:
-            pair = [measure({**common, "method": method, "stock": stock, "seed": seed}) for stock in (False, True)]
-            results.setdefault(method, []).append(pair)
-            print(method, seed, json.dumps(pair), file=sys.stderr, flush=True)
-            if json_file:
-                json_file.write_text(json.dumps(results, indent=1) + "\n")
-    dense = results["random"][0][0]["perplexity"]["dense"] if "random" in results else None
-    if dense:
-        print(f"dense: {dense['perplexity']:.2f}")
-    print(f"{show(results)}\n\n{MEANING}")
+        path = str(model or demo.fetch(demo.default_cache(), Progress()))
+        methods, settings = TABLES[table]
+        wanted = {name: options for name, options in settings.items() if not only or name in only}
+        for seed in range(seeds):
+            for method in only_methods or methods:
+                done = results.setdefault(f"{table}/{method}/{seed}", {})
+                missing = {name: options for name, options in wanted.items() if name not in done}
+                for group in jobs(method, missing):
+                    job = {"model": path, "data": str(data), "method": method, "settings": group, "seed": seed}
+                    _run(table, job, done, lambda: json_file and json_file.write_text(json.dumps(results, indent=1)))
+    print(show(table, results))
+
+
+def _run(table: str, job: dict[str, Any], done: dict[str, Any], save: Any) -> None:
+    """A job in a process of its own; what it has done is saved as it comes."""
+    command = [sys.executable, __file__, table, "--one", json.dumps(job)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            name, result = json.loads(line)
+            done[name] = result
+            print(job["method"], job["seed"], line.strip(), file=sys.stderr, flush=True)
+            save()
+    if child.returncode:
+        raise SystemExit(f"{job['method']} failed")
 
 
 if __name__ == "__main__":
