@@ -2,11 +2,11 @@
 
     python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N]
 
-TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `weights` (50 %,
-2:4, 4:8), `layers` (1 to 9 of 30) or `compensate` (tokens, λ, target). DIR holds wikitext2-valid.txt (calibration),
-wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not computed again, so a run that was cut
-short goes on. Each method scores once, in a process of its own, for all settings that share its scores; the
-checkpoints are written, loaded back and measured. Needs about 2 GB of temporary space.
+TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `weights`
+(50 %, 2:4, 4:8), `layers` (1 to 9 of 30) or `compensate` (tokens, λ, target). DIR holds wikitext2-valid.txt
+(calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not computed again, so a run
+that was cut short goes on. Each method scores once, in a process of its own, for all settings that share its scores;
+the checkpoints are written, loaded back and measured. Needs about 2 GB of temporary space.
 """
 
 from __future__ import annotations

@@ -211,7 +211,8 @@ def allocate_globally(
 
 def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tuple[float, int]]:
     """(mean normalised score, size) of the blocks of one layer and kind that may go, lowest first."""
-    ordered = torch.tensor([float(value) for value in values], dtype=torch.float64).sort().values
+    _check_finite(values)
+    ordered = values.double().sort().values
     if rule.normalize == "raw":
         ordered /= cost
     else:

@@ -185,7 +185,7 @@ class Slicer:
     def cut(self, name: str, tensor: Tensor) -> Tensor:
         """What remains of a stored tensor."""
         lines = self._lines(name)
-        return tensor if lines is None else tensor.index_select(*lines)
+        return tensor if lines is None else tensor.index_select(lines[0], lines[1].to(tensor.device))
 
 
 def output_matrices(skeleton: Skeleton, layer: int) -> list[Member]:
