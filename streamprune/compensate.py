@@ -81,10 +81,10 @@ def compensate(
     repair = _Repair(sweeper, kept, ridge, write)
     if gone:
         repair.goals = _hidden_after_gaps(sweeper, input_ids, gone)
-    elif target == "stream":
-        repair.dense = sweeper.forward(input_ids, stop=0)[0]
     geometry = skeleton.geometry
     cut = [layer for layer, kinds in kept.items() if any(len(u) < geometry.units(k) for k, u in kinds.items())]
+    if target == "stream" and not gone:
+        repair.first = min(cut, default=n_layers)
     last = max([*cut, *repair.goals], default=-1)
     sweeper.forward(input_ids, visit=repair.visit, stop=last + 1)
 
@@ -120,15 +120,17 @@ class _Repair:
     ridge: float
     write: Write
     goals: dict[int, Tensor] = field(default_factory=dict)  # hidden states wanted after some layers
-    dense: Tensor | None = None  # the dense model's hidden states, where every layer is to follow them
+    first: int | None = None  # the layer from which all follow the dense model's hidden states
+    dense: Tensor | None = None  # these
 
     def visit(self, visit: Visit) -> Tensor:
         if visit.layer not in self.kept:
             self.write(visit.page, {})
             return visit.hidden
         goal = self.goals.pop(visit.layer, None)
-        if self.dense is not None:
-            goal = self.dense = visit.run(self.dense)
+        if self.first is not None and visit.layer >= self.first:
+            # Up to there the two models are the same.
+            goal = self.dense = visit.run(visit.hidden if self.dense is None else self.dense)
         fitted: dict[str, Tensor] = {}
         skeleton, units = self.sweeper.skeleton, self.kept[visit.layer]
         members = slim.output_matrices(skeleton, visit.layer)

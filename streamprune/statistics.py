@@ -85,7 +85,7 @@ class Statistics:
             inputs, changed = Inputs(kind, list(self.sweeper.scored[visit.layer])), False
             output = visit.run(inputs=inputs)
             for name, ref in self.sweeper.scored[visit.layer].items():
-                weight = consume(ref, visit.page.tensors[name], inputs.sums[name])
+                weight = consume(ref, visit.page.tensors[name], inputs.sums.pop(name))
                 if weight is not None:
                     visit.weights[name].copy_(weight)
                     changed = True

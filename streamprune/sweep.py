@@ -53,22 +53,18 @@ class Visit:
         """Index of the layer."""
         return self.page.layer
 
-    def run(self, hidden: Tensor | None = None, *, inputs: Inputs[Any] | None = None, keep: bool = True) -> Tensor:
+    def run(self, hidden: Tensor | None = None, *, inputs: Inputs[Any] | None = None) -> Tensor:
         """The layer's output [n, seq, d] with the weights as they are now.
 
         Args:
             hidden: instead of the layer's own input.
             inputs: takes in what the Linears are given.
-            keep: whether the output is wanted; without, an empty tensor comes back.
         """
         hidden = self.hidden if hidden is None else hidden
-        output = torch.empty_like(hidden) if keep else hidden.new_empty(0)
-        skeleton = self.sweeper.skeleton
+        output, skeleton = torch.empty_like(hidden), self.sweeper.skeleton
         for part in self.sweeper.micro_batches(len(hidden)):
             with inputs.watching(skeleton.layers[self.layer]) if inputs is not None else nullcontext():
-                made = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
-            if keep:
-                output[part] = made
+                output[part] = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
         return output
 
 

@@ -67,7 +67,7 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
         kept = None if units is None else {int(layer): dict(kinds) for layer, kinds in units.items()}
         model, is_ragged = source or str(facts["source"]["model"]), facts["layout"] == "ragged"
         options = facts["options"]
-        change = Change(kept, bool(options["compensate"]), bool(facts.get("output_biases")), options["method"])
+        change = Change(kept, bool(options.get("compensate")), bool(facts.get("output_biases")), options["method"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{facts_file} is not as streamprune writes it ({error!r}); prune again") from error
     if is_ragged and not trust_remote_code:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamprune.allocation import FLOOR_SLACK
 from streamprune.capture import TensorRef
+from streamprune.errors import StreampruneError
 from streamprune.families import Geometry, Kind, fold_lines
 from streamprune.kernels import prune_n_of_m, prune_rows, unit_score
 from streamprune.statistics import Statistics
@@ -167,6 +168,12 @@ class WeightPruner:
         self, ref: TensorRef, weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0
     ) -> Tensor:
         """Prune by |w|(‖x_j‖ + α‖g‖); returns the pruned weight."""
+        for norm in (x_norm, grad_norm):
+            if norm is not None and not torch.isfinite(norm.sum()):
+                raise StreampruneError(
+                    f"layer {ref.layer}, {ref.tensor}: a score is NaN or infinite; try --dtype float32, or with moreau "
+                    "a smaller --set gamma"
+                )
         pruned = weight.clone()
         self.sparsity.prune(ref.matrix(pruned), x_norm, None if grad_norm is None else ref.matrix(grad_norm), alpha)
         return self.put(ref, weight, pruned)
