@@ -19,15 +19,18 @@ MORE_DAMPING = (1, 10, 100)  # tried in turn where rounding leaves H without a C
 
 def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPruner) -> None:
     """Masks by w²/U_jj² and the OBS update, layer by layer on the pruned prefix; q, k, v share H, gate and up too."""
-    shared: list[tuple[Gram, Tensor]] = []
+    shared: list[tuple[Gram, Tensor, Tensor]] = []
 
     def consume(ref: TensorRef, weight: Tensor, gram: Gram) -> Tensor:
         if not shared or shared[0][0] is not gram:
-            shared[:] = [(gram, inverse_factor(gram.total, settings["damp"], f"layer {ref.layer}, {ref.tensor}"))]
+            shared.clear()  # before another factor of that size is made
+            dead = gram.total.diagonal() == 0
+            factor = inverse_factor(gram.total, settings["damp"], f"layer {ref.layer}, {ref.tensor}")
+            shared.append((gram, factor, dead))
+        _, factor, dead = shared[0]
         pruned = weight.clone()
         matrix = ref.matrix(pruned)
-        dead = gram.total.diagonal() == 0
-        matrix.copy_(prune_and_update(matrix, shared[0][1], dead, sink.sparsity)[0])
+        matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity)[0])
         return sink.put(ref, weight, pruned)
 
     statistics.inputs(Gram, consume)
@@ -36,7 +39,8 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
 def inverse_factor(gram: Tensor, damp: float, what: str = "H") -> Tensor:
     """The upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, with λ = `damp` times the mean of H's diagonal.
 
-    H is XᵀX up to a factor, which changes neither masks nor updates; inputs that are always zero get H_jj = 1.
+    H is XᵀX up to a factor, which changes neither masks nor updates; inputs that are always zero get H_jj = 1. `gram`
+    [d_in, d_in] is overwritten: it can be the largest thing in memory.
 
     Raises:
         StreampruneError: H has no Cholesky factor, even with 100 times the damping.
@@ -44,13 +48,14 @@ def inverse_factor(gram: Tensor, damp: float, what: str = "H") -> Tensor:
     diagonal = gram.diagonal()
     fixed = torch.where(diagonal == 0, 1.0, diagonal)
     for more in MORE_DAMPING:
-        damped = gram.clone()
-        damped.diagonal().copy_(fixed + more * damp * fixed.mean())
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(fixed + more * damp * fixed.mean())
+        lower, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed:
-            return upper
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return upper
     raise StreampruneError(f"{what}: the inputs' Gram matrix is singular; give more --samples, or a larger --set damp")
 
 
