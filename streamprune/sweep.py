@@ -280,6 +280,28 @@ def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence
     }
 
 
+def forward_bytes(sweeper: Sweeper, samples: int, seq_len: int, layer: int, *, gram: bool) -> dict[str, int]:
+    """Bytes that `Statistics.inputs` and its method hold beside the interpreter, by purpose: moments, or Gram matrices.
+
+    Of the activations, every input of a matrix is held for one micro-batch, and an MLP's product beside its factors. A
+    Gram matrix is factored beside two copies of its size.
+    """
+    skeleton = sweeper.skeleton
+    size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
+    shapes = [skeleton.shapes(layer)[name] for name in skeleton.matrices(layer)]
+    inputs, widest = {shape[1] for shape in shapes}, max(max(shape) for shape in shapes)
+    sums = sum(width * (width if gram else 3) for width in inputs) * max(size, 4)
+    largest = max(shape.numel() for shape in shapes)
+    return {
+        "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
+        "hidden states before and after a layer": 2 * samples * seq_len * skeleton.config.hidden_size * size,
+        "one layer's activations": (sum(inputs) + 3 * widest) * tokens * size,
+        "sums over inputs": sums,
+        "factors": 2 * max(inputs) ** 2 * max(size, 4) if gram else 0,
+        "a matrix, pruned and updated": 3 * largest * max(size, 4),
+    }
+
+
 def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]]:
     """Blocks of at most about `tokens` tokens of [n, seq]: whole sequences, or parts of one."""
     rows, columns = max(1, tokens // seq), min(seq, tokens)
