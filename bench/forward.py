@@ -1,4 +1,4 @@
-"""Forward methods on a random Llama of 1.7 billion parameters: seconds, peak memory against what is declared, bytes read.
+"""Forward methods on a random Llama of 1.7 billion parameters: seconds, peak memory and what is declared, bytes read.
 
     python bench/forward.py --scratch DIR [--json FILE]
 
