@@ -11,7 +11,7 @@ ROWS = (
     ("errors", "kernels"),
     ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
     ("skeleton", "calibration", "paging", "writer", "capture"),
-    ("binding", "inputs"),
+    ("binding", "inputs", "compressed"),
     ("sweep",),
     ("statistics", "allocation"),
     ("methods",),
