@@ -12,7 +12,7 @@ import click
 import torch
 from click.core import ParameterSource
 
-from streamprune import demo, evaluate, report
+from streamprune import compressed, demo, evaluate, report
 from streamprune.calibration import embedded_text, load_tokenizer, read_text, tokenize
 from streamprune.config import DTYPES, PruneConfig
 from streamprune.errors import StreampruneError, UsageError
@@ -111,6 +111,7 @@ def _compute_options(command: Any) -> Any:
 @click.option("--round-to", type=int, default=1, help="Make kept MLP widths multiples of this, such as 64.")
 @click.option("--stock", is_flag=True, help="One width for all layers: loads without any extra code.")
 @click.option("--emit", type=click.Choice(["mistral"]), help="Write a bias-free Llama as Mistral (any head count).")
+@click.option("--compress", is_flag=True, help="Store 2:4 as sparse-24-bitmask, which only older readers know.")
 @click.option("--calibration", help="FILE (.txt, .jsonl, .parquet) or hub data set NAME[:SPLIT]; else embedded prose.")
 @click.option("--field", default="text", help="Column of the text in jsonl, parquet and data sets.")
 @click.option("--samples", type=int, help="Calibration sequences; as in the method's paper, 10 of the embedded prose.")
@@ -167,6 +168,8 @@ def _run_prune(options: dict[str, Any], quiet: bool) -> None:
     result = prune(PruneConfig(**options), report.Progress(quiet=quiet))
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
+    if result.facts["options"]["compress"]:
+        click.echo(compressed.READERS)
 
 
 def _summary(facts: dict[str, Any]) -> str:

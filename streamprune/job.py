@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune import report, slim
+from streamprune import compressed, report, slim
 from streamprune.allocation import KeptUnits
 from streamprune.capture import TensorRef
+from streamprune.checkpoint import read_config
 from streamprune.compensate import compensate
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
@@ -23,6 +24,7 @@ from streamprune.paging import Page
 from streamprune.plan import Plan
 from streamprune.statistics import Statistics
 from streamprune.sweep import Sweeper, default_micro_batch
+from streamprune.writer import write_json
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ class Job:
         skeleton, plan = self.sweeper.skeleton, self.plan
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
         kept = plan.widths
-        specs = slim.output_specs(skeleton, kept)
+        specs = slim.output_specs(skeleton, kept, packed=plan.packed)
         statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
         zeros, total = 0, 0
-        with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
+        shard_size = self.config.max_shard_size
+        with slim.OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed) as writer:
 
             def emit(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
                 nonlocal zeros, total
@@ -115,6 +118,9 @@ class Job:
             with self.progress.stage("writing", 0):
                 source_hash = writer.finish(self.sweeper.pager)
         slim.write_companions(skeleton, kept, directory, None)
+        if plan.packed:
+            fields = compressed.config_fields(plan.packed.values(), zeros / skeleton.parameters)
+            write_json(directory / "config.json", read_config(directory) | fields)
         return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
 
     def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:

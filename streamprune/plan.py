@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-from streamprune import allocation, report, slim
+from streamprune import allocation, compressed, report, slim
 from streamprune.allocation import GlobalRule, KeptUnits
 from streamprune.compensate import Target, repair_target
 from streamprune.config import PruneConfig
@@ -33,6 +33,7 @@ class Plan:
         rule: of a global allocation.
         gone_layers: how many layers go.
         sparsity: of weights.
+        packed: the matrices that are compressed, and their modules.
         biases: o and down get biases.
         repair: what o and down are fitted to afterwards, if they are.
         layout: "same", "stock" or "ragged".
@@ -47,6 +48,7 @@ class Plan:
     rule: GlobalRule | None
     gone_layers: int
     sparsity: Sparsity | None
+    packed: dict[str, str]
     biases: bool
     repair: Target | None
     layout: str
@@ -99,13 +101,29 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, An
         # Whole layers leave nothing of their own to fit: the layer before them takes their place in the stream.
         repair = repair_target(skeleton, "stream" if config.target == "layers" else config.compensate_target)
     biases = settings.get("bias") == "yes" and not config.compensate
-    specs = slim.output_specs(skeleton, widths, biases=biases)
+    packed = compressed.matrices(skeleton, layers) if config.compress else {}
+    specs = slim.output_specs(skeleton, widths, biases=biases, packed=packed)
     new_biases = biases and len(specs) > len(skeleton.checkpoint.tensors)
     slim.check_emittable(skeleton, widths, config.emit, biases=new_biases)
     state_bytes = _state_bytes(config, skeleton, settings, costs, layers)
     shape = slim.layout(geometry, widths, n_layers, biases=new_biases)
     output_bytes = sum(spec.nbytes for spec in specs)
-    return Plan(layers, costs, widths, removed, rule, gone, sparsity, biases, repair, shape, output_bytes, state_bytes)
+    assert not packed or output_bytes < skeleton.checkpoint.nbytes, "compressed weights take less"
+    return Plan(
+        layers,
+        costs,
+        widths,
+        removed,
+        rule,
+        gone,
+        sparsity,
+        packed,
+        biases,
+        repair,
+        shape,
+        output_bytes,
+        state_bytes,
+    )
 
 
 def _uniform(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> dict[Kind, int]:
@@ -191,7 +209,7 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
 def _what_goes(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     if plan.sparsity is not None:
         pattern = config.granularity if plan.sparsity.m else f"{1 - plan.sparsity.ratio:.1%}"
-        size = "" if config.compress else "; the files stay as large"
+        size = f", stored as {compressed.FORMAT}" if config.compress else "; the files stay as large"
         return f"keep {pattern} of the weights in every row, the rest become zeros{size}"
     if config.target == "layers":
         run = "in one run " if config.contiguous else ""

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from streamprune import compressed
+
 LINE_SECONDS = 15.0  # between progress lines where there is no terminal
 
 
@@ -138,11 +140,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "",
         "## Loading",
         "",
-        "```python",
-        *(["import streamprune  # or pass trust_remote_code=True instead"] if ragged else []),
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        "```",
+        *_loading(facts),
     ]
     return "\n".join([*head, "", *lines]) + "\n"
 
@@ -153,9 +151,31 @@ def _what_was_done(facts: Mapping[str, Any]) -> str:
         zeros, of = facts["zeros"]["weights"], facts["zeros"]["of"]
         return (
             f"{zeros:,} of {of:,} weights ({zeros / of:.1%}) were set to zero, by the pattern "
-            f"`{facts['options']['granularity']}`; the files are not smaller for it,"
+            f"`{facts['options']['granularity']}`; {_storage(facts)},"
         )
     return f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed"
+
+
+def _storage(facts: Mapping[str, Any]) -> str:
+    stored = f"they are stored as `{compressed.FORMAT}`"
+    return stored if facts["options"].get("compress") else "the files are not smaller for it"
+
+
+def _loading(facts: Mapping[str, Any]) -> list[str]:
+    """How the output is loaded: by what, in code."""
+    is_compressed, first = facts["options"].get("compress"), []
+    if facts["layout"] == "ragged":
+        first = ["import streamprune  # or pass trust_remote_code=True instead"]
+    elif is_compressed:
+        first = [f'# pip install "transformers<5" "{compressed.PACKAGE}>=0.13,<0.15"']
+    return [
+        *([f"{compressed.READERS}.", ""] if is_compressed else []),
+        "```python",
+        *first,
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        "```",
+    ]
 
 
 def sizes(facts: Mapping[str, Any]) -> list[list[str]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from streamprune import allocation, calibration, evaluate, report
+from streamprune import allocation, calibration, compressed, evaluate, report
 from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.errors import CheckpointError, OutputError, UsageError
@@ -60,10 +60,15 @@ def open_model(
     trust_remote_code: bool = False,
     progress: report.Progress | None = None,
 ) -> Iterator[Sweeper]:
-    """A model ready for sweeps: checkpoint, skeleton and pager."""
+    """A model ready for sweeps: checkpoint, skeleton and pager. With `pruned`, also one of compressed weights."""
     where = compute_device(device)
     path = resolve_model(model, trust_remote_code=trust_remote_code)
-    with Checkpoint(path) as checkpoint:
+    with ExitStack() as stack:
+        if pruned:
+            path = stack.enter_context(compressed.decompressed(path))
+        checkpoint = stack.enter_context(Checkpoint(path))
+        if compressed.is_compressed(checkpoint.config):
+            raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
         compute = compute_dtype(dtype, where, checkpoint)
         skeleton = Skeleton(checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code)
         advance = progress.advance if progress is not None else lambda nbytes: None
@@ -110,6 +115,8 @@ def prune(config: PruneConfig, progress: report.Progress | None = None) -> Prune
     progress = progress or report.Progress(quiet=True)
     settings = resolve_settings(config.method, config.settings, config.target)
     check_output(config.output, overwrite=config.overwrite)
+    if config.compress:
+        compressed.check_package()
     with ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
         directory, facts, kept, segments = _score_and_write(config, settings, output, progress)
@@ -138,7 +145,9 @@ def _score_and_write(
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
         plan = make_plan(config, skeleton, settings)
-        check_space(config.output, plan.output_bytes)
+        # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
+        copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
+        check_space(config.output, plan.output_bytes + copied)
         progress.say(describe(config, skeleton, plan))
         tokens = _calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
         ids = _calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
@@ -243,7 +252,8 @@ def _facts(config: PruneConfig, sweeper: Sweeper, plan: Plan, settings: dict[str
         "base_model": _base_name(config.model),
         "license": _license(checkpoint.path),
         "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()},
+        | {"python": platform.python_version()}
+        | ({compressed.PACKAGE: compressed.version()} if config.compress else {}),
         "options": options,
         "layout": done.layout,
         "layers": [plan.layers.start, plan.layers.stop],

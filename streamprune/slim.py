@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
-from streamprune import ragged
+from streamprune import compressed, ragged
 from streamprune.allocation import KeptUnits, all_units
 from streamprune.binding import check_finite
 from streamprune.calibration import load_tokenizer
@@ -199,10 +199,12 @@ def bias_of(tensor: str) -> str:
     return f"{module_of(tensor)}.bias"
 
 
-def output_specs(skeleton: Skeleton, kept: KeptUnits, *, biases: bool = False) -> list[TensorSpec]:
+def output_specs(
+    skeleton: Skeleton, kept: KeptUnits, *, biases: bool = False, packed: Container[str] = ()
+) -> list[TensorSpec]:
     """All tensors of the output, with the source's names but for the layers' numbers, in the source's order.
 
-    With `biases`, each o and down is followed by one where it has none.
+    With `biases`, each o and down is followed by one where it has none. The matrices `packed` are compressed.
     """
     slicer, added = Slicer(skeleton, kept), {}
     for layer in kept if biases else ():
@@ -214,7 +216,7 @@ def output_specs(skeleton: Skeleton, kept: KeptUnits, *, biases: bool = False) -
     for entry in skeleton.checkpoint.tensors.values():
         spec = slicer.spec(entry)
         if spec is not None:
-            specs.append(spec)
+            specs.extend(compressed.specs(spec) if entry.name in packed else [spec])
             if entry.name in added:
                 bias = slicer.name(added[entry.name])
                 assert bias is not None, "its layer stays"
@@ -227,6 +229,7 @@ class OutputWriter:
 
     Args:
         specs: from `output_specs`.
+        packed: names of the source's matrices that are compressed.
 
     Raises:
         CheckpointError: NaN or infinite weights in the source.
@@ -234,9 +237,15 @@ class OutputWriter:
     """
 
     def __init__(
-        self, skeleton: Skeleton, kept: KeptUnits, specs: Sequence[TensorSpec], directory: Path, max_shard_size: int
+        self,
+        skeleton: Skeleton,
+        kept: KeptUnits,
+        specs: Sequence[TensorSpec],
+        directory: Path,
+        max_shard_size: int,
+        packed: Container[str] = (),
     ) -> None:
-        self.skeleton, self._slicer = skeleton, Slicer(skeleton, kept)
+        self.skeleton, self._slicer, self._packed = skeleton, Slicer(skeleton, kept), packed
         self._writer = ShardedWriter(directory, specs, max_shard_size)
         self._digests: dict[str, str] = {}
 
@@ -251,7 +260,10 @@ class OutputWriter:
         self._digests[name] = hashlib.sha256(byte_view(source.cpu().contiguous())).hexdigest()
         target = self._slicer.name(name)
         if target is not None:
-            self._writer.write(target, self._slicer.cut(name, source) if made is None else made)
+            whole = self._slicer.cut(name, source) if made is None else made
+            parts = compressed.parts(target, whole) if name in self._packed else {target: whole}
+            for part, tensor in parts.items():
+                self._writer.write(part, tensor)
 
     def put_layer(self, page: Page, made: Mapping[str, Tensor]) -> None:
         """Write what remains of a layer; `made` by names inside it: replaced tensors, and new ones."""

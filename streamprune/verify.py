@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from streamprune import slim
+from streamprune import compressed, slim
 from streamprune.allocation import KeptUnits, all_units
 from streamprune.calibration import embedded_text, load_tokenizer, tokenize
 from streamprune.capture import module_of
@@ -74,8 +74,12 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
         _refuse_foreign_code(directory)
     if source is None and model.startswith("/") and not Path(model).is_dir():
         raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
-    ids, logits, checks = expected_logits(model, directory, change)
-    return checks + [Check(**check) for check in _fresh_process(directory, ids, logits, is_ragged)]
+    with compressed.decompressed(directory) as dense:
+        ids, logits, checks = expected_logits(model, dense, change)
+        if dense != directory:
+            detail = f"by {compressed.PACKAGE} {compressed.version()}; transformers loads that copy"
+            checks.insert(0, Check("weights decompressed", True, detail))
+        return checks + [Check(**check) for check in _fresh_process(dense, ids, logits, is_ragged)]
 
 
 def _refuse_foreign_code(directory: Path) -> None:
