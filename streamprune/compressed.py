@@ -130,7 +130,7 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
 def decompressed(directory: Path) -> Iterator[Path]:
     """`directory` itself, or a dense copy for as long as the block runs if its weights are compressed.
 
-    The copy is made one tensor at a time, inside `directory` (its disk has room for models), or in the system's
+    The copy is made one tensor at a time, beside `directory` (its disk has room for models), or in the system's
     temporary directory where that cannot be written to. What is not weights is linked.
 
     Raises:
@@ -141,8 +141,9 @@ def decompressed(directory: Path) -> Iterator[Path]:
     if not is_compressed(config):
         yield directory
         return
-    matrix_class, place = library(), directory if os.access(directory, os.W_OK) else None
-    with TemporaryDirectory(prefix=".dense-", dir=place) as scratch:
+    matrix_class, parent = library(), directory.absolute().parent
+    place = parent if os.access(parent, os.W_OK) else None
+    with TemporaryDirectory(prefix=f".{directory.name}.dense-", dir=place) as scratch:
         dense = Path(scratch)
         with Checkpoint(directory) as source:
             _write_dense(source, matrix_class, dense)
