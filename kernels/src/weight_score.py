@@ -99,7 +99,7 @@ def prune_n_of_m(
         return weight
     for part in _row_blocks(weight):
         score = weight_score(weight[part], x_norm, None if grad_norm is None else grad_norm[part], alpha)
-        places = score.view(-1, m).T.contiguous()  # [m, groups]: a comparison is one pass over two lines
+        places = score.reshape(-1, m).T.contiguous()  # [m, groups]: a comparison is one pass over two lines
         rank = torch.zeros(places.shape, dtype=torch.uint8, device=weight.device)
         for place in range(m):
             for later in range(place + 1, m):
