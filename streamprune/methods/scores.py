@@ -45,7 +45,10 @@ class _Sums:
         self, ref: TensorRef, weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0
     ) -> None:
         """Take in |w|(‖x_j‖ + α‖g‖); `grad_norm` may be overwritten."""
-        factor = torch.zeros_like(weight, dtype=torch.float32) if grad_norm is None else grad_norm.mul_(alpha)
+        if grad_norm is None:
+            assert x_norm is not None, "one of the two counts"
+            grad_norm = torch.zeros_like(weight, dtype=x_norm.dtype)
+        factor = grad_norm.mul_(alpha)
         if x_norm is not None:
             ref.matrix(factor).add_(x_norm)
         self.add(ref, weight, factor)
