@@ -13,6 +13,8 @@ from streamprune.kernels import noise_seed
 from streamprune.methods.scores import Sink, WeightPruner
 from streamprune.statistics import Statistics
 
+SMALLEST = 2.0**-25  # between 0 and the next number that torch.rand draws
+
 
 def random(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     """Uniform in [0, 1), from (seed, layer, kind or tensor)."""
@@ -22,7 +24,8 @@ def random(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None
         return torch.rand(shape, generator=generator)
 
     def prune(pruner: WeightPruner, ref: TensorRef, weight: Tensor) -> None:
-        scores = uniform(ref.layer, ref.tensor, weight.shape).to(weight.device)
+        # A score of 0 marks what goes: a 0 that was drawn stays the lowest, but is none.
+        scores = uniform(ref.layer, ref.tensor, weight.shape).clamp_(min=SMALLEST).to(weight.device)
         pruner.sparsity.prune(ref.matrix(scores))
         pruner.put(ref, weight, weight.masked_fill(scores == 0, 0))
 
