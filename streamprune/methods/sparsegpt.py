@@ -100,8 +100,8 @@ def prune_and_update(
             part[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
             part[column].masked_fill_(goes, 0)
             errors[column] = error
-        loss += errors.double().square_().sum()
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        loss += errors.double().square_().sum()  # in place where they are float64 already, so they come last
     return work.T, float(loss) / 2
 
 
