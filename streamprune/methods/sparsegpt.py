@@ -25,7 +25,8 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
         if not shared or shared[0][0] is not gram:
             shared.clear()  # before another factor of that size is made
             dead = gram.total.diagonal() == 0
-            factor = inverse_factor(gram.total, settings["damp"], f"layer {ref.layer}, {ref.tensor}")
+            what = f"layer {ref.layer}, {ref.tensor}"
+            factor = inverse_factor(gram.total, settings["damp"], what, statistics.samples / 2)
             shared.append((gram, factor, dead))
         _, factor, dead = shared[0]
         pruned = weight.clone()
@@ -36,17 +37,18 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
     statistics.inputs(Gram, consume)
 
 
-def inverse_factor(gram: Tensor, damp: float, what: str = "H") -> Tensor:
+def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0) -> Tensor:
     """The upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, with λ = `damp` times the mean of H's diagonal.
 
-    H is XᵀX up to a factor, which changes neither masks nor updates; inputs that are always zero get H_jj = 1. `gram`
-    [d_in, d_in] is overwritten: it can be the largest thing in memory.
+    H may be given up to a factor, which changes neither masks nor updates. Inputs that are always zero get H_jj =
+    `one`, which counts in λ: 1 beside (2/N) Σ X Xᵀ, so N/2 beside Σ X Xᵀ. `gram` [d_in, d_in] is overwritten: it can
+    be the largest thing in memory.
 
     Raises:
         StreampruneError: H has no Cholesky factor, even with 100 times the damping.
     """
     diagonal = gram.diagonal()
-    fixed = torch.where(diagonal == 0, 1.0, diagonal)
+    fixed = torch.where(diagonal == 0, one, diagonal)
     for more in MORE_DAMPING:
         diagonal.copy_(fixed + more * damp * fixed.mean())
         lower, failed = torch.linalg.cholesky_ex(gram)
