@@ -335,6 +335,14 @@ def test_ratio_0_changes_no_bit(dtype, sparsity, tmp_path):
     assert_same_weights(tiny.streamed("sparsegpt", sparsity, dtype=compute), tiny.dense())
 
 
+@pytest.mark.parametrize("sparsity", [Sparsity(0.0), Sparsity(0.0, 4, 4)], ids=["ratio 0", "4:4"])
+def test_ratio_0_leaves_weights_of_dead_inputs(sparsity):
+    x, weight = inputs(16), normal(5, 16)
+    x[:, 3] = 0
+    pruned, loss = prune(weight, hessian(x), sparsity)
+    assert torch.equal(pruned, weight) and loss == 0
+
+
 def test_bfloat16_weights_are_rounded_once_and_the_next_layer_sees_them(tmp_path):
     tiny = TinyWeights("gpt2", tmp_path, dtype=torch.bfloat16, samples=6)
     tiny.model.double()
