@@ -31,7 +31,7 @@ def hessian(x, samples=1):
 
 def prune(weight, h, sparsity, block=BLOCK, damp=0.0):
     dead = h.diagonal() == 0
-    return prune_and_update(weight, inverse_factor(h, damp), dead, sparsity, block)
+    return prune_and_update(weight, inverse_factor(h.clone(), damp), dead, sparsity, block)
 
 
 def plain_sparsegpt(weight, h, sparsity, block=128, damp=0.01):
@@ -216,7 +216,7 @@ def test_a_singular_gram_matrix_is_damped_or_refused(seed):
     x = inputs(30, tokens=12, seed=seed)  # of rank 12
     h, weight = hessian(x), normal(5, 30)
     with pytest.raises(StreampruneError, match=r"layer 3, some\.weight: .* --samples, or a larger --set damp"):
-        inverse_factor(h, 0.0, "layer 3, some.weight")
+        inverse_factor(h.clone(), 0.0, "layer 3, some.weight")
     pruned, _ = prune(weight, h, Sparsity(0.5), damp=0.01)
     torch.testing.assert_close(pruned, plain_sparsegpt(weight, h, Sparsity(0.5)), rtol=1e-7, atol=1e-9)
 
@@ -242,7 +242,7 @@ def test_equal_inputs_are_refused_or_pruned_with_less_error_than_a_mask_makes(dt
 def test_float32_agrees_to_its_rounding(block):
     weight, goes = forced(10, 48)
     h = hessian(inputs(48))
-    factor, dead = inverse_factor(h, 0.01), torch.zeros(48, dtype=torch.bool)
+    factor, dead = inverse_factor(h.clone(), 0.01), torch.zeros(48, dtype=torch.bool)
     wide, loss = prune_and_update(weight, factor, dead, Sparsity(0.5), block)
     narrow, its_loss = prune_and_update(weight.float(), factor.float(), dead, Sparsity(0.5), block)
     assert narrow.dtype == torch.float32 and torch.equal(narrow == 0, goes)
