@@ -218,12 +218,11 @@ def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tup
     else:
         deviation = ordered.std() if len(ordered) > 1 else torch.zeros(())
         ordered = (ordered - ordered.mean()) / (deviation if deviation > 0 else 1)
-    step, blocks, start = rule.step(kind), [], 0
-    size = len(ordered) % step or step
-    while start + size <= rule.most(kind, len(ordered)):
-        blocks.append((float(ordered[start : start + size].mean()), size))
-        start, size = start + size, step
-    return blocks
+    step, most = rule.step(kind), rule.most(kind, len(ordered))
+    first = len(ordered) % step
+    whole = ordered[first : first + max(0, most - first) // step * step].view(-1, step).mean(dim=1)
+    head = [(float(ordered[:first].mean()), first)] if 0 < first <= most else []
+    return head + [(value, step) for value in whole.tolist()]
 
 
 def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:

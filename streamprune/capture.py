@@ -48,6 +48,11 @@ class TensorRef:
         """The dimension whose lines belong to units; output rows where there are none."""
         return self.member.dim if self.member is not None else int(self.transposed)
 
+    @property
+    def cut_by_inputs(self) -> bool:
+        """Whether units cut the matrix's inputs (o and down), not its outputs."""
+        return self.dim == (0 if self.transposed else 1)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """A view [d_out, d_in] of the weight as stored."""
         return weight.T if self.transposed else weight

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,16 +28,12 @@ from streamprune.paging import Page
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, Visit
 
-Target = Literal["own", "stream"]
+RepairGoal = Literal["own", "stream"]
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
 Write = Callable[[Page, Mapping[str, Tensor]], None]
 
 
-class _Reached(Exception):
-    """The layer has come to the module that was asked about; what follows is not needed."""
-
-
-def repair_target(skeleton: Skeleton, wanted: Target | None) -> Target:
+def repair_goal(skeleton: Skeleton, wanted: RepairGoal | None) -> RepairGoal:
     """What to fit to: as `wanted`, else `stream` where the family allows it.
 
     It needs a layer's output to be its residual plus `down`'s output times a constant.
@@ -63,7 +59,8 @@ def compensate(
     kept: KeptUnits,
     *,
     ridge: float,
-    target: Target,
+    goal: RepairGoal,
+    micro_batch: int,
     write: Write,
 ) -> None:
     """Repair what is left of a model and write it, layer by layer as far as anything goes.
@@ -72,6 +69,7 @@ def compensate(
         input_ids: calibration tokens [n, seq].
         kept: kept units; for layers that go, the layer before them is fitted.
         ridge: λ relative to the mean of H_S's diagonal.
+        micro_batch: sequences per layer call.
 
     Raises:
         StreampruneError: H_S is singular, with λ = 0 or too few tokens.
@@ -80,27 +78,27 @@ def compensate(
     gone = [layer for layer in range(n_layers) if layer not in kept]
     repair = _Repair(sweeper, kept, ridge, write)
     if gone:
-        repair.goals = _hidden_after_gaps(sweeper, input_ids, gone)
+        repair.goals = _hidden_after_gaps(sweeper, input_ids, gone, micro_batch)
     geometry = skeleton.geometry
     cut = [layer for layer, kinds in kept.items() if any(len(u) < geometry.units(k) for k, u in kinds.items())]
-    if target == "stream" and not gone:
+    if goal == "stream" and not gone:
         repair.first = min(cut, default=n_layers)
     last = max([*cut, *repair.goals], default=-1)
-    sweeper.forward(input_ids, visit=repair.visit, stop=last + 1)
+    sweeper.forward(input_ids, visit=repair.visit, stop=last + 1, micro_batch=micro_batch)
 
 
-def _hidden_after_gaps(sweeper: Sweeper, input_ids: Tensor, gone: list[int]) -> dict[int, Tensor]:
+def _hidden_after_gaps(sweeper: Sweeper, input_ids: Tensor, gone: list[int], micro_batch: int) -> dict[int, Tensor]:
     """By the layer before each run of layers that go: the dense model's hidden states after the run."""
     goals: dict[int, Tensor] = {}
     ends = {end: _before(end, gone) for end in gone if end + 1 not in gone}
 
-    def visit(visit: Visit) -> Tensor:
+    def keep(visit: Visit) -> Tensor:
         output = visit.run()
         if ends.get(visit.layer, -1) >= 0:
-            goals[ends[visit.layer]] = output
+            goals[ends[visit.layer]] = output.to("cpu")  # one for each gap: more than a GPU may hold
         return output
 
-    sweeper.forward(input_ids, visit=visit, stop=max(ends) + 1)
+    sweeper.forward(input_ids, visit=keep, change=False, stop=max(ends) + 1, micro_batch=micro_batch)
     return goals
 
 
@@ -137,19 +135,23 @@ class _Repair:
         for member in members:
             kind = member.kind
             whole = len(units[kind]) == skeleton.geometry.units(kind)
-            target = goal if member is members[-1] else None
-            if whole and target is None:
+            wanted = goal if member is members[-1] else None
+            if whole and wanted is None:
                 continue
-            weight = visit.weights[member.tensor].clone()
+            weight = visit.weights[member.tensor]
             lines = kept_lines(member, skeleton.geometry, units[kind]).to(weight.device)
-            if target is not None:
+            if wanted is not None:
                 slim.mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
-                matrix = self._to_goal(visit, member, lines, target)
+                matrix = self._to_goal(visit, member, lines, wanted)
             else:
                 matrix = self._to_own_output(visit, member, lines)
                 slim.mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
             made = (matrix if member.dim == 1 else matrix.T).to(visit.page.tensors[member.tensor].dtype)
-            visit.weights[member.tensor].index_copy_(member.dim, lines, made.to(weight.dtype))
+            if not torch.isfinite(made.sum(dtype=torch.float32)):
+                raise StreampruneError(
+                    f"layer {visit.layer}, {member.tensor} became NaN or infinite when fitted; try --dtype float32"
+                )
+            weight.index_copy_(member.dim, lines, made.to(weight.dtype))
             fitted[member.tensor] = made
         self.write(visit.page, fitted)
         return visit.run()
@@ -157,58 +159,46 @@ class _Repair:
     def _to_own_output(self, visit: Visit, member: Member, lines: Tensor) -> Tensor:
         """W' [d_out, kept] that puts out from x_S what W puts out from x; the unit's other matrices are still whole."""
         skeleton = self.sweeper.skeleton
-        weights, pruned = visit.weights, visit.weights
-        if any(m.kind == member.kind and m.tensor.endswith("norm.weight") for m in skeleton.family.members):
+        weights, pruned = visit.weights, None
+        if any(m.kind == member.kind and m.is_norm for m in skeleton.family.members):
             # A norm over all heads: what is left of x changes when some of it goes.
             pruned = {name: weight.clone() for name, weight in weights.items()}
             slim.mask_layer(skeleton, self.kept, visit.layer, pruned, member.kind)
         matrix = weights[member.tensor] if member.dim == 1 else weights[member.tensor].T
-        cross, gram = _zeros(matrix, matrix.shape[1], len(lines)), _zeros(matrix, len(lines), len(lines))
-        for part in self.sweeper.micro_batches(len(visit.hidden)):
-            x = self._run_to(visit, member, weights, visit.hidden[part])
-            left = x if pruned is weights else self._run_to(visit, member, pruned, visit.hidden[part])
-            cross.addmm_(x.T, left[:, lines])
-            if pruned is not weights:
-                gram.addmm_(left[:, lines].T, left[:, lines])
-        return self._solve(matrix.to(cross.dtype) @ cross, cross[lines] if pruned is weights else gram, visit.layer)
+        cross = _zeros(matrix, matrix.shape[1], len(lines))
+        gram = None if pruned is None else _zeros(matrix, len(lines), len(lines))
+        for part in visit.parts():
+            x, _ = self._run(visit, member, weights, part)
+            left = x[:, lines] if pruned is None else self._run(visit, member, pruned, part)[0][:, lines]
+            cross.addmm_(x.T, left)
+            if gram is not None:
+                gram.addmm_(left.T, left)
+        right = matrix.to(cross.dtype) @ cross
+        return self._solve(right, cross[lines] if gram is None else gram, visit.layer)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: Tensor) -> Tensor:
         """W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
         matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
         cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
-        seen: list[Tensor] = []
-        module = self.sweeper.skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
-        handle = module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-        try:
-            for part in self.sweeper.micro_batches(len(visit.hidden)):
-                output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
-                left = seen.pop().reshape(-1, matrix.shape[1])[:, lines].to(gram.dtype)
-                error = (goal[part] - output).flatten(0, -2).to(gram.dtype)
-                cross.addmm_(error.T, left, alpha=1 / scale)
-                gram.addmm_(left.T, left)
-        finally:
-            handle.remove()
+        for part in visit.parts():
+            x, output = self._run(visit, member, visit.weights, part)
+            error = (goal[part].to(gram) - output.to(gram)).flatten(0, -2)
+            cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
+            gram.addmm_(x[:, lines].T, x[:, lines])
         return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, visit.layer)
 
-    def _run_to(self, visit: Visit, member: Member, weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-        """What the module of `member` is given [tokens, d_in] when the layer runs on `hidden`."""
+    def _run(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
+        """What the module of `member` is given [tokens, d_in], and the layer's output, for some sequences."""
         skeleton, seen = self.sweeper.skeleton, []
-
-        def stop(module: Any, given: tuple[Tensor, ...]) -> None:
-            seen.append(given[0])
-            raise _Reached
-
         module = skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
-        handle = module.register_forward_pre_hook(stop)
+        handle = module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
         try:
-            skeleton.run_layer(visit.layer, weights, visit.call, hidden)
-        except _Reached:
-            pass
+            output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
         finally:
             handle.remove()
         x = seen[0].reshape(-1, seen[0].shape[-1])
-        return x if x.dtype == torch.float64 else x.float()
+        return x if x.dtype == torch.float64 else x.float(), output
 
     def _solve(self, right: Tensor, gram: Tensor, layer: int) -> Tensor:
         """right (H_S + λI)⁻¹; `gram` is overwritten."""

@@ -14,6 +14,7 @@ from streamprune.errors import UsageError
 Target = Literal["units", "layers", "weights"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
+MOST_M = 64  # of N:M; beyond, weights of a row are as good
 N_OF_M = re.compile(r"([0-9]+):([0-9]+)")
 CHOICES = {
     "sampling": ("random", "first"),
@@ -139,9 +140,10 @@ class PruneConfig:
     def _check_choices(self) -> None:
         if self.granularity not in DEFAULT_RATIOS:
             n_of_m = self.n_of_m
-            if n_of_m is None or not 0 < n_of_m[0] < n_of_m[1]:
+            if n_of_m is None or not 0 < n_of_m[0] < n_of_m[1] <= MOST_M:
                 raise UsageError(
-                    f"--granularity {self.granularity}: choose units, layers, weights, or N:M with N below M (2:4)"
+                    f"--granularity {self.granularity}: choose units, layers, weights, or N:M with N below M, "
+                    f"M at most {MOST_M} (2:4)"
                 )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
@@ -169,7 +171,7 @@ class PruneConfig:
     def _check_combinations(self) -> None:
         if self.emit is not None and not self.stock:
             raise UsageError(f"--emit {self.emit} writes one width for all layers: pass --stock with it")
-        if self.n_of_m is not None and self.ratio is not None:
+        if self.n_of_m is not None and self.ratio not in (None, 1 - self.n_of_m[0] / self.n_of_m[1]):
             raise UsageError(f"--ratio does not go with --granularity {self.granularity}, which sets it; leave it out")
         for name, targets in ONLY_FOR.items():
             default = type(self).__dataclass_fields__[name].default
@@ -178,6 +180,17 @@ class PruneConfig:
                     f"{_flag(name)} does not go with --granularity {self.granularity}, only with "
                     f"{' and '.join(targets)}; leave it out"
                 )
+        for name in ("compensate_tokens", "compensate_ridge", "compensate_target"):
+            if not self.compensate and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UsageError(f"{_flag(name)} means something with --compensate only; add that, or leave it out")
+        if self.compensate and self.target == "layers" and self.compensate_target == "own":
+            raise UsageError(
+                "--compensate-target own: layers that go leave no output of their own; leave it out with layers"
+            )
+        if self.compensate and self.settings.get("bias") == "yes":
+            raise UsageError(
+                "--set bias=yes: with --compensate the fit takes the place of biases; leave one of them out"
+            )
         if self.compress and self.n_of_m != (2, 4):
             raise UsageError("--compress stores weights of --granularity 2:4 only; leave it out")
         if self.stock and self.allocation == "global":

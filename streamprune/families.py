@@ -38,6 +38,11 @@ class Member:
     scored: bool = True
 
     @property
+    def is_norm(self) -> bool:
+        """Whether it is the weight of a norm that spans all units (OLMo 2)."""
+        return self.tensor.endswith("norm.weight")
+
+    @property
     def kind(self) -> Kind:
         """The kind of unit that this tensor belongs to."""
         return "channel" if self.parts[0] == "channel" else "kv_group"

@@ -42,12 +42,16 @@ class Moments:
 
 
 class Gram:
-    """Σ x xᵀ over all tokens of a Linear's input [columns, columns], float32 (float64 for float64 inputs)."""
+    """Σ x xᵀ over all tokens of a Linear's input [columns, columns], float32 (float64 for float64 inputs).
+
+    `factor` is for what is made of it, once for all matrices that share the input; it goes with the last of them.
+    """
 
     def __init__(self, columns: int, x: Tensor) -> None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.count = 0
         self.total = torch.zeros(columns, columns, dtype=dtype, device=x.device)
+        self.factor: Any = None
 
     def add(self, x: Tensor) -> None:
         """Take in tokens [tokens, columns]."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -19,11 +19,12 @@ from streamprune.capture import TensorRef
 from streamprune.checkpoint import read_config
 from streamprune.compensate import compensate
 from streamprune.config import PruneConfig
+from streamprune.errors import StreampruneError
 from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
 from streamprune.paging import Page
 from streamprune.plan import Plan
 from streamprune.statistics import Statistics
-from streamprune.sweep import Sweeper, default_micro_batch
+from streamprune.sweep import Sweeper, default_micro_batch, working_bytes
 from streamprune.writer import write_json
 
 
@@ -69,6 +70,7 @@ class Job:
 
     def score(self) -> UnitScores | LayerScores:
         """Scores of units or layers."""
+        self._check_memory()
         statistics = Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed)
         layers = self.config.target == "layers"
         scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
@@ -79,21 +81,23 @@ class Job:
     def cut(self, scores: UnitScores | LayerScores, directory: Path) -> Done:
         """Choose what stays, repair it if asked to, and write it."""
         skeleton, plan = self.sweeper.skeleton, self.plan
-        kept = plan.keep(scores, skeleton, self.config.contiguous)
+        kept = plan.choice.keep(scores)
         specs = slim.output_specs(skeleton, kept, biases=plan.biases)
-        make: Callable[[Page], dict[str, Tensor]] = lambda page: {}  # noqa: E731
-        if plan.biases:
+
+        def biases(page: Page) -> dict[str, Tensor]:
+            if not plan.biases:
+                return {}
             assert isinstance(scores, UnitScores), "only units have biases in their place"
-            make = partial(slim.mean_biases, skeleton, kept, scores.means)
+            return slim.mean_biases(skeleton, kept, scores.means, page)
+
         with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
             if self.repair_ids is not None:
                 self._repair(kept, writer)
             with self.progress.stage("writing", self.sweeper.pager.layer_bytes()):
-                source_hash = writer.finish(self.sweeper.pager, make)
+                source_hash = writer.finish(self.sweeper.pager, biases)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
-        new_biases = plan.biases and added > 0
-        slim.write_companions(skeleton, kept, directory, self.config.emit, biases=new_biases)
-        layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=new_biases)
+        slim.write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
+        layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=plan.new_biases)
         nbytes = sum(spec.nbytes for spec in specs)
         return Done(kept, layout, nbytes, added, (0, 0), source_hash)
 
@@ -101,8 +105,9 @@ class Job:
         """Prune each matrix as soon as it is scored, and write it at once."""
         skeleton, plan = self.sweeper.skeleton, self.plan
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
-        kept = plan.widths
+        kept = plan.choice.widths
         specs = slim.output_specs(skeleton, kept, packed=plan.packed)
+        self._check_memory()
         statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
         zeros, total = 0, 0
         shard_size = self.config.max_shard_size
@@ -115,7 +120,8 @@ class Job:
 
             with self._scoring(statistics):
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
-            with self.progress.stage("writing", 0):
+            rest = set(range(self.sweeper.n_layers)) - set(plan.layers)
+            with self.progress.stage("writing", sum(map(self.sweeper.pager.bytes_of, rest))):
                 source_hash = writer.finish(self.sweeper.pager)
         slim.write_companions(skeleton, kept, directory, None)
         if plan.packed:
@@ -123,17 +129,32 @@ class Job:
             write_json(directory / "config.json", read_config(directory) | fields)
         return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
 
+    def _check_memory(self) -> None:
+        """Refuse more hidden states than fit: a sweep of gradients keeps those of every prunable layer."""
+        if self.ids is None or "gradients" not in METHODS[self.config.method].needs:
+            return
+        sweeper = self.sweeper
+        needed = working_bytes(sweeper, len(self.ids), self.ids.shape[1], self.plan.layers)["boundaries"]
+        device = sweeper.skeleton.device
+        cuda = device.type == "cuda"
+        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+        if needed > free:
+            raise StreampruneError(
+                f"{len(self.ids)} x {self.ids.shape[1]} tokens need {report.human(needed)} of hidden states, "
+                f"{report.human(free)} of {'GPU ' if cuda else ''}memory are free; lower --samples or --seq-len"
+            )
+
     def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
         config, sweeps = self.config, 2 if len(kept) < self.sweeper.n_layers else 1
-        self.sweeper.micro_batch = config.micro_batch or default_micro_batch(self.repair_ids.shape[1])
         with self.progress.stage("repairing", sweeps * self.sweeper.pager.layer_bytes()):
             compensate(
                 self.sweeper,
                 self.repair_ids,
                 kept,
                 ridge=config.compensate_ridge,
-                target=self.plan.repair,
+                goal=self.plan.repair,
+                micro_batch=config.micro_batch or default_micro_batch(self.repair_ids.shape[1]),
                 write=writer.put_layer,
             )
 

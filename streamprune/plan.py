@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from streamprune import allocation, compressed, report, slim
 from streamprune.allocation import GlobalRule, KeptUnits
-from streamprune.compensate import Target, repair_target
+from streamprune.compensate import RepairGoal, repair_goal
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.families import Kind, unit_costs
@@ -28,43 +28,44 @@ class Plan:
     Attributes:
         layers: the prunable ones.
         costs: parameters of a unit of each kind.
-        widths: kept units as far as they are known before the scores: how many, not which.
-        removed: units that go from every layer, with a uniform allocation.
-        rule: of a global allocation.
-        gone_layers: how many layers go.
+        choice: what goes, and how it is chosen.
         sparsity: of weights.
-        packed: the matrices that are compressed, and their modules.
-        biases: o and down get biases.
+        packed: the matrices that are compressed, by their stored names, and their modules.
+        biases: o and down get what keeps their mean output; new_biases: some had none.
         repair: what o and down are fitted to afterwards, if they are.
         layout: "same", "stock" or "ragged".
-        output_bytes: of all tensors that are written, at most.
+        output_bytes: of all tensors that are written; with a global allocation to the nearest unit.
         state_bytes: of the method, between sweeps.
     """
 
     layers: range
     costs: dict[Kind, int]
-    widths: KeptUnits
-    removed: dict[Kind, int] | None
-    rule: GlobalRule | None
-    gone_layers: int
+    choice: Choice
     sparsity: Sparsity | None
     packed: dict[str, str]
     biases: bool
-    repair: Target | None
+    new_biases: bool
+    repair: RepairGoal | None
     layout: str
     output_bytes: int
     state_bytes: int
 
-    def keep(self, scores: UnitScores | LayerScores, skeleton: Skeleton, contiguous: bool) -> KeptUnits:
-        """What stays, by the scores."""
-        geometry, n_layers = skeleton.geometry, len(skeleton.layers)
-        if isinstance(scores, LayerScores):
-            kinds, count = skeleton.family.kinds, self.gone_layers
-            return allocation.select_layers(scores.values, count, geometry, kinds, n_layers, contiguous=contiguous)
-        if self.rule is not None:
-            return allocation.allocate_globally(scores.values, self.rule, self.costs, geometry, n_layers)
-        assert self.removed is not None
-        return allocation.select(scores.values, self.removed, geometry, n_layers)
+
+@dataclass(frozen=True)
+class Choice:
+    """What goes.
+
+    Attributes:
+        widths: kept units of some choice of the same size: what is to be known before there are scores.
+        keep: kept units by the scores.
+        what: in words.
+        allocation: of units: "uniform" or "global".
+    """
+
+    widths: KeptUnits
+    keep: Callable[[Any], KeptUnits]
+    what: str
+    allocation: str | None = None
 
 
 def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any]) -> Plan:
@@ -74,84 +75,123 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, An
         UsageError: a ratio, range or layout that does not fit the model.
         StreampruneError: too little memory for the method's state.
     """
-    family, geometry, n_layers = skeleton.family, skeleton.geometry, len(skeleton.layers)
-    assert config.ratio is not None, "PruneConfig fills it in"
-    costs = unit_costs(family, geometry, skeleton.shapes(0))
-    layers = allocation.prunable_layers(
-        config.layers, n_layers, whole=config.target == "weights", stock=config.stock and config.target == "units"
-    )
-    whole = {layer: allocation.all_units(geometry, family.kinds) for layer in range(n_layers)}
-    removed, rule, gone, sparsity, widths = None, None, 0, None, whole
-    if config.target == "weights":
-        sparsity = _sparsity(config, skeleton, layers)
-    elif config.target == "layers":
-        gone = allocation.layers_to_remove(config.ratio, layers, n_layers)
-        widths = {layer: units for layer, units in whole.items() if layer not in layers[:gone]}
-    elif (config.allocation or METHODS[config.method].allocation) == "global":
-        rule = _global_rule(config)
-        allocation.check_global(rule, costs, geometry)
-        zeros = {layer: {kind: torch.zeros(geometry.units(kind)) for kind in costs} for layer in layers}
-        widths = allocation.allocate_globally(zeros, rule, costs, geometry, n_layers)
-    else:
-        removed = _uniform(config, skeleton, costs, layers)
-        zeros = {layer: {kind: torch.zeros(geometry.units(kind)) for kind in removed} for layer in layers}
-        widths = allocation.select(zeros, removed, geometry, n_layers)
-    repair: Target | None = None
+    geometry, n_layers = skeleton.geometry, len(skeleton.layers)
+    costs = unit_costs(skeleton.family, geometry, skeleton.shapes(0))
+    stock = config.stock and config.target == "units"
+    layers = allocation.prunable_layers(config.layers, n_layers, whole=config.target == "weights", stock=stock)
+    choose = {"weights": _choose_weights, "layers": _choose_layers, "units": _choose_units}[config.target]
+    choice = choose(config, skeleton, costs, layers)
+    repair: RepairGoal | None = None
     if config.compensate:
         # Whole layers leave nothing of their own to fit: the layer before them takes their place in the stream.
-        repair = repair_target(skeleton, "stream" if config.target == "layers" else config.compensate_target)
-    biases = settings.get("bias") == "yes" and not config.compensate
+        repair = repair_goal(skeleton, "stream" if config.target == "layers" else config.compensate_target)
+    something_goes = choice.widths != _everything(skeleton)
+    biases = settings.get("bias") == "yes" and repair is None and something_goes
     packed = compressed.matrices(skeleton, layers) if config.compress else {}
-    specs = slim.output_specs(skeleton, widths, biases=biases, packed=packed)
+    specs = slim.output_specs(skeleton, choice.widths, biases=biases, packed=packed)
     new_biases = biases and len(specs) > len(skeleton.checkpoint.tensors)
-    slim.check_emittable(skeleton, widths, config.emit, biases=new_biases)
-    state_bytes = _state_bytes(config, skeleton, settings, costs, layers)
-    shape = slim.layout(geometry, widths, n_layers, biases=new_biases)
+    if new_biases and (config.stock or not skeleton.family.ragged):
+        raise UsageError("no stock class has biases on o and down alone; leave them out with --no-bias")
+    slim.check_emittable(skeleton, choice.widths, config.emit, biases=new_biases)
     output_bytes = sum(spec.nbytes for spec in specs)
     assert not packed or output_bytes < skeleton.checkpoint.nbytes, "compressed weights take less"
     return Plan(
-        layers,
-        costs,
-        widths,
-        removed,
-        rule,
-        gone,
-        sparsity,
-        packed,
-        biases,
-        repair,
-        shape,
-        output_bytes,
-        state_bytes,
+        layers=layers,
+        costs=costs,
+        choice=choice,
+        sparsity=_sparsity(config, skeleton, layers) if config.target == "weights" else None,
+        packed=packed,
+        biases=biases,
+        new_biases=new_biases,
+        repair=repair,
+        layout=slim.layout(geometry, choice.widths, n_layers, biases=new_biases),
+        output_bytes=output_bytes,
+        state_bytes=_state_bytes(config, skeleton, settings, costs, layers),
     )
 
 
-def _uniform(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> dict[Kind, int]:
-    assert config.ratio is not None
-    ratios = allocation.Ratios(config.ratio, config.attention_ratio, config.mlp_ratio, config.round_to)
-    # One width for all layers goes to the stock class, asked for or not; a Mistral takes any head count.
-    stock = len(layers) == len(skeleton.layers) and config.emit is None
-    hidden_size = skeleton.config.hidden_size
-    return allocation.uniform(skeleton.family, skeleton.geometry, costs, ratios, hidden_size, stock=stock)
+def _everything(skeleton: Skeleton) -> KeptUnits:
+    return {
+        layer: allocation.all_units(skeleton.geometry, skeleton.family.kinds) for layer in range(len(skeleton.layers))
+    }
 
 
-def _global_rule(config: PruneConfig) -> GlobalRule:
-    if config.stock or config.attention_ratio is not None or config.mlp_ratio is not None:
-        raise UsageError(
-            f"{config.method} compares all layers and kinds of unit: leave --stock, --attention-ratio and --mlp-ratio "
-            "out, or pass --allocation uniform"
+def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+    """All units stay."""
+    everything = _everything(skeleton)
+    share = config.granularity if config.n_of_m else f"{1 - _ratio(config):.1%}"
+    where = "in blocks of their columns" if config.method == "sparsegpt" and not config.n_of_m else "in every row"
+    size = "" if config.compress else "; the files stay as large"
+    return Choice(
+        everything, lambda scores: everything, f"keep {share} of the weights {where}, the rest become zeros{size}"
+    )
+
+
+def _choose_layers(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+    n_layers, kinds = len(skeleton.layers), skeleton.family.kinds
+    count = allocation.layers_to_remove(_ratio(config), layers, n_layers)
+
+    def keep(scores: LayerScores) -> KeptUnits:
+        return allocation.select_layers(
+            scores.values, count, skeleton.geometry, kinds, n_layers, contiguous=config.contiguous
         )
-    assert config.ratio is not None
-    return GlobalRule(config.ratio, config.normalize, config.min_keep, config.round_to)
+
+    widths = {layer: units for layer, units in _everything(skeleton).items() if layer not in layers[:count]}
+    return Choice(widths, keep, f"lose {count} of {len(layers)} layers{' in one run' if config.contiguous else ''}")
+
+
+def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+    if (config.allocation or METHODS[config.method].allocation) == "global":
+        return _choose_globally(config, skeleton, costs, layers)
+    for name in ("normalize", "min_keep"):
+        if getattr(config, name) != PruneConfig.__dataclass_fields__[name].default:
+            raise UsageError(f"--{name.replace('_', '-')} is of --allocation global; add that, or leave it out")
+    geometry, n_layers = skeleton.geometry, len(skeleton.layers)
+    ratios = allocation.Ratios(_ratio(config), config.attention_ratio, config.mlp_ratio, config.round_to)
+    # One width for all layers goes to the stock class, asked for or not; a Mistral takes any head count.
+    stock = len(layers) == n_layers and config.emit is None
+    hidden_size = skeleton.config.hidden_size
+    removed = allocation.uniform(skeleton.family, geometry, costs, ratios, hidden_size, stock=stock)
+
+    def keep(scores: UnitScores) -> KeptUnits:
+        return allocation.select(scores.values, removed, geometry, n_layers)
+
+    each = ", ".join(f"{count} of {geometry.units(kind)} {NAMES[kind]}" for kind, count in removed.items())
+    return Choice(keep(_no_scores(skeleton, layers)), keep, f"lose {each} each", "uniform")
+
+
+def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+    if config.stock or config.attention_ratio is not None or config.mlp_ratio is not None or not skeleton.family.ragged:
+        what = "--stock, --attention-ratio and --mlp-ratio do not go with"
+        if not skeleton.family.ragged:
+            what = f"{skeleton.family.model_type} cannot have"
+        raise UsageError(
+            f"{what} layers of different widths, which a global allocation makes; pass --allocation uniform"
+            + ("" if skeleton.family.ragged else " --stock")
+        )
+    rule = GlobalRule(_ratio(config), config.normalize, config.min_keep, config.round_to)
+    allocation.check_global(rule, costs, skeleton.geometry)
+
+    def keep(scores: UnitScores) -> KeptUnits:
+        return allocation.allocate_globally(scores.values, rule, costs, skeleton.geometry, len(skeleton.layers))
+
+    what = f"are compared by {rule.normalize} scores and lose the lowest units"
+    return Choice(keep(_no_scores(skeleton, layers)), keep, what, "global")
+
+
+def _no_scores(skeleton: Skeleton, layers: range) -> UnitScores:
+    return UnitScores(layers, skeleton.family.kinds, skeleton.geometry)
+
+
+def _ratio(config: PruneConfig) -> float:
+    assert config.ratio is not None, "PruneConfig fills it in"
+    return config.ratio
 
 
 def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsity:
     """The pattern, which every matrix of the prunable layers must be able to have."""
-    assert config.ratio is not None
-    if config.n_of_m is None:
-        return Sparsity(config.ratio)
-    n, m = config.n_of_m
-    for layer in layers:
+    n, m = config.n_of_m or (0, 0)
+    for layer in layers if m else ():
         for name, transposed in skeleton.matrices(layer).items():
             columns = skeleton.entries[layer][name].shape[0 if transposed else 1]
             if columns % m:
@@ -159,14 +199,14 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
                     f"--granularity {n}:{m}: layer {layer}, {name} has rows of {columns} weights, which {m} does not "
                     "divide; use --granularity weights"
                 )
-    return Sparsity(config.ratio, n, m)
+    return Sparsity(_ratio(config), n, m)
 
 
 def _state_bytes(
     config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], costs: Mapping[Kind, int], layers: range
 ) -> int:
     """Bytes of float32 state that the method keeps between its sweeps; refused where they do not fit."""
-    if config.target == "weights":
+    if config.target != "units":
         scored = sum(
             torch.Size(skeleton.entries[layer][name].shape).numel()
             for layer in layers
@@ -174,59 +214,45 @@ def _state_bytes(
         )
     else:
         scored = sum(costs[kind] * skeleton.geometry.units(kind) for kind in costs) * len(layers)
-    state_bytes = 4 * METHODS[config.method].state_copies(settings, config.target) * scored
+    method = METHODS[config.method]
+    state_bytes = max(4, skeleton.dtype.itemsize) * method.state_copies(settings, config.target) * scored
     available = psutil.virtual_memory().available
     if state_bytes > available:
         raise StreampruneError(
             f"{config.method} keeps {report.human(state_bytes)} of state for {scored:,} parameters, "
             f"{report.human(available)} of memory are free; "
-            "use --method taylor, --set steps=1 or draws=1, or fewer --layers"
+            f"use {method.stateless}, or fewer --layers"
         )
     return state_bytes
 
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     """The plan in a few lines."""
-    total = skeleton.parameters
-    lines = [f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters"]
-    lines.append(f"layers {plan.layers.start}:{plan.layers.stop} {_what_goes(config, skeleton, plan)}")
+    total, gone = skeleton.parameters, removed_parameters(skeleton, plan, plan.choice.widths)
+    what = plan.choice.what
+    if config.target != "weights":
+        prunable = sum(plan.costs[kind] * skeleton.geometry.units(kind) for kind in plan.costs) * len(plan.layers)
+        share = f"{gone / max(1, prunable):.1%} of what is prunable there, " if config.target == "units" else ""
+        what += f": {gone:,} parameters, {share}{gone / total:.1%} of the model"
+    lines = [
+        f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters",
+        f"layers {plan.layers.start}:{plan.layers.stop} {what}",
+    ]
     if plan.repair is not None:
-        what = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"
-        lines.append(f"o and down are then fitted anew to {what}, by least squares")
+        goal = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"
+        lines.append(f"o and down are then fitted anew to {goal}, by least squares")
     if plan.state_bytes:
         lines.append(
             f"{config.method} keeps {report.human(plan.state_bytes)} of float32 state in memory between its sweeps"
         )
     if plan.layout == "ragged":
-        why = "o and down get biases" if plan.biases else "the layers come out with different widths"
-        lines.append(
-            f"{why}: load with trust_remote_code=True or after `import streamprune`; "
-            + ("--no-bias leaves them out" if plan.biases else "--stock prunes all layers alike and needs neither")
-        )
+        why, remedy = "the layers come out with different widths", "--stock prunes all layers alike and needs neither"
+        if plan.choice.allocation == "global":
+            remedy = "--allocation uniform --stock needs neither"
+        if plan.new_biases:
+            why, remedy = "o and down get biases", "--no-bias leaves them out"
+        lines.append(f"{why}: load with trust_remote_code=True or after `import streamprune`; {remedy}")
     return "\n".join(lines)
-
-
-def _what_goes(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
-    if plan.sparsity is not None:
-        pattern = config.granularity if plan.sparsity.m else f"{1 - plan.sparsity.ratio:.1%}"
-        size = f", stored as {compressed.FORMAT}" if config.compress else "; the files stay as large"
-        return f"keep {pattern} of the weights in every row, the rest become zeros{size}"
-    if config.target == "layers":
-        run = "in one run " if config.contiguous else ""
-        return f"lose {plan.gone_layers} of {len(plan.layers)} layers {run}({_share(skeleton, plan)})"
-    if plan.rule is not None:
-        return f"are compared by {plan.rule.normalize} scores, {_share(skeleton, plan)} go"
-    assert plan.removed is not None
-    units = skeleton.geometry.units
-    each = ", ".join(f"{count} of {units(kind)} {NAMES[kind]}" for kind, count in plan.removed.items())
-    return f"lose {each} each: {_share(skeleton, plan)}"
-
-
-def _share(skeleton: Skeleton, plan: Plan) -> str:
-    gone, total = removed_parameters(skeleton, plan, plan.widths), skeleton.parameters
-    prunable = sum(plan.costs[kind] * skeleton.geometry.units(kind) for kind in plan.costs) * len(plan.layers)
-    of_units = "" if plan.gone_layers else f"{gone / max(1, prunable):.1%} of what is prunable there, "
-    return f"{gone:,} parameters, {of_units}{gone / total:.1%} of the model"
 
 
 def removed_parameters(skeleton: Skeleton, plan: Plan, kept: KeptUnits) -> int:

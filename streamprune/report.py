@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from streamprune import compressed
+from streamprune.config import PruneConfig
 
 LINE_SECONDS = 15.0  # between progress lines where there is no terminal
 
@@ -127,7 +129,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"# {facts['base_model']}, pruned",
         "",
         f"{_what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
-        f"{facts['versions']['streamprune']}.",
+        f"{facts['versions']['streamprune']}.{_storage(facts)}",
         "",
         table(_card_rows(facts), markdown=True),
         "",
@@ -149,16 +151,16 @@ def _what_was_done(facts: Mapping[str, Any]) -> str:
     before, after = facts["parameters"]["before"], facts["parameters"]["after"]
     if "zeros" in facts:
         zeros, of = facts["zeros"]["weights"], facts["zeros"]["of"]
-        return (
-            f"{zeros:,} of {of:,} weights ({zeros / of:.1%}) were set to zero, by the pattern "
-            f"`{facts['options']['granularity']}`; {_storage(facts)},"
-        )
+        pattern = facts["options"]["granularity"]
+        return f"{zeros:,} of {of:,} weights ({zeros / of:.1%}, pattern `{pattern}`) were set to zero"
     return f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed"
 
 
 def _storage(facts: Mapping[str, Any]) -> str:
-    stored = f"they are stored as `{compressed.FORMAT}`"
-    return stored if facts["options"].get("compress") else "the files are not smaller for it"
+    if "zeros" not in facts:
+        return ""
+    stored = f" They are stored as `{compressed.FORMAT}`."
+    return stored if facts["options"].get("compress") else " The files are not smaller for it."
 
 
 def _loading(facts: Mapping[str, Any]) -> list[str]:
@@ -199,10 +201,19 @@ def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
     return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
 
 
+# Options that do not make the result another one, and those that say something in every recipe.
+_MACHINE = ("model", "output", "overwrite", "device", "evaluate", "max_shard_size", "trust_remote_code", "layers")
+_ALWAYS = ("method", "granularity", "ratio", "settings", "calibration", "samples", "seq_len", "sampling", "seed")
+
+
 def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that decide the result and were given or have a value, one line each."""
-    machine = ("model", "output", "overwrite", "device", "evaluate", "max_shard_size", "trust_remote_code", "layers")
-    recipe = {name: value for name, value in options.items() if name not in machine and value not in (None, False)}
+    """The options that decide the result and were given, or say something in any case, one line each."""
+    defaults = {field.name: field.default for field in fields(PruneConfig)}
+    recipe = {
+        name: value
+        for name, value in options.items()
+        if name not in _MACHINE and value is not None and (name in _ALWAYS or value != defaults.get(name))
+    }
     if options["attention_ratio"] is not None and options["mlp_ratio"] is not None:
         del recipe["ratio"]  # the two set everything
     recipe["settings"] = ", ".join(

@@ -39,7 +39,8 @@ class PruneResult:
 
     Attributes:
         output: the directory. layout: "same", "stock" or "ragged".
-    kept: kept units per layer and kind; layers that are not in it are gone. facts: the contents of streamprune.json.
+        kept: kept units per layer and kind; layers that are not in it are gone.
+        facts: the contents of streamprune.json.
     """
 
     output: Path
@@ -138,7 +139,7 @@ def _score_and_write(
         config.model,
         device=config.device,
         dtype=config.dtype,
-        scope="matrices" if config.target == "weights" else "units",
+        scope="units" if config.target == "units" else "matrices",
         trust_remote_code=config.trust_remote_code,
         progress=progress,
     ) as sweeper:
@@ -158,7 +159,7 @@ def _score_and_write(
         job = Job(config, settings, plan, sweeper, progress, ids, repair_ids)
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
-        facts = _facts(config, sweeper, plan, settings, done)
+        facts = _facts(config, sweeper, plan, settings, ids, done)
         facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
         facts["scoring"] = job.costs | {"sha256_of_calibration_ids": _hash(ids)}
         if repair_ids is not None:
@@ -240,10 +241,16 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         return _perplexity(pruned, segments, "after", progress)
 
 
-def _facts(config: PruneConfig, sweeper: Sweeper, plan: Plan, settings: dict[str, Any], done: Done) -> dict[str, Any]:
+def _facts(
+    config: PruneConfig, sweeper: Sweeper, plan: Plan, settings: dict[str, Any], ids: Tensor | None, done: Done
+) -> dict[str, Any]:
     skeleton = sweeper.skeleton
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     options |= {"settings": settings, "micro_batch": sweeper.micro_batch}
+    # What was decided for the user stands beside what they said.
+    options |= {"allocation": plan.choice.allocation, "compensate_target": plan.repair}
+    if ids is not None:
+        options |= {"samples": len(ids), "seq_len": ids.shape[1]}
     options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     checkpoint, total = skeleton.checkpoint, skeleton.parameters
     packages = ("streamprune", "torch", "transformers", "safetensors")

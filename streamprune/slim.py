@@ -19,7 +19,7 @@ from streamprune.binding import check_finite
 from streamprune.calibration import load_tokenizer
 from streamprune.capture import module_of
 from streamprune.checkpoint import TensorEntry, byte_view, read_config, read_json
-from streamprune.errors import UsageError
+from streamprune.errors import CheckpointError, UsageError
 from streamprune.families import Family, Geometry, Kind, Member, kept_lines
 from streamprune.paging import Page, Pager
 from streamprune.skeleton import Skeleton
@@ -77,7 +77,7 @@ def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, bi
         reason = " ".join(str(error).split())
         raise UsageError(
             f"transformers would not load these widths as {config['model_type']} ({reason}); "
-            "keep the heads with --attention-ratio 0"
+            "with units, keep the heads with --attention-ratio 0"
         ) from error
 
 
@@ -257,7 +257,8 @@ class OutputWriter:
 
     def put(self, name: str, source: Tensor, made: Tensor | None = None) -> None:
         """Write what remains of a source tensor, or what was `made` of it."""
-        self._digests[name] = hashlib.sha256(byte_view(source.cpu().contiguous())).hexdigest()
+        source = source.cpu().contiguous()
+        self._digests[name] = hashlib.sha256(byte_view(source)).hexdigest()
         target = self._slicer.name(name)
         if target is not None:
             whole = self._slicer.cut(name, source) if made is None else made
@@ -296,7 +297,12 @@ class OutputWriter:
                 self.put_layer(page, make(page))
         for name in checkpoint.tensors:
             if name not in self._digests:
-                self.put(name, checkpoint.read(name))
+                tensor = checkpoint.read(name)
+                if not torch.isfinite(tensor).all():
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} holds NaN or infinite values; download or export it again"
+                    )
+                self.put(name, tensor)
         digests = self._digests
         return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
 
@@ -318,7 +324,7 @@ def mean_biases(skeleton: Skeleton, kept: KeptUnits, means: Means, page: Page) -
         bias = matrix @ removed
         if name in page.tensors:
             bias += page.tensors[name].cpu().double()
-        biases[name] = bias.to(weight.dtype)
+        biases[name] = bias.to(page.tensors[name].dtype if name in page.tensors else weight.dtype)
     return biases
 
 
@@ -374,5 +380,5 @@ def mask_layer(
         removed = torch.ones(weight.shape[member.dim], dtype=torch.bool)
         removed[lines] = False
         weight.index_fill_(member.dim, removed.nonzero().flatten().to(weight.device), 0)
-        if member.tensor.endswith("norm.weight"):
+        if member.is_norm:
             weight.mul_((len(units) / skeleton.geometry.units(member.kind)) ** 0.5)

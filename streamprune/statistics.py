@@ -69,22 +69,30 @@ class Statistics:
         """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
         return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self._ids.shape[1])), None)
 
-    def inputs(self, kind: type[Sums], consume: Callable[[TensorRef, Tensor, Sums], Tensor | None]) -> None:
+    def inputs(
+        self,
+        kind: type[Sums],
+        consume: Callable[[TensorRef, Tensor, Sums], Tensor | None],
+        of: Callable[[TensorRef], bool] = lambda ref: True,
+    ) -> None:
         """One forward sweep that hands over sums over what each scored matrix is given.
 
         Args:
+            of: the matrices that are wanted.
             kind: `Moments` or `Gram`; matrices with the same input are given the same object, one after another.
             consume: is given (matrix, its weight as stored, sums). What it returns, stored alike, takes the place of
                 the weight: once a layer's matrices are through, the layer runs again and its new output goes on.
         """
         last = self.layers[-1]
+        self._start = None  # no other sweep of gradients comes; the boundaries can go
 
-        def visit(visit: Visit) -> Tensor:
+        def prune(visit: Visit) -> Tensor:
             if visit.layer not in self.layers:
                 return visit.run()
-            inputs, changed = Inputs(kind, list(self.sweeper.scored[visit.layer])), False
+            refs = {name: ref for name, ref in self.sweeper.scored[visit.layer].items() if of(ref)}
+            inputs, changed = Inputs(kind, list(refs)), False
             output = visit.run(inputs=inputs)
-            for name, ref in self.sweeper.scored[visit.layer].items():
+            for name, ref in refs.items():
                 weight = consume(ref, visit.page.tensors[name], inputs.sums.pop(name))
                 if weight is not None:
                     visit.weights[name].copy_(weight)
@@ -94,18 +102,18 @@ class Statistics:
             del output
             return visit.run()
 
-        self.sweeper.forward(self._ids, visit=visit, stop=last + 1)
+        self.sweeper.forward(self._ids, visit=prune, stop=last + 1)
 
     def hidden(self, consume: Callable[[int, Tensor, Tensor], None]) -> None:
         """One forward sweep that hands over (layer, its input [n, seq, d], its output) for each prunable layer."""
 
-        def visit(visit: Visit) -> Tensor:
+        def show(visit: Visit) -> Tensor:
             output = visit.run()
             if visit.layer in self.layers:
                 consume(visit.layer, visit.hidden, output)
             return output
 
-        self.sweeper.forward(self._ids, visit=visit, stop=self.layers[-1] + 1)
+        self.sweeper.forward(self._ids, visit=show, change=False, stop=self.layers[-1] + 1)
 
     def losses_without(self) -> dict[int, float]:
         """Mean loss in nats with each prunable layer left out.
@@ -133,7 +141,7 @@ class Statistics:
         streams: dict[int, Tensor] = {}
         above, whole = layers[-1] + 1, [] if start is None else [start[1]]
 
-        def visit(visit: Visit) -> Tensor:
+        def carry(visit: Visit) -> Tensor:
             for layer, hidden in streams.items():
                 streams[layer] = visit.run(hidden)
             if visit.layer in layers:
@@ -144,7 +152,7 @@ class Statistics:
             whole[:] = [output]
             return output
 
-        self.sweeper.forward(self._ids, start=start, visit=visit)
+        self.sweeper.forward(self._ids, start=start, visit=carry, change=False)
         return streams, (above, whole[0])
 
     def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:

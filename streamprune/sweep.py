@@ -38,7 +38,8 @@ class Visit:
 
     Attributes:
         page: the layer as it is stored.
-        weights: copies in the compute dtype, by their names inside the layer; what is changed here takes effect.
+        weights: in the compute dtype, by their names inside the layer; of a sweep that may change them, copies: what is
+            changed here takes effect.
         hidden: the layer's input [n, seq, d].
     """
 
@@ -47,11 +48,16 @@ class Visit:
     weights: dict[str, Tensor]
     hidden: Tensor
     call: LayerCall
+    micro_batch: int
 
     @property
     def layer(self) -> int:
         """Index of the layer."""
         return self.page.layer
+
+    def parts(self) -> Iterator[slice]:
+        """The sequences in micro-batches."""
+        return self.sweeper.micro_batches(len(self.hidden), self.micro_batch)
 
     def run(self, hidden: Tensor | None = None, *, inputs: Inputs[Any] | None = None) -> Tensor:
         """The layer's output [n, seq, d] with the weights as they are now.
@@ -62,7 +68,7 @@ class Visit:
         """
         hidden = self.hidden if hidden is None else hidden
         output, skeleton = torch.empty_like(hidden), self.sweeper.skeleton
-        for part in self.sweeper.micro_batches(len(hidden)):
+        for part in self.parts():
             with inputs.watching(skeleton.layers[self.layer]) if inputs is not None else nullcontext():
                 output[part] = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
         return output
@@ -115,6 +121,7 @@ class Sweeper:
         perturbation: Perturbation | None = None,
         perturbed: Sequence[int] = (),
         visit: Visitor | None = None,
+        change: bool = True,
         stop: int | None = None,
         micro_batch: int | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
@@ -128,10 +135,12 @@ class Sweeper:
                 it is the boundary of that very layer that the earlier sweep kept.
             keep_from: keep the inputs of this layer and of those above.
             perturbation: applied in the layers `perturbed`.
-            visit: makes each layer's output instead, with no boundaries kept.
+            visit: makes each layer's output instead, with no boundaries kept. change: it may change weights.
             stop: the first layer that is not run.
             micro_batch: sequences per layer call, where not the sweeper's.
         """
+        if visit is not None:
+            self._boundaries = None
         first, hidden = start if start is not None else (0, self._embed(input_ids, micro_batch))
         calls = self._recorded(input_ids)
         boundaries: dict[int, Tensor] = {}
@@ -139,9 +148,10 @@ class Sweeper:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
                 scored = self.scored[page.layer] if moved is not None else ()
-                weights = self._binder.bind(page, moved, scored, own=visit is not None)
+                weights = self._binder.bind(page, moved, scored, own=visit is not None and change)
                 if visit is not None:
-                    hidden = visit(Visit(self, page, weights, hidden, calls[page.layer]))
+                    size = micro_batch or self.micro_batch
+                    hidden = visit(Visit(self, page, weights, hidden, calls[page.layer], size))
                     continue
                 if keep_from is not None and page.layer >= keep_from:
                     store = self._boundary_store(keep_from, hidden)

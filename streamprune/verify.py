@@ -67,7 +67,16 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
         kept = None if units is None else {int(layer): dict(kinds) for layer, kinds in units.items()}
         model, is_ragged = source or str(facts["source"]["model"]), facts["layout"] == "ragged"
         options = facts["options"]
-        change = Change(kept, bool(options.get("compensate")), bool(facts.get("output_biases")), options["method"])
+        n, _, m = str(options.get("granularity")).partition(":")
+        change = Change(
+            kept=kept,
+            compensated=bool(options.get("compensate")),
+            biases=bool(facts.get("output_biases")),
+            method=options["method"],
+            pattern=(int(n), int(m)) if m else None,
+            layers=range(*facts["layers"]),
+            zeros=facts["zeros"]["weights"] if kept is None else 0,
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{facts_file} is not as streamprune writes it ({error!r}); prune again") from error
     if is_ragged and not trust_remote_code:
@@ -101,12 +110,16 @@ class Change:
         compensated: o and down were fitted anew.
         biases: o and down have biases in the place of units.
         method: of its scores.
+        pattern: n and m of N:M, or None; layers: the prunable ones; zeros: how many of the pruned weights are.
     """
 
     kept: KeptUnits | None
     compensated: bool
     biases: bool
     method: str
+    pattern: tuple[int, int] | None
+    layers: range
+    zeros: int
 
 
 def expected_logits(model: str, directory: Path, change: Change) -> tuple[Tensor, Tensor, list[Check]]:
@@ -136,7 +149,7 @@ class _Masking:
         everything = all_units(skeleton.geometry, skeleton.family.kinds)
         whole = {layer: everything for layer in range(len(skeleton.layers))}
         self.kept: KeptUnits = whole if change.kept is None else change.kept
-        self.altered = 0
+        self.altered, self.zeros, self.crowded = 0, 0, 0
 
     def visit(self, visit: Visit) -> Tensor:
         """The layer's output."""
@@ -157,11 +170,17 @@ class _Masking:
             return visit.run()
 
     def checks(self) -> list[Check]:
-        """Whether weights that are not zero are as they were, where the method changes none."""
-        if self.change.kept is not None or self.change.method == "sparsegpt":
+        """Of pruned weights: the zeros, their pattern, and the rest as they were, where the method changes none."""
+        if self.change.kept is not None:
             return []
-        detail = f"{self.altered:,} differ" if self.altered else "as they were"
-        return [Check("weights that are not zero", self.altered == 0, detail)]
+        checks = [Check("zeros", self.zeros == self.change.zeros, f"{self.zeros:,} of {self.change.zeros:,}")]
+        if self.change.pattern is not None:
+            detail = f"{self.crowded:,} groups of {self.change.pattern[1]} have more than {self.change.pattern[0]}"
+            checks.append(Check("pattern", self.crowded == 0, detail))
+        if self.change.method != "sparsegpt":
+            detail = f"{self.altered:,} differ" if self.altered else "as they were"
+            checks.append(Check("weights that are not zero", self.altered == 0, detail))
+        return checks
 
     def _read(self, layer: int, tensor: str) -> Tensor:
         """A tensor of a source layer in the output, where layers are numbered anew."""
@@ -177,10 +196,16 @@ class _Masking:
         hooks.callback(handle.remove)
 
     def _take_matrices(self, visit: Visit) -> None:
-        for name in self.skeleton.matrices(visit.layer):
+        for name, transposed in self.skeleton.matrices(visit.layer).items():
             made, stored = self._read(visit.layer, name), visit.page.tensors[name]
             self.altered += int(((made != stored) & (made != 0)).sum())
             visit.weights[name].copy_(made)
+            if visit.layer in self.change.layers:
+                self.zeros += made.numel() - int(made.count_nonzero())
+                if self.change.pattern is not None:
+                    n, m = self.change.pattern
+                    groups = (made.T if transposed else made).reshape(-1, m)
+                    self.crowded += int((groups.count_nonzero(dim=1) > n).sum())
 
 
 def _fresh_process(directory: Path, ids: Tensor, logits: Tensor, remote_code: bool) -> list[dict[str, Any]]:

@@ -78,6 +78,7 @@ class Method:
         calibration: samples and tokens of each, as in its paper.
         sweeps: forward-and-backward sweeps that it takes with given settings.
         state_copies: float32 copies of the scored weights that it keeps between sweeps, with given settings and target.
+        stateless: what to do instead where there is no room for them.
         allocation: its own, for units.
     """
 
@@ -91,6 +92,7 @@ class Method:
     calibration: tuple[int, int] = (10, 128)
     sweeps: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     state_copies: Callable[[Mapping[str, Any], Target], int] = lambda settings, target: 0
+    stateless: str = "--method taylor, or --set steps=1 or draws=1"
     allocation: Literal["uniform", "global"] = "uniform"
 
     @property
@@ -217,6 +219,7 @@ _ROWS = (
         },
         _LONG,
         state_copies=lambda settings, target: int(settings["terms"] == "both"),
+        stateless="--method wanda, or --set terms=gradient",
     ),
     Method(
         "sparsegpt",

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from streamprune.capture import TensorRef
 from streamprune.inputs import Moments
+from streamprune.kernels import unit_score
 from streamprune.methods.scores import Sink, UnitScores
 from streamprune.statistics import Statistics
 
@@ -28,34 +30,30 @@ def wanda(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
 
 
 def wanda_sp(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
-    """mean_i |W_ij| ‖X_j‖₂/√N of the columns of o and down, summed over a head's columns (2312.11983, §5.1)."""
+    """mean_i |W_ij| ‖X_j‖₂/√N of the columns of o and down, summed over a head's columns (2312.11983)."""
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
-        if _cut_by_inputs(ref):
-            norms = (inputs.squares.double() / statistics.samples).sqrt_()
-            sink.lines(ref, ref.matrix(weight).double().abs().mean(dim=0) * norms)
+        norms, matrix = (inputs.squares.double() / statistics.samples).sqrt_(), ref.matrix(weight)
+        sums = torch.linalg.vector_norm(matrix, ord=1, dim=0, dtype=inputs.squares.dtype)
+        sink.lines(ref, sums.double() / len(matrix) * norms)
 
-    statistics.inputs(Moments, consume)
+    statistics.inputs(Moments, consume, lambda ref: ref.cut_by_inputs)
 
 
 def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
-    """WIFV: the sample variance of input j times Σ_i W_ij², for the columns of o and down (2312.11983, Eqs. 4-5).
+    """WIFV: the sample variance of input j times Σ_i W_ij², for the columns of o and down (2312.11983).
 
-    The means of the inputs stay in `sink.means`: a bias W(x̄ ⊙ removed) keeps the calibration-mean output.
+    Columns are summed to heads before the allocation takes z-scores; the published code takes those of columns and
+    averages them over a head. The means of the inputs stay in `sink.means`: a bias W(x̄ ⊙ removed) keeps the
+    calibration-mean output.
     """
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
-        if _cut_by_inputs(ref):
-            sink.lines(ref, ref.matrix(weight).double().square().sum(dim=0) * inputs.variance.double())
-            if settings["bias"] == "yes":
-                sink.means[ref.key] = inputs.mean.cpu()
+        sink.lines(ref, unit_score(weight, None, ref.dim, "square") * inputs.variance.double())
+        if settings["bias"] == "yes":
+            sink.means[ref.key] = inputs.mean.cpu()
 
-    statistics.inputs(Moments, consume)
-
-
-def _cut_by_inputs(ref: TensorRef) -> bool:
-    """Whether units cut the matrix's inputs (o and down), not its outputs."""
-    return ref.dim == (0 if ref.transposed else 1)
+    statistics.inputs(Moments, consume, lambda ref: ref.cut_by_inputs)
 
 
 def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:

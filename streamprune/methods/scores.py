@@ -153,7 +153,10 @@ class WeightPruner:
         fisher: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """Prune by a form of `unit_score`; `a` and `fisher` may be overwritten. Returns the pruned weight."""
+        """Prune by a form of `unit_score`; `a` and `fisher` may be overwritten. Returns the pruned weight.
+
+        A `scale` changes no order, so it is not looked at.
+        """
         if form == "second":
             assert fisher is not None
             a = fisher.mul_(weight).abs_()
@@ -183,6 +186,8 @@ class WeightPruner:
 
     def put(self, ref: TensorRef, weight: Tensor, pruned: Tensor) -> Tensor:
         """Hand on a weight that has been pruned; returns it."""
+        if not torch.isfinite(pruned.sum(dtype=torch.float32)):
+            raise StreampruneError(f"layer {ref.layer}, {ref.tensor} became NaN or infinite; try --dtype float32")
         self._emit(ref, weight, pruned)
         return pruned
 

@@ -19,16 +19,14 @@ MORE_DAMPING = (1, 10, 100)  # tried in turn where rounding leaves H without a C
 
 def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPruner) -> None:
     """Masks by w²/U_jj² and the OBS update, layer by layer on the pruned prefix; q, k, v share H, gate and up too."""
-    shared: list[tuple[Gram, Tensor, Tensor]] = []
 
     def consume(ref: TensorRef, weight: Tensor, gram: Gram) -> Tensor:
-        if not shared or shared[0][0] is not gram:
-            shared.clear()  # before another factor of that size is made
+        if gram.factor is None:
             dead = gram.total.diagonal() == 0
             what = f"layer {ref.layer}, {ref.tensor}"
-            factor = inverse_factor(gram.total, settings["damp"], what, statistics.samples / 2)
-            shared.append((gram, factor, dead))
-        _, factor, dead = shared[0]
+            gram.factor = inverse_factor(gram.total, settings["damp"], what, statistics.samples / 2), dead
+            gram.total = gram.total.new_empty(0)
+        factor, dead = gram.factor
         pruned = weight.clone()
         matrix = ref.matrix(pruned)
         matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity)[0])
@@ -48,6 +46,8 @@ def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0)
         StreampruneError: H has no Cholesky factor, even with 100 times the damping.
     """
     diagonal = gram.diagonal()
+    if not torch.isfinite(diagonal.sum()):
+        raise StreampruneError(f"{what}: its inputs are NaN or infinite; try --dtype float32")
     fixed = torch.where(diagonal == 0, one, diagonal)
     for more in MORE_DAMPING:
         diagonal.copy_(fixed + more * damp * fixed.mean())
