@@ -28,7 +28,7 @@ class TensorRef:
 
     Attributes:
         tensor: its name inside the layer.
-        member: its part in units; None for a matrix that no unit cuts, where single weights are pruned.
+        member: its part in units; None for a matrix that no unit cuts, where weights or layers go.
         transposed: stored as [d_in, d_out] (GPT-2's Conv1D).
     """
 

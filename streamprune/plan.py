@@ -162,12 +162,14 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int
 
 def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
     if config.stock or config.attention_ratio is not None or config.mlp_ratio is not None or not skeleton.family.ragged:
-        what = "--stock, --attention-ratio and --mlp-ratio do not go with"
         if not skeleton.family.ragged:
-            what = f"{skeleton.family.model_type} cannot have"
+            raise UsageError(
+                f"layers of {skeleton.family.model_type} can only have one width, global allocation gives each its own; "
+                "pass --allocation uniform --stock"
+            )
         raise UsageError(
-            f"{what} layers of different widths, which a global allocation makes; pass --allocation uniform"
-            + ("" if skeleton.family.ragged else " --stock")
+            "global allocation gives every layer its own widths: leave --stock, --attention-ratio and --mlp-ratio out, "
+            "or pass --allocation uniform"
         )
     rule = GlobalRule(_ratio(config), config.normalize, config.min_keep, config.round_to)
     allocation.check_global(rule, costs, skeleton.geometry)

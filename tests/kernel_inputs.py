@@ -29,7 +29,7 @@ def close(actual, expected, rtol, atol):
 
 def largest_allocation(run):
     """Bytes of the largest block of memory that `run` asked torch's allocator for, inside operations too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         run()
     # The allocator's own events: an operation's memory in the tables is net of what it freed itself.
     events = profiled.profiler.kineto_results.events()

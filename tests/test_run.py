@@ -67,7 +67,7 @@ def test_state_that_does_not_fit_is_refused_before_the_work(tiny_llama, tmp_path
 def test_hidden_states_that_do_not_fit_are_refused_before_the_work(tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10_000))
     options = {"model": str(tiny_llama), "output": tmp_path / "out", "samples": 2, "seq_len": 16, "evaluate": False}
-    with pytest.raises(StreampruneError, match="hidden states.*lower --samples"):
+    with pytest.raises(StreampruneError, match=r"hidden states.*lower --samples"):
         prune(PruneConfig(method="taylor", **options))
     assert not list(tmp_path.iterdir())
     prune(PruneConfig(method="wanda", granularity="weights", **options))  # keeps one layer's
