@@ -164,7 +164,7 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, 
     if config.stock or config.attention_ratio is not None or config.mlp_ratio is not None or not skeleton.family.ragged:
         if not skeleton.family.ragged:
             raise UsageError(
-                f"layers of {skeleton.family.model_type} can only have one width, global allocation gives each its own; "
+                f"layers of {skeleton.family.model_type} can only have one width, a global allocation makes many; "
                 "pass --allocation uniform --stock"
             )
         raise UsageError(
