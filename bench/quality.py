@@ -77,10 +77,8 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
                 "compensate_ridge": ridge,
             }
             for target in ("own", "stream")
-            for tokens, ridge in (
-                *((tokens, 0.01) for tokens in (8192, 16384, 32768, 65536, 131072)),
-                *((32768, ridge) for ridge in (0.0001, 0.001, 0.1, 1.0)),
-            )
+            for tokens in (8192, 32768, 65536, 131072)
+            for ridge in (0.001, 0.01, 0.1)
         },
     ),
 }
