@@ -168,23 +168,31 @@ def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dic
 
 
 def show(table: str, results: dict[str, Any]) -> str:
-    """Perplexities (of the first text in the tables with many settings), and the costs."""
+    """A row per method and text; where there is one method, a row per setting that was measured."""
     from streamprune.report import human
     from streamprune.report import table as aligned
 
     methods, settings = TABLES[table]
+    runs = {method: [results[key] for key in results if key.split("/")[:2] == [table, method]] for method in methods}
+    if len(methods) == 1:
+        rows = [["", *TEXTS, "seconds", "peak RSS", "read"]]
+        for name in settings:
+            done = [run[name] for run in runs[methods[0]] if name in run]
+            if done:
+                cost = done[0]["cutting"]
+                values = [_spread([run["perplexity"][text] for run in done]) for text in TEXTS]
+                costs = [f"{cost['seconds']:.0f}", human(cost["peak_rss"]), human(cost["bytes_read"])]
+                rows.append([name, *values, *costs])
+        return aligned(rows, markdown=True)
     rows = [["method", "text", *settings, "scoring s", "peak RSS", "read"]]
-    for method in methods:
-        done = [results[key] for key in results if key.split("/")[:2] == [table, method]]
-        if not done:
-            continue
-        for text in TEXTS:
+    for method, done in runs.items():
+        for text in TEXTS if any(done) else ():
             cells = [_spread([run[name]["perplexity"][text] for run in done if name in run]) for name in settings]
-            costs = next(iter(done[0].values()))["scoring"] if text == "test 128" else None
-            last = (
-                [f"{costs['seconds']:.1f}", human(costs["peak_rss"]), human(costs["bytes_read"])] if costs else [""] * 3
-            )
-            rows.append([method if costs else "", text, *cells, *last])
+            costs = ["", "", ""]
+            if text == next(iter(TEXTS)):
+                cost = next(iter(done[0].values()))["scoring"]
+                costs = [f"{cost['seconds']:.0f}", human(cost["peak_rss"]), human(cost["bytes_read"])]
+            rows.append([method if costs[0] else "", text, *cells, *costs])
     return aligned(rows, markdown=True)
 
 
