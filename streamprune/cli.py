@@ -106,7 +106,7 @@ def _compute_options(command: Any) -> Any:
 @click.option("--no-bias", is_flag=True, help="flap: no biases in the place of what goes.")
 @click.option("--compensate", is_flag=True, help="Re-fit o and down to what is left of their inputs, by least squares.")
 @click.option("--compensate-tokens", type=int, default=65536, show_default=True, help="Calibration tokens, at most.")
-@click.option("--compensate-ridge", type=float, default=1e-2, show_default=True, help="λ over the mean diagonal.")
+@click.option("--compensate-ridge", type=float, help="λ over the mean diagonal; by default inputs per token.")
 @click.option("--compensate-target", help="own output, or the dense residual stream, the default where possible.")
 @click.option("--round-to", type=int, default=1, help="Make kept MLP widths multiples of this, such as 64.")
 @click.option("--stock", is_flag=True, help="One width for all layers: loads without any extra code.")

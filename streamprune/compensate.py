@@ -29,6 +29,7 @@ from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, Visit
 
 RepairGoal = Literal["own", "stream"]
+OWN_RIDGE = 0.01
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
 Write = Callable[[Page, Mapping[str, Tensor]], None]
 
@@ -58,7 +59,7 @@ def compensate(
     input_ids: Tensor,
     kept: KeptUnits,
     *,
-    ridge: float,
+    ridge: float | None,
     goal: RepairGoal,
     micro_batch: int,
     write: Write,
@@ -68,7 +69,7 @@ def compensate(
     Args:
         input_ids: calibration tokens [n, seq].
         kept: kept units; for layers that go, the layer before them is fitted.
-        ridge: λ relative to the mean of H_S's diagonal.
+        ridge: λ relative to the mean of H_S's diagonal; None for OWN_RIDGE or, with `stream`, inputs per token.
         micro_batch: sequences per layer call.
 
     Raises:
@@ -76,7 +77,7 @@ def compensate(
     """
     skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
     gone = [layer for layer in range(n_layers) if layer not in kept]
-    repair = _Repair(sweeper, kept, ridge, write)
+    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write)
     if gone:
         repair.goals = _hidden_after_gaps(sweeper, input_ids, gone, micro_batch)
     geometry = skeleton.geometry
@@ -115,7 +116,8 @@ class _Repair:
 
     sweeper: Sweeper
     kept: KeptUnits
-    ridge: float
+    ridge: float | None
+    tokens: int
     write: Write
     goals: dict[int, Tensor] = field(default_factory=dict)  # hidden states wanted after some layers
     first: int | None = None  # the layer from which all follow the dense model's hidden states
@@ -174,7 +176,8 @@ class _Repair:
             if gram is not None:
                 gram.addmm_(left.T, left)
         right = matrix.to(cross.dtype) @ cross
-        return self._solve(right, cross[lines] if gram is None else gram, visit.layer)
+        ridge = OWN_RIDGE if self.ridge is None else self.ridge
+        return self._solve(right, cross[lines] if gram is None else gram, ridge, visit.layer)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: Tensor) -> Tensor:
         """W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
@@ -186,7 +189,9 @@ class _Repair:
             error = (goal[part].to(gram) - output.to(gram)).flatten(0, -2)
             cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
             gram.addmm_(x[:, lines].T, x[:, lines])
-        return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, visit.layer)
+        # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
+        ridge = len(lines) / self.tokens if self.ridge is None else self.ridge
+        return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
 
     def _run(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
         """What the module of `member` is given [tokens, d_in], and the layer's output, for some sequences."""
@@ -200,9 +205,9 @@ class _Repair:
         x = seen[0].reshape(-1, seen[0].shape[-1])
         return x if x.dtype == torch.float64 else x.float(), output
 
-    def _solve(self, right: Tensor, gram: Tensor, layer: int) -> Tensor:
+    def _solve(self, right: Tensor, gram: Tensor, ridge: float, layer: int) -> Tensor:
         """right (H_S + λI)⁻¹; `gram` is overwritten."""
-        gram.diagonal().add_(self.ridge * gram.diagonal().mean())
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             raise StreampruneError(

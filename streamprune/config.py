@@ -61,7 +61,8 @@ class PruneConfig:
         emit: "mistral" writes a bias-free Llama as model_type mistral, which takes any head count.
         compress: write 2:4 weights in the sparse-24-bitmask format of compressed-tensors.
         compensate: re-fit o and down to their pruned inputs by least squares, on `compensate_tokens` tokens of the
-            calibration text, with `compensate_ridge` times the mean of the Gram matrix's diagonal on its diagonal;
+            calibration text, with `compensate_ridge` times the mean of the Gram matrix's diagonal on its diagonal (None
+            for 0.01 with the target "own", else for inputs per token);
             `compensate_target`: the layer's "own" output before pruning, or what brings the residual "stream" nearest
             to the dense model's; None for the latter where the family allows it.
         calibration: file, hub data set "name[:split]", or None for the embedded text.
@@ -97,7 +98,7 @@ class PruneConfig:
     compress: bool = False
     compensate: bool = False
     compensate_tokens: int = 65536
-    compensate_ridge: float = 1e-2
+    compensate_ridge: float | None = None
     compensate_target: Literal["own", "stream"] | None = None
     calibration: str | None = None
     field: str = "text"
@@ -161,7 +162,7 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} {value}: must be at least 1")
-        if not 0 <= self.compensate_ridge < math.inf:
+        if self.compensate_ridge is not None and not 0 <= self.compensate_ridge < math.inf:
             raise UsageError(f"--compensate-ridge {self.compensate_ridge}: must be at least 0 and finite")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")

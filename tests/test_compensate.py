@@ -124,6 +124,14 @@ def test_own_target_equals_the_fit_to_the_layers_own_output(family, ridge, tmp_p
     check(tmp_path / "in", repair(tmp_path / "in", tmp_path / "out", **options), "own", ridge)
 
 
+@pytest.mark.parametrize("target", ["own", "stream"])
+def test_the_default_ridge_is_inputs_per_token_and_0_01_for_own(target, tmp_path):
+    save_tiny(tmp_path / "in", "gpt2")
+    result = repair(tmp_path / "in", tmp_path / "out", stock=True, compensate_target=target)
+    kept = len(next(iter(result.kept.values()))["channel"])
+    check(tmp_path / "in", result, target, 0.01 if target == "own" else kept / TOKENS)
+
+
 @pytest.mark.parametrize("ridge", [1e-2, 0.3])
 @pytest.mark.parametrize("family", STREAM)
 def test_stream_target_equals_the_fit_to_the_dense_models_hidden_states(family, ridge, tmp_path):
@@ -209,7 +217,7 @@ def test_the_layer_before_a_gap_is_fitted_to_the_dense_hidden_states_after_it(fa
     n_layers, gone = GAPS[gap]
     path, output = tmp_path / "in", tmp_path / "out"
     with_weak_layers(path, family, n_layers, gone)
-    options = {"granularity": "layers", "method": "magnitude", "layers": (0, n_layers)}
+    options = {"granularity": "layers", "method": "magnitude", "layers": (0, n_layers), "compensate_ridge": 1e-2}
     result = repair(path, output, ratio=len(gone) / n_layers, **options)
     assert set(range(n_layers)) - set(result.kept) == gone
     dense, model, ids = load(path), skip_layers(load(path), gone), ids_of(path)
