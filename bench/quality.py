@@ -79,7 +79,8 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
             for target in ("own", "stream")
             for tokens in (8192, 32768, 65536, 131072)
             for ridge in (0.001, 0.01, 0.1)
-        },
+        }
+        | {"stream 65536 default": {"ratio": 0.25, **MIDDLE, "compensate": True}},
     ),
 }
 SHARED = ("granularity", "layers", "stock")  # of settings: what scores depend on
