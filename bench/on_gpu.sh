@@ -31,6 +31,8 @@ else
   device=cuda layers=24 repeat=3 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
   tests=(tests/test_noise_kernel.py tests/test_moreau_step.py tests/test_unit_score.py tests/test_grad_norm.py
     tests/test_weight_score.py tests/test_cuda.py)
+  # Most of the tests' time goes into compiling kernels.
+  "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
   "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU; --dry runs without one"'
 fi
 "$python" - <<'PY' | tee "$out/device.txt"

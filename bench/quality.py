@@ -83,6 +83,7 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
         | {"stream 65536 default": {"ratio": 0.25, **MIDDLE, "compensate": True}},
     ),
 }
+DTYPE = "float32"  # on a GPU too: the same arithmetic everywhere
 SHARED = ("granularity", "layers", "stock")  # of settings: what scores depend on
 TEXTS = {
     "test 128": ("wikitext2-test", 128, 100),
@@ -98,7 +99,7 @@ def measure(job: dict[str, Any]) -> None:
     from streamprune.job import Job
     from streamprune.methods import METHODS, resolve_settings
     from streamprune.plan import make_plan
-    from streamprune.report import Progress, peak_rss
+    from streamprune.report import Progress, peaks
     from streamprune.run import REPAIR_SEQ_LEN, open_model
     from streamprune.sweep import default_micro_batch
 
@@ -106,7 +107,7 @@ def measure(job: dict[str, Any]) -> None:
     scores = None
     first = next(iter(job["settings"].values()))
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
-    with open_model(job["model"], scope=scope) as sweeper:
+    with open_model(job["model"], dtype=DTYPE, scope=scope) as sweeper:
         tokenizer = calibration.load_tokenizer(sweeper.skeleton.checkpoint.path)
         tokens = calibration.tokenize(tokenizer, calibration.read_text(data / "wikitext2-valid.txt"))
         samples, seq_len = (10, 128) if "inputs" not in method.needs else (128, 512)
@@ -136,11 +137,19 @@ def measure(job: dict[str, Any]) -> None:
                     run.cut(scores, Path(directory))
                 cutting = {
                     "seconds": time.perf_counter() - start,
-                    "peak_rss": peak_rss(),
                     "bytes_read": sweeper.skeleton.checkpoint.bytes_read - read,
+                    **peaks(),
                 }
                 result = {"perplexity": perplexities(directory, data), "scoring": costs, "cutting": cutting}
+                result["device"] = device_name(sweeper.skeleton.device)
             print(json.dumps([name, result]), flush=True)
+
+
+def device_name(device: Any) -> str:
+    """The GPU's own name, or CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def perplexities(directory: str, data: Path) -> dict[str, float]:
@@ -149,7 +158,7 @@ def perplexities(directory: str, data: Path) -> dict[str, float]:
     from streamprune.run import open_model
 
     values = {}
-    with open_model(directory, pruned=True) as pruned:
+    with open_model(directory, dtype=DTYPE, pruned=True) as pruned:
         tokenizer = calibration.load_tokenizer(pruned.skeleton.checkpoint.path)
         for name, (file, seq_len, samples) in TEXTS.items():
             tokens = calibration.tokenize(tokenizer, calibration.read_text(data / f"{file}.txt"))
@@ -170,7 +179,7 @@ def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dic
 
 def show(table: str, results: dict[str, Any]) -> str:
     """A row per method and text; where there is one method, a row per setting that was measured."""
-    from streamprune.report import human
+    from streamprune.report import human, say_peaks
     from streamprune.report import table as aligned
 
     methods, settings = TABLES[table]
@@ -182,7 +191,7 @@ def show(table: str, results: dict[str, Any]) -> str:
             if done:
                 cost = done[0]["cutting"]
                 values = [_spread([run["perplexity"][text] for run in done]) for text in TEXTS]
-                costs = [f"{cost['seconds']:.0f}", human(cost["peak_rss"]), human(cost["bytes_read"])]
+                costs = [f"{cost['seconds']:.0f}", say_peaks(cost), human(cost["bytes_read"])]
                 rows.append([name, *values, *costs])
         return aligned(rows, markdown=True)
     rows = [["method", "text", *settings, "scoring s", "peak RSS", "read"]]
@@ -192,7 +201,7 @@ def show(table: str, results: dict[str, Any]) -> str:
             costs = ["", "", ""]
             if text == next(iter(TEXTS)):
                 cost = next(iter(done[0].values()))["scoring"]
-                costs = [f"{cost['seconds']:.0f}", human(cost["peak_rss"]), human(cost["bytes_read"])]
+                costs = [f"{cost['seconds']:.0f}", say_peaks(cost), human(cost["bytes_read"])]
             rows.append([method if costs[0] else "", text, *cells, *costs])
     return aligned(rows, markdown=True)
 

@@ -56,7 +56,7 @@ class Job:
     Attributes:
         ids: calibration tokens [n, seq] of the method, if it needs any.
         repair_ids: those of the least squares after units or layers are gone.
-        costs: of scoring: seconds, bytes_read, and peak_rss so far.
+        costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
     """
 
     config: PruneConfig
@@ -169,4 +169,4 @@ class Job:
             yield
         self.costs["seconds"] = time.perf_counter() - start
         self.costs["bytes_read"] = checkpoint.bytes_read - read
-        self.costs["peak_rss"] = report.peak_rss()
+        self.costs |= report.peaks()

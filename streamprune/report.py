@@ -28,9 +28,16 @@ def peak_rss() -> int:
     raise OSError("/proc/self/status has no VmHWM")
 
 
-def _peaks() -> str:
-    gpu = f" (GPU {human(torch.cuda.max_memory_allocated())})" if torch.cuda.is_available() else ""
-    return f"peak memory {human(peak_rss())}{gpu}"
+def peaks() -> dict[str, int]:
+    """Bytes: "peak_rss", and "peak_gpu" of tensors where a GPU was used."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+    return {"peak_rss": peak_rss()} | ({"peak_gpu": gpu} if gpu else {})
+
+
+def say_peaks(peaks: Mapping[str, float]) -> str:
+    """Of `peaks()`: 1.23 GB, or 1.23 GB (GPU 2.34 GB)."""
+    gpu = f" (GPU {human(peaks['peak_gpu'])})" if "peak_gpu" in peaks else ""
+    return human(peaks["peak_rss"]) + gpu
 
 
 def human(nbytes: float) -> str:
@@ -82,19 +89,19 @@ class Progress:
             self._bar = None
         seconds = time.perf_counter() - start
         rate = f", {human(self._done / seconds)}/s" if self._done else ""
-        self.say(f"{name}: {seconds:.1f} s, {human(self._done)} read{rate}, {_peaks()}")
+        self.say(f"{name}: {seconds:.1f} s, {human(self._done)} read{rate}, peak memory {say_peaks(peaks())}")
 
     def advance(self, nbytes: int) -> None:
         """A layer of `nbytes` is done."""
         self._done += nbytes
         if self._bar is None:
             return
-        self._bar.set_postfix_str(_peaks(), refresh=False)
+        self._bar.set_postfix_str(f"peak memory {say_peaks(peaks())}", refresh=False)
         self._bar.update(nbytes)
         now = time.perf_counter()
         if self._bar.disable and now - self._said > LINE_SECONDS:
             self._said = now
-            self.say(f"{self._name}: {self._done / max(self._total, 1):.0%}, {_peaks()}")
+            self.say(f"{self._name}: {self._done / max(self._total, 1):.0%}, peak memory {say_peaks(peaks())}")
 
 
 def table(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
