@@ -61,23 +61,9 @@ TOLERANCE = {"cpu": 1e-4, "cuda": 2e-2}
 
 def make_model(path: Path, layers: int, *, dry: bool = False) -> None:
     """A random checkpoint, written tensor by tensor."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from random_model import write_model
 
-    from streamprune.writer import ShardedWriter, TensorSpec
-
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({**CONFIG, **(DRY if dry else {}), "num_hidden_layers": layers}))
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    model.tie_weights()
-    specs = [TensorSpec(name, torch.bfloat16, tuple(p.shape)) for name, p in model.named_parameters()]
-    generator = torch.Generator().manual_seed(0)
-    with ShardedWriter(path, specs, 5_000_000_000) as writer:
-        for spec in specs:
-            scale = 1.0 if "norm" in spec.name else 0.02
-            noise = torch.ones(spec.shape) if "norm" in spec.name else torch.randn(spec.shape, generator=generator)
-            writer.write(spec.name, (noise * scale).bfloat16())
+    write_model(path, {**CONFIG, **(DRY if dry else {}), "num_hidden_layers": layers})
 
 
 def token_ids(path: Path) -> torch.Tensor:
@@ -317,6 +303,8 @@ def main(
     if one:
         run_one(scratch, one, method, device)
         return
+    # on_gpu.sh keeps the script's own directory off the path.
+    sys.path.insert(0, str(Path(__file__).parent))
     scratch.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="end-to-end-", dir=scratch))
     rows = []

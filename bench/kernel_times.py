@@ -109,7 +109,7 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
     """
     from streamprune import binding, demo
     from streamprune.methods import METHODS, UnitScores, gradient, resolve_settings, scores
-    from streamprune.report import Progress
+    from streamprune.progress import Progress
     from streamprune.run import open_model
     from streamprune.statistics import Statistics
     from streamprune.sweep import default_micro_batch

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 import torch
 
-from streamprune.paging import Page, Pager
+from streamprune.paging import Page, Pager, Turn
 from streamprune.report import table
 from streamprune.run import open_model
 
@@ -32,7 +32,7 @@ class StillPager:
             self.page = next(pages)
 
     @contextmanager
-    def pages(self, order: Sequence[int]) -> Iterator[Iterator[Page]]:
+    def pages(self, order: Sequence[int], then: Turn = "back") -> Iterator[Iterator[Page]]:
         """As `Pager.pages`, without reading."""
         yield (Page(layer, self.page.tensors) for layer in order)
 

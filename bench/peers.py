@@ -31,7 +31,7 @@ def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     from streamprune.job import Job
     from streamprune.methods import resolve_settings
     from streamprune.plan import make_plan
-    from streamprune.report import Progress
+    from streamprune.progress import Progress
     from streamprune.run import open_model
     from streamprune.sweep import default_micro_batch
 
@@ -144,7 +144,7 @@ def main(
     if data is None:
         raise click.UsageError("--data is needed")
     from streamprune import calibration, demo
-    from streamprune.report import Progress
+    from streamprune.progress import Progress
 
     path = str(model or demo.fetch(demo.default_cache(), Progress()))
     tokens = calibration.tokenize(

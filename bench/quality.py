@@ -99,7 +99,8 @@ def measure(job: dict[str, Any]) -> None:
     from streamprune.job import Job
     from streamprune.methods import METHODS, resolve_settings
     from streamprune.plan import make_plan
-    from streamprune.report import Progress, peaks
+    from streamprune.progress import Progress
+    from streamprune.report import peaks
     from streamprune.run import REPAIR_SEQ_LEN, open_model
     from streamprune.sweep import default_micro_batch
 
@@ -241,7 +242,7 @@ def main(
     results: dict[str, Any] = json.loads(json_file.read_text()) if json_file and json_file.exists() else {}
     if data is not None:
         from streamprune import demo
-        from streamprune.report import Progress
+        from streamprune.progress import Progress
 
         path = str(model or demo.fetch(demo.default_cache(), Progress()))
         methods, settings = TABLES[table]

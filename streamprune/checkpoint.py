@@ -1,6 +1,6 @@
 """safetensors checkpoints: headers, extents and raw reads. Knows nothing of models.
 
-Shards are never memory-mapped: `os.preadv` into buffers that the caller keeps is faster and leaves no
+Shards are never memory-mapped: reads into buffers that the caller keeps (readers.py) are faster and leave no
 file pages in the process. Pickled weights are refused.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 import threading
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import CheckpointError
+from streamprune.readers import Reader, ReaderKind
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -57,12 +57,13 @@ class Checkpoint:
 
     Args:
         path: a directory with config.json and model.safetensors or its index.
+        reader: how shards are read, through the page cache ("buffered") or around it ("direct").
 
     Raises:
         CheckpointError: anything missing, truncated, malformed or pointing outside the directory.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reader: ReaderKind = "buffered") -> None:
         self.path = path
         self.config = read_config(path)
         self.files, expected = _locate_shards(path)
@@ -79,7 +80,7 @@ class Checkpoint:
                     "download or export the checkpoint again"
                 )
         self.bytes_read = 0
-        self._descriptors: dict[int, int] = {}
+        self._reader = Reader(self.files, reader)
         self._lock = threading.Lock()
 
     def __enter__(self) -> Checkpoint:
@@ -89,16 +90,8 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the file descriptors; the checkpoint can be read again afterwards."""
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
-
-    def _descriptor(self, file: int) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)
-            return self._descriptors[file]
+        """Close the shards; the checkpoint can be read again afterwards."""
+        self._reader.close()
 
     def read_into(self, file: int, offset: int, buffer: memoryview, *, drop_cache: bool = False) -> None:
         """Fill `buffer` with the bytes at `offset` of shard `file`.
@@ -108,22 +101,9 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ended first, or could not be read.
         """
-        descriptor, done, size = self._descriptor(file), 0, len(buffer)
-        while done < size:
-            try:
-                count = os.preadv(descriptor, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.files[file]}: cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{self.files[file]} ended at byte {offset + done}, {size - done} bytes too early; "
-                    "download it again"
-                )
-            done += count
-        if drop_cache:
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
+        self._reader.read_into(file, offset, buffer, drop_cache=drop_cache)
         with self._lock:
-            self.bytes_read += size
+            self.bytes_read += len(buffer)
 
     def read(self, name: str) -> Tensor:
         """One tensor as it is stored, in memory of its own."""

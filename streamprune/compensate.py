@@ -29,7 +29,9 @@ from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, Visit
 
 RepairGoal = Literal["own", "stream"]
-OWN_RIDGE = 0.01
+# Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): the README has the table.
+OWN_RIDGE = 0.001
+STREAM_RIDGE = 0.1
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
 Write = Callable[[Page, Mapping[str, Tensor]], None]
 
@@ -69,23 +71,39 @@ def compensate(
     Args:
         input_ids: calibration tokens [n, seq].
         kept: kept units; for layers that go, the layer before them is fitted.
-        ridge: λ relative to the mean of H_S's diagonal; None for OWN_RIDGE or, with `stream`, inputs per token.
+        ridge: λ relative to the mean of H_S's diagonal; None for OWN_RIDGE or, with `stream`, STREAM_RIDGE,
+            and more where there are few tokens: inputs per token.
         micro_batch: sequences per layer call.
 
     Raises:
         StreampruneError: H_S is singular, with λ = 0 or too few tokens.
     """
     skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
-    gone = [layer for layer in range(n_layers) if layer not in kept]
+    gone = _gone(sweeper, kept)
     repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write)
     if gone:
         repair.goals = _hidden_after_gaps(sweeper, input_ids, gone, micro_batch)
-    geometry = skeleton.geometry
-    cut = [layer for layer, kinds in kept.items() if any(len(u) < geometry.units(k) for k, u in kinds.items())]
+    cut = _cut(skeleton, kept)
     if goal == "stream" and not gone:
         repair.first = min(cut, default=n_layers)
-    last = max([*cut, *repair.goals], default=-1)
-    sweeper.forward(input_ids, visit=repair.visit, stop=last + 1, micro_batch=micro_batch)
+    sweeper.forward(input_ids, visit=repair.visit, stop=len(passes(sweeper, kept)[-1]), micro_batch=micro_batch)
+
+
+def passes(sweeper: Sweeper, kept: KeptUnits) -> list[range]:
+    """The layers that `compensate` passes: up to the last gap, then up to the last layer that is fitted."""
+    gone = _gone(sweeper, kept)
+    fitted = [*_cut(sweeper.skeleton, kept), *(_before(layer, gone) for layer in gone)]
+    return [*([range(max(gone) + 1)] if gone else []), range(max(fitted, default=-1) + 1)]
+
+
+def _gone(sweeper: Sweeper, kept: KeptUnits) -> list[int]:
+    return [layer for layer in range(sweeper.n_layers) if layer not in kept]
+
+
+def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
+    """The layers that lose units."""
+    units = skeleton.geometry.units
+    return [layer for layer, kinds in kept.items() if any(len(left) < units(kind) for kind, left in kinds.items())]
 
 
 def _hidden_after_gaps(sweeper: Sweeper, input_ids: Tensor, gone: list[int], micro_batch: int) -> dict[int, Tensor]:
@@ -190,7 +208,7 @@ class _Repair:
             cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
             gram.addmm_(x[:, lines].T, x[:, lines])
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
-        ridge = len(lines) / self.tokens if self.ridge is None else self.ridge
+        ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
         return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
 
     def _run(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:

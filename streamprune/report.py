@@ -1,23 +1,17 @@
-"""What a run says: progress while it works, tables when it is done, the model card."""
+"""What a run says when it is done: figures, tables, the model card."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from streamprune import compressed
 from streamprune.config import PruneConfig
-
-LINE_SECONDS = 15.0  # between progress lines where there is no terminal
 
 
 def peak_rss() -> int:
@@ -47,61 +41,6 @@ def human(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
-
-
-class Progress:
-    """A tqdm bar with bytes/s and peak memory on a terminal, plain lines elsewhere.
-
-    Give `advance` to what reads layers, and wrap each long step in `stage`.
-    """
-
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
-        self.stream, self.quiet = stream or sys.stderr, quiet
-        self._bar: tqdm[Any] | None = None
-        self._done = 0
-        self._said = 0.0
-
-    def say(self, line: str) -> None:
-        """One line, unless quiet."""
-        if not self.quiet:
-            print(line, file=self.stream, flush=True)
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator[None]:
-        """A step that reads `total` bytes of layers."""
-        start = self._said = time.perf_counter()
-        self._done = 0
-        terminal = self.stream.isatty() and not self.quiet
-        bar = tqdm(
-            total=total,
-            desc=name,
-            unit="B",
-            unit_scale=True,
-            file=self.stream,
-            leave=False,
-            disable=not terminal,
-        )
-        self._bar, self._name, self._total = bar, name, total
-        try:
-            yield
-        finally:
-            bar.close()
-            self._bar = None
-        seconds = time.perf_counter() - start
-        rate = f", {human(self._done / seconds)}/s" if self._done else ""
-        self.say(f"{name}: {seconds:.1f} s, {human(self._done)} read{rate}, peak memory {say_peaks(peaks())}")
-
-    def advance(self, nbytes: int) -> None:
-        """A layer of `nbytes` is done."""
-        self._done += nbytes
-        if self._bar is None:
-            return
-        self._bar.set_postfix_str(f"peak memory {say_peaks(peaks())}", refresh=False)
-        self._bar.update(nbytes)
-        now = time.perf_counter()
-        if self._bar.disable and now - self._said > LINE_SECONDS:
-            self._said = now
-            self.say(f"{self._name}: {self._done / max(self._total, 1):.0%}, peak memory {say_peaks(peaks())}")
 
 
 def table(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:

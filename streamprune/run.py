@@ -18,11 +18,13 @@ from torch import Tensor
 from streamprune import allocation, calibration, compressed, evaluate, report
 from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
+from streamprune.devices import paging_device
 from streamprune.errors import CheckpointError, OutputError, UsageError
 from streamprune.job import Done, Job
 from streamprune.methods import METHODS, resolve_settings
-from streamprune.paging import Pager, paging_device
+from streamprune.paging import Pager
 from streamprune.plan import Plan, describe, make_plan, removed_parameters
+from streamprune.progress import Progress
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
@@ -59,7 +61,7 @@ def open_model(
     scope: Literal["units", "matrices"] = "units",
     pruned: bool = False,
     trust_remote_code: bool = False,
-    progress: report.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Sweeper]:
     """A model ready for sweeps: checkpoint, skeleton and pager. With `pruned`, also one of compressed weights."""
     where = compute_device(device)
@@ -72,7 +74,7 @@ def open_model(
             raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
         compute = compute_dtype(dtype, where, checkpoint)
         skeleton = Skeleton(checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code)
-        advance = progress.advance if progress is not None else lambda nbytes: None
+        advance = progress.advance if progress is not None else lambda nbytes, **facts: None
         pager = Pager(checkpoint, skeleton.entries, paging_device(where), progress=advance)
         yield Sweeper(skeleton, pager, micro_batch, scope)
 
@@ -106,14 +108,14 @@ def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def prune(config: PruneConfig, progress: report.Progress | None = None) -> PruneResult:
+def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
     """Prune a model as `config` says and write the result.
 
     Raises:
         StreampruneError: anything that cannot be done, with the remedy; nothing is left at the output then.
     """
     started = time.perf_counter()
-    progress = progress or report.Progress(quiet=True)
+    progress = progress or Progress(quiet=True)
     settings = resolve_settings(config.method, config.settings, config.target)
     check_output(config.output, overwrite=config.overwrite)
     if config.compress:
@@ -131,7 +133,7 @@ def prune(config: PruneConfig, progress: report.Progress | None = None) -> Prune
 
 
 def _score_and_write(
-    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: report.Progress
+    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: Progress
 ) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
     method = METHODS[config.method]
@@ -229,13 +231,13 @@ def _evaluation_segments(config: PruneConfig, skeleton: Skeleton) -> Tensor | No
     return evaluate.segment(tokens, seq_len)[:EVALUATION_SEGMENTS]
 
 
-def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: report.Progress) -> float:
+def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progress) -> float:
     total = sweeper.pager.layer_bytes() * evaluate.sweeps_needed(sweeper, segments)
     with progress.stage(f"perplexity {when}", total):
         return evaluate.perplexity(sweeper, segments).perplexity
 
 
-def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, progress: report.Progress) -> float:
+def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, progress: Progress) -> float:
     device, dtype = config.device, config.dtype
     with open_model(str(directory), device=device, dtype=dtype, pruned=True, progress=progress) as pruned:
         return _perplexity(pruned, segments, "after", progress)

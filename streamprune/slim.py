@@ -277,6 +277,14 @@ class OutputWriter:
             assert target is not None, "nothing is made for layers that go"
             self._writer.write(target, made[name])
 
+    def untouched(self) -> list[int]:
+        """The source layers of which nothing has been put yet."""
+        return [
+            layer
+            for layer, entries in enumerate(self.skeleton.entries)
+            if not any(entry.name in self._digests for entry in entries.values())
+        ]
+
     def finish(self, pager: Pager, make: Callable[[Page], Mapping[str, Tensor]] = lambda page: {}) -> str:
         """Write all that has not been put yet, one source layer in memory at a time.
 
@@ -286,13 +294,8 @@ class OutputWriter:
         Returns:
             The SHA-256 of the source's tensors: of the lines "name sha256(bytes)", sorted.
         """
-        skeleton, checkpoint = self.skeleton, self.skeleton.checkpoint
-        untouched = [
-            layer
-            for layer, entries in enumerate(skeleton.entries)
-            if not any(entry.name in self._digests for entry in entries.values())
-        ]
-        with pager.pages(untouched) as pages:
+        checkpoint = self.skeleton.checkpoint
+        with pager.pages(self.untouched()) as pages:
             for page in pages:
                 self.put_layer(page, make(page))
         for name in checkpoint.tensors:

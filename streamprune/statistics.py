@@ -27,7 +27,7 @@ class Statistics:
 
     def __init__(self, sweeper: Sweeper, input_ids: Tensor | None, layers: Sequence[int], seed: int) -> None:
         self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
-        self._start: tuple[int, Tensor] | None = None
+        self._again = False  # the sweeper has kept the lowest prunable layer's input
         skeleton = sweeper.skeleton
         self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
         self.samples = 0 if input_ids is None else len(input_ids)
@@ -37,20 +37,19 @@ class Statistics:
         assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
         return self.input_ids
 
-    def bytes_to_read(self, needs: Sequence[str], sweeps: int) -> int:
-        """Bytes of layers that a method reads which needs these, with so many "gradients" sweeps."""
-        pager = self.sweeper.pager
-        sizes = [pager.bytes_of(layer) for layer in range(self.sweeper.n_layers)]
-        above = sum(sizes[self.layers[0] :])
-        totals = {
-            "weights": sum(sizes[layer] for layer in self.layers),
+    def passes(self, needs: Sequence[str], sweeps: int) -> list[Sequence[int]]:
+        """The layers in the order in which a method passes them that needs these, with so many "gradients" sweeps."""
+        n_layers, lowest, last = self.sweeper.n_layers, self.layers[0], self.layers[-1]
+        above = range(lowest, n_layers)
+        orders: dict[str, list[Sequence[int]]] = {
+            "weights": [self.layers],
             # Each way passes the layers from the lowest prunable one up; the first forward also those below.
-            "gradients": sum(sizes) + (2 * sweeps - 1) * above,
-            "inputs": sum(sizes[: self.layers[-1] + 1]),
-            "hidden": sum(sizes[: self.layers[-1] + 1]),
-            "losses": sum(sizes),
+            "gradients": [range(n_layers), above[::-1], *[above, above[::-1]] * (sweeps - 1)],
+            "inputs": [range(last + 1)],
+            "hidden": [range(last + 1)],
+            "losses": [range(start, n_layers) for start in self._starts()] if "losses" in needs else [],
         }
-        return sum(totals[need] for need in needs)
+        return [order for need in needs for order in orders[need]]
 
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
         """One sweep over the scored matrices of the prunable layers as they are stored."""
@@ -84,7 +83,7 @@ class Statistics:
                 the weight: once a layer's matrices are through, the layer runs again and its new output goes on.
         """
         last = self.layers[-1]
-        self._start = None  # no other sweep of gradients comes; the boundaries can go
+        self._again = False  # the boundaries go
 
         def prune(visit: Visit) -> Tensor:
             if visit.layer not in self.layers:
@@ -120,16 +119,23 @@ class Statistics:
 
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
-        ids, skeleton = self._ids, self.sweeper.skeleton
-        hidden_bytes = ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize
-        size = max(1, STREAM_BYTES // hidden_bytes)
-        losses: dict[int, float] = {}
+        size, losses = self._streams_at_once(), dict[int, float]()
         start: tuple[int, Tensor] | None = None
         for first in range(0, len(self.layers), size):
             streams, start = self._without(self.layers[first : first + size], start)
             for layer, hidden in streams.items():
-                losses[layer], _ = self.sweeper.head_loss(hidden, ids, with_grad=False)
+                losses[layer], _ = self.sweeper.head_loss(hidden, self._ids, with_grad=False)
         return losses
+
+    def _streams_at_once(self) -> int:
+        """Layers left out in one pass."""
+        skeleton = self.sweeper.skeleton
+        return max(1, STREAM_BYTES // (self._ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize))
+
+    def _starts(self) -> list[int]:
+        """Where the passes of `losses_without` begin: all but the first above the layers of the one before."""
+        size = self._streams_at_once()
+        return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
 
     def _without(
         self, layers: Sequence[int], start: tuple[int, Tensor] | None
@@ -157,16 +163,12 @@ class Statistics:
 
     def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
         sweeper, lowest, ids = self.sweeper, self.layers[0], self._ids
-        hidden, boundaries = sweeper.forward(
-            ids,
-            start=self._start,
-            keep_from=lowest,
-            perturbation=perturbation,
-            perturbed=self.layers,
-        )
         # Below the first prunable layer nothing ever moves: later sweeps start from its input.
-        self._start = (lowest, boundaries[lowest])
+        hidden = sweeper.forward(
+            ids, keep_from=lowest, again=self._again, perturbation=perturbation, perturbed=self.layers
+        )
+        self._again = True
         loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
         assert grad is not None
-        sweeper.backward(ids, boundaries, grad, self.layers, collector, perturbation=perturbation)
+        sweeper.backward(ids, grad, self.layers, collector, perturbation=perturbation)
         return loss

@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamprune.activations import Boundaries, Place
 from streamprune.binding import Binder, Perturbation
 from streamprune.capture import MakeCollector, PowerCollector, TensorRef, gradient_scale, watched
+from streamprune.devices import paging_device
 from streamprune.inputs import Inputs
-from streamprune.paging import Page, Pager
+from streamprune.paging import Page, Pager, Turn
 from streamprune.skeleton import LayerCall, Skeleton
 
 HEAD_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
@@ -85,6 +88,9 @@ class Sweeper:
         pager: brings the layers' weights.
         micro_batch: sequences per layer call; part of the arithmetic, since sums depend on it.
         scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
+
+    Attributes:
+        place, scratch: where boundaries stay, to be set before the sweeps.
     """
 
     def __init__(
@@ -94,7 +100,10 @@ class Sweeper:
         self.scope = scope
         self._binder = Binder(skeleton)
         self._calls: dict[int, list[LayerCall]] = {}
-        self._boundaries: Tensor | None = None
+        self.place: Place = "device"
+        self.scratch: Path | None = None
+        self._kept: Boundaries | None = None
+        self._kept_from = 0
 
     @cached_property
     def scored(self) -> list[dict[str, TensorRef]]:
@@ -118,33 +127,38 @@ class Sweeper:
         *,
         start: tuple[int, Tensor] | None = None,
         keep_from: int | None = None,
+        again: bool = False,
         perturbation: Perturbation | None = None,
         perturbed: Sequence[int] = (),
         visit: Visitor | None = None,
         change: bool = True,
         stop: int | None = None,
         micro_batch: int | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Hidden states after the last layer (or before layer `stop`) [n, seq, d], and the boundaries that were kept.
-
-        Boundaries are valid until the next sweep that keeps some: they lie in one tensor that stays.
+        then: Turn = "back",
+    ) -> Tensor:
+        """Hidden states after the last layer (or before layer `stop`) [n, seq, d].
 
         Args:
             input_ids: [n, seq].
-            start: (layer, its input) where an earlier sweep had the same weights below that layer; with `keep_from`
-                it is the boundary of that very layer that the earlier sweep kept.
-            keep_from: keep the inputs of this layer and of those above.
+            start: (layer, its input) where an earlier sweep had the same weights below that layer.
+            keep_from: keep the inputs of this layer and of those above for `backward`.
+            again: begin at `keep_from` with the input that the last sweep kept.
             perturbation: applied in the layers `perturbed`.
             visit: makes each layer's output instead, with no boundaries kept. change: it may change weights.
             stop: the first layer that is not run.
             micro_batch: sequences per layer call, where not the sweeper's.
+            then: the next sweep comes "back", or goes the same way "again".
         """
         if visit is not None:
-            self._boundaries = None
-        first, hidden = start if start is not None else (0, self._embed(input_ids, micro_batch))
+            self._keep_nothing()
+        first, hidden = start if start is not None else (0, None)
+        if again:
+            assert keep_from == self._kept_from and self._kept is not None, "the sweep before kept the same"
+            first, hidden = keep_from, self._kept.take(0)
+        if hidden is None:
+            hidden = self._embed(input_ids, micro_batch)
         calls = self._recorded(input_ids)
-        boundaries: dict[int, Tensor] = {}
-        with self.pager.pages(range(first, self.n_layers if stop is None else stop)) as pages:
+        with self.pager.pages(range(first, self.n_layers if stop is None else stop), then) as pages:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
                 scored = self.scored[page.layer] if moved is not None else ()
@@ -153,45 +167,42 @@ class Sweeper:
                     size = micro_batch or self.micro_batch
                     hidden = visit(Visit(self, page, weights, hidden, calls[page.layer], size))
                     continue
-                if keep_from is not None and page.layer >= keep_from:
-                    store = self._boundary_store(keep_from, hidden)
-                    if page.layer == keep_from and start is None:
-                        hidden = store[0].copy_(hidden)
-                    boundaries[page.layer] = hidden
-                    output = store[page.layer + 1 - keep_from]
+                kept = self._keep(keep_from, page.layer, hidden, again=again) if keep_from is not None else None
+                if kept is not None:
+                    hidden, output = kept
                 else:
                     # The caller of `start` keeps its hidden states; otherwise the layer works in place.
                     output = torch.empty_like(hidden) if page.layer == first else hidden
                 for part in self.micro_batches(len(hidden), micro_batch):
                     output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
                 hidden = output
-        return hidden, boundaries
+        return hidden
 
     def backward(
         self,
         input_ids: Tensor,
-        boundaries: dict[int, Tensor],
         grad: Tensor,
         prunable: Sequence[int],
         collector: MakeCollector,
         *,
         perturbation: Perturbation | None = None,
     ) -> None:
-        """From dL/dh after the last layer down to the lowest boundary, feeding collectors.
+        """From dL/dh after the last layer down to the lowest boundary that `forward` kept, feeding collectors.
 
         Args:
             input_ids: [n, seq], as in the forward sweep.
-            boundaries: from `forward`; emptied on the way.
             grad: dL/dh [n, seq, d] after the last layer; overwritten.
             prunable: layers whose weight gradients are wanted.
             collector: makes the collector of a scored tensor of those layers, given the number of micro-batches.
             perturbation: as in the forward sweep.
         """
-        call, first = self._recorded(input_ids), min(boundaries)
+        kept, first = self._kept, self._kept_from
+        assert kept is not None, "a forward sweep kept boundaries"
+        call = self._recorded(input_ids)
         parts = list(self.micro_batches(len(grad)))
         with self.pager.pages(range(self.n_layers - 1, first - 1, -1)) as pages:
             for page in pages:
-                layer, hidden = page.layer, boundaries.pop(page.layer)
+                layer, hidden = page.layer, kept.take(page.layer - first)
                 scored = self.scored[layer] if layer in prunable else {}
                 weights = self._binder.bind(page, perturbation if scored else None, scored)
                 collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
@@ -233,15 +244,34 @@ class Sweeper:
         parts = self.micro_batches(len(input_ids), micro_batch)
         return torch.cat([self.skeleton.embed(input_ids[part]) for part in parts])
 
-    def _boundary_store(self, keep_from: int, hidden: Tensor) -> Tensor:
-        """[layers from `keep_from` up, and one, n, seq, d]: allocated once.
+    def _keep(self, first: int, layer: int, hidden: Tensor, *, again: bool) -> tuple[Tensor, Tensor] | None:
+        """(input, output) of a layer where boundaries are kept, in their places; None below `first`.
 
-        Tensors that come and go among a layer's activations leave holes in the heap, more with every layer.
+        The output of the layer below is written by now, and begins to be carried away.
         """
-        shape = (self.n_layers - keep_from + 1, *hidden.shape)
-        if self._boundaries is None or self._boundaries.shape != shape:
-            self._boundaries = torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
-        return self._boundaries
+        index = layer - first
+        if index < 0:
+            return None
+        if index == 0 and not again:
+            shape = tuple(hidden.shape)
+            if self._kept is None or self._kept_from != first or self._kept.shape != shape:
+                self._keep_nothing()
+                count, device = self.n_layers - first + 1, self.skeleton.device
+                self._kept = Boundaries(
+                    count, shape, hidden.dtype, device, self.place, paging_device(device), self.scratch
+                )
+                self._kept_from = first
+            hidden = self._kept.buffer(0).copy_(hidden)
+        assert self._kept is not None, "the first layer made them"
+        if index > 0 or not again:
+            self._kept.save(index)
+        return hidden, self._kept.buffer(index + 1)
+
+    def _keep_nothing(self) -> None:
+        """Boundaries can go: no backward sweep comes."""
+        if self._kept is not None:
+            self._kept.close()
+        self._kept = None
 
     def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """The recorded calls for this sequence length; they do not depend on the tokens."""

@@ -136,7 +136,7 @@ def expected_logits(model: str, directory: Path, change: Change) -> tuple[Tensor
         ids = tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
         with Checkpoint(directory) as output:
             masking = _Masking(skeleton, output, change)
-            hidden, _ = sweeper.forward(ids, visit=masking.visit)
+            hidden = sweeper.forward(ids, visit=masking.visit)
         with torch.no_grad():
             return ids, skeleton.head(hidden).float(), masking.checks()
 

@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from streamprune.checkpoint import Checkpoint
 from streamprune.cli import main
+from streamprune.devices import HostDevice
 from streamprune.kernels import noise_seed, perturb
-from streamprune.paging import HostDevice, Pager
+from streamprune.paging import Pager
 from streamprune.skeleton import Skeleton
 from streamprune.statistics import Statistics
 from streamprune.sweep import Sweeper

@@ -81,8 +81,8 @@ def test_short_reads_are_completed(most, tmp_path, monkeypatch):
         return sizes[-1]
 
     tensor = random_tensor(torch.float32, 11, 13)
+    monkeypatch.setattr(os, "preadv", preadv)
     with Checkpoint(save(tmp_path / "model", {"a": torch.zeros(5), "b": tensor})) as checkpoint:
-        monkeypatch.setattr(os, "preadv", preadv)
         assert same_bytes(checkpoint.read("b"), tensor)
         assert checkpoint.bytes_read == tensor.nbytes
     assert len(sizes) == -(-tensor.nbytes // most)
@@ -102,12 +102,14 @@ def test_a_read_error_names_the_file(tmp_path, monkeypatch):
     path = save(tmp_path / "model", {"a": torch.zeros(5)})
 
     def preadv(*arguments):
-        raise OSError(5, "Input/output error")
+        raise OSError(13, "Permission denied")
 
-    with Checkpoint(path) as checkpoint:
-        monkeypatch.setattr(os, "preadv", preadv)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: Input/output error"):
-            checkpoint.read("a")
+    monkeypatch.setattr(os, "preadv", preadv)
+    with (
+        Checkpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read: Permission denied"),
+    ):
+        checkpoint.read("a")
 
 
 def test_dropping_the_page_cache_changes_no_byte(tmp_path):

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from streamprune import PruneConfig, prune
 from streamprune.binding import Perturbation
 from streamprune.checkpoint import Checkpoint
+from streamprune.devices import paging_device
 from streamprune.kernels import perturb
-from streamprune.paging import Pager, paging_device
+from streamprune.paging import Pager
 from streamprune.skeleton import Skeleton
 from streamprune.statistics import Statistics
 from streamprune.sweep import Sweeper

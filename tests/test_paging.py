@@ -8,7 +8,8 @@ from conftest import make_sweeper, save_tiny
 
 from streamprune import paging
 from streamprune.checkpoint import Checkpoint
-from streamprune.paging import HostDevice, Pager
+from streamprune.devices import HostDevice
+from streamprune.paging import Pager
 
 
 class FakeDevice:
@@ -84,8 +85,11 @@ def checkpoint(tmp_path, monkeypatch):
 
 def sums_seen(skeleton, device, sweeps=2):
     """What queued compute reads of each page, when it finally runs, and what it should have read."""
+    return sums_of(Pager(skeleton.checkpoint, skeleton.entries, device), skeleton, device, sweeps)
+
+
+def sums_of(pager, skeleton, device, sweeps):
     seen, expected = [], []
-    pager = Pager(skeleton.checkpoint, skeleton.entries, device)
     for sweep in range(sweeps):
         order = range(8) if sweep % 2 == 0 else range(7, -1, -1)
         with pager.pages(order) as pages:
@@ -110,18 +114,89 @@ def test_each_wait_is_needed(checkpoint, without, late):
     assert seen != expected
 
 
-def test_a_released_slot_is_poisoned_and_the_held_one_is_not(checkpoint):
+def test_a_released_slot_is_poisoned_unless_it_keeps_its_layer(checkpoint, monkeypatch):
+    allowed, read_into = threading.Event(), Checkpoint.read_into
+    last = [(entry.offset, entry.offset + entry.nbytes) for entry in checkpoint.entries[2].values()]
+
+    def waiting(self, file, offset, *arguments, **options):
+        if any(start <= offset < stop for start, stop in last):
+            allowed.wait()  # layer 2 goes where layer 0 was
+        read_into(self, file, offset, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoint, "read_into", waiting)
     pager = Pager(checkpoint.checkpoint, checkpoint.entries, HostDevice(), poison=True)
-    with pager.pages(range(4)) as pages:
+    with pager.pages(range(3)) as pages:
         first = next(pages)
         assert all(torch.isfinite(tensor).all() for tensor in first.tensors.values())
         second = next(pages)
-        assert all(torch.isfinite(tensor).all() for tensor in second.tensors.values())
-    pager = Pager(checkpoint.checkpoint, checkpoint.entries, HostDevice(), poison=True)
-    with pager.pages([0]) as pages:
-        page = next(pages)
+        assert all(torch.isnan(tensor).all() for tensor in first.tensors.values())
+        allowed.set()
+        third = next(pages)
         assert next(pages, None) is None
-        assert all(torch.isnan(tensor).all() for tensor in page.tensors.values())
+    for page in (second, third):
+        assert all(torch.isfinite(tensor).all() for tensor in page.tensors.values())
+
+
+def best_possible(orders, slots):
+    """Layers read by the best choice of what each slot keeps, by trying all of them; a slot is busy for two steps."""
+    future = [layer for order in orders for layer in order]
+    states = {(frozenset(), None): 0}
+    for layer in future:
+        following = {}
+        for (held, busy), reads in states.items():
+            if layer in held:
+                options = [(held, reads)]
+            elif len(held) < slots:
+                options = [(held | {layer}, reads + 1)]
+            else:
+                options = [(held - {gone} | {layer}, reads + 1) for gone in held if gone != busy]
+            for kept, count in options:
+                key = (kept, layer)
+                following[key] = min(count, following.get(key, count))
+        states = following
+    return min(states.values())
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 8, 20])
+@pytest.mark.parametrize("then", ["back", "again"])
+def test_no_other_choice_of_slots_reads_less(slots, then):
+    n, sweeps = 7, 4
+    orders = [range(n) if then == "again" or sweep % 2 == 0 else range(n)[::-1] for sweep in range(sweeps)]
+    held, reads = [None] * slots, 0
+    for order in orders:
+        for step in paging.schedule(order, held, then):
+            assert step.read == (step.layer not in held)
+            held[step.slot] = step.layer
+            reads += step.read
+    assert reads == best_possible(orders, slots)
+    assert slots < n or reads == n
+
+
+@pytest.mark.parametrize("slots", [2, 3, 5, 8])
+@pytest.mark.parametrize("late", ["copy", "compute"])
+def test_kept_layers_are_not_read_again_and_hold_their_bytes(checkpoint, slots, late):
+    device = FakeDevice(late=late)
+    pager = Pager(checkpoint.checkpoint, checkpoint.entries, device)
+    pager.slots = slots
+    seen, expected = sums_of(pager, checkpoint, device, sweeps=4)
+    assert seen == expected
+
+
+def test_bytes_read_are_those_foretold(checkpoint):
+    for slots in (2, 3, 6, 8):
+        pager = Pager(checkpoint.checkpoint, checkpoint.entries, HostDevice(), poison=True)
+        pager.slots = slots
+        sweeps = [(range(8), "back"), (range(2, 8)[::-1], "back"), (range(2, 8), "again"), (range(2, 8), "again")]
+        before, foretold = checkpoint.checkpoint.bytes_read, pager.bytes_to_read(sweeps)
+        facts = []
+        pager._progress = lambda nbytes, facts=facts, **more: facts.append((nbytes, more))
+        for order, then in sweeps:
+            with pager.pages(order, then) as pages:
+                for _ in pages:
+                    pass
+        assert checkpoint.checkpoint.bytes_read - before == foretold == sum(more["read"] for _, more in facts)
+        assert [more["layer"] for _, more in facts] == [layer for order, _ in sweeps for layer in order]
+        assert all(more["waited"] >= 0 for _, more in facts)
 
 
 def test_pages_hold_the_stored_bytes_in_the_order_asked_for(checkpoint):

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from streamprune import PruneConfig, prune
 from streamprune.checkpoint import Checkpoint, resolve_model
+from streamprune.devices import CudaDevice
 from streamprune.errors import CheckpointError, StreampruneError, UsageError
-from streamprune.paging import CudaDevice, Pager
+from streamprune.paging import Pager
 from streamprune.run import compute_dtype
 
 

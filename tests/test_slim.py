@@ -167,7 +167,7 @@ def test_a_head_of_its_own_counts_although_the_config_ties_it(family, tmp_path):
     assert_masked_equals_sliced(source, output, result.kept)
     model, ids = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64), token_ids()
     with torch.no_grad():
-        hidden = make_sweeper(source).forward(ids)[0]
+        hidden = make_sweeper(source).forward(ids)
         torch.testing.assert_close(make_sweeper(source).skeleton.head(hidden), model(ids).logits, atol=1e-9, rtol=0)
 
 

@@ -9,14 +9,16 @@ ROOT = Path(__file__).parent.parent
 # Bottom to top; a module may import what is in an earlier row.
 ROWS = (
     ("errors", "kernels"),
+    ("readers",),
     ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
-    ("skeleton", "calibration", "paging", "writer", "capture"),
+    ("skeleton", "calibration", "devices", "writer", "capture"),
+    ("paging", "activations"),
     ("binding", "inputs", "compressed"),
     ("sweep",),
     ("statistics", "allocation"),
     ("methods",),
     ("slim", "evaluate", "report"),
-    ("compensate",),
+    ("compensate", "progress"),
     ("plan",),
     ("job",),
     ("run",),

@@ -179,7 +179,7 @@ def test_head_in_chunks_equals_the_whole_head(tmp_path, monkeypatch):
     model = save_tiny(tmp_path, "gemma2", tied=True)
     ids = token_ids(n=3, seq=16)
     sweeper = make_sweeper(tmp_path)
-    hidden, _ = sweeper.forward(ids)
+    hidden = sweeper.forward(ids)
     whole, whole_grad = sweeper.head_loss(hidden, ids, with_grad=True)
     for tokens in (1, 7, 20):
         monkeypatch.setattr("streamprune.sweep.HEAD_BYTES", tokens * 4 * model.config.vocab_size)
@@ -192,11 +192,17 @@ def test_a_sweep_reads_each_layer_once(tmp_path):
     save_tiny(tmp_path, "llama")
     statistics = Statistics(make_sweeper(tmp_path), token_ids(), LAYERS, 0)
     checkpoint, sizes = statistics.sweeper.skeleton.checkpoint, []
-    for sweeps in (1, 2):
+    pager, passes = statistics.sweeper.pager, statistics.passes(["gradients"], 2)
+    for orders in (passes[:2], passes[2:]):
+        foretold = pager.bytes_to_read((order, "back") for order in orders)
         before = checkpoint.bytes_read
         collect(statistics)
         sizes.append(checkpoint.bytes_read - before)
-        assert sum(sizes) == statistics.bytes_to_read(["gradients"], sweeps)
+        assert sizes[-1] == foretold
+    # Two slots hold the two layers at each turn.
+    layers, above = pager.layer_bytes(), sum(map(pager.bytes_of, range(LAYERS[0], N_LAYERS)))
+    assert sizes[0] == layers + above - 2 * pager.bytes_of(0)
+    assert sizes[1] == 2 * above - 4 * pager.bytes_of(0)
 
 
 def test_layers_split_over_shards_and_base_model_names_are_read(tmp_path):

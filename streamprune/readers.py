@@ -1,0 +1,144 @@
+"""Bytes of shards into memory: through the page cache or around it, and on disks that fail for a moment.
+
+Network disks answer a read with an error now and then, and the same read works a second later: such reads are tried
+again before a run that took hours is given up.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from streamprune.errors import CheckpointError
+
+ReaderKind = Literal["buffered", "direct"]
+
+PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET})
+PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds before each further try
+
+# O_DIRECT asks for multiples of the disk's logical block, which is 512 or 4096 bytes. Where it is more, the read is
+# refused with EINVAL as on a filesystem without O_DIRECT.
+BLOCK = 4096
+BOUNCE_BYTES = (16 << 20) + BLOCK  # 16 MiB from any offset
+
+
+class Reader:
+    """Shards, each opened when it is first read. Usable from several threads; close when done.
+
+    Args:
+        files: the shards.
+        kind: "buffered" reads through the page cache; "direct" (O_DIRECT) leaves no page of the shards in it.
+        preadv: in the place of `os.preadv` (tests).
+        sleep: in the place of `time.sleep` (tests).
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        kind: ReaderKind = "buffered",
+        *,
+        preadv: Callable[[int, list[memoryview], int], int] | None = None,
+        sleep: Callable[[float], object] = time.sleep,
+    ) -> None:
+        self.files = files
+        self._flags = os.O_RDONLY | {"buffered": 0, "direct": os.O_DIRECT}[kind]
+        self._direct = kind == "direct"
+        self._preadv = preadv or os.preadv
+        self._sleep = sleep
+        self._descriptors: dict[int, int] = {}
+        # Shared by all shards, so that there are as many as there are threads that read at the same time.
+        self._bounces: list[memoryview] = []
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the files and free the memory; both come back with the next read."""
+        with self._lock:
+            self._bounces.clear()
+            while self._descriptors:
+                os.close(self._descriptors.popitem()[1])
+
+    def read_into(self, file: int, offset: int, buffer: memoryview, *, drop_cache: bool = False) -> None:
+        """Fill `buffer` with the bytes at `offset` of `files[file]`.
+
+        `drop_cache` lets the kernel forget the pages behind the cursor. A direct read leaves none, with or without it.
+
+        Raises:
+            CheckpointError: the file ended first, could not be read, or not in this way.
+        """
+        path, size, done, failures = self.files[file], len(buffer), 0, 0
+        while done < size:
+            try:
+                descriptor = self._descriptor(file, reopen=failures > 0)
+                count, reason = self._read_once(descriptor, offset + done, buffer[done:]), "no bytes came"
+                if count == 0 and (end := os.fstat(descriptor).st_size) < offset + size:
+                    raise CheckpointError(
+                        f"{path} ended at byte {end}, {offset + size - end} bytes too early; download it again"
+                    )
+            except OSError as error:
+                if error.errno == errno.EINVAL and self._direct:
+                    raise CheckpointError(
+                        f"{path}: its filesystem refuses reads around the page cache (O_DIRECT: {error.strerror}); "
+                        "use --reader buffered"
+                    ) from error
+                if error.errno not in PASSING:
+                    raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+                count, reason = 0, str(error.strerror)
+            done += count
+            failures = 0 if count else failures + 1
+            if failures > len(PAUSES):
+                raise CheckpointError(
+                    f"{path}: byte {offset + done} could not be read in {failures} tries ({reason}); "
+                    "check the disk or its network connection, then run again"
+                )
+            if failures:
+                self._sleep(PAUSES[failures - 1])
+        if drop_cache and size and not self._direct:  # 0 bytes would mean all up to the end of the file
+            os.posix_fadvise(self._descriptor(file), offset, size, os.POSIX_FADV_DONTNEED)
+
+    def _descriptor(self, file: int, *, reopen: bool = False) -> int:
+        with self._lock:
+            known = self._descriptors.get(file)
+            if known is not None and not reopen:
+                return known
+            fresh = os.open(self.files[file], self._flags)
+            if known is None:
+                self._descriptors[file] = fresh
+                return fresh
+            # A stale handle never heals, so the file is opened anew. The number stays as it is: other threads are
+            # reading from it, and once closed it could be given to another file.
+            os.dup2(fresh, known, inheritable=False)
+            os.close(fresh)
+            return known
+
+    def _read_once(self, descriptor: int, offset: int, buffer: memoryview) -> int:
+        """The first bytes of `buffer`, as many as one read gives."""
+        if not self._direct:
+            return self._preadv(descriptor, [buffer], offset)
+        # Offset, length and address must be multiples of the block, so the blocks around the bytes are read, as many
+        # as the bounce buffer holds. Only the end of a file may lie inside a block: there the read is short.
+        head = offset % BLOCK
+        extent = -(-(head + len(buffer)) // BLOCK) * BLOCK
+        with self._lock:
+            bounce = self._bounces.pop() if self._bounces else _bounce()
+        try:
+            count = self._preadv(descriptor, [bounce[:extent]], offset - head)
+            count = max(0, min(count - head, len(buffer)))
+            # Through numpy, which lets other threads run meanwhile; an assignment of memoryviews does not.
+            np.copyto(np.asarray(buffer[:count]), np.asarray(bounce[head : head + count]))
+        finally:
+            with self._lock:
+                self._bounces.append(bounce)
+        return count
+
+
+def _bounce() -> memoryview:
+    """Memory that starts at a page, and so at a block."""
+    return memoryview(mmap.mmap(-1, BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

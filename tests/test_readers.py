@@ -1,0 +1,312 @@
+"""Both readers give the bytes of the file, whatever the extent, the threads and the moods of the disk."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.torch import load_file
+from stored_tensors import EVERY_DTYPE, same_bytes, save
+
+from streamprune.checkpoint import Checkpoint
+from streamprune.errors import CheckpointError
+from streamprune.readers import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind
+
+SIZE = BOUNCE_BYTES + 5001  # no multiple of any block
+MARGIN = b"\xa5" * 9  # around what is read into, so that it starts at an odd address
+SMALL = 20_003
+
+
+@pytest.fixture(params=["buffered", "direct"])
+def kind(request, tmp_path) -> ReaderKind:
+    if request.param == "direct":
+        need_direct(tmp_path)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A file that is larger than the bounce buffer."""
+    path = tmp_path_factory.mktemp("readers") / "large"
+    path.write_bytes(random.Random(0).randbytes(SIZE))
+    return path
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    path = tmp_path / "small"
+    path.write_bytes(random.Random(1).randbytes(SMALL))
+    return path
+
+
+def need_direct(directory: Path) -> None:
+    probe = directory / "probe"
+    probe.write_bytes(bytes(BLOCK))
+    memory = mmap.mmap(-1, BLOCK)
+    try:
+        descriptor = os.open(probe, os.O_RDONLY | os.O_DIRECT)
+        os.preadv(descriptor, [memory], 0)
+        os.close(descriptor)
+    except OSError as error:
+        pytest.skip(f"{directory} cannot be read with O_DIRECT ({error.strerror}); use --basetemp on another disk")
+
+
+def read(reader: Reader, offset: int, nbytes: int, file: int = 0) -> bytes:
+    """What the reader gives, and nothing beside it."""
+    memory = bytearray(MARGIN + bytes(nbytes) + MARGIN)
+    reader.read_into(file, offset, memoryview(memory)[len(MARGIN) : len(MARGIN) + nbytes])
+    assert memory.startswith(MARGIN) and memory.endswith(MARGIN)
+    return bytes(memory[len(MARGIN) : -len(MARGIN)])
+
+
+def extents(size: int, count: int, seed: int = 0) -> list[tuple[int, int]]:
+    """Random (offset, length) of a file, most of them short."""
+    generator = random.Random(seed)
+    offsets = [generator.randrange(size) for _ in range(count)]
+    return [(offset, min(size - offset, int(2 ** generator.uniform(0, 20)))) for offset in offsets]
+
+
+class Disk:
+    """`os.preadv` with a mind of its own, and the pauses that were made meanwhile.
+
+    Args:
+        answers: to the first calls: an error number, None for no bytes, 0 for what is there. All others are 0.
+        most: bytes that a call gives at most.
+    """
+
+    def __init__(self, *answers: int | None, most: int = SIZE) -> None:
+        self.answers, self.most = list(answers), most
+        self.calls, self.pauses = 0, list[float]()
+
+    def preadv(self, descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        self.calls += 1
+        answer = self.answers.pop(0) if self.answers else 0
+        if answer:
+            raise OSError(answer, os.strerror(answer))
+        count = 0 if answer is None else min(os.preadv(descriptor, buffers, offset), self.most)
+        buffers[0][count:] = b"?" * (len(buffers[0]) - count)
+        return count
+
+    def reader(self, file: Path, kind: ReaderKind) -> Reader:
+        return Reader([file], kind, preadv=self.preadv, sleep=self.pauses.append)
+
+
+def test_every_extent_holds_the_bytes_of_a_plain_read(kind, large):
+    expected = large.read_bytes()
+    fixed = [(0, 0), (SIZE, 0), (5, 0), (0, 1), (SIZE - 1, 1), (BLOCK - 1, 1), (BLOCK, 1), (BLOCK, BLOCK)]
+    fixed += [(BLOCK - 1, 2), (511, 2), (3 * BLOCK - 7, 2 * BLOCK + 14), (SIZE - 600, 600), (SIZE - 5000, 5000)]
+    fixed += [(0, BOUNCE_BYTES), (1, BOUNCE_BYTES - BLOCK), (4095, BOUNCE_BYTES - BLOCK), (0, SIZE), (3, SIZE - 3)]
+    reader = Reader([large], kind)
+    for offset, nbytes in [*fixed, *extents(SIZE, 100)]:
+        assert read(reader, offset, nbytes) == expected[offset : offset + nbytes], (offset, nbytes)
+    reader.close()
+
+
+@pytest.mark.parametrize("failing", [False, True], ids=["calm", "stale-now-and-then"])
+def test_eight_threads_read_at_once(failing, kind, large, small):
+    """Also while one of them opens the file anew."""
+    expected, stale = [large.read_bytes(), small.read_bytes()], threading.local()
+
+    def preadv(descriptor, buffers, offset):
+        stale.now = failing and not getattr(stale, "now", False)
+        if stale.now:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return os.preadv(descriptor, buffers, offset)
+
+    reader = Reader([large, small], kind, preadv=preadv, sleep=lambda seconds: None)
+    start = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        file, size = number % 2, (SIZE, SMALL)[number % 2]
+        start.wait()
+        for offset, nbytes in extents(size, 60, seed=number):
+            assert read(reader, offset, nbytes, file) == expected[file][offset : offset + nbytes]
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+    reader.close()
+
+
+def resident_pages(file: Path) -> int:
+    """How many pages of a file are in the page cache."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = file.stat().st_size
+    flags = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ) as mapping:
+        address = np.frombuffer(mapping, np.uint8).ctypes.data
+        assert libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), flags) == 0, os.strerror(
+            ctypes.get_errno()
+        )
+    return sum(flag & 1 for flag in flags)
+
+
+@pytest.fixture
+def uncached(small) -> Path:
+    """A file of which no page is in the page cache."""
+    with small.open("rb") as stream:
+        os.fsync(stream.fileno())  # a page that is not yet on the disk cannot be dropped
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_pages(small):
+        pytest.skip(f"{small.parent} keeps its files in memory; use --basetemp on a disk")
+    return small
+
+
+def test_a_direct_read_leaves_no_page_in_the_cache_and_a_buffered_one_does(uncached):
+    need_direct(uncached.parent)
+    for kind, pages in (("direct", 0), ("buffered", -(-SMALL // mmap.PAGESIZE))):
+        reader = Reader([uncached], kind)
+        read(reader, 0, SMALL)
+        reader.close()
+        assert resident_pages(uncached) == pages
+
+
+def test_what_is_dropped_from_the_cache_is_what_was_read(uncached):
+    reader, memory = Reader([uncached]), memoryview(bytearray(SMALL))
+    reader.read_into(0, 0, memory)
+    reader.read_into(0, 0, memory[:0], drop_cache=True)
+    assert resident_pages(uncached) == -(-SMALL // mmap.PAGESIZE)
+    reader.read_into(0, 0, memory, drop_cache=True)
+    assert resident_pages(uncached) == 0
+    reader.close()
+
+
+@pytest.mark.parametrize("number", sorted(PASSING), ids=errno.errorcode.get)
+def test_an_error_that_passes_is_waited_for(number, kind, small):
+    disk = Disk(number, number, number)
+    assert read(disk.reader(small, kind), 4001, 9000) == small.read_bytes()[4001:13001]
+    assert disk.pauses == list(PAUSES[:3])
+
+
+def test_no_bytes_before_the_end_are_waited_for(kind, small):
+    disk = Disk(None, errno.EIO, None)
+    assert read(disk.reader(small, kind), SMALL - 7, 7) == small.read_bytes()[-7:]
+    assert disk.pauses == list(PAUSES[:3])
+
+
+def test_every_byte_has_tries_of_its_own(small):
+    disk = Disk(*[errno.EIO, errno.EIO, errno.EIO, errno.EIO, 0] * 7, most=3000)
+    assert read(disk.reader(small, "buffered"), 0, SMALL) == small.read_bytes()
+    assert disk.pauses == list(PAUSES) * 7
+
+
+@pytest.mark.parametrize("number", [errno.EIO, None], ids=["EIO", "no-bytes"])
+def test_an_error_that_stays_names_the_file_the_byte_the_tries_and_the_reason(number, kind, small):
+    disk = Disk(*[number] * 99)
+    reason = "Input/output error" if number else "no bytes came"
+    expected = rf"{small}: byte 4001 could not be read in 5 tries \({reason}\); check the disk or its network"
+    with pytest.raises(CheckpointError, match=expected):
+        read(disk.reader(small, kind), 4001, 9000)
+    assert disk.pauses == list(PAUSES)
+    assert disk.calls == 5
+
+
+def test_the_byte_that_is_named_is_the_first_that_is_missing(small):
+    disk = Disk(0, 0, *[errno.EIO] * 99, most=3000)
+    with pytest.raises(CheckpointError, match="byte 6100 could not be read in 5 tries"):
+        read(disk.reader(small, "buffered"), 100, 9000)
+
+
+def test_a_stale_handle_is_replaced(kind, small):
+    """A handle goes stale when the server replaces the file: only opening it anew helps."""
+    stale = set[int]()
+
+    def preadv(descriptor, buffers, offset):
+        if os.fstat(descriptor).st_ino in stale:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        assert not os.get_inheritable(descriptor)
+        return os.preadv(descriptor, buffers, offset)
+
+    reader = Reader([small], kind, preadv=preadv, sleep=lambda seconds: None)
+    for _ in range(2):
+        assert read(reader, 1, 9000) == small.read_bytes()[1:9001]
+        stale.add(small.stat().st_ino)
+        shutil.copy(small, small.with_suffix(".new"))
+        os.replace(small.with_suffix(".new"), small)
+    reader.close()
+
+
+@pytest.mark.parametrize("most", range(1, 8))
+def test_short_reads_go_on_where_they_stopped(most, kind, small):
+    disk = Disk(most=most if kind == "buffered" else BLOCK + most)
+    assert read(disk.reader(small, kind), 4001, 9000) == small.read_bytes()[4001:13001]
+    assert disk.calls == (-(-9000 // most) if kind == "buffered" else 4)
+    assert disk.pauses == []
+
+
+@pytest.mark.parametrize("size", [0, 17, BLOCK, 2 * BLOCK, 2 * BLOCK + 512, 2 * BLOCK + 513, SMALL - 1])
+def test_a_file_that_ends_too_early_is_refused_at_once(size, kind, small):
+    os.truncate(small, size)
+    disk = Disk()
+    missing = SMALL - size
+    with pytest.raises(CheckpointError, match=rf"{small} ended at byte {size}, {missing} bytes too early; download"):
+        read(disk.reader(small, kind), 4001, SMALL - 4001)
+    assert disk.pauses == []
+    assert disk.calls <= 2
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EBADF, errno.ENOMEM], ids=errno.errorcode.get)
+def test_other_errors_are_raised_at_once(number, kind, small):
+    disk = Disk(number)
+    with pytest.raises(CheckpointError, match=rf"{small}: cannot be read: {os.strerror(number)}"):
+        read(disk.reader(small, kind), 0, 5)
+    assert (disk.calls, disk.pauses) == (1, [])
+
+
+def test_a_file_that_is_gone_is_an_error_that_names_it(kind, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path / 'gone'}: cannot be read: No such file"):
+        read(Reader([tmp_path / "gone"], kind), 0, 5)
+
+
+def test_a_filesystem_without_direct_reads_is_refused_with_the_other_reader(small):
+    remedy = "O_DIRECT: Invalid argument.; use --reader buffered"
+    with pytest.raises(CheckpointError, match=rf"{small}: .*{remedy}"):
+        read(Disk(errno.EINVAL).reader(small, "direct"), 0, 5)
+    with pytest.raises(CheckpointError, match=rf"/proc/version: .*{remedy}"):
+        read(Reader([Path("/proc/version")], "direct"), 0, 5)
+
+
+def test_no_descriptor_outlives_close(kind, small, large):
+    before = len(os.listdir("/proc/self/fd"))
+    disk = Disk(errno.EIO, errno.ESTALE, None)
+    reader = Reader([small, large], kind, preadv=disk.preadv, sleep=disk.pauses.append)
+    for _ in range(2):
+        for file in (0, 1):
+            read(reader, 0, 5, file)
+        assert len(os.listdir("/proc/self/fd")) == before + 2
+        reader.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_direct_reads_need_one_buffer_for_all_shards_and_close_frees_it(large):
+    need_direct(large.parent)
+    reader, target = Reader([large] * 8, "direct"), memoryview(bytearray(b"x" * SIZE))
+    before = psutil.Process().memory_info().rss
+    for file in range(8):
+        reader.read_into(file, 0, target)
+    assert BOUNCE_BYTES <= psutil.Process().memory_info().rss - before < 1.5 * BOUNCE_BYTES
+    reader.close()
+    assert psutil.Process().memory_info().rss - before < 0.5 * BOUNCE_BYTES
+
+
+def test_a_checkpoint_reads_with_either_and_counts_what_was_asked_for(kind, tmp_path):
+    path = save(tmp_path / "model", EVERY_DTYPE)
+    with Checkpoint(path, kind) as checkpoint:
+        for name, tensor in load_file(path / "model.safetensors").items():
+            before = checkpoint.bytes_read
+            assert same_bytes(checkpoint.read(name), tensor)
+            assert checkpoint.bytes_read - before == tensor.nbytes
+        assert checkpoint.bytes_read == checkpoint.nbytes
+        os.truncate(path / "model.safetensors", 0)
+        with pytest.raises(CheckpointError, match="ended at byte 0"):
+            checkpoint.read(max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes))
+        assert checkpoint.bytes_read == checkpoint.nbytes
