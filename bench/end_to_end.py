@@ -7,7 +7,8 @@ measures, each in a fresh process and in turn on the same tokens:
 
 - streamed: `taylor` and one update of `moreau-gs`, through streamprune's own sweeps;
 - whole: the same scores with the model in memory, float32, under transformers and autograd;
-- checkpointed: the same with gradient checkpointing.
+- checkpointed: the same with gradient checkpointing;
+- kept (on a GPU): streamed, with all layers in what memory is left over, so that each is read once.
 
 The whole-model runs freeze what is not scored, as streamprune does, so they compute no gradient in vain. A model of
 half the depth is then streamed alone: its peak memory shows what depends on the number of layers.
@@ -26,6 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -36,7 +38,8 @@ METHODS = {
     "taylor": {},
     "moreau-gs": {"steps": 1, "rho": RHO, "gamma": GAMMA, "sigma": SIGMA, "eta": ETA},
 }
-WAYS = ("streamed", "whole", "checkpointed")
+WAYS = ("streamed", "kept", "whole", "checkpointed")
+INSIDE = 3  # runs in a process on a GPU, where starting takes longer than running and times hardly vary
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -79,18 +82,20 @@ def memory(device: str) -> dict:
     return {"peak_rss": peak_rss()} | ({"peak_gpu": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
 
 
-def streamed(path: Path, method: str, device: str) -> dict:
+def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dict:
     """Scores by sweeps; also what streamprune says it keeps in memory."""
     from streamprune.methods import METHODS as TABLE
     from streamprune.methods import UnitScores, resolve_settings
     from streamprune.report import peak_rss
     from streamprune.run import open_model
     from streamprune.statistics import Statistics
-    from streamprune.sweep import default_micro_batch, working_bytes
+    from streamprune.sweep import default_micro_batch
 
     baseline = peak_rss()
     before = _io("rchar")
     with open_model(str(path), device=device, micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
+        if keep:
+            sweeper.pager.slots = sweeper.n_layers
         checkpoint = sweeper.skeleton.checkpoint
         loaded, start = checkpoint.bytes_read, time.perf_counter()
         layers = range(4, sweeper.n_layers - 2)
@@ -98,7 +103,7 @@ def streamed(path: Path, method: str, device: str) -> dict:
         scores = UnitScores.zeros(statistics)
         TABLE[method].score(statistics, resolve_settings(method, METHODS[method]), scores)
         seconds = time.perf_counter() - start
-        declared = working_bytes(sweeper, SAMPLES, SEQ_LEN, layers)
+        declared = held(sweeper, method, METHODS[method], layers)
         entries = sweeper.pager.entries
         sizes = [sum(entry.nbytes for entry in layer.values()) for layer in entries]
         return {
@@ -110,6 +115,22 @@ def streamed(path: Path, method: str, device: str) -> dict:
             "bytes_of_sweeps": sum(sizes) + sum(sizes[layers[0] :]),
             "rchar": _io("rchar") - before - loaded,
         }
+
+
+def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, granularity: str = "units") -> dict:
+    """Bytes that streamprune says a method holds, by purpose."""
+    from streamprune.config import PruneConfig
+    from streamprune.footprint import scoring
+    from streamprune.methods import resolve_settings
+    from streamprune.plan import make_plan
+
+    config = PruneConfig(
+        "random", Path("unused"), method, settings, granularity=granularity, layers=(layers.start, layers.stop)
+    )
+    numbers = resolve_settings(method, settings, config.target)
+    plan = make_plan(config, sweeper.skeleton, numbers)
+    stage = scoring(sweeper, config, numbers, plan, (SAMPLES, SEQ_LEN), "device", sweeper.micro_batch)
+    return {**stage.device, **stage.host}
 
 
 def whole(path: Path, method: str, device: str, *, checkpointing: bool) -> dict:
@@ -192,10 +213,13 @@ def measure(path: Path, way: str, method: str, device: str) -> dict:
 def run_one(path: Path, way: str, method: str, device: str) -> None:
     """The fresh process: prints one JSON object."""
     with contextlib.redirect_stdout(sys.stderr):
-        if way == "streamed":
-            result = streamed(path, method, device)
-        else:
-            result = whole(path, method, device, checkpointing=way == "checkpointed")
+        runs = []
+        for _ in range(INSIDE if device == "cuda" else 1):
+            if way in ("streamed", "kept"):
+                runs.append(streamed(path, method, device, keep=way == "kept"))
+            else:
+                runs.append(whole(path, method, device, checkpointing=way == "checkpointed"))
+        result = {**runs[0], "seconds": statistics.median(run["seconds"] for run in runs)}
     print(json.dumps({**result, **memory(device)}))
 
 
@@ -240,7 +264,7 @@ def show(rows: list[dict]) -> str:
         ]
     ]
     for row in rows:
-        own = row["way"] == "streamed"
+        own = row["way"] in ("streamed", "kept")
         lines.append(
             [
                 str(row["layers"]),
@@ -310,10 +334,11 @@ def main(
     rows = []
     try:
         # Of fewer than 7 layers none is prunable.
-        for depth, ways, times in ((layers, WAYS, repeat), (max(7, layers // 2), WAYS[:1], 1)):
+        ways = tuple(way for way in WAYS if device == "cuda" or way != "kept")
+        for depth, compared, times in ((layers, ways, repeat), (max(7, layers // 2), ways[:1], 1)):
             model = directory / str(depth)
             make_model(model, depth, dry=dry)
-            rows += compare(model, depth, times, ways, device)
+            rows += compare(model, depth, times, compared, device)
             if keep is not None and depth == layers:
                 shutil.move(model, keep)
             else:

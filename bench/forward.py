@@ -30,14 +30,14 @@ RUNS = {
 
 def one(path: str, method: str, granularity: str) -> dict[str, Any]:
     """A method in this process; weights that it prunes are dropped."""
-    from end_to_end import SEQ_LEN, token_ids
+    from end_to_end import SEQ_LEN, held, token_ids
 
     from streamprune.config import PruneConfig
     from streamprune.methods import METHODS, LayerScores, Sparsity, UnitScores, WeightPruner, resolve_settings
     from streamprune.report import peak_rss
     from streamprune.run import open_model
     from streamprune.statistics import Statistics
-    from streamprune.sweep import default_micro_batch, forward_bytes
+    from streamprune.sweep import default_micro_batch
 
     baseline = peak_rss()
     config = PruneConfig(model=path, output=Path("unused"), method=method, granularity=granularity)
@@ -57,7 +57,7 @@ def one(path: str, method: str, granularity: str) -> dict[str, Any]:
         return {
             "seconds": time.perf_counter() - start,
             "peak_rss": peak_rss(),
-            "declared": baseline + sum(forward_bytes(sweeper, *ids.shape, 0, gram=method == "sparsegpt").values()),
+            "declared": baseline + sum(held(sweeper, method, {}, layers, granularity).values()),
             "read": (sweeper.skeleton.checkpoint.bytes_read - read) / sweeper.pager.layer_bytes(),
         }
 

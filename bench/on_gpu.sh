@@ -28,7 +28,7 @@ if [[ -n $dry ]]; then
   device=cpu layers=8 repeat=1 model=135M tokens=(--tokens 128)
   tests=(tests/test_grad_norm.py -k "strided or nothing")
 else
-  device=cuda layers=24 repeat=3 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
+  device=cuda layers=24 repeat=1 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
   tests=(tests/test_noise_kernel.py tests/test_moreau_step.py tests/test_unit_score.py tests/test_grad_norm.py
     tests/test_weight_score.py tests/test_cuda.py)
   # Most of the tests' time goes into compiling kernels.

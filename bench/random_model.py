@@ -17,7 +17,7 @@ STD = 0.02
 
 
 def write_model(path: Path, config: Mapping[str, Any], *, max_shard_size: int = 5_000_000_000) -> None:
-    """A new directory with config.json and bfloat16 shards; norms are one. Holds two copies of a tensor at most."""
+    """A new directory with config.json and bfloat16 shards; norms are one. Holds one tensor at a time."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,3 +49,16 @@ def _weight(shape: tuple[int, ...], normals: Tensor, generator: torch.Generator)
     for part in tensor.split(len(turned)):
         part.copy_(turned[: len(part)])
     return tensor.view(shape)
+
+
+def save_tokenizer(path: Path) -> None:
+    """A token per byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)

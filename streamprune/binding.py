@@ -49,7 +49,20 @@ class Binder:
 
     @property
     def resident_bytes(self) -> int:
+        """Bytes of the buffer, once there is one."""
         return 0 if self._buffer is None else self._buffer.nbytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that the buffer takes when it is needed: the largest layer's in the compute dtype."""
+        layers = map(self.skeleton.shapes, range(len(self.skeleton.layers)))
+        elements = max(sum(_aligned(shape.numel()) for shape in shapes.values()) for shapes in layers)
+        return elements * self.skeleton.dtype.itemsize
+
+    @property
+    def widens(self) -> bool:
+        """Whether weights are stored in another dtype than they compute in."""
+        return any(entry.dtype != self.skeleton.dtype for layer in self.skeleton.entries for entry in layer.values())
 
     def bind(
         self,
@@ -100,9 +113,8 @@ class Binder:
 
     def _room(self, position: int, shape: torch.Size) -> Tensor:
         if self._buffer is None:
-            layers = map(self.skeleton.shapes, range(len(self.skeleton.layers)))
-            size = max(sum(_aligned(shape.numel()) for shape in shapes.values()) for shapes in layers)
-            self._buffer = torch.empty(size, dtype=self.skeleton.dtype, device=self.skeleton.device)
+            elements = self.buffer_bytes // self.skeleton.dtype.itemsize
+            self._buffer = torch.empty(elements, dtype=self.skeleton.dtype, device=self.skeleton.device)
         return self._buffer[position : position + shape.numel()].view(shape)
 
 

@@ -18,122 +18,20 @@ from huggingface_hub.utils import disable_progress_bars
 
 from streamprune import compressed, demo, evaluate, report
 from streamprune.calibration import embedded_text, load_tokenizer, read_text, tokenize
-from streamprune.config import DTYPES, PruneConfig
+from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import METHODS
+from streamprune.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, parse_settings, with_options
 from streamprune.progress import Progress
-from streamprune.run import check_tokens, open_model, prune
+from streamprune.rates import CARDS
+from streamprune.run import check_tokens, foretell, open_model, prune
 from streamprune.sweep import default_micro_batch
 from streamprune.verify import verify as verify_output
-
-SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-class LayerRange(click.ParamType):
-    """A:B, end-exclusive."""
-
-    name = "A:B"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
-        """Two integers, or a usage error."""
-        if isinstance(value, tuple):
-            return value
-        try:
-            start, stop = value.split(":")
-            return int(start), int(stop)
-        except ValueError:
-            self.fail(f"{value!r} is not A:B, such as 4:28", param, ctx)
-
-
-class ByteSize(click.ParamType):
-    """Bytes, or a number with KB, MB, GB or TB."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        """A number of bytes, or a usage error."""
-        if isinstance(value, int):
-            return value
-        number, unit = value[:-2], value[-2:].upper()
-        try:
-            return int(float(number) * SIZE_UNITS[unit]) if unit in SIZE_UNITS else int(value)
-        except (ValueError, OverflowError):
-            self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
-
-
-def _settings(assignments: tuple[str, ...]) -> dict[str, str]:
-    settings = {}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"--set {assignment}: write NAME=VALUE, such as rho=0.2")
-        settings[name.strip().replace("-", "_")] = value.strip()
-    return settings
-
-
-COMPUTE_OPTIONS = (
-    click.option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one."),
-    click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."
-    ),
-    click.option("--micro-batch", type=int, help="Sequences computed at once; by default as many as make 2048 tokens."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that the model's directory brings."),
-)
-
-
-def _compute_options(command: Any) -> Any:
-    for option in reversed(COMPUTE_OPTIONS):
-        command = option(command)
-    return command
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="streamprune")
-@click.option("--model", help="Model directory or hub id.")
-@click.option("--output", type=click.Path(path_type=Path), help="Directory to make.")
-@click.option("--method", default="moreau-gs", show_default=True, help="A row of `streamprune methods`.")
-@click.option("--ratio", type=float, help="Part of the prunable parameters to remove; 0.2, of weights 0.5.")
-@click.option(
-    "--granularity",
-    default="units",
-    show_default=True,
-    metavar="WHAT",
-    help="What goes: units (KV groups and MLP channels), layers, weights of each row, or all but N of M: 2:4, 4:8.",
-)
-@click.option("--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A number of the method; repeatable.")
-@click.option("--layers", type=LayerRange(), help="Prunable layers; 4:L-2 by default, all with --stock.")
-@click.option("--attention-ratio", type=float, help="Part of the KV groups to remove, apart from --ratio.")
-@click.option("--mlp-ratio", type=float, help="Part of the channels to remove, apart from --ratio.")
-@click.option("--allocation", help="Units per layer: uniform, or global by comparing all layers; the method's own.")
-@click.option("--normalize", default="zscore", show_default=True, help="What global compares: zscore, or raw.")
-@click.option("--min-keep", type=float, default=0.1, show_default=True, help="Part of its units that a layer keeps.")
-@click.option("--contiguous", is_flag=True, help="Remove one run of layers.")
-@click.option("--no-bias", is_flag=True, help="flap: no biases in the place of what goes.")
-@click.option("--compensate", is_flag=True, help="Re-fit o and down to what is left of their inputs, by least squares.")
-@click.option("--compensate-tokens", type=int, default=65536, show_default=True, help="Calibration tokens, at most.")
-@click.option("--compensate-ridge", type=float, help="λ over the mean diagonal; by default 0.001 or 0.1, by target.")
-@click.option("--compensate-target", help="own output, or the dense residual stream, the default where possible.")
-@click.option("--round-to", type=int, default=1, help="Make kept MLP widths multiples of this, such as 64.")
-@click.option("--stock", is_flag=True, help="One width for all layers: loads without any extra code.")
-@click.option("--emit", type=click.Choice(["mistral"]), help="Write a bias-free Llama as Mistral (any head count).")
-@click.option("--compress", is_flag=True, help="Store 2:4 as sparse-24-bitmask, which only older readers know.")
-@click.option("--calibration", help="FILE (.txt, .jsonl, .parquet) or hub data set NAME[:SPLIT]; else embedded prose.")
-@click.option("--field", default="text", help="Column of the text in jsonl, parquet and data sets.")
-@click.option("--samples", type=int, help="Calibration sequences; as in the method's paper, 10 of the embedded prose.")
-@click.option("--seq-len", type=int, help="Tokens of each; as in the method's paper, 128 of the embedded prose.")
-@click.option(
-    "--sampling",
-    type=click.Choice(["random", "first"]),
-    default="random",
-    show_default=True,
-    help="Seeded windows of the text, or consecutive ones from its start.",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, noise and random scores.")
-@click.option("--evaluate", type=click.Path(path_type=Path), help="Text for perplexity before and after.")
-@click.option("--no-evaluate", is_flag=True, help="Measure no perplexity.")
-@click.option("--max-shard-size", type=ByteSize(), default=5_000_000_000, help="Of output files; 5GB by default.")
-@click.option("--overwrite", is_flag=True, help="Replace the output directory.")
-@_compute_options
+@with_options(PRUNE_OPTIONS + COMPUTE_OPTIONS)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -176,17 +74,22 @@ def _progress(quiet: bool, json_progress: bool) -> Iterator[Progress]:
         raise
 
 
-def _run_prune(options: dict[str, Any], progress: Progress) -> None:
-    options.pop("debug")
+def _config(options: dict[str, Any]) -> PruneConfig:
+    """What the options of the main command, or of `plan`, say."""
     no_evaluate = options.pop("no_evaluate")
     if no_evaluate:
         if options["evaluate"] is not None:
             raise UsageError("--evaluate and --no-evaluate exclude each other")
         options["evaluate"] = False
-    options["settings"] = _settings(options.pop("assignments"))
+    options["settings"] = parse_settings(options.pop("assignments"))
     if options.pop("no_bias"):
         options["settings"]["bias"] = "no"
-    result = prune(PruneConfig(**options), progress)
+    return PruneConfig(**options)
+
+
+def _run_prune(options: dict[str, Any], progress: Progress) -> None:
+    options.pop("debug")
+    result = prune(_config(options), progress)
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
     if result.facts["options"]["compress"]:
@@ -202,13 +105,28 @@ def _summary(facts: dict[str, Any]) -> str:
     return f"{report.table(rows)}\nscoring {seconds['scoring']:.1f} s, all {seconds['total']:.1f} s, peak memory {peak}"
 
 
+@cli.command(name="plan")
+@with_options(PRUNE_OPTIONS + COMPUTE_OPTIONS)
+@click.option("--measure", is_flag=True, help="Measure this machine for a few seconds; kept for the next time.")
+@click.option("--assume", type=click.Choice(list(CARDS)), help="Take a card's data sheet and an NVMe drive.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def plan_command(measure: bool, assume: str | None, debug: bool, **options: Any) -> None:
+    """What a run with the same options will hold, read and take, from config.json and headers alone."""
+    if measure and assume:
+        raise UsageError("--measure and --assume exclude each other")
+    if options["model"] is None:
+        raise UsageError("--model is missing; see streamprune plan --help")
+    options["output"] = options["output"] or Path("unused")
+    click.echo(foretell(_config(options), measure=measure, assume=assume))
+
+
 @cli.command(name="eval")
 @click.option("--model", required=True, help="Model directory (dense or pruned) or hub id.")
 @click.option("--text", type=click.Path(path_type=Path), help="Text file; else embedded held-out prose.")
 @click.option("--field", default="text", help="Column of the text in jsonl and parquet.")
 @click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a segment.")
 @click.option("--samples", type=int, help="Segments from the start of the text; all by default.")
-@_compute_options
+@with_options(COMPUTE_OPTIONS)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -21,6 +21,7 @@ CHOICES = {
     "allocation": ("uniform", "global"),
     "normalize": ("zscore", "raw"),
     "compensate_target": ("own", "stream"),
+    "reader": ("buffered", "direct"),
     "dtype": DTYPES,
 }
 # Options that mean something for some of what can be removed only.
@@ -74,6 +75,11 @@ class PruneConfig:
         dtype: compute dtype; None for float32 on a CPU and the checkpoint's own on a GPU.
         evaluate: text file for perplexity before and after, None for the embedded held-out text, False for none.
         max_shard_size: bytes of an output shard.
+        gpu_memory, host_memory: bytes that the run may hold on the GPU and in its process; None for what is free.
+            What a budget leaves over keeps layers, so that they are read less often.
+        scratch: directory for hidden states that fit in neither.
+        reader: "buffered", or "direct" around the page cache. read_threads: 2 to 8; by default 2, and 4
+            beside a GPU.
 
     Raises:
         UsageError: a value out of range.
@@ -111,11 +117,18 @@ class PruneConfig:
     device: str | None = None
     evaluate: Path | Literal[False] | None = None
     max_shard_size: int = 5_000_000_000
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+    scratch: Path | None = None
+    reader: Literal["buffered", "direct"] = "buffered"
+    read_threads: int | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "output", Path(self.output))
+        if self.scratch is not None:
+            object.__setattr__(self, "scratch", Path(self.scratch))
         if self.evaluate:
             object.__setattr__(self, "evaluate", Path(self.evaluate))
         self._check_choices()
@@ -158,12 +171,22 @@ class PruneConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise UsageError(f"{_flag(name)} {value}: must be at least 0 and below 1")
-        for name in ("samples", "round_to", "micro_batch", "max_shard_size", "compensate_tokens"):
+        for name in (
+            "samples",
+            "round_to",
+            "micro_batch",
+            "max_shard_size",
+            "compensate_tokens",
+            "gpu_memory",
+            "host_memory",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{_flag(name)} {value}: must be at least 1")
         if self.compensate_ridge is not None and not 0 <= self.compensate_ridge < math.inf:
             raise UsageError(f"--compensate-ridge {self.compensate_ridge}: must be at least 0 and finite")
+        if self.read_threads is not None and not 2 <= self.read_threads <= 8:
+            raise UsageError(f"--read-threads {self.read_threads}: must be 2 to 8")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
         if self.seq_len is not None and self.seq_len < 2:

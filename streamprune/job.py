@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,13 +18,12 @@ from streamprune.capture import TensorRef
 from streamprune.checkpoint import read_config
 from streamprune.compensate import compensate, passes
 from streamprune.config import PruneConfig
-from streamprune.errors import StreampruneError
 from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
 from streamprune.paging import Page
 from streamprune.plan import Plan
 from streamprune.progress import Progress
 from streamprune.statistics import Statistics
-from streamprune.sweep import Sweeper, default_micro_batch, working_bytes
+from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import write_json
 
 
@@ -71,7 +69,6 @@ class Job:
 
     def score(self) -> UnitScores | LayerScores:
         """Scores of units or layers."""
-        self._check_memory()
         statistics = Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed)
         layers = self.config.target == "layers"
         scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
@@ -108,7 +105,6 @@ class Job:
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
         kept = plan.choice.widths
         specs = slim.output_specs(skeleton, kept, packed=plan.packed)
-        self._check_memory()
         statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
         zeros, total = 0, 0
         shard_size = self.config.max_shard_size
@@ -128,21 +124,6 @@ class Job:
             fields = compressed.config_fields(plan.packed.values(), zeros / skeleton.parameters)
             write_json(directory / "config.json", read_config(directory) | fields)
         return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
-
-    def _check_memory(self) -> None:
-        """Refuse more hidden states than fit: a sweep of gradients keeps those of every prunable layer."""
-        if self.ids is None or "gradients" not in METHODS[self.config.method].needs:
-            return
-        sweeper = self.sweeper
-        needed = working_bytes(sweeper, len(self.ids), self.ids.shape[1], self.plan.layers)["boundaries"]
-        device = sweeper.skeleton.device
-        cuda = device.type == "cuda"
-        free = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
-        if needed > free:
-            raise StreampruneError(
-                f"{len(self.ids)} x {self.ids.shape[1]} tokens need {report.human(needed)} of hidden states, "
-                f"{report.human(free)} of {'GPU ' if cuda else ''}memory are free; lower --samples or --seq-len"
-            )
 
     def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None

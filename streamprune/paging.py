@@ -30,7 +30,7 @@ from streamprune.checkpoint import Checkpoint, TensorEntry, byte_view
 from streamprune.devices import Device
 
 CHUNK_BYTES = 16 << 20
-READERS = 2
+READERS, GPU_READERS = 2, 4  # beside a GPU the processor has nothing else to do
 ALIGNMENT = 64  # bytes; enough for any dtype and for vector loads
 
 Turn = Literal["back", "again"]  # how a sweep is followed by the next
@@ -167,9 +167,14 @@ class Pager:
         return max(sum(_aligned(entry.nbytes) for entry in layer.values()) for layer in self.entries)
 
     @property
+    def chunk_bytes(self) -> int:
+        """Bytes of pinned host memory; none where readers write the slots themselves."""
+        return self._chunk_count * CHUNK_BYTES
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the slots and chunks."""
-        return self.slots * self.slot_bytes + self._chunk_count * CHUNK_BYTES
+        return self.slots * self.slot_bytes + self.chunk_bytes
 
     def layer_bytes(self) -> int:
         """Bytes of all layers: what one sweep reads."""
@@ -249,8 +254,13 @@ class Pager:
                     if step.read:
                         slot.layer = None
                         self.device.copy_waits(slot.consumed)
-                        for done in [readers.submit(self._read, slot.buffer, read) for read in self._reads(step.layer)]:
-                            done.result()
+                        reads = [readers.submit(self._read, slot.buffer, read) for read in self._reads(step.layer)]
+                        try:
+                            for done in reads:
+                                done.result()
+                        except BaseException:
+                            readers.shutdown(cancel_futures=True)  # each of them would try the dead disk again
+                            raise
                         slot.copied, slot.layer = self.device.record_copied(), step.layer
                     handover.put(None)
         except BaseException as error:

@@ -6,14 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from streamprune import allocation, compressed, report, slim
 from streamprune.allocation import GlobalRule, KeptUnits
 from streamprune.compensate import RepairGoal, repair_goal
 from streamprune.config import PruneConfig
-from streamprune.errors import StreampruneError, UsageError
+from streamprune.errors import UsageError
 from streamprune.families import Kind, unit_costs
 from streamprune.methods import METHODS, LayerScores, Sparsity, UnitScores
 from streamprune.skeleton import Skeleton
@@ -207,7 +206,7 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
 def _state_bytes(
     config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], costs: Mapping[Kind, int], layers: range
 ) -> int:
-    """Bytes of float32 state that the method keeps between its sweeps; refused where they do not fit."""
+    """Bytes of float32 state that the method keeps between its sweeps."""
     if config.target != "units":
         scored = sum(
             torch.Size(skeleton.entries[layer][name].shape).numel()
@@ -216,16 +215,8 @@ def _state_bytes(
         )
     else:
         scored = sum(costs[kind] * skeleton.geometry.units(kind) for kind in costs) * len(layers)
-    method = METHODS[config.method]
-    state_bytes = max(4, skeleton.dtype.itemsize) * method.state_copies(settings, config.target) * scored
-    available = psutil.virtual_memory().available
-    if state_bytes > available:
-        raise StreampruneError(
-            f"{config.method} keeps {report.human(state_bytes)} of state for {scored:,} parameters, "
-            f"{report.human(available)} of memory are free; "
-            f"use {method.stateless}, or fewer --layers"
-        )
-    return state_bytes
+    copies = METHODS[config.method].state_copies(settings, config.target)
+    return max(4, skeleton.dtype.itemsize) * copies * scored
 
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:

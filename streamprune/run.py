@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -12,19 +13,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from torch import Tensor
 
-from streamprune import allocation, calibration, compressed, evaluate, report
+from streamprune import allocation, calibration, compressed, evaluate, planner, rates, report
 from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.devices import paging_device
 from streamprune.errors import CheckpointError, OutputError, UsageError
+from streamprune.footprint import Work
 from streamprune.job import Done, Job
 from streamprune.methods import METHODS, resolve_settings
-from streamprune.paging import Pager
+from streamprune.paging import GPU_READERS, READERS, Pager
 from streamprune.plan import Plan, describe, make_plan, removed_parameters
 from streamprune.progress import Progress
+from streamprune.readers import ReaderKind
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
@@ -62,20 +66,27 @@ def open_model(
     pruned: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    reader: ReaderKind = "buffered",
+    read_threads: int | None = None,
+    load: bool = True,
 ) -> Iterator[Sweeper]:
-    """A model ready for sweeps: checkpoint, skeleton and pager. With `pruned`, also one of compressed weights."""
+    """A model ready for sweeps: checkpoint, skeleton and pager. With `pruned`, also one of compressed weights.
+
+    Without `load` nothing is read but config.json and headers: enough to plan.
+    """
     where = compute_device(device)
     path = resolve_model(model, trust_remote_code=trust_remote_code)
     with ExitStack() as stack:
         if pruned:
             path = stack.enter_context(compressed.decompressed(path))
-        checkpoint = stack.enter_context(Checkpoint(path))
+        checkpoint = stack.enter_context(Checkpoint(path, reader))
         if compressed.is_compressed(checkpoint.config):
             raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
         compute = compute_dtype(dtype, where, checkpoint)
-        skeleton = Skeleton(checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code)
+        skeleton = Skeleton(checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code, load=load)
+        threads = read_threads or (READERS if where.type == "cpu" else GPU_READERS)
         advance = progress.advance if progress is not None else lambda nbytes, **facts: None
-        pager = Pager(checkpoint, skeleton.entries, paging_device(where), progress=advance)
+        pager = Pager(checkpoint, skeleton.entries, paging_device(where), readers=threads, progress=advance)
         yield Sweeper(skeleton, pager, micro_batch, scope)
 
 
@@ -144,6 +155,8 @@ def _score_and_write(
         scope="units" if config.target == "units" else "matrices",
         trust_remote_code=config.trust_remote_code,
         progress=progress,
+        reader=config.reader,
+        read_threads=config.read_threads,
     ) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
@@ -157,11 +170,15 @@ def _score_and_write(
         repair_ids = _repair_ids(config, skeleton, tokens) if config.compensate and tokens is not None else None
         sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
         segments = _evaluation_segments(config, skeleton)
+        work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
+        placement = _place(config, settings, plan, sweeper, work)
+        progress.say(planner.say(placement, sweeper))
         before = _perplexity(sweeper, segments, "before", progress) if segments is not None else None
         job = Job(config, settings, plan, sweeper, progress, ids, repair_ids)
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
         facts = _facts(config, sweeper, plan, settings, ids, done)
+        facts["memory"] = planner.facts(placement)
         facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
         facts["scoring"] = job.costs | {"sha256_of_calibration_ids": _hash(ids)}
         if repair_ids is not None:
@@ -171,6 +188,65 @@ def _score_and_write(
             ids_hash = {"segments": list(segments.shape), "sha256_of_ids": _hash(segments)}
             facts["perplexity"] = {"text": text, **ids_hash, "before": before}
     return directory, facts, done.kept, segments
+
+
+def _place(
+    config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work
+) -> planner.Placement:
+    """Decide where things stay, and tell the sweeper."""
+    loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.device.type == "cpu" else 0
+    baseline = psutil.Process().memory_info().rss - loaded
+    placement = planner.place(sweeper, config, settings, plan, work, baseline=baseline)
+    sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
+    sweeper.place, sweeper.scratch = placement.place, placement.scratch
+    return placement
+
+
+def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> str:
+    """What `prune(config)` will hold and read, a row per stage; seconds where rates are measured or assumed.
+
+    Raises:
+        StreampruneError: as `prune` before its work begins.
+    """
+    settings = resolve_settings(config.method, config.settings, config.target)
+    with open_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        scope="units" if config.target == "units" else "matrices",
+        trust_remote_code=config.trust_remote_code,
+        load=measure,
+    ) as sweeper:
+        plan = make_plan(config, sweeper.skeleton, settings)
+        work = _expected_work(config, sweeper.skeleton)
+        sweeper.micro_batch = config.micro_batch or default_micro_batch(
+            work.calibration[1] if work.calibration else 128
+        )
+        placement = _place(config, settings, plan, sweeper, work)
+        found = None
+        if measure:
+            found = rates.measured(
+                sweeper,
+                work.calibration[1] if work.calibration else 128,
+                Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune",
+            )
+        elif assume is not None:
+            found = rates.assumed(assume)
+        return f"{describe(config, sweeper.skeleton, plan)}\n{planner.table(placement, sweeper, found)}"
+
+
+def _expected_work(config: PruneConfig, skeleton: Skeleton) -> Work:
+    """Sequences of each part of a run, as far as they are known without reading texts."""
+    method = METHODS[config.method]
+    limit = getattr(skeleton.config, "max_position_embeddings", None) or 10**9
+    samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
+    given = (config.samples or samples, config.seq_len or min(seq_len, limit))
+    repair_len = min(REPAIR_SEQ_LEN, limit)
+    return Work(
+        given if method.needs_text else None,
+        (config.compensate_tokens // repair_len, repair_len) if config.compensate else None,
+        None if config.evaluate is False else (EVALUATION_SEGMENTS, min(EVALUATION_SEQ_LEN, limit)),
+    )
 
 
 def _calibration_tokens(config: PruneConfig, skeleton: Skeleton) -> Tensor:

@@ -55,6 +55,7 @@ class Skeleton:
         dtype: compute dtype of those and of the layers.
         device: where they live.
         pruned: accept a checkpoint with layers of different widths (to evaluate it).
+        load: read embeddings, final norm and head; without, sizes are known and nothing can be run.
 
     Attributes:
         config: transformers' config. family: the row of the family table.
@@ -74,6 +75,7 @@ class Skeleton:
         *,
         pruned: bool = False,
         trust_remote_code: bool = False,
+        load: bool = True,
     ) -> None:
         self.family: Family = family_of(checkpoint.config, checkpoint.path, pruned=pruned)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
@@ -87,7 +89,11 @@ class Skeleton:
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
-        self._load_rest()
+        self.untied = False
+        if load:
+            self._load_rest()
+        elif self.config.tie_word_embeddings:
+            self.model.tie_weights()
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""

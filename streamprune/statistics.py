@@ -119,7 +119,7 @@ class Statistics:
 
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
-        size, losses = self._streams_at_once(), dict[int, float]()
+        size, losses = self.streams_at_once, dict[int, float]()
         start: tuple[int, Tensor] | None = None
         for first in range(0, len(self.layers), size):
             streams, start = self._without(self.layers[first : first + size], start)
@@ -127,14 +127,15 @@ class Statistics:
                 losses[layer], _ = self.sweeper.head_loss(hidden, self._ids, with_grad=False)
         return losses
 
-    def _streams_at_once(self) -> int:
+    @property
+    def streams_at_once(self) -> int:
         """Layers left out in one pass."""
         skeleton = self.sweeper.skeleton
         return max(1, STREAM_BYTES // (self._ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize))
 
     def _starts(self) -> list[int]:
         """Where the passes of `losses_without` begin: all but the first above the layers of the one before."""
-        size = self._streams_at_once()
+        size = self.streams_at_once
         return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
 
     def _without(

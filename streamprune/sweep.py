@@ -98,7 +98,7 @@ class Sweeper:
     ) -> None:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
         self.scope = scope
-        self._binder = Binder(skeleton)
+        self.binder = Binder(skeleton)
         self._calls: dict[int, list[LayerCall]] = {}
         self.place: Place = "device"
         self.scratch: Path | None = None
@@ -118,7 +118,7 @@ class Sweeper:
     @property
     def resident_bytes(self) -> int:
         """Bytes that stay allocated: slots, chunks, the bound layer, embeddings and head."""
-        return self.pager.resident_bytes + self._binder.resident_bytes + self.skeleton.resident_bytes
+        return self.pager.resident_bytes + self.binder.resident_bytes + self.skeleton.resident_bytes
 
     @torch.no_grad()
     def forward(
@@ -162,7 +162,7 @@ class Sweeper:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
                 scored = self.scored[page.layer] if moved is not None else ()
-                weights = self._binder.bind(page, moved, scored, own=visit is not None and change)
+                weights = self.binder.bind(page, moved, scored, own=visit is not None and change)
                 if visit is not None:
                     size = micro_batch or self.micro_batch
                     hidden = visit(Visit(self, page, weights, hidden, calls[page.layer], size))
@@ -204,7 +204,7 @@ class Sweeper:
             for page in pages:
                 layer, hidden = page.layer, kept.take(page.layer - first)
                 scored = self.scored[layer] if layer in prunable else {}
-                weights = self._binder.bind(page, perturbation if scored else None, scored)
+                weights = self.binder.bind(page, perturbation if scored else None, scored)
                 collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
                 # Nothing is wanted below `first`; but captured ends need a graph, which then begins at the boundary.
                 graph = layer > first or any(isinstance(each, PowerCollector) for each in collectors)
@@ -293,53 +293,6 @@ def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -
     members = {m.tensor: m for m in skeleton.family.members if m.scored}
     names = stored if scope == "matrices" else [name for name in members if name in stored]
     return {name: TensorRef(layer, name, geometry, members.get(name), stored[name]) for name in names}
-
-
-def working_bytes(sweeper: Sweeper, samples: int, seq_len: int, layers: Sequence[int], sums: int = 1) -> dict[str, int]:
-    """Bytes that a gradient sweep holds beside the interpreter, by purpose; not a method's state.
-
-    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch, and their
-    gradients as three of the widest (a gated MLP's product and its two factors exist together). With several
-    micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by matrix. `sums` is
-    how many are kept of each: more than one for `gradient_powers` with several powers.
-    """
-    skeleton = sweeper.skeleton
-    size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
-    hidden = samples * seq_len * skeleton.config.hidden_size * size
-    matrices = [shape for shape in skeleton.shapes(layers[0]).values() if len(shape) == 2]
-    largest, all_of_them = max(map(torch.Size.numel, matrices)), sum(map(torch.Size.numel, matrices))
-    gradients = (1 + sums) * largest + (sums * all_of_them if samples > sweeper.micro_batch else 0)
-    return {
-        "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
-        # Each layer's input from the lowest prunable one up, the last one's output, and the gradient of both kinds.
-        "boundaries": (sweeper.n_layers - layers[0] + 3) * hidden,
-        "one layer's activations": sum(sum(shape) for shape in matrices) * tokens * size,
-        "gradients of its activations": 3 * max(max(shape) for shape in matrices) * tokens * size,
-        "gradients, and what is made of them": gradients * max(size, 4),
-        "logits, their softmax and gradient": 3 * HEAD_BYTES,
-    }
-
-
-def forward_bytes(sweeper: Sweeper, samples: int, seq_len: int, layer: int, *, gram: bool) -> dict[str, int]:
-    """Bytes that `Statistics.inputs` and its method hold beside the interpreter, by purpose: moments, or Gram matrices.
-
-    Of the activations, every input of a matrix is held for one micro-batch, and an MLP's product beside its factors. A
-    Gram matrix is factored beside two copies of its size.
-    """
-    skeleton = sweeper.skeleton
-    size, tokens = skeleton.dtype.itemsize, min(sweeper.micro_batch, samples) * seq_len
-    shapes = [skeleton.shapes(layer)[name] for name in skeleton.matrices(layer)]
-    inputs, widest = {shape[1] for shape in shapes}, max(max(shape) for shape in shapes)
-    sums = sum(width * (width if gram else 3) for width in inputs) * max(size, 4)
-    largest = max(shape.numel() for shape in shapes)
-    return {
-        "slots, chunks, bound layer, embeddings and head": sweeper.resident_bytes,
-        "hidden states before and after a layer": 2 * samples * seq_len * skeleton.config.hidden_size * size,
-        "one layer's activations": (sum(inputs) + 3 * widest) * tokens * size,
-        "sums over inputs": sums,
-        "factors": 2 * max(inputs) ** 2 * max(size, 4) if gram else 0,
-        "a matrix, pruned and updated": 3 * largest * max(size, 4),
-    }
 
 
 def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]]:

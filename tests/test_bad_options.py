@@ -130,7 +130,7 @@ def test_sequences_of_one_token_are_refused(refused, model):
     "options",
     [
         ("--max-shard-size", "big"),
-        ("--max-shard-size", "5GiB"),
+        ("--max-shard-size", "5GX"),
         ("--max-shard-size", "nanGB"),
         ("--max-shard-size", "infGB"),
         ("--dtype", "int8"),

@@ -20,9 +20,12 @@ ROWS = (
     ("slim", "evaluate", "report"),
     ("compensate", "progress"),
     ("plan",),
+    ("footprint",),
+    ("rates",),
+    ("planner",),
     ("job",),
     ("run",),
-    ("verify", "demo"),
+    ("verify", "demo", "options"),
     ("cli",),
 )
 RANK = {module: rank for rank, row in enumerate(ROWS) for module in row}

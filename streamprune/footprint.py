@@ -1,0 +1,251 @@
+"""What each step of a run holds, passes and computes: bytes by purpose, layers in order, FLOPs.
+
+Everything comes from config.json and the shard headers. Bytes are upper bounds of what tensors need at one time; holes
+in the heap are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from streamprune import compensate, evaluate
+from streamprune.activations import BUFFERS, Place
+from streamprune.config import PruneConfig
+from streamprune.methods import METHODS
+from streamprune.plan import Plan
+from streamprune.statistics import Statistics
+from streamprune.sweep import HEAD_BYTES, Sweeper
+
+Shape = tuple[int, int]  # sequences, and tokens of each
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed on: sequences of the method, of the repair and of the evaluation."""
+
+    calibration: Shape | None
+    repair: Shape | None
+    evaluation: Shape | None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a run.
+
+    Attributes:
+        device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
+        scratch: bytes of hidden states on the scratch disk.
+        passes: the layers it passes, in order.
+        forward, backward: FLOPs.
+        written: bytes of the output.
+    """
+
+    name: str
+    device: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
+    scratch: int = 0
+    passes: Sequence[Sequence[int]] = ()
+    forward: float = 0
+    backward: float = 0
+    written: int = 0
+    read: int = 0
+
+
+def stages(
+    sweeper: Sweeper,
+    config: PruneConfig,
+    settings: Mapping[str, Any],
+    plan: Plan,
+    work: Work,
+    where: Place,
+    micro_batch: int,
+) -> list[Stage]:
+    """The steps of a run, with boundaries kept at `where`; reading is not filled in yet."""
+    whole = range(sweeper.n_layers)
+    found = []
+    if work.evaluation is not None:
+        found.append(_evaluation(sweeper, work.evaluation))
+    found.append(scoring(sweeper, config, settings, plan, work.calibration, where, micro_batch))
+    fitted: Sequence[int] = ()
+    if work.repair is not None:
+        passes = compensate.passes(sweeper, plan.choice.widths)
+        fitted = passes[-1]
+        found.append(
+            Stage(
+                "repairing",
+                _base(sweeper, own=True) | _repair(sweeper, *work.repair),
+                passes=passes,
+                forward=4 * layer_flops(sweeper, work.repair, len(fitted)),
+            )
+        )
+    written = set(plan.layers) if config.target == "weights" else set(fitted)
+    largest = max(entry.nbytes for layer in sweeper.pager.entries for entry in layer.values())
+    rest = [layer for layer in whole if layer not in written]
+    base = _base(sweeper)
+    found.append(Stage("writing", base | {"a tensor, cut": 2 * largest}, passes=[rest], written=plan.output_bytes))
+    return found
+
+
+def _base(sweeper: Sweeper, *, own: bool = False) -> dict[str, int]:
+    """What is there in every stage; `own`: weights are copied to be moved or changed."""
+    pager, binder = sweeper.pager, sweeper.binder
+    return {
+        "slots": 2 * pager.slot_bytes,
+        "bound layer": binder.buffer_bytes if own or binder.widens else 0,
+        "embeddings and head": sweeper.skeleton.resident_bytes,
+    }
+
+
+def _hidden(sweeper: Sweeper, shape: Shape) -> int:
+    """Bytes of hidden states [n, seq, d]."""
+    skeleton = sweeper.skeleton
+    return shape[0] * shape[1] * skeleton.config.hidden_size * skeleton.dtype.itemsize
+
+
+def _matrices(sweeper: Sweeper) -> list[torch.Size]:
+    skeleton = sweeper.skeleton
+    return [skeleton.shapes(0)[name] for name in skeleton.matrices(0)]
+
+
+def _evaluation(sweeper: Sweeper, shape: Shape) -> Stage:
+    count = evaluate.sweeps_needed(sweeper, torch.empty(shape, device="meta"))
+    group = (-(-shape[0] // count), shape[1])
+    tokens = min(group[0], evaluate.default_micro_batch(shape[1])) * shape[1]
+    device = _base(sweeper) | {
+        "hidden states": 2 * _hidden(sweeper, group),
+        "activations": _forward_activations(sweeper, tokens),
+        "logits": _logits(sweeper, group),
+    }
+    head = 2 * sweeper.skeleton.config.vocab_size * sweeper.skeleton.config.hidden_size * shape[0] * shape[1]
+    passes = [range(sweeper.n_layers)] * count
+    return Stage(
+        "perplexity before", device, passes=passes, forward=layer_flops(sweeper, shape, sweeper.n_layers) + head
+    )
+
+
+def _logits(sweeper: Sweeper, shape: Shape) -> int:
+    """Logits, their softmax and its gradient for the tokens that go through the head together."""
+    return 3 * min(HEAD_BYTES, shape[0] * shape[1] * sweeper.skeleton.config.vocab_size * 4)
+
+
+def _forward_activations(sweeper: Sweeper, tokens: int) -> int:
+    """Of one micro-batch without gradients: an MLP's product beside its factors, and attention's inputs."""
+    widest = max(max(shape) for shape in _matrices(sweeper))
+    return (3 * widest + 4 * sweeper.skeleton.config.hidden_size) * tokens * sweeper.skeleton.dtype.itemsize
+
+
+def scoring(
+    sweeper: Sweeper,
+    config: PruneConfig,
+    settings: Mapping[str, Any],
+    plan: Plan,
+    shape: Shape | None,
+    where: Place,
+    micro_batch: int,
+) -> Stage:
+    """The stage in which the method works.
+
+    Args:
+        shape: sequences, and tokens of each. where: boundaries stay there. micro_batch: sequences per layer call.
+    """
+    method = METHODS[config.method]
+    needs = method.needs or (("weights",) if config.target == "weights" else ())
+    ids = None if shape is None else torch.empty(shape, device="meta")
+    count = method.sweeps(settings)
+    passes = Statistics(sweeper, ids, plan.layers, 0).passes(needs, count)
+    stage = Stage(f"scoring {method.name}", _base(sweeper), passes=passes)
+    host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": plan.state_bytes}
+    if shape is None:
+        largest = max(shape.numel() for shape in _matrices(sweeper))
+        return replace(stage, device=dict(stage.device) | {"a matrix and its scores": 3 * 4 * largest}, host=host)
+    tokens, forward = min(micro_batch, shape[0]) * shape[1], layer_flops(sweeper, shape, sweeper.n_layers)
+    hidden, parts = _hidden(sweeper, shape), dict[str, dict[str, int]]()
+    flops, scratch = 0.0, 0
+    backward = 0.0
+    head = 2 * sweeper.skeleton.config.vocab_size * sweeper.skeleton.config.hidden_size * shape[0] * shape[1]
+    if "gradients" in needs:
+        moved = any(name in settings for name in ("sigma",))
+        several = shape[0] > micro_batch
+        boundaries = sweeper.n_layers - plan.layers[0] + 1
+        kept = boundaries if where == "device" else min(BUFFERS, boundaries)
+        parts["gradients"] = _base(sweeper, own=moved) | gradient_bytes(sweeper, tokens, several=several)
+        parts["gradients"] |= {"boundaries": (kept + 2) * hidden, "logits": _logits(sweeper, shape)}
+        if where != "device" and sweeper.skeleton.device.type == "cuda":
+            host["boundaries"] = (boundaries if where == "host" else 1) * hidden
+        scratch = boundaries * hidden if where == "scratch" else 0
+        above = len(range(plan.layers[0], sweeper.n_layers)) / sweeper.n_layers
+        flops += forward * (1 + above * (count - 1)) + count * head
+        backward = (3 * forward * above + 2 * head) * count
+    if "inputs" in needs:
+        gram = config.method == "sparsegpt"
+        parts["inputs"] = _base(sweeper, own=config.target == "weights") | {"hidden states": 2 * hidden}
+        parts["inputs"] |= input_bytes(sweeper, tokens, gram=gram)
+        share = len(range(plan.layers[-1] + 1)) / sweeper.n_layers
+        flops += forward * share * (2 if config.target == "weights" else 1)
+    if "hidden" in needs or "losses" in needs:
+        streams = 3
+        if "losses" in needs:
+            at_once = Statistics(sweeper, ids, plan.layers, 0).streams_at_once
+            streams += min(at_once, len(plan.layers))
+            flops += forward * len(plan.layers) / 2 + head * len(plan.layers)
+        activations = {"activations": _forward_activations(sweeper, tokens), "logits": _logits(sweeper, shape)}
+        parts["hidden"] = _base(sweeper) | {"hidden states": streams * hidden} | activations
+        flops += forward
+    device: Mapping[str, int] = max(parts.values(), key=lambda part: sum(part.values()))
+    return replace(stage, device=device, host=host, scratch=scratch, forward=flops, backward=backward)
+
+
+def gradient_bytes(sweeper: Sweeper, tokens: int, *, several: bool, sums: int = 1) -> dict[str, int]:
+    """Bytes that a gradient sweep holds beside slots and boundaries, by purpose.
+
+    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch of `tokens`,
+    and their gradients as three of the widest (a gated MLP's product and its two factors exist together). With
+    `several` micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by matrix.
+    `sums` is how many are kept of each: more than one for `gradient_powers` with several powers.
+    """
+    size, matrices = sweeper.skeleton.dtype.itemsize, _matrices(sweeper)
+    largest, all_of_them = max(map(torch.Size.numel, matrices)), sum(map(torch.Size.numel, matrices))
+    gradients = (1 + sums) * largest + (sums * all_of_them if several else 0)
+    return {
+        "activations": sum(sum(shape) for shape in matrices) * tokens * size,
+        "gradients of activations": 3 * max(max(shape) for shape in matrices) * tokens * size,
+        "gradients, and what is made of them": gradients * max(size, 4),
+    }
+
+
+def input_bytes(sweeper: Sweeper, tokens: int, *, gram: bool) -> dict[str, int]:
+    """Bytes that `Statistics.inputs` and its method hold beside slots and hidden states: moments, or Gram matrices.
+
+    Of the activations, every input of a matrix is held for one micro-batch, and an MLP's product beside its factors. A
+    Gram matrix is factored beside two copies of its size.
+    """
+    size, matrices = sweeper.skeleton.dtype.itemsize, _matrices(sweeper)
+    inputs, widest = {shape[1] for shape in matrices}, max(max(shape) for shape in matrices)
+    return {
+        "activations": (sum(inputs) + 3 * widest) * tokens * size,
+        "sums over inputs": sum(width * (width if gram else 3) for width in inputs) * max(size, 4),
+        "factors": 2 * max(inputs) ** 2 * max(size, 4) if gram else 0,
+        "a matrix, pruned and updated": 3 * max(map(torch.Size.numel, matrices)) * max(size, 4),
+    }
+
+
+def _repair(sweeper: Sweeper, samples: int, seq_len: int) -> dict[str, int]:
+    """Hidden states of both models before and after a layer, and the least squares of its widest input."""
+    size = max(4, sweeper.skeleton.dtype.itemsize)
+    inputs, tokens = max(shape[1] for shape in _matrices(sweeper)), evaluate.default_micro_batch(seq_len) * seq_len
+    return {
+        "hidden states": 5 * _hidden(sweeper, (samples, seq_len)),
+        "activations": _forward_activations(sweeper, tokens) + 2 * inputs * tokens * size,
+        "Gram matrices": 3 * inputs**2 * size,
+    }
+
+
+def layer_flops(sweeper: Sweeper, shape: Shape, layers: int) -> float:
+    """Multiplications and additions of a forward pass through so many layers: matrices, scores and mixing."""
+    parameters = sum(map(torch.Size.numel, _matrices(sweeper)))
+    attention = 4 * shape[1] * sweeper.skeleton.config.hidden_size
+    return float(layers * shape[0] * shape[1] * (2 * parameters + attention))

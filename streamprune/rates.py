@@ -1,0 +1,110 @@
+"""How fast this machine reads and computes, measured in seconds on one layer, or what a card is assumed to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.footprint import Stage, layer_flops
+from streamprune.sweep import Sweeper
+
+MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards
+# Dense bfloat16 with float32 accumulation, TFLOP/s: NVIDIA's whitepapers GA102, GA100, AD102 and GH100, L4 data sheet.
+CARDS = {"rtx3090": 71.0, "rtx4090": 165.2, "a6000": 154.8, "l4": 121.0, "a100": 312.0, "h100": 989.4}
+UTILISATION = 0.4  # of that, in layers of a few thousand tokens
+DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
+WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes/s from the checkpoint into slots, FLOP/s of a layer forwards and backwards, and where they come from."""
+
+    read: float
+    forward: float
+    backward: float
+    source: str
+
+
+def assumed(card: str) -> Rates:
+    """What a row of CARDS gives, with an NVMe drive."""
+    flops = CARDS[card] * 1e12 * UTILISATION
+    return Rates(
+        DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {CARDS[card]:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s"
+    )
+
+
+def seconds(stage: Stage, rates: Rates) -> float:
+    """Of a stage: reading hides behind computing, or the other way round."""
+    computing = stage.forward / rates.forward + stage.backward / rates.backward
+    return max(stage.read / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
+
+
+def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
+    """Rates of this machine with this model's layers; kept in `cache` for the next time."""
+    skeleton, file = sweeper.skeleton, cache / "rates.json"
+    device = torch.cuda.get_device_name(skeleton.device) if skeleton.device.type == "cuda" else platform.processor()
+    shape = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
+    key = repr((device, torch.get_num_threads(), str(skeleton.dtype), shape, sweeper.micro_batch, seq_len))
+    key += repr(os.stat(skeleton.checkpoint.path).st_dev)
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if key not in known:
+        known[key] = asdict(Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here"))
+        cache.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(known, indent=1))
+    return Rates(**known[key])
+
+
+def _read(sweeper: Sweeper) -> float:
+    """Bytes/s of a sweep that computes nothing."""
+    checkpoint, start = sweeper.skeleton.checkpoint, time.perf_counter()
+    before = checkpoint.bytes_read
+    with sweeper.pager.pages(range(sweeper.n_layers)) as pages:
+        for _ in pages:
+            if time.perf_counter() - start > MEASURE_SECONDS:
+                break
+    return (checkpoint.bytes_read - before) / (time.perf_counter() - start)
+
+
+def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
+    """FLOP/s of a layer forwards, and backwards with its weights' gradients and the forward pass they need."""
+    skeleton, batch = sweeper.skeleton, sweeper.micro_batch
+    ids = torch.zeros((1, seq_len), dtype=torch.int64)
+    call = skeleton.record(ids)[0]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=skeleton.dtype, device=skeleton.device)
+
+    weights = {name: draw(*shape) * 0.02 for name, shape in skeleton.shapes(0).items()}
+    hidden = draw(batch, seq_len, skeleton.config.hidden_size)
+    work = layer_flops(sweeper, (batch, seq_len), 1)
+
+    def forward() -> None:
+        with torch.no_grad():
+            skeleton.run_layer(0, weights, call, hidden)
+
+    def backward() -> None:
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        output = skeleton.run_layer(0, leaves, call, hidden.detach().requires_grad_())
+        output.backward(hidden)
+
+    return work / _seconds_of(forward, skeleton.device), 3 * work / _seconds_of(backward, skeleton.device)
+
+
+def _seconds_of(run: Callable[[], None], device: torch.device) -> float:
+    run()
+    taken, start = 0, time.perf_counter()
+    while time.perf_counter() - start < MEASURE_SECONDS:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken += 1
+    return (time.perf_counter() - start) / taken

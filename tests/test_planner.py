@@ -1,0 +1,90 @@
+"""A run fits into its budget or is refused with the smallest that would do; its output does not depend on it."""
+
+import re
+
+import psutil
+import pytest
+from cli_runner import snapshot
+
+from streamprune import PruneConfig, prune
+from streamprune.errors import StreampruneError
+
+MIB = 2**20
+METHODS = [
+    ("taylor", "units", {}),
+    ("moreau", "units", {"steps": 2}),
+    ("moreau-gs", "layers", {"steps": 2}),
+    ("gblm", "units", {}),
+    ("wanda", "weights", {}),
+    ("sparsegpt", "weights", {}),
+    ("layer-ppl", "layers", {}),
+    ("magnitude", "units", {}),
+]
+
+
+def options(tiny_llama, output, method="taylor", granularity="units", settings=(), **more):
+    common = {
+        "samples": 4,
+        "seq_len": 32,
+        "method": method,
+        "granularity": granularity,
+        "settings": dict(settings),
+        "evaluate": False,
+    }
+    if granularity != "weights":
+        common["layers"] = (1, 7)
+    return PruneConfig(str(tiny_llama), output, **common | more)
+
+
+def now():
+    """Bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+@pytest.mark.parametrize("method,granularity,settings", METHODS)
+def test_what_is_refused_names_the_smallest_budget_that_would_do(method, granularity, settings, tiny_llama, tmp_path):
+    what = (method, granularity, settings)
+    with pytest.raises(StreampruneError, match=r"--host-memory.*lower --samples") as refusal:
+        prune(options(tiny_llama, tmp_path / "out", *what, host_memory=now() - 50 * MIB))
+    assert not list(tmp_path.iterdir())
+    smallest = int(re.search(r"needs at least (\d+)MiB of memory", str(refusal.value))[1]) * MIB
+    # The process itself grows a little between the two.
+    assert prune(options(tiny_llama, tmp_path / "out", *what, host_memory=smallest + 20 * MIB)).output.is_dir()
+
+
+def test_the_remedies_fit_the_method(tiny_llama, tmp_path):
+    short = {"host_memory": now() - 50 * MIB}
+    with pytest.raises(StreampruneError, match="steps=1"):
+        prune(options(tiny_llama, tmp_path / "out", "moreau", samples=1, seq_len=8, **short))
+    with pytest.raises(StreampruneError, match="--scratch DIR"):
+        prune(options(tiny_llama, tmp_path / "out", **short))
+    with pytest.raises(StreampruneError) as refusal:
+        prune(options(tiny_llama, tmp_path / "out", **short, scratch=tmp_path / "scratch"))
+    assert "--scratch" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("method,granularity,settings", METHODS)
+def test_the_output_does_not_depend_on_the_budget(method, granularity, settings, tiny_llama, tmp_path, monkeypatch):
+    shards, places = [], []
+    budgets = {"free": {}, "all layers": {"host_memory": now() + 4000 * MIB}, "direct": {"reader": "direct"}}
+    if method != "magnitude":
+        # As if only what is on scratch fitted.
+        budgets["scratch"] = {"scratch": tmp_path / "spill"}
+    for name, budget in budgets.items():
+        if name == "scratch":
+            monkeypatch.setattr("streamprune.planner._places", lambda config, gpu: ["scratch"])
+        result = prune(options(tiny_llama, tmp_path / name, method, granularity, settings, **budget))
+        shards.append({k: v for k, v in snapshot(result.output).items() if k.endswith("safetensors")})
+        places.append((result.facts["memory"]["slots"], result.facts["memory"]["boundaries"]))
+    assert all(shard == shards[0] for shard in shards)
+    assert places[:3] == [(2, "device"), (8, "device"), (2, "device")] and places[3:] in ([], [(2, "scratch")])
+
+
+def test_a_larger_budget_reads_less_and_the_plan_says_so(tiny_llama, tmp_path):
+    reads = []
+    for name, budget in (("small", None), ("large", now() + 4000 * MIB)):
+        facts = prune(options(tiny_llama, tmp_path / name, "moreau", settings={"steps": 3}, host_memory=budget)).facts
+        reads.append(facts["scoring"]["bytes_read"])
+        assert facts["memory"]["planned_read"] >= reads[-1]
+    layers = reads[1]  # each layer once
+    assert reads[0] > 3 * layers
