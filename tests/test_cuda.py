@@ -130,3 +130,21 @@ def test_a_pruned_model_is_that_of_the_cpu(method, granularity, settings, option
         assert same.float().mean() >= 0.995, name
         error = (tensor - whole)[same].abs()
         assert error.quantile(0.99) <= 1e-3 * whole.abs().max(), name
+
+
+@pytest.mark.parametrize("place", ["device", "host", "scratch"])
+@pytest.mark.parametrize("slots", [2, 3, N_LAYERS])
+def test_gradients_do_not_depend_on_where_layers_and_hidden_states_stay(place, slots, tmp_path):
+    save_tiny(tmp_path / "in", "llama", dtype=torch.bfloat16, hidden_size=256, num_attention_heads=8)
+    runs = []
+    for where, count in (("device", 2), (place, slots)):
+        sweeper, grads = cuda_sweeper(tmp_path / "in", torch.bfloat16), []
+        sweeper.place, sweeper.scratch, sweeper.pager.slots = where, tmp_path / "scratch", count
+        statistics = Statistics(sweeper, token_ids(n=8, seq=48), range(1, N_LAYERS), 0)
+        for draw in range(3):
+            perturbation = Perturbation(0.05, (0, 0, draw))
+            statistics.gradients(lambda ref, w, g, grads=grads: grads.append((ref.key, g.cpu())), perturbation)
+        runs.append(grads)
+    assert len(runs[0]) == len(runs[1])
+    for (key, grad), (other, again) in zip(*runs, strict=True):
+        assert key == other and torch.equal(grad, again)
