@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamprune.checkpoint import is_finite
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import Page
@@ -105,7 +106,7 @@ class Binder:
             return
         for name, weight in weights.items():
             check_finite(self.skeleton.checkpoint.path, page.layer, name, page.tensors[name])
-            if not torch.isfinite(weight.sum(dtype=torch.float32)) and not torch.isfinite(weight).all():
+            if not is_finite(weight):
                 raise UsageError(
                     f"layer {page.layer}, {name} does not fit into {str(weight.dtype).removeprefix('torch.')}; "
                     "use --dtype bfloat16 or float32"
@@ -128,8 +129,8 @@ def _aligned(elements: int) -> int:
 
 
 def check_finite(path: Path, layer: int, name: str, weight: Tensor) -> None:
-    """Refuse NaN and infinity. A finite sum proves that there is none, without a mask of the weight's size."""
-    if torch.isfinite(weight.sum(dtype=torch.float32)) or torch.isfinite(weight).all():
+    """Refuse NaN and infinity."""
+    if is_finite(weight):
         return
     raise CheckpointError(
         f"{path}: layer {layer}, {name} holds NaN or infinite values; download or export the checkpoint again"

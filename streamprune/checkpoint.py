@@ -118,6 +118,11 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
+
+
 def byte_view(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
     array: Any = tensor.view(-1).view(torch.uint8).numpy()

@@ -83,7 +83,8 @@ def stages(
             )
         )
     written = set(plan.layers) if config.target == "weights" else set(fitted)
-    largest = max(entry.nbytes for layer in sweeper.pager.entries for entry in layer.values())
+    # Embeddings and head are read once more and written as a whole.
+    largest = max(entry.nbytes for entry in sweeper.skeleton.checkpoint.tensors.values())
     rest = [layer for layer in whole if layer not in written]
     base = _base(sweeper)
     found.append(Stage("writing", base | {"a tensor, cut": 2 * largest}, passes=[rest], written=plan.output_bytes))

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from streamprune.checkpoint import Checkpoint, TensorEntry
+from streamprune.checkpoint import Checkpoint, TensorEntry, is_finite
 from streamprune.errors import CheckpointError
 from streamprune.families import Family, Geometry, family_of, geometry_of
 
@@ -224,7 +224,7 @@ class Skeleton:
                 stored = other.get(name, name)
             entry = self._entry(stored, parameter.shape)
             value = self.checkpoint.read(entry.name)
-            if not torch.isfinite(value).all():
+            if not is_finite(value):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values; download or export it again"
                 )

@@ -18,7 +18,7 @@ from streamprune.allocation import KeptUnits, all_units
 from streamprune.binding import check_finite
 from streamprune.calibration import load_tokenizer
 from streamprune.capture import module_of
-from streamprune.checkpoint import TensorEntry, byte_view, read_config, read_json
+from streamprune.checkpoint import TensorEntry, byte_view, is_finite, read_config, read_json
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.families import Family, Geometry, Kind, Member, kept_lines
 from streamprune.paging import Page, Pager
@@ -301,7 +301,7 @@ class OutputWriter:
         for name in checkpoint.tensors:
             if name not in self._digests:
                 tensor = checkpoint.read(name)
-                if not torch.isfinite(tensor).all():
+                if not is_finite(tensor):
                     raise CheckpointError(
                         f"{checkpoint.path}: {name} holds NaN or infinite values; download or export it again"
                     )

@@ -64,7 +64,15 @@ def test_streamed_gradients_equal_whole_model_autograd_on_the_cpu(family, tmp_pa
 
 
 def test_every_sweep_gives_the_same_bits(tmp_path):
-    save_tiny(tmp_path, "llama", dtype=torch.bfloat16, hidden_size=256, num_attention_heads=8, intermediate_size=512)
+    save_tiny(
+        tmp_path,
+        "llama",
+        dtype=torch.bfloat16,
+        hidden_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=512,
+    )
     perturbation, runs = Perturbation(0.05, (0, 0, 0)), []
     for _ in range(5):
         grads = {}
@@ -135,7 +143,9 @@ def test_a_pruned_model_is_that_of_the_cpu(method, granularity, settings, option
 @pytest.mark.parametrize("place", ["device", "host", "scratch"])
 @pytest.mark.parametrize("slots", [2, 3, N_LAYERS])
 def test_gradients_do_not_depend_on_where_layers_and_hidden_states_stay(place, slots, tmp_path):
-    save_tiny(tmp_path / "in", "llama", dtype=torch.bfloat16, hidden_size=256, num_attention_heads=8)
+    save_tiny(
+        tmp_path / "in", "llama", dtype=torch.bfloat16, hidden_size=256, num_attention_heads=8, num_key_value_heads=4
+    )
     runs = []
     for where, count in (("device", 2), (place, slots)):
         sweeper, grads = cuda_sweeper(tmp_path / "in", torch.bfloat16), []
