@@ -22,6 +22,8 @@ trap 'rm -rf "$scratch"' EXIT
 mkdir "$scratch/site"
 cp -r streamprune "$scratch/site/streamprune"
 cp -r kernels/src "$scratch/site/streamprune/kernels"
+mkdir "$scratch/site/streamprune-0.dist-info"  # a run writes its version into streamprune.json
+printf 'Metadata-Version: 2.1\nName: streamprune\nVersion: 0\n' > "$scratch/site/streamprune-0.dist-info/METADATA"
 export PYTHONPATH="$scratch/site" PYTHONSAFEPATH=1  # safe: not from the current directory, which has no kernels
 
 if [[ -n $dry ]]; then

@@ -101,8 +101,9 @@ def measure(job: dict[str, Any]) -> None:
     from streamprune.plan import make_plan
     from streamprune.progress import Progress
     from streamprune.report import peaks
-    from streamprune.run import REPAIR_SEQ_LEN, open_model
+    from streamprune.run import open_model
     from streamprune.sweep import default_micro_batch
+    from streamprune.texts import REPAIR_SEQ_LEN
 
     data, method = Path(job["data"]), METHODS[job["method"]]
     scores = None
@@ -179,32 +180,49 @@ def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dic
 
 
 def show(table: str, results: dict[str, Any]) -> str:
-    """A row per method and text; where there is one method, a row per setting that was measured."""
+    """A row per method and variant, a column per amount: perplexities of the three texts."""
     from streamprune.report import human, say_peaks
     from streamprune.report import table as aligned
 
-    methods, settings = TABLES[table]
-    runs = {method: [results[key] for key in results if key.split("/")[:2] == [table, method]] for method in methods}
-    if len(methods) == 1:
-        rows = [["", *TEXTS, "seconds", "peak RSS", "read"]]
-        for name in settings:
-            done = [run[name] for run in runs[methods[0]] if name in run]
-            if done:
-                cost = done[0]["cutting"]
-                values = [_spread([run["perplexity"][text] for run in done]) for text in TEXTS]
-                costs = [f"{cost['seconds']:.0f}", say_peaks(cost), human(cost["bytes_read"])]
-                rows.append([name, *values, *costs])
-        return aligned(rows, markdown=True)
-    rows = [["method", "text", *settings, "scoring s", "peak RSS", "read"]]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for key, run in results.items():
+        if key.split("/")[0] == table and run:
+            runs.setdefault(key.split("/")[1], []).append(run)
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for method, done in runs.items():
-        for text in TEXTS if any(done) else ():
-            cells = [_spread([run[name]["perplexity"][text] for run in done if name in run]) for name in settings]
-            costs = ["", "", ""]
-            if text == next(iter(TEXTS)):
-                cost = next(iter(done[0].values()))["scoring"]
-                costs = [f"{cost['seconds']:.0f}", say_peaks(cost), human(cost["bytes_read"])]
-            rows.append([method if costs[0] else "", text, *cells, *costs])
+        for run in done:
+            for name, result in run.items():
+                amount, variant = split(table, name)
+                cells.setdefault((method, variant), {}).setdefault(amount, []).append(result)
+    amounts = list(dict.fromkeys(amount for row in cells.values() for amount in row))
+    rows = [["method", "", *amounts, "scoring s", "rest s", "peak memory", "read"]]
+    for (method, variant), row in sorted(cells.items(), key=lambda item: (item[0][1], list(runs).index(item[0][0]))):
+        values = [
+            " / ".join(_spread([one["perplexity"][text] for one in row[amount]]) for text in TEXTS)
+            if amount in row
+            else "-"
+            for amount in amounts
+        ]
+        first, last = next(iter(row.values()))[0], list(row.values())[-1][0]
+        rest = statistics.median(one["cutting"]["seconds"] for each in row.values() for one in each)
+        if table == "weights":  # written as they are scored
+            rest -= first["scoring"]["seconds"]
+        read = human(first["scoring"]["bytes_read"] + first["cutting"]["bytes_read"] * (table != "weights"))
+        costs = [f"{first['scoring']['seconds']:.1f}", f"{max(0, rest):.1f}", say_peaks(last["cutting"]), read]
+        rows.append([method, variant, *values, *costs])
     return aligned(rows, markdown=True)
+
+
+def split(table: str, name: str) -> tuple[str, str]:
+    """(amount, variant) of a setting: ("20%", "compensated"); repair settings are amounts by tokens."""
+    if table == "compensate":
+        target, tokens, ridge = name.split()
+        return f"{int(tokens):,}", f"{target}, {ridge}"
+    if table == "units":
+        amount, _, variant = name.partition(" ")
+        return amount, variant
+    amount, _, variant = name.partition(", ")
+    return amount, variant
 
 
 def _spread(values: list[float]) -> str:

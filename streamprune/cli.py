@@ -24,8 +24,9 @@ from streamprune.methods import METHODS
 from streamprune.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, parse_settings, with_options
 from streamprune.progress import Progress
 from streamprune.rates import CARDS
-from streamprune.run import check_tokens, foretell, open_model, prune
+from streamprune.run import foretell, open_model, prune
 from streamprune.sweep import default_micro_batch
+from streamprune.texts import check_tokens
 from streamprune.verify import verify as verify_output
 
 

@@ -78,6 +78,7 @@ class PruneConfig:
         gpu_memory, host_memory: bytes that the run may hold on the GPU and in its process; None for what is free.
             What a budget leaves over keeps layers, so that they are read less often.
         scratch: directory for hidden states that fit in neither.
+        resume: keep a journal beside the output, and go on from the one that an earlier run left there.
         reader: "buffered", or "direct" around the page cache. read_threads: 2 to 8; by default 2, and 4
             beside a GPU.
 
@@ -120,6 +121,7 @@ class PruneConfig:
     gpu_memory: int | None = None
     host_memory: int | None = None
     scratch: Path | None = None
+    resume: bool = False
     reader: Literal["buffered", "direct"] = "buffered"
     read_threads: int | None = None
     overwrite: bool = False

@@ -22,6 +22,7 @@ from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
 from streamprune.paging import Page
 from streamprune.plan import Plan
 from streamprune.progress import Progress
+from streamprune.state import Journal
 from streamprune.statistics import Statistics
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import write_json
@@ -56,6 +57,7 @@ class Job:
         ids: calibration tokens [n, seq] of the method, if it needs any.
         repair_ids: those of the least squares after units or layers are gone.
         costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
+        journal: of a run that can be resumed.
     """
 
     config: PruneConfig
@@ -66,14 +68,23 @@ class Job:
     ids: Tensor | None
     repair_ids: Tensor | None
     costs: dict[str, float] = field(default_factory=dict)
+    journal: Journal | None = None
 
     def score(self) -> UnitScores | LayerScores:
         """Scores of units or layers."""
-        statistics = Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed)
+        statistics = Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, self.journal)
         layers = self.config.target == "layers"
         scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
+        if self.journal is not None:
+            self.journal.watch(scores)
+            if self.journal.facts.get("scored"):
+                self.costs |= self.journal.facts["costs"]
+                return scores
         with self._scoring(statistics):
             METHODS[self.config.method].score(statistics, self.settings, scores)
+        if self.journal is not None:
+            self.journal.facts["costs"] = self.costs
+            self.journal.finish_scores(self.plan.layers)
         return scores
 
     def cut(self, scores: UnitScores | LayerScores, directory: Path) -> Done:
@@ -105,20 +116,26 @@ class Job:
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
         kept = plan.choice.widths
         specs = slim.output_specs(skeleton, kept, packed=plan.packed)
-        statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed)
-        zeros, total = 0, 0
+        journal = None if plan.packed else self.journal  # compressed weights are written anew
+        statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed, journal)
+        saved = journal.facts if journal is not None else {}
+        counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many
+        digests = saved.setdefault("digests", {})
         shard_size = self.config.max_shard_size
-        with slim.OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed) as writer:
+        with slim.OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed, digests) as writer:
+            if journal is not None:
+                journal.before_commit = writer.sync
 
             def emit(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
-                nonlocal zeros, total
-                writer.put(skeleton.layer_prefix(ref.layer) + ref.tensor, stored, pruned)
-                zeros, total = zeros + pruned.numel() - int(pruned.count_nonzero()), total + pruned.numel()
+                name = skeleton.layer_prefix(ref.layer) + ref.tensor
+                writer.put(name, stored, pruned)
+                counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
 
             with self._scoring(statistics):
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
             with self.progress.stage("writing", self._bytes_of([writer.untouched()])):
                 source_hash = writer.finish(self.sweeper.pager)
+        zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))
         slim.write_companions(skeleton, kept, directory, None)
         if plan.packed:
             fields = compressed.config_fields(plan.packed.values(), zeros / skeleton.parameters)

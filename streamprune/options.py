@@ -118,6 +118,7 @@ PRUNE_OPTIONS = (
     click.option("--no-evaluate", is_flag=True, help="Measure no perplexity."),
     click.option("--max-shard-size", type=ByteSize(), default=5_000_000_000, help="Of output files; 5GB by default."),
     click.option("--overwrite", is_flag=True, help="Replace the output directory."),
+    click.option("--resume", is_flag=True, help="Go on where the same command with --resume stopped; or begin one."),
     click.option(
         "--gpu-memory", type=ByteSize(), help="What the run may hold on the GPU, such as 20GiB; what is free."
     ),

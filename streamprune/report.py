@@ -148,8 +148,18 @@ def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
 
 
 # Options that do not make the result another one, and those that say something in every recipe.
-_MACHINE = ("model", "output", "overwrite", "device", "evaluate", "max_shard_size", "trust_remote_code", "layers")
-_BUDGET = ("gpu_memory", "host_memory", "scratch", "reader", "read_threads")
+_UNSAID = (
+    "model",
+    "output",
+    "overwrite",
+    "resume",
+    "device",
+    "evaluate",
+    "max_shard_size",
+    "trust_remote_code",
+    "layers",
+)
+MACHINE = ("gpu_memory", "host_memory", "scratch", "reader", "read_threads")  # change no byte
 _ALWAYS = ("method", "granularity", "ratio", "settings", "calibration", "samples", "seq_len", "sampling", "seed")
 
 
@@ -159,7 +169,7 @@ def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {
         name: value
         for name, value in options.items()
-        if name not in (*_MACHINE, *_BUDGET) and value is not None and (name in _ALWAYS or value != defaults.get(name))
+        if name not in (*_UNSAID, *MACHINE) and value is not None and (name in _ALWAYS or value != defaults.get(name))
     }
     if options["attention_ratio"] is not None and options["mlp_ratio"] is not None:
         del recipe["ratio"]  # the two set everything

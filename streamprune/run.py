@@ -6,10 +6,12 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from streamprune import allocation, calibration, compressed, evaluate, planner, rates, report
+from streamprune import allocation, compressed, evaluate, planner, rates, report, texts
 from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.devices import paging_device
@@ -30,13 +32,9 @@ from streamprune.plan import Plan, describe, make_plan, removed_parameters
 from streamprune.progress import Progress
 from streamprune.readers import ReaderKind
 from streamprune.skeleton import Skeleton
+from streamprune.state import Journal
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
-
-EVALUATION_SEQ_LEN = 128
-EVALUATION_SEGMENTS = 100  # at most
-EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
-REPAIR_SEQ_LEN = 512
 
 
 @dataclass(frozen=True)
@@ -131,20 +129,32 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
     check_output(config.output, overwrite=config.overwrite)
     if config.compress:
         compressed.check_package()
+    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     with ExitStack() as output:
+        if journal_directory is not None:
+            output.push(partial(_say_what_stays, journal_directory, progress))
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
-        directory, facts, kept, segments = _score_and_write(config, settings, output, progress)
+        directory, facts, kept, segments = _score_and_write(config, settings, output, progress, journal_directory)
         if segments is not None:
             facts["perplexity"]["after"] = _perplexity_after(config, directory, segments, progress)
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts["peak_rss"] = report.peak_rss()
         write_json(directory / OWN_FILE, facts)
         (directory / "README.md").write_text(report.model_card(facts), encoding="utf-8")
+    if journal_directory is not None:
+        shutil.rmtree(journal_directory, ignore_errors=True)
     return PruneResult(config.output, facts["layout"], kept, facts)
 
 
+def _say_what_stays(directory: Path, progress: Progress, kind: type[BaseException] | None, *rest: object) -> None:
+    """Of a run that did not end well: where its journal is."""
+    if kind is not None and directory.is_dir():
+        nbytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        progress.say(f"{directory} keeps {report.human(nbytes)} to go on from: repeat the command, or remove it")
+
+
 def _score_and_write(
-    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: Progress
+    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
 ) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
     method = METHODS[config.method]
@@ -165,17 +175,30 @@ def _score_and_write(
         copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
         check_space(config.output, plan.output_bytes + copied)
         progress.say(describe(config, skeleton, plan))
-        tokens = _calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
-        ids = _calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
-        repair_ids = _repair_ids(config, skeleton, tokens) if config.compensate and tokens is not None else None
+        tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
+        ids = texts.calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
+        repair_ids = texts.repair_ids(config, skeleton, tokens) if config.compensate and tokens is not None else None
         sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
-        segments = _evaluation_segments(config, skeleton)
+        segments = texts.evaluation_segments(config, skeleton)
+        journal = None
+        if journal_directory is not None:
+            journal = Journal(journal_directory, _fingerprint(config, skeleton, ids, repair_ids))
+            # Part of the arithmetic: the one that the first run was planned with.
+            micro_batch = journal.facts.get("micro_batch", config.micro_batch)
+            config = replace(config, micro_batch=micro_batch)
         work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
         placement = _place(config, settings, plan, sweeper, work)
         progress.say(planner.say(placement, sweeper))
-        before = _perplexity(sweeper, segments, "before", progress) if segments is not None else None
-        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids)
-        directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
+        saved = {} if journal is None else journal.facts
+        saved["micro_batch"] = placement.micro_batch
+        if segments is not None and "before" not in saved:
+            saved["before"] = _perplexity(sweeper, segments, "before", progress)
+        if journal is not None:
+            journal.save()
+        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal)
+        directory = output.enter_context(
+            atomic_directory(config.output, overwrite=config.overwrite, temporary=_partial(config, journal))
+        )
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
         facts = _facts(config, sweeper, plan, settings, ids, done)
         facts["memory"] = planner.facts(placement)
@@ -186,8 +209,35 @@ def _score_and_write(
         if segments is not None:
             text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
             ids_hash = {"segments": list(segments.shape), "sha256_of_ids": _hash(segments)}
-            facts["perplexity"] = {"text": text, **ids_hash, "before": before}
+            facts["perplexity"] = {"text": text, **ids_hash, "before": saved["before"]}
     return directory, facts, done.kept, segments
+
+
+def _partial(config: PruneConfig, journal: Journal | None) -> Path | None:
+    """Where a run that can be resumed writes: pruned weights go on there, what is cut from scores is written anew."""
+    if journal is None:
+        return None
+    directory = journal.directory / "output"
+    if not journal.facts.get("digests") or config.compress:
+        shutil.rmtree(directory, ignore_errors=True)
+    return directory
+
+
+def _fingerprint(
+    config: PruneConfig, skeleton: Skeleton, ids: Tensor | None, repair_ids: Tensor | None
+) -> dict[str, Any]:
+    """What decides the bytes that come out: options, versions, tokens, and the source's headers, sizes and dates."""
+    elsewhere = ("output", "overwrite", "resume", "evaluate", "micro_batch", "dtype", "device", *report.MACHINE)
+    options = {
+        f"--{name.replace('_', '-')}": str(value) for name, value in asdict(config).items() if name not in elsewhere
+    }
+    source = hashlib.sha256(repr(sorted(skeleton.checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
+    for file in skeleton.checkpoint.files:
+        source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
+    tokens = {"calibration tokens": _hash(ids), "repair tokens": _hash(repair_ids)}
+    compute = {"compute dtype": str(skeleton.dtype), "compute device": str(skeleton.device)}
+    return {**options, **versions, **tokens, **compute, "source": source.hexdigest()}
 
 
 def _place(
@@ -218,7 +268,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         load=measure,
     ) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
-        work = _expected_work(config, sweeper.skeleton)
+        work = texts.expected_work(config, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(
             work.calibration[1] if work.calibration else 128
         )
@@ -233,78 +283,6 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         elif assume is not None:
             found = rates.assumed(assume)
         return f"{describe(config, sweeper.skeleton, plan)}\n{planner.table(placement, sweeper, found)}"
-
-
-def _expected_work(config: PruneConfig, skeleton: Skeleton) -> Work:
-    """Sequences of each part of a run, as far as they are known without reading texts."""
-    method = METHODS[config.method]
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or 10**9
-    samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
-    given = (config.samples or samples, config.seq_len or min(seq_len, limit))
-    repair_len = min(REPAIR_SEQ_LEN, limit)
-    return Work(
-        given if method.needs_text else None,
-        (config.compensate_tokens // repair_len, repair_len) if config.compensate else None,
-        None if config.evaluate is False else (EVALUATION_SEGMENTS, min(EVALUATION_SEQ_LEN, limit)),
-    )
-
-
-def _calibration_tokens(config: PruneConfig, skeleton: Skeleton) -> Tensor:
-    """All tokens of the calibration text."""
-    if config.calibration is None:
-        text = calibration.embedded_text("calibration")
-    else:
-        text = calibration.read_text(config.calibration, config.field)
-    path = skeleton.checkpoint.path
-    tokenizer = calibration.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    return calibration.tokenize(tokenizer, text)
-
-
-def _calibration_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tensor:
-    """What the method's scores are taken on: as asked, or as its paper has it where a text is given."""
-    samples, seq_len = METHODS[config.method].calibration if config.calibration else EMBEDDED_CALIBRATION
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or seq_len
-    samples, seq_len = config.samples or samples, config.seq_len or min(seq_len, limit)
-    check_tokens(tokens, seq_len, skeleton)
-    return calibration.sample_sequences(tokens, samples, seq_len, config.sampling, config.seed)
-
-
-def _repair_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tensor:
-    """`compensate_tokens` tokens for the least squares, or as many as the text has."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or REPAIR_SEQ_LEN
-    count = min(config.compensate_tokens, len(tokens))
-    seq_len = min(REPAIR_SEQ_LEN, limit, count)
-    check_tokens(tokens, seq_len, skeleton)
-    return calibration.sample_sequences(tokens, count // seq_len, seq_len, config.sampling, config.seed)
-
-
-def check_tokens(tokens: Tensor, seq_len: int, skeleton: Skeleton) -> None:
-    """Refuse sequences longer than the model's positions, and the tokens of another model's tokenizer."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise UsageError(f"--seq-len {seq_len}: the model takes at most {limit} positions; lower it")
-    vocabulary = skeleton.config.vocab_size
-    if len(tokens) and int(tokens.max()) >= vocabulary:
-        raise CheckpointError(
-            f"{skeleton.checkpoint.path}: its tokenizer gives token {int(tokens.max())}, the model knows {vocabulary}; "
-            "copy the tokenizer files of this model there"
-        )
-
-
-def _evaluation_segments(config: PruneConfig, skeleton: Skeleton) -> Tensor | None:
-    if config.evaluate is False:
-        return None
-    text = (
-        calibration.embedded_text("heldout")
-        if config.evaluate is None
-        else calibration.read_text(config.evaluate, config.field)
-    )
-    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.path, trust_remote_code=config.trust_remote_code)
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or EVALUATION_SEQ_LEN
-    tokens = calibration.tokenize(tokenizer, text)
-    seq_len = min(EVALUATION_SEQ_LEN, limit)
-    check_tokens(tokens, seq_len, skeleton)
-    return evaluate.segment(tokens, seq_len)[:EVALUATION_SEGMENTS]
 
 
 def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progress) -> float:

@@ -230,6 +230,7 @@ class OutputWriter:
     Args:
         specs: from `output_specs`.
         packed: names of the source's matrices that are compressed.
+        digests: of source tensors that an earlier run has put there; filled in as tensors are put.
 
     Raises:
         CheckpointError: NaN or infinite weights in the source.
@@ -244,16 +245,22 @@ class OutputWriter:
         directory: Path,
         max_shard_size: int,
         packed: Container[str] = (),
+        digests: dict[str, str] | None = None,
     ) -> None:
         self.skeleton, self._slicer, self._packed = skeleton, Slicer(skeleton, kept), packed
-        self._writer = ShardedWriter(directory, specs, max_shard_size)
-        self._digests: dict[str, str] = {}
+        self._digests: dict[str, str] = {} if digests is None else digests
+        written = [target for name in self._digests if (target := self._slicer.name(name)) is not None]
+        self._writer = ShardedWriter(directory, specs, max_shard_size, written)
 
     def __enter__(self) -> OutputWriter:
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self._writer.__exit__(*exc)
+
+    def sync(self) -> None:
+        """What has been put is on the disk."""
+        self._writer.sync()
 
     def put(self, name: str, source: Tensor, made: Tensor | None = None) -> None:
         """Write what remains of a source tensor, or what was `made` of it."""

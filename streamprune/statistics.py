@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import partial
 
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 from streamprune.binding import Perturbation, check_finite
 from streamprune.capture import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer, TensorRef
 from streamprune.inputs import Inputs, Sums
-from streamprune.sweep import Sweeper, Visit
+from streamprune.state import END, Journal, Point
+from streamprune.sweep import Sweeper, Visit, Visitor
 
 # Hidden states of left-out layers that are carried through the layers together.
 STREAM_BYTES = 2 << 30
@@ -25,8 +27,16 @@ class Statistics:
         seed: of the run.
     """
 
-    def __init__(self, sweeper: Sweeper, input_ids: Tensor | None, layers: Sequence[int], seed: int) -> None:
+    def __init__(
+        self,
+        sweeper: Sweeper,
+        input_ids: Tensor | None,
+        layers: Sequence[int],
+        seed: int,
+        journal: Journal | None = None,
+    ) -> None:
         self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
+        self._journal = journal
         self._again = False  # the sweeper has kept the lowest prunable layer's input
         skeleton = sweeper.skeleton
         self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
@@ -51,14 +61,33 @@ class Statistics:
         }
         return [order for need in needs for order in orders[need]]
 
+    def store(self, name: str) -> MutableMapping[tuple[int, str], Tensor]:
+        """What a method keeps between sweeps, by layer and tensor: in memory, or where a run can be resumed on disk."""
+        return {} if self._journal is None else self._journal.store(name)
+
+    def _begin(self) -> Point | None:
+        """The next sweep: where an earlier run left it."""
+        return None if self._journal is None else self._journal.begin()
+
+    def _commit(self, layer: int, carry: Tensor | None = None, loss: float | None = None) -> None:
+        if self._journal is not None:
+            self._journal.commit(layer, carry, loss)
+
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
         """One sweep over the scored matrices of the prunable layers as they are stored."""
-        with self.sweeper.pager.pages(self.layers) as pages:
+        point = self._begin()
+        if point is not None and point.layer == END:
+            return
+        with self.sweeper.pager.pages(
+            [layer for layer in self.layers if point is None or layer > point.layer]
+        ) as pages:
             for page in pages:
                 for name, ref in self.sweeper.scored[page.layer].items():
                     weight = page.tensors[name]
                     check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, name, weight)
                     consume(ref, weight)
+                self._commit(page.layer)
+        self._commit(END)
 
     def gradients(self, consume: Consumer, perturbation: Perturbation | None = None) -> float:
         """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
@@ -101,7 +130,7 @@ class Statistics:
             del output
             return visit.run()
 
-        self.sweeper.forward(self._ids, visit=prune, stop=last + 1)
+        self._visit(prune)
 
     def hidden(self, consume: Callable[[int, Tensor, Tensor], None]) -> None:
         """One forward sweep that hands over (layer, its input [n, seq, d], its output) for each prunable layer."""
@@ -112,7 +141,24 @@ class Statistics:
                 consume(visit.layer, visit.hidden, output)
             return output
 
-        self.sweeper.forward(self._ids, visit=show, change=False, stop=self.layers[-1] + 1)
+        self._visit(show, change=False)
+
+    def _visit(self, visit: Visitor, *, change: bool = True) -> None:
+        """A forward sweep up to the last prunable layer."""
+        point, start = self._begin(), None
+        if point is not None:
+            if point.layer == END:
+                return
+            assert point.carry is not None, "a forward sweep hands on hidden states"
+            start = (point.layer + 1, point.carry.to(self.sweeper.skeleton.device))
+
+        def journalled(each: Visit) -> Tensor:
+            output = visit(each)
+            self._commit(each.layer, output)
+            return output
+
+        self.sweeper.forward(self._ids, start=start, visit=journalled, change=change, stop=self.layers[-1] + 1)
+        self._commit(END)
 
     def losses_without(self) -> dict[int, float]:
         """Mean loss in nats with each prunable layer left out.
@@ -164,12 +210,34 @@ class Statistics:
 
     def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
         sweeper, lowest, ids = self.sweeper, self.layers[0], self._ids
+        point = self._begin()
+        if point is not None and point.layer in (END, lowest):
+            return math.nan if point.loss is None else point.loss  # no method asks for an earlier sweep's
         # Below the first prunable layer nothing ever moves: later sweeps start from its input.
         hidden = sweeper.forward(
-            ids, keep_from=lowest, again=self._again, perturbation=perturbation, perturbed=self.layers
+            ids,
+            keep_from=lowest,
+            again=self._again,
+            perturbation=perturbation,
+            perturbed=self.layers,
+            stop=None if point is None else point.layer,
         )
         self._again = True
-        loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
+        if point is None:
+            loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
+        else:
+            # What was forwards of the layers above is through; of those below, the inputs are made again.
+            assert point.loss is not None and point.carry is not None
+            loss, grad = point.loss, point.carry.to(hidden.device)
         assert grad is not None
-        sweeper.backward(ids, grad, self.layers, collector, perturbation=perturbation)
+        sweeper.backward(
+            ids,
+            grad,
+            self.layers,
+            collector,
+            perturbation=perturbation,
+            below=None if point is None else point.layer,
+            done=lambda layer, grad: self._commit(layer, grad, loss),
+        )
+        self._commit(END, loss=loss)
         return loss

@@ -186,6 +186,8 @@ class Sweeper:
         collector: MakeCollector,
         *,
         perturbation: Perturbation | None = None,
+        below: int | None = None,
+        done: Callable[[int, Tensor], None] = lambda layer, grad: None,
     ) -> None:
         """From dL/dh after the last layer down to the lowest boundary that `forward` kept, feeding collectors.
 
@@ -195,12 +197,15 @@ class Sweeper:
             prunable: layers whose weight gradients are wanted.
             collector: makes the collector of a scored tensor of those layers, given the number of micro-batches.
             perturbation: as in the forward sweep.
+            below: begin below this layer; `grad` is then dL/dh before it.
+            done: is given each layer when it is through, and dL/dh before it.
         """
         kept, first = self._kept, self._kept_from
         assert kept is not None, "a forward sweep kept boundaries"
         call = self._recorded(input_ids)
         parts = list(self.micro_batches(len(grad)))
-        with self.pager.pages(range(self.n_layers - 1, first - 1, -1)) as pages:
+        top = self.n_layers if below is None else below
+        with self.pager.pages(range(top - 1, first - 1, -1)) as pages:
             for page in pages:
                 layer, hidden = page.layer, kept.take(page.layer - first)
                 scored = self.scored[layer] if layer in prunable else {}
@@ -216,6 +221,7 @@ class Sweeper:
                         output.backward(grad[part])
                         if layer > first and boundary.grad is not None:
                             grad[part] = boundary.grad
+                done(layer, grad)
 
     def head_loss(self, hidden: Tensor, input_ids: Tensor, *, with_grad: bool) -> tuple[float, Tensor | None]:
         """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].

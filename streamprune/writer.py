@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,15 +46,19 @@ class ShardedWriter:
         directory: exists already.
         specs: the tensors, in the order in which the headers list them.
         max_shard_size: bytes; a tensor larger than that gets a shard of its own.
+        written: names that an earlier writer of the same specs has written there; its files are taken over.
 
     Raises:
         OutputError: the disk is full, or a tensor is missing or not as announced.
     """
 
-    def __init__(self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int) -> None:
+    def __init__(
+        self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int, written: Iterable[str] = ()
+    ) -> None:
         self.directory = directory
         self.entries: dict[str, TensorEntry] = {}
-        self._pending = {spec.name for spec in specs}
+        self._pending = {spec.name for spec in specs}.difference(written)
+        self._taken_over = len(self._pending) < len(specs)
         self.files: list[str] = []
         shards = _split(specs, max_shard_size)
         for number, shard in enumerate(shards):
@@ -86,6 +90,12 @@ class ShardedWriter:
                 _write_all(descriptor, byte_view(tensor.detach().cpu().contiguous()), entry.offset)
         self._pending.discard(name)
 
+    def sync(self) -> None:
+        """What has been written is on the disk."""
+        for name in self.files:
+            with _opened(self.directory / name, os.O_RDONLY) as descriptor:
+                os.fsync(descriptor)
+
     def _create(self, file: Path, number: int, shard: Sequence[TensorSpec]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
@@ -98,7 +108,8 @@ class ShardedWriter:
             position += spec.nbytes
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-len(encoded) % 8)
-        with _opened(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+        exclusive = 0 if self._taken_over else os.O_EXCL
+        with _opened(file, os.O_WRONLY | os.O_CREAT | exclusive) as descriptor:
             # Taken now, so that a full disk is found before anything is written.
             os.posix_fallocate(descriptor, 0, 8 + len(encoded) + position)
             _write_all(descriptor, memoryview(struct.pack("<Q", len(encoded)) + encoded), 0)
@@ -172,10 +183,11 @@ def check_space(output: Path, needs: int) -> None:
 
 
 @contextmanager
-def atomic_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = None) -> Iterator[Path]:
     """A temporary sibling of `output` that takes its name when the block ends well, and goes away otherwise.
 
     Args:
+        temporary: on the same disk; it stays if the block does not end well.
         output: must not exist, unless `overwrite`; what is there then stays until the new one is whole.
 
     Raises:
@@ -184,9 +196,10 @@ def atomic_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
     check_output(output, overwrite=overwrite)
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    keep = temporary is not None
+    temporary = temporary or output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
     try:
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=keep)
         yield temporary
         _sync(temporary)
         check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
@@ -199,7 +212,8 @@ def atomic_directory(output: Path, *, overwrite: bool) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace(output: Path, temporary: Path) -> None:

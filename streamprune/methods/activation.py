@@ -64,7 +64,7 @@ def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     """
     power, samples, alpha = settings["p"], statistics.samples, settings["alpha"]
     per_sample = settings["norm"] == "mean"
-    norms: dict[tuple[int, str], Tensor] = {}
+    norms = statistics.store("norm")
 
     def keep(ref: TensorRef, weight: Tensor, sums: dict[int, Tensor]) -> None:
         norm = sums[power].sqrt_() if power == 2 else sums[power]

@@ -6,7 +6,7 @@ itself would round δ away (a relative error of 1 in bfloat16).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from streamprune.kernels import moreau_step, soft_threshold
 from streamprune.methods.scores import Sink, WeightPruner
 from streamprune.statistics import Statistics
 
-State = dict[tuple[int, str], Tensor]
+State = MutableMapping[tuple[int, str], Tensor]
 
 
 def taylor(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
@@ -71,18 +71,19 @@ def moreau_gs(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> N
     `eta_quantile`, η is set at step 0 to that quantile of the matrix's line norms ‖g_S‖₂.
     """
     rho, gamma, quantile = settings["rho"], settings["gamma"], settings["eta_quantile"]
-    thresholds: dict[tuple[int, str], float] = {}  # γη per matrix, with eta_quantile
+    thresholds = statistics.store("threshold")  # γη per matrix, with eta_quantile
 
     def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
         dim, threshold = ref.dim, gamma * settings["eta"]
         if quantile is not None:
-            threshold = thresholds.get(ref.key, 0.0)
+            threshold = float(thresholds[ref.key]) if ref.key in thresholds else 0.0
         step = moreau_step(delta, grad, rho, gamma, dim=dim, threshold=threshold)
         if quantile is not None and ref.key not in thresholds:
             assert step.norms is not None
             # δ_1 = −γg, so the quantile of its norms is γη already.
-            thresholds[ref.key] = float(torch.quantile(step.norms.double(), quantile))
-            soft_threshold(step.delta, dim, thresholds[ref.key], step.norms)
+            threshold = float(torch.quantile(step.norms.double(), quantile))
+            thresholds[ref.key] = torch.tensor(threshold, dtype=torch.float64)
+            soft_threshold(step.delta, dim, threshold, step.norms)
         return step.delta
 
     _moreau(statistics, settings, sink, advance)
@@ -96,7 +97,7 @@ def _moreau(
 ) -> None:
     """T updates of δ by `advance`, from the gradient at w + δ + noise; the last is scored as it comes, not stored."""
     rho, steps = settings["rho"], settings["steps"]
-    state: State = {}  # a sweep binds a layer with its δ before it hands over that layer's gradients
+    state = statistics.store("delta")  # a sweep binds a layer with its δ before it hands over that layer's gradients
 
     def update(step: int, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
         previous = state.pop(ref.key, None)
@@ -120,7 +121,7 @@ def _mean_gradient(
     of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """The gradient at w + δ + noise (or `of` it), averaged over `draws` draws, given tensor by tensor to `finish`."""
-    sums: State = {}
+    sums = statistics.store("sum")
 
     def consume(last: bool, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
         if of is not None:

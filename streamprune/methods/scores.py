@@ -77,6 +77,19 @@ class UnitScores(_Sums):
         assert ref.member is not None, "with units, only matrices that units cut are scored"
         self.values[ref.layer][ref.member.kind] += fold_lines(ref.member, ref.geometry, lines).cpu()
 
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """All that is known of a layer, for the journal."""
+        means = {f"mean/{tensor}": mean for (of, tensor), mean in self.means.items() if of == layer}
+        return {**{str(kind): values for kind, values in self.values.get(layer, {}).items()}, **means}
+
+    def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
+        """Take back a `layer_state`."""
+        for name, tensor in state.items():
+            if name.startswith("mean/"):
+                self.means[layer, name.removeprefix("mean/")] = tensor
+            else:
+                self.values[layer][name] = tensor  # type: ignore[index]
+
     def root(self) -> None:
         """The square root of every score: sums of squares become ℓ2 norms."""
         for kinds in self.values.values():
@@ -99,6 +112,14 @@ class LayerScores(_Sums):
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its layer."""
         self.values[ref.layer] += float(lines.sum())
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """A layer's score, for the journal."""
+        return {"score": torch.tensor(self.values[layer], dtype=torch.float64)} if layer in self.values else {}
+
+    def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
+        """Take back a `layer_state`."""
+        self.values[layer] = float(state["score"])
 
     def root(self) -> None:
         """The square root of every score."""

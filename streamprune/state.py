@@ -1,0 +1,237 @@
+"""A run's journal: after every layer of every sweep, what it takes to go on from there.
+
+A directory beside the output holds what methods keep between sweeps, the scores so far, the hidden states or
+gradient that the sweep carries, and journal.json, which names the files that count. Files are written under new names,
+synced, and named by a journal that takes its place in one rename; what no journal names is removed. A run that goes on
+calls its sweeps in the same order: those that are through return at once, the one that was cut short begins behind the
+last layer that it finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from streamprune.errors import OutputError, UsageError
+
+JOURNAL = "journal.json"
+END = -1  # the layer of a sweep that is through
+Key = tuple[int, str]
+
+
+class Scores(Protocol):
+    """Scores that can be saved layer by layer."""
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """What the scores hold of a layer."""
+
+    def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
+        """Take back what `layer_state` gave."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a sweep goes on.
+
+    Attributes:
+        layer: the last one that is finished; END if the whole sweep is.
+        carry: what it handed on, float, on the CPU.
+        loss: of a sweep's forward half, where it has one and is the last that was begun.
+    """
+
+    layer: int
+    carry: Tensor | None
+    loss: float | None
+
+
+class Journal:
+    """The journal of one run.
+
+    Args:
+        directory: made if need be.
+        fingerprint: everything that decides the bytes that come out, by name.
+
+    Attributes:
+        facts: figures of the run that are saved with every commit.
+        resumed: whether an earlier run left something to go on from.
+        before_commit: called before a commit counts: to sync what lies elsewhere.
+
+    Raises:
+        UsageError: the journal there is of another run; names what differs.
+        OutputError: the directory cannot be written, or the journal is damaged.
+    """
+
+    def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
+        self.directory = directory
+        self.facts: dict[str, Any] = {}
+        self.before_commit: Callable[[], None] = lambda: None
+        self._sweep, self._number = -1, 0
+        self._files: dict[str, str] = {}  # what is saved: the file that holds it
+        self._point: tuple[int, int, float | None] | None = None  # sweep, layer, loss
+        self._scores: Scores | None = None
+        fingerprint = json.loads(json.dumps(fingerprint))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{directory}: {error.strerror}; choose another --output") from error
+        self.resumed = (directory / JOURNAL).is_file()
+        if self.resumed:
+            self._load(fingerprint)
+        self._fingerprint = fingerprint
+        self._remove_unnamed()
+
+    def _load(self, fingerprint: dict[str, Any]) -> None:
+        file = self.directory / JOURNAL
+        try:
+            saved = json.loads(file.read_text(encoding="utf-8"))
+            theirs, self.facts, self._files = saved["fingerprint"], saved["facts"], saved["files"]
+            self._number, point = saved["number"], saved["point"]
+        except (OSError, ValueError, KeyError) as error:
+            raise OutputError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
+        self._point = None if point is None else tuple(point)
+        for name in sorted(theirs.keys() | fingerprint.keys()):
+            before, now = theirs.get(name), fingerprint.get(name)
+            if before != now:
+                raise UsageError(
+                    f"{self.directory} was begun with {name} {before}, this run has {now}; "
+                    "repeat the command as it was, or remove that directory"
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.directory.rglob("*") if file.is_file())
+
+    def watch(self, scores: Scores) -> None:
+        """Save these scores from now on, having brought back what was saved of them."""
+        self._scores = scores
+        for name in self._files:
+            kind, _, layer = name.partition("/")
+            if kind == "scores":
+                scores.load_layer(int(layer), self._read(name))
+
+    def store(self, name: str) -> MutableMapping[Key, Tensor]:
+        """Tensors by (layer, tensor) that survive the run."""
+        return _Store(self, name)
+
+    def begin(self) -> Point | None:
+        """The next sweep begins: where it goes on, None at its start."""
+        self._sweep += 1
+        if self._point is None or self._sweep > self._point[0]:
+            return None
+        sweep, layer, loss = self._point
+        if self._sweep < sweep:
+            return Point(END, None, None)
+        if layer == END:
+            return Point(END, None, loss)
+        carry = self._read("carry")["carry"] if "carry" in self._files else None
+        return Point(layer, carry, loss)
+
+    def commit(self, layer: int, carry: Tensor | None = None, loss: float | None = None) -> None:
+        """A layer of the current sweep is finished, and all that was put for it; END: the sweep is."""
+        self._save_scores(layer)
+        if carry is not None:
+            self._write("carry", {"carry": carry.detach().cpu()})
+        else:
+            self._files.pop("carry", None)
+        self._point = (self._sweep, layer, loss)
+        self.save()
+
+    def finish_scores(self, layers: Sequence[int]) -> None:
+        """All scores are there: the method need not be asked again."""
+        for layer in layers:
+            self._save_scores(layer)
+        self.facts["scored"] = True
+        self.save()
+
+    def _save_scores(self, layer: int) -> None:
+        state = self._scores.layer_state(layer) if self._scores is not None and layer != END else {}
+        if state:
+            self._write(f"scores/{layer}", state)
+
+    def save(self) -> None:
+        """Make what was written so far count."""
+        self.before_commit()
+        value = {
+            "fingerprint": self._fingerprint,
+            "facts": self.facts,
+            "files": self._files,
+            "number": self._number,
+            "point": self._point,
+        }
+        file, new = self.directory / JOURNAL, self.directory / f"{JOURNAL}.new"
+        with new.open("w", encoding="utf-8") as stream:
+            json.dump(value, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.rename(file)
+        _sync(self.directory)
+        self._remove_unnamed()
+
+    def close(self) -> None:
+        """The output is whole: nothing is left to go on from."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Under a new file name; what it supersedes goes with the next commit."""
+        self._number += 1
+        file = self.directory / f"{self._number}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        _sync(file)
+        self._files[name] = file.name
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.directory / self._files[name])
+
+    def _remove_unnamed(self) -> None:
+        named = {*self._files.values(), JOURNAL}
+        for file in self.directory.iterdir():
+            if file.is_file() and file.name not in named:
+                file.unlink()
+
+
+class _Store(MutableMapping[Key, Tensor]):
+    """Tensors in the journal's files; they count from the next commit on."""
+
+    def __init__(self, journal: Journal, name: str) -> None:
+        self._journal, self._name = journal, name
+
+    def _file(self, key: Key) -> str:
+        return f"{self._name}/{key[0]}/{key[1]}"
+
+    def __getitem__(self, key: Key) -> Tensor:
+        if self._file(key) not in self._journal._files:
+            raise KeyError(key)
+        return self._journal._read(self._file(key))["tensor"]
+
+    def __setitem__(self, key: Key, value: Tensor) -> None:
+        self._journal._write(self._file(key), {"tensor": value})
+
+    def __delitem__(self, key: Key) -> None:
+        del self._journal._files[self._file(key)]
+
+    def __iter__(self) -> Iterator[Key]:
+        for name in list(self._journal._files):
+            store, _, rest = name.partition("/")
+            layer, _, tensor = rest.partition("/")
+            if store == self._name:
+                yield int(layer), tensor
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

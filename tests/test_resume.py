@@ -1,0 +1,205 @@
+"""A run that is killed behind any commit, or between two, goes on to the same bytes."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from cli_runner import snapshot
+
+from streamprune import PruneConfig, prune
+from streamprune.errors import OutputError, UsageError
+from streamprune.state import JOURNAL, Journal
+
+RUNS = [
+    ("taylor", "units", {}, {}),
+    ("moreau-gs", "units", {"steps": 3, "draws": 2, "eta_quantile": 0.3}, {}),
+    ("smoothgrad", "units", {"draws": 3}, {}),
+    ("smoothgrad", "units", {"draws": 3, "mean": "score"}, {}),
+    ("gblm", "units", {}, {}),
+    ("flap", "units", {}, {}),
+    ("magnitude", "units", {}, {}),
+    ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64}),
+    ("random", "layers", {}, {}),
+    ("layer-ppl", "layers", {}, {}),
+    ("block-influence", "layers", {}, {}),
+    ("moreau", "layers", {"steps": 2}, {}),
+    ("magnitude", "weights", {}, {}),
+    ("wanda", "weights", {}, {}),
+    ("gblm", "weights", {}, {}),
+    ("sparsegpt", "weights", {}, {}),
+    ("moreau", "weights", {"steps": 2}, {}),
+]
+
+
+class Killed(BaseException):
+    """As if the process ended there."""
+
+
+def config(tiny_llama, output, method, granularity, settings, options, **more):
+    options = {"max_shard_size": 60_000, "layers": (2, 6), "evaluate": False} | options
+    return PruneConfig(
+        str(tiny_llama), output, method, settings, granularity, samples=5, seq_len=16, micro_batch=2, **options | more
+    )
+
+
+def weights(directory):
+    """Everything in the output that says nothing of times."""
+    return {
+        name: value for name, value in snapshot(directory).items() if not name.endswith((".md", "streamprune.json"))
+    }
+
+
+@pytest.fixture
+def killing(monkeypatch):
+    """Kills the run at its n-th save: before it counts, or right after."""
+    original = Journal.save
+
+    def at(number, when):
+        count = itertools.count()
+
+        def save(self):
+            mine = next(count)
+            if mine == number and when == "before":
+                raise Killed
+            original(self)
+            if mine == number and when == "after":
+                raise Killed
+
+        monkeypatch.setattr(Journal, "save", save)
+        return count
+
+    return at
+
+
+@pytest.mark.parametrize("method,granularity,settings,options", RUNS)
+def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(
+    method, granularity, settings, options, tiny_llama, tmp_path, killing
+):
+    what = (method, granularity, settings, options)
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    count = killing(-1, "after")
+    assert weights(prune(config(tiny_llama, tmp_path / "journalled", *what, resume=True)).output) == expected
+    saves = next(count)
+    assert saves >= (1 if method == "random" else 2)
+    # All of them where there are few; else every third, and each kind of moment.
+    for number in range(0, saves, 1 if saves < 12 else 3):
+        when = "before" if number % 2 else "after"
+        output = tmp_path / f"killed-{number}"
+        killing(number, when)
+        with pytest.raises(Killed):
+            prune(config(tiny_llama, output, *what, resume=True))
+        assert not output.exists()
+        killing(-1, "after")
+        assert weights(prune(config(tiny_llama, output, *what, resume=True)).output) == expected
+    assert not list(tmp_path.glob(".*"))  # neither journals nor partial outputs
+
+
+def test_a_run_killed_again_and_again_gets_there(tiny_llama, tmp_path, killing):
+    what = ("moreau-gs", "units", {"steps": 3}, {})
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    for attempts in range(200):  # noqa: B007  how many it took is looked at
+        killing(2, "after")
+        try:
+            result = prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+            break
+        except Killed:
+            continue
+    assert attempts > 5 and weights(result.output) == expected
+
+
+def test_layers_that_are_through_are_not_computed_again(tiny_llama, tmp_path, killing):
+    what = ("moreau", "units", {"steps": 4}, {})
+    whole = prune(config(tiny_llama, tmp_path / "whole", *what)).facts["scoring"]["bytes_read"]
+    killing(18, "after")  # far into the last sweeps
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    again = prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).facts["scoring"]["bytes_read"]
+    assert again < whole / 2
+
+
+def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killing):
+    what = ("taylor", "units", {}, {})
+    killing(2, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    for change, name in (({"seed": 1}, "--seed"), ({"ratio": 0.3}, "--ratio"), ({"dtype": "float64"}, "compute dtype")):
+        with pytest.raises(UsageError, match=rf"{name}.* has .*remove that directory"):
+            prune(config(tiny_llama, tmp_path / "out", *what, resume=True, **change))
+    # What changes no byte may change.
+    budget = {"scratch": tmp_path / "scratch", "read_threads": 5}
+    assert prune(config(tiny_llama, tmp_path / "out", *what, resume=True, **budget)).output.is_dir()
+
+
+def test_a_changed_checkpoint_is_refused(tiny_llama, model, tmp_path, killing):
+    what = ("taylor", "units", {}, {})
+    killing(2, "after")
+    with pytest.raises(Killed):
+        prune(config(model, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    os.utime(model / "model.safetensors", (1, 1))
+    with pytest.raises(UsageError, match="source"):
+        prune(config(model, tmp_path / "out", *what, resume=True))
+
+
+def test_a_damaged_journal_is_an_error_and_not_another_result(tmp_path):
+    journal = Journal(tmp_path / "journal", {"a": 1})
+    journal.save()
+    (tmp_path / "journal" / JOURNAL).write_text("{")
+    with pytest.raises(OutputError, match=r"damaged.*start again"):
+        Journal(tmp_path / "journal", {"a": 1})
+
+
+def test_files_that_no_journal_names_are_removed_and_disk_use_stays_bounded(tmp_path):
+    journal = Journal(tmp_path / "journal", {})
+    store = journal.store("delta")
+    journal.begin()
+    for step in range(5):
+        for layer in (3, 2, 1):
+            store[layer, "q"] = torch.full((10,), float(step))
+            journal.commit(layer, torch.zeros(4), 1.0)
+    assert len(list((tmp_path / "journal").iterdir())) == 1 + 3 + 1  # journal, three layers, what is carried
+    (tmp_path / "journal" / "999.safetensors").write_text("cut off")
+    again = Journal(tmp_path / "journal", {})
+    store = again.store("delta")
+    assert len(list((tmp_path / "journal").iterdir())) == 5
+    assert sorted(store) == [(1, "q"), (2, "q"), (3, "q")] and float(store[2, "q"][0]) == 4
+    point = again.begin()
+    assert (point.layer, point.loss) == (1, 1.0) and torch.equal(point.carry, torch.zeros(4))
+
+
+def test_what_is_put_without_a_commit_does_not_count(tmp_path):
+    journal = Journal(tmp_path / "journal", {})
+    store = journal.store("sum")
+    store[1, "q"] = torch.ones(3)
+    journal.save()
+    store[1, "q"] = torch.zeros(3)
+    del store[1, "q"]
+    again = Journal(tmp_path / "journal", {}).store("sum")
+    assert torch.equal(again[1, "q"], torch.ones(3))
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_journal_and_no_output(signal_number, tiny_llama, tmp_path):
+    command = [
+        *(sys.executable, "-c", "from streamprune.cli import main; main()"),
+        *("--model", tiny_llama, "--method", "moreau-gs", "--set", "steps=400", "--samples", "4", "--seq-len", "16"),
+        *("--no-evaluate", "--resume", "--output", tmp_path / "out"),
+    ]
+    journal = tmp_path / ".out.resume" / JOURNAL
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (journal.is_file() and json.loads(journal.read_text())["point"]):
+            time.sleep(0.01)
+        child.send_signal(signal_number)
+        message = child.communicate(timeout=60)[1]
+    assert child.returncode != 0 and not (tmp_path / "out").exists() and journal.is_file()
+    if signal_number == signal.SIGINT:
+        assert "to go on from: repeat the command" in message
