@@ -99,6 +99,13 @@ class CudaDevice:
         event.synchronize()
 
 
+class PlannedDevice(HostDevice):
+    """A device that is planned for and need not be there: sizes are as on it, nothing is run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.direct = device.type == "cpu"
+
+
 def paging_device(device: torch.device) -> Device:
     """The paging side of a torch device."""
     return CudaDevice(device) if device.type == "cuda" else HostDevice()

@@ -150,7 +150,7 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
         remedies.append("give --scratch DIR for hidden states")
     if plan.state_bytes > sum(needed) / 10:
         remedies.append(f"for its {report.human(plan.state_bytes)} of state use {METHODS[config.method].stateless}")
-    return f"{config.method} needs at least {' and '.join(lacking)}; {', or '.join(remedies)}"
+    return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
 
 
 def _mib(nbytes: int) -> str:

@@ -17,8 +17,16 @@ from streamprune.footprint import Stage, layer_flops
 from streamprune.sweep import Sweeper
 
 MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards
-# Dense bfloat16 with float32 accumulation, TFLOP/s: NVIDIA's whitepapers GA102, GA100, AD102 and GH100, L4 data sheet.
-CARDS = {"rtx3090": 71.0, "rtx4090": 165.2, "a6000": 154.8, "l4": 121.0, "a100": 312.0, "h100": 989.4}
+# Dense bfloat16 with float32 accumulation in TFLOP/s, and GiB: NVIDIA's whitepapers on GA102, GA100, AD102 and GH100,
+# and the data sheet of the L4.
+CARDS = {
+    "rtx3090": (71.0, 24),
+    "rtx4090": (165.2, 24),
+    "a6000": (154.8, 48),
+    "l4": (121.0, 24),
+    "a100": (312.0, 80),
+    "h100": (989.4, 80),
+}
 UTILISATION = 0.4  # of that, in layers of a few thousand tokens
 DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
 WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
@@ -36,10 +44,9 @@ class Rates:
 
 def assumed(card: str) -> Rates:
     """What a row of CARDS gives, with an NVMe drive."""
-    flops = CARDS[card] * 1e12 * UTILISATION
-    return Rates(
-        DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {CARDS[card]:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s"
-    )
+    peak, _ = CARDS[card]
+    flops = peak * 1e12 * UTILISATION
+    return Rates(DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {peak:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s")
 
 
 def seconds(stage: Stage, rates: Rates) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from streamprune import allocation, compressed, evaluate, planner, rates, report, texts
 from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
 from streamprune.config import PruneConfig
-from streamprune.devices import paging_device
+from streamprune.devices import PlannedDevice, paging_device
 from streamprune.errors import CheckpointError, OutputError, UsageError
 from streamprune.footprint import Work
 from streamprune.job import Done, Job
@@ -66,13 +66,13 @@ def open_model(
     progress: Progress | None = None,
     reader: ReaderKind = "buffered",
     read_threads: int | None = None,
-    load: bool = True,
+    planned: torch.device | None = None,
 ) -> Iterator[Sweeper]:
     """A model ready for sweeps: checkpoint, skeleton and pager. With `pruned`, also one of compressed weights.
 
-    Without `load` nothing is read but config.json and headers: enough to plan.
+    For a `planned` device, which need not be there, nothing is read but config.json and headers.
     """
-    where = compute_device(device)
+    where = planned or compute_device(device)
     path = resolve_model(model, trust_remote_code=trust_remote_code)
     with ExitStack() as stack:
         if pruned:
@@ -81,10 +81,13 @@ def open_model(
         if compressed.is_compressed(checkpoint.config):
             raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
         compute = compute_dtype(dtype, where, checkpoint)
-        skeleton = Skeleton(checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code, load=load)
+        skeleton = Skeleton(
+            checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code, load=planned is None
+        )
         threads = read_threads or (READERS if where.type == "cpu" else GPU_READERS)
         advance = progress.advance if progress is not None else lambda nbytes, **facts: None
-        pager = Pager(checkpoint, skeleton.entries, paging_device(where), readers=threads, progress=advance)
+        transfers = paging_device(where) if planned is None else PlannedDevice(where)
+        pager = Pager(checkpoint, skeleton.entries, transfers, readers=threads, progress=advance)
         yield Sweeper(skeleton, pager, micro_batch, scope)
 
 
@@ -259,13 +262,17 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         StreampruneError: as `prune` before its work begins.
     """
     settings = resolve_settings(config.method, config.settings, config.target)
+    planned = None if measure else compute_device(config.device)
+    if assume is not None:
+        planned = torch.device("cuda")
+        config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
     with open_model(
         config.model,
         device=config.device,
         dtype=config.dtype,
         scope="units" if config.target == "units" else "matrices",
         trust_remote_code=config.trust_remote_code,
-        load=measure,
+        planned=planned,
     ) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         work = texts.expected_work(config, sweeper.skeleton)

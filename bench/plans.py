@@ -1,0 +1,99 @@
+"""`streamprune plan` for models that nobody has to have: checkpoints of real headers and no contents.
+
+    python bench/plans.py [-- OPTIONS OF THE PLAN]
+
+Writes config.json and sparse shards (headers, and files of the right length without blocks on the disk) in the shapes
+of Llama-2-13B and Llama-3-70B, and prints what the command says of them. The README shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-2-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "llama-3-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+}
+PLANS = [
+    ("llama-2-13b", "--assume rtx4090 --host-memory 64GiB"),
+    ("llama-2-13b", "--assume rtx4090 --host-memory 64GiB --method sparsegpt --granularity 2:4 --calibration c4.txt"),
+    ("llama-3-70b", "--assume rtx4090 --host-memory 64GiB --method taylor"),
+    ("llama-3-70b", "--assume rtx4090 --host-memory 64GiB --method gblm --calibration c4.txt --scratch /scratch"),
+]
+
+
+def write_headers(path: Path, fields: dict[str, Any]) -> None:
+    """A checkpoint of one sparse file a layer, and one for the rest."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps(LLAMA | fields))
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    shards: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        shards.setdefault(f"layer-{parts[2]}" if parts[1] == "layers" else "rest", {})[name] = list(parameter.shape)
+    weight_map = {}
+    for shard, tensors in shards.items():
+        header, position = {}, 0
+        for name, shape in tensors.items():
+            size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [position, position + size]}
+            position += size
+            weight_map[name] = f"{shard}.safetensors"
+        encoded = json.dumps(header).encode()
+        with (path / f"{shard}.safetensors").open("wb") as stream:
+            stream.write(struct.pack("<Q", len(encoded)) + encoded)
+            stream.truncate(8 + len(encoded) + position)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@click.command()
+@click.argument("more", nargs=-1)
+def main(more: tuple[str, ...]) -> None:
+    """Print the plans, with MORE options."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name, fields in MODELS.items():
+            write_headers(Path(directory) / name, fields)
+        for name, options in PLANS:
+            arguments = ["plan", "--model", name, "--no-evaluate", *options.split(), *more]
+            print(f"$ streamprune {' '.join(arguments)}", flush=True)
+            command = [sys.executable, "-c", "from streamprune.cli import main; main()", *arguments]
+            subprocess.run(command, cwd=directory, check=False, stderr=subprocess.STDOUT)
+            print(flush=True)
+
+
+if __name__ == "__main__":
+    main()
