@@ -118,7 +118,7 @@ def plan_command(measure: bool, assume: str | None, debug: bool, **options: Any)
     if options["model"] is None:
         raise UsageError("--model is missing; see streamprune plan --help")
     options["output"] = options["output"] or Path("unused")
-    click.echo(foretell(_config(options), measure=measure, assume=assume))
+    click.echo(foretell(_config(options), measure=measure, assume=assume).text)
 
 
 @cli.command(name="eval")

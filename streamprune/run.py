@@ -53,6 +53,15 @@ class PruneResult:
     facts: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do: in words, and where things stay; `seconds` of each stage where rates are known."""
+
+    text: str
+    placement: planner.Placement
+    seconds: dict[str, float]
+
+
 @contextmanager
 def open_model(
     model: str,
@@ -255,7 +264,7 @@ def _place(
     return placement
 
 
-def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> str:
+def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> Forecast:
     """What `prune(config)` will hold and read, a row per stage; seconds where rates are measured or assumed.
 
     Raises:
@@ -289,7 +298,9 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
             )
         elif assume is not None:
             found = rates.assumed(assume)
-        return f"{describe(config, sweeper.skeleton, plan)}\n{planner.table(placement, sweeper, found)}"
+        text = f"{describe(config, sweeper.skeleton, plan)}\n{planner.table(placement, sweeper, found)}"
+        taken = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
+        return Forecast(text, placement, taken)
 
 
 def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progress) -> float:

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamprune.errors import OutputError, UsageError
 
 JOURNAL = "journal.json"
+BLOCK_BYTES = 64 << 20
 END = -1  # the layer of a sweep that is through
 Key = tuple[int, str]
 
@@ -198,6 +200,49 @@ class Journal:
                 file.unlink()
 
 
+class Memory(MutableMapping[Key, Tensor]):
+    """Tensors on the host, copied into large blocks that stay.
+
+    Kept where they were made, among a layer's activations, they would leave holes in the heap, more with every layer. A
+    block is larger than what the C library ever takes from its heap, so it lies apart.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Key, Tensor] = {}
+        self._held: set[Key] = set()
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def __getitem__(self, key: Key) -> Tensor:
+        if key not in self._held:
+            raise KeyError(key)
+        return self._places[key]
+
+    def __setitem__(self, key: Key, value: Tensor) -> None:
+        place = self._places.get(key)
+        if place is None or place.shape != value.shape or place.dtype != value.dtype:
+            place = self._places[key] = self._room(value)
+        if place.data_ptr() != value.data_ptr():
+            place.copy_(value)
+        self._held.add(key)
+
+    def __delitem__(self, key: Key) -> None:
+        self._held.remove(key)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _room(self, value: Tensor) -> Tensor:
+        nbytes = -(-value.nbytes // 64) * 64
+        if self._used + nbytes > len(self._block):
+            self._block, self._used = torch.empty(max(BLOCK_BYTES, nbytes), dtype=torch.uint8), 0
+        place = self._block[self._used : self._used + value.nbytes].view(value.dtype).view(value.shape)
+        self._used += nbytes
+        return place
+
+
 class _Store(MutableMapping[Key, Tensor]):
     """Tensors in the journal's files; they count from the next commit on."""
 
@@ -213,7 +258,7 @@ class _Store(MutableMapping[Key, Tensor]):
         return self._journal._read(self._file(key))["tensor"]
 
     def __setitem__(self, key: Key, value: Tensor) -> None:
-        self._journal._write(self._file(key), {"tensor": value})
+        self._journal._write(self._file(key), {"tensor": value.cpu()})
 
     def __delitem__(self, key: Key) -> None:
         del self._journal._files[self._file(key)]

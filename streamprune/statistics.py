@@ -11,7 +11,7 @@ from torch import Tensor
 from streamprune.binding import Perturbation, check_finite
 from streamprune.capture import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer, TensorRef
 from streamprune.inputs import Inputs, Sums
-from streamprune.state import END, Journal, Point
+from streamprune.state import END, Journal, Memory, Point
 from streamprune.sweep import Sweeper, Visit, Visitor
 
 # Hidden states of left-out layers that are carried through the layers together.
@@ -63,7 +63,7 @@ class Statistics:
 
     def store(self, name: str) -> MutableMapping[tuple[int, str], Tensor]:
         """What a method keeps between sweeps, by layer and tensor: in memory, or where a run can be resumed on disk."""
-        return {} if self._journal is None else self._journal.store(name)
+        return Memory() if self._journal is None else self._journal.store(name)
 
     def _begin(self) -> Point | None:
         """The next sweep: where an earlier run left it."""

@@ -14,7 +14,7 @@ from cli_runner import snapshot
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import OutputError, UsageError
-from streamprune.state import JOURNAL, Journal
+from streamprune.state import JOURNAL, Journal, Memory
 
 RUNS = [
     ("taylor", "units", {}, {}),
@@ -203,3 +203,19 @@ def test_a_signal_leaves_a_journal_and_no_output(signal_number, tiny_llama, tmp_
     assert child.returncode != 0 and not (tmp_path / "out").exists() and journal.is_file()
     if signal_number == signal.SIGINT:
         assert "to go on from: repeat the command" in message
+
+
+def test_what_is_kept_in_memory_is_copied_and_reuses_its_place():
+    memory, value = Memory(), torch.ones(5)
+    memory[1, "q"] = value
+    value.zero_()
+    assert torch.equal(memory[1, "q"], torch.ones(5)) and len(memory) == 1
+    taken = memory.pop((1, "q"))
+    assert (1, "q") not in memory and not len(memory)
+    taken.mul_(3)
+    memory[1, "q"] = taken
+    assert memory[1, "q"].data_ptr() == taken.data_ptr() and float(memory[1, "q"].sum()) == 15
+    memory[2, "k"] = torch.full((3, 2), 7.0, dtype=torch.float64)
+    memory[1, "q"] = torch.zeros(2, 2)
+    assert memory[2, "k"].dtype == torch.float64 and float(memory[2, "k"].sum()) == 42
+    assert memory[1, "q"].shape == (2, 2) and sorted(memory) == [(1, "q"), (2, "k")]

@@ -73,7 +73,7 @@ def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
         if settings["terms"] == "gradient":
             sink.add_norms(ref, weight, None, norm, 1.0)
         else:
-            norms[ref.key] = norm.to("cpu")
+            norms[ref.key] = norm
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> Tensor | None:
         factor = alpha * (PUBLISHED_SAMPLES ** (1 / power) if per_sample else 1)

@@ -103,7 +103,7 @@ def _moreau(
         previous = state.pop(ref.key, None)
         delta = advance(ref, None if previous is None else previous.to(grad.device), grad)
         if step < steps - 1:
-            state[ref.key] = delta.to("cpu")
+            state[ref.key] = delta
         else:
             sink.add(ref, weight, delta, scale=1 / rho)
 
@@ -133,7 +133,7 @@ def _mean_gradient(
         if last:
             finish(ref, weight, grad)
         else:
-            sums[ref.key] = grad.to("cpu")
+            sums[ref.key] = grad
 
     for draw in range(draws):
         perturbation = Perturbation(sigma, (statistics.seed, step, draw), delta)
