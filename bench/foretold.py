@@ -2,9 +2,9 @@
 
     python bench/foretold.py --scratch DIR [--json FILE] [--data DIR]
 
-The demo's 135M Llama and a random one of 12 layers of 1.7B's (made in DIR, removed afterwards), methods, budgets and sizes
-as in RUNS; plan and run in a process each, one after the other. DIR of --data holds wikitext2-valid.txt; without it the
-text in the package is used, and lengths are as far as that goes.
+The demo's 135M Llama and a random one of 12 layers of 1.7B's (made in DIR, removed afterwards), methods, budgets and
+sizes as in RUNS; plan and run in a process each, one after the other. DIR of --data holds wikitext2-valid.txt; without
+it the text in the package is used, which is short.
 """
 
 from __future__ import annotations
@@ -44,11 +44,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         scoring = next(name for name in forecast.seconds if name.startswith("scoring"))
         return {"peak": forecast.placement.host_bytes, "seconds": forecast.seconds[scoring]}
     facts = prune(config).facts
-    return {
-        "peak": facts["peak_rss"],
-        "seconds": facts["scoring"]["seconds"],
-        "planned": facts["memory"]["planned_host"],
-    }
+    return {"peak": facts["peak_rss"], "seconds": facts["scoring"]["seconds"]}
 
 
 def in_process(job: dict[str, Any]) -> dict[str, Any]:
@@ -89,8 +85,8 @@ def main(scratch: Path | None, data: Path | None, json_file: Path | None, job: s
         models = {SMALL: demo.fetch(demo.default_cache(), Progress()), LARGE: directory / "model"}
         text = {} if data is None else {"calibration": str(data / "wikitext2-valid.txt")}
         for model, method, options in RUNS:
-            job_of = {"model": str(models[model]), "method": method, "output": str(directory / "out")}
-            job_of["options"] = {"samples": 10, "seq_len": 128, "scratch": str(directory), **text, **options}
+            given = {"samples": 10, "seq_len": 128, "scratch": str(directory), **text, **options}
+            job_of = {"model": str(models[model]), "method": method, "output": str(directory / "out"), "options": given}
             planned, real = (in_process({**job_of, "plan": plan}) for plan in (True, False))
             shutil.rmtree(directory / "out")
             figures.append({"model": model, "method": method, "options": options, "planned": planned, "real": real})
