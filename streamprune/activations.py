@@ -170,12 +170,15 @@ class Boundaries:
 def _scratch_file(directory: Path | None, nbytes: int) -> int:
     """A file without a name, with room for `nbytes`: what is full is full before the sweep."""
     assert directory is not None, "the planner places nothing on scratch where there is none"
+    descriptor = -1
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix="streamprune-boundaries-", dir=directory)
         os.unlink(name)
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
+        if descriptor >= 0:
+            os.close(descriptor)
         raise OutputError(
             f"--scratch {directory}: {error.strerror}; {nbytes:,} bytes of hidden states go there, choose another"
         ) from error

@@ -17,6 +17,7 @@ from streamprune.activations import BUFFERS, Place
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS
 from streamprune.plan import Plan
+from streamprune.readers import BOUNCE_BYTES
 from streamprune.statistics import Statistics
 from streamprune.sweep import HEAD_BYTES, Sweeper
 
@@ -87,7 +88,8 @@ def stages(
     largest = max(entry.nbytes for entry in sweeper.skeleton.checkpoint.tensors.values())
     rest = [layer for layer in whole if layer not in written]
     base = _base(sweeper)
-    found.append(Stage("writing", base | {"a tensor, cut": 2 * largest}, passes=[rest], written=plan.output_bytes))
+    cut = {"a tensor, cut": 2 * largest}
+    found.append(Stage("writing", base, cut, passes=[rest], written=plan.output_bytes))
     return found
 
 
@@ -159,7 +161,10 @@ def scoring(
     count = method.sweeps(settings)
     passes = Statistics(sweeper, ids, plan.layers, 0).passes(needs, count)
     stage = Stage(f"scoring {method.name}", _base(sweeper), passes=passes)
-    host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": plan.state_bytes}
+    # A run that can be resumed keeps the state on disk.
+    host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": 0 if config.resume else plan.state_bytes}
+    if config.reader == "direct":
+        host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
     if shape is None:
         largest = max(shape.numel() for shape in _matrices(sweeper))
         return replace(stage, device=dict(stage.device) | {"a matrix and its scores": 3 * 4 * largest}, host=host)
@@ -176,7 +181,8 @@ def scoring(
         parts["gradients"] = _base(sweeper, own=moved) | gradient_bytes(sweeper, tokens, several=several)
         parts["gradients"] |= {"boundaries": (kept + 2) * hidden, "logits": _logits(sweeper, shape)}
         if where != "device" and sweeper.skeleton.device.type == "cuda":
-            host["boundaries"] = (boundaries if where == "host" else 1) * hidden
+            # torch rounds pinned memory up to a power of two.
+            host["boundaries"] = (boundaries if where == "host" else 1) * (1 << (hidden - 1).bit_length())
         scratch = boundaries * hidden if where == "scratch" else 0
         above = len(range(plan.layers[0], sweeper.n_layers)) / sweeper.n_layers
         flops += forward * (1 + above * (count - 1)) + count * head

@@ -82,6 +82,7 @@ class Job:
                 return scores
         with self._scoring(statistics):
             METHODS[self.config.method].score(statistics, self.settings, scores)
+        self.sweeper.close()
         if self.journal is not None:
             self.journal.facts["costs"] = self.costs
             self.journal.finish_scores(self.plan.layers)
@@ -133,6 +134,7 @@ class Job:
 
             with self._scoring(statistics):
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
+            self.sweeper.close()
             with self.progress.stage("writing", self._bytes_of([writer.untouched()])):
                 source_hash = writer.finish(self.sweeper.pager)
         zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))

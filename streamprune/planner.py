@@ -13,7 +13,7 @@ import torch
 from streamprune import report
 from streamprune.activations import Place
 from streamprune.config import PruneConfig
-from streamprune.errors import StreampruneError
+from streamprune.errors import StreampruneError, UsageError
 from streamprune.footprint import Stage, Work, stages
 from streamprune.methods import METHODS
 from streamprune.paging import Turn
@@ -33,6 +33,7 @@ class Placement:
         slots: layers that the device may hold. place: where boundaries stay.
         micro_batch: sequences per layer call.
         device_bytes, host_bytes: the peaks; beside a CPU the first is 0.
+        halved: the micro-batch is smaller than by default, so sums differ in their last bits.
     """
 
     slots: int
@@ -42,6 +43,7 @@ class Placement:
     stages: Sequence[Stage]
     device_bytes: int
     host_bytes: int
+    halved: bool = False
 
 
 def place(
@@ -56,6 +58,8 @@ def place(
         StreampruneError: nothing fits; names the smallest budget that would do.
     """
     gpu = sweeper.skeleton.device.type == "cuda"
+    if config.gpu_memory is not None and not gpu:
+        raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
     limits = _limits(config, sweeper, gpu)
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
     needed: list[tuple[int, int]] = []
@@ -70,7 +74,8 @@ def place(
             grown = (slots - 2) * sweeper.pager.slot_bytes
             device, host = (device + grown, host) if gpu else (0, host + grown)
             read = _with_reading(sweeper, found, slots)
-            return Placement(slots, where, config.scratch, micro_batch, read, device, baseline + host)
+            halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
+            return Placement(slots, where, config.scratch, micro_batch, read, device, baseline + host, halved)
     smallest = min(needed, key=lambda both: (max(0, both[0] - room[0]) + max(0, both[1] - room[1]), sum(both)))
     raise StreampruneError(_refusal(config, plan, baseline, smallest, limits))
 
@@ -93,7 +98,8 @@ def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]
         return 0, host
     device = config.gpu_memory
     if device is None:
-        device = int(torch.cuda.mem_get_info(sweeper.skeleton.device)[0] * GPU_SHARE) + sweeper.skeleton.resident_bytes
+        loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.loaded else 0
+        device = int(torch.cuda.mem_get_info(sweeper.skeleton.device)[0] * GPU_SHARE) + loaded
     return device, host
 
 
@@ -145,10 +151,15 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
         lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there")
     if host > limits[1]:
         lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
-    remedies = ["lower --samples or --seq-len"]
-    if config.scratch is None:
+    needs = METHODS[config.method].needs
+    remedies = ["lower --samples or --seq-len"] if METHODS[config.method].needs_text else []
+    if config.scratch is None and "gradients" in needs:
         remedies.append("give --scratch DIR for hidden states")
-    if plan.state_bytes > sum(needed) / 10:
+    if config.micro_batch is not None:
+        remedies.append("lower --micro-batch")
+    if not remedies:
+        remedies.append("raise it")
+    if plan.state_bytes > sum(needed) / 10 and not config.resume:
         remedies.append(f"for its {report.human(plan.state_bytes)} of state use {METHODS[config.method].stateless}")
     return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
 
@@ -183,10 +194,11 @@ def say(placement: Placement, sweeper: Sweeper) -> str:
     """The placement in one line."""
     where = {"device": "stay in memory", "host": "go to host memory", "scratch": f"go to {placement.scratch}"}
     gpu = f"{report.human(placement.device_bytes)} on the GPU and " if placement.device_bytes else ""
+    fewer = f"; {placement.micro_batch} sequences at once, fewer than by default" if placement.halved else ""
     kept = f"{placement.slots} of {sweeper.n_layers} layers are kept" if placement.slots > 2 else "two layers at a time"
     return (
         f"planned: {gpu}{report.human(placement.host_bytes)} of memory at the most; {kept}, hidden states "
-        f"{where[placement.place]}"
+        f"{where[placement.place]}{fewer}"
     )
 
 
@@ -197,5 +209,5 @@ def facts(placement: Placement) -> dict[str, Any]:
         "boundaries": placement.place,
         "planned_gpu": placement.device_bytes,
         "planned_host": placement.host_bytes,
-        "planned_read": sum(stage.read for stage in placement.stages),
+        "planned_read": {stage.name: stage.read for stage in placement.stages},
     }

@@ -62,11 +62,16 @@ def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
     shape = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
     key = repr((device, torch.get_num_threads(), str(skeleton.dtype), shape, sweeper.micro_batch, seq_len))
     key += repr(os.stat(skeleton.checkpoint.path).st_dev)
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        known = {}
     if key not in known:
         known[key] = asdict(Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here"))
         cache.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(known, indent=1))
+        new = file.with_name(f"{file.name}.{os.getpid()}")
+        new.write_text(json.dumps(known, indent=1))
+        new.rename(file)
     return Rates(**known[key])
 
 
@@ -108,6 +113,8 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
 
 def _seconds_of(run: Callable[[], None], device: torch.device) -> float:
     run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     taken, start = 0, time.perf_counter()
     while time.perf_counter() - start < MEASURE_SECONDS:
         run()

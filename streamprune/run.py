@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,8 +17,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from streamprune import allocation, compressed, evaluate, planner, rates, report, texts
-from streamprune.checkpoint import Checkpoint, byte_view, resolve_model
+from streamprune import allocation, compressed, evaluate, planner, rates, report, resume, state, texts
+from streamprune.checkpoint import Checkpoint, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.devices import PlannedDevice, paging_device
 from streamprune.errors import CheckpointError, OutputError, UsageError
@@ -32,7 +30,6 @@ from streamprune.plan import Plan, describe, make_plan, removed_parameters
 from streamprune.progress import Progress
 from streamprune.readers import ReaderKind
 from streamprune.skeleton import Skeleton
-from streamprune.state import Journal
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
 
@@ -97,7 +94,9 @@ def open_model(
         advance = progress.advance if progress is not None else lambda nbytes, **facts: None
         transfers = paging_device(where) if planned is None else PlannedDevice(where)
         pager = Pager(checkpoint, skeleton.entries, transfers, readers=threads, progress=advance)
-        yield Sweeper(skeleton, pager, micro_batch, scope)
+        sweeper = Sweeper(skeleton, pager, micro_batch, scope)
+        stack.callback(sweeper.close)
+        yield sweeper
 
 
 def compute_device(name: str | None) -> torch.device:
@@ -143,8 +142,6 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
         compressed.check_package()
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     with ExitStack() as output:
-        if journal_directory is not None:
-            output.push(partial(_say_what_stays, journal_directory, progress))
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
         directory, facts, kept, segments = _score_and_write(config, settings, output, progress, journal_directory)
         if segments is not None:
@@ -154,15 +151,8 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
         write_json(directory / OWN_FILE, facts)
         (directory / "README.md").write_text(report.model_card(facts), encoding="utf-8")
     if journal_directory is not None:
-        shutil.rmtree(journal_directory, ignore_errors=True)
+        state.remove(journal_directory)
     return PruneResult(config.output, facts["layout"], kept, facts)
-
-
-def _say_what_stays(directory: Path, progress: Progress, kind: type[BaseException] | None, *rest: object) -> None:
-    """Of a run that did not end well: where its journal is."""
-    if kind is not None and directory.is_dir():
-        nbytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-        progress.say(f"{directory} keeps {report.human(nbytes)} to go on from: repeat the command, or remove it")
 
 
 def _score_and_write(
@@ -185,7 +175,8 @@ def _score_and_write(
         plan = make_plan(config, skeleton, settings)
         # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
         copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
-        check_space(config.output, plan.output_bytes + copied)
+        kept_on_disk = plan.state_bytes if config.resume else 0
+        check_space(config.output, plan.output_bytes + copied + kept_on_disk - resume.already_there(journal_directory))
         progress.say(describe(config, skeleton, plan))
         tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
         ids = texts.calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
@@ -194,71 +185,54 @@ def _score_and_write(
         segments = texts.evaluation_segments(config, skeleton)
         journal = None
         if journal_directory is not None:
-            journal = Journal(journal_directory, _fingerprint(config, skeleton, ids, repair_ids))
-            # Part of the arithmetic: the one that the first run was planned with.
-            micro_batch = journal.facts.get("micro_batch", config.micro_batch)
-            config = replace(config, micro_batch=micro_batch)
-        work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
-        placement = _place(config, settings, plan, sweeper, work)
-        progress.say(planner.say(placement, sweeper))
+            journal = resume.open_journal(config, skeleton, ids, repair_ids, journal_directory, progress)
+            output.callback(journal.release)
+            output.push(partial(resume.say_what_stays, journal_directory, progress))
         saved = {} if journal is None else journal.facts
+        work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
+        # The micro-batch is part of the arithmetic: the one that the first run was planned with.
+        planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
+        placement = _place(planned, settings, plan, sweeper, work)
+        progress.say(planner.say(placement, sweeper))
         saved["micro_batch"] = placement.micro_batch
-        if segments is not None and "before" not in saved:
-            saved["before"] = _perplexity(sweeper, segments, "before", progress)
+        if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
+            saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]
         if journal is not None:
             journal.save()
         job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal)
         directory = output.enter_context(
-            atomic_directory(config.output, overwrite=config.overwrite, temporary=_partial(config, journal))
+            atomic_directory(
+                config.output,
+                overwrite=config.overwrite,
+                temporary=None if journal is None else journal.directory / "output",
+            )
         )
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
         facts = _facts(config, sweeper, plan, settings, ids, done)
         facts["memory"] = planner.facts(placement)
         facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
-        facts["scoring"] = job.costs | {"sha256_of_calibration_ids": _hash(ids)}
+        facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}
         if repair_ids is not None:
-            facts["compensation"] = {"tokens": list(repair_ids.shape), "sha256_of_ids": _hash(repair_ids)}
+            facts["compensation"] = {"tokens": list(repair_ids.shape), "sha256_of_ids": resume.hash_ids(repair_ids)}
         if segments is not None:
             text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
-            ids_hash = {"segments": list(segments.shape), "sha256_of_ids": _hash(segments)}
-            facts["perplexity"] = {"text": text, **ids_hash, "before": saved["before"]}
+            ids_hash = {"segments": list(segments.shape), "sha256_of_ids": resume.hash_ids(segments)}
+            facts["perplexity"] = {"text": text, **ids_hash, "before": saved["before"][1]}
     return directory, facts, done.kept, segments
-
-
-def _partial(config: PruneConfig, journal: Journal | None) -> Path | None:
-    """Where a run that can be resumed writes: pruned weights go on there, what is cut from scores is written anew."""
-    if journal is None:
-        return None
-    directory = journal.directory / "output"
-    if not journal.facts.get("digests") or config.compress:
-        shutil.rmtree(directory, ignore_errors=True)
-    return directory
-
-
-def _fingerprint(
-    config: PruneConfig, skeleton: Skeleton, ids: Tensor | None, repair_ids: Tensor | None
-) -> dict[str, Any]:
-    """What decides the bytes that come out: options, versions, tokens, and the source's headers, sizes and dates."""
-    elsewhere = ("output", "overwrite", "resume", "evaluate", "micro_batch", "dtype", "device", *report.MACHINE)
-    options = {
-        f"--{name.replace('_', '-')}": str(value) for name, value in asdict(config).items() if name not in elsewhere
-    }
-    source = hashlib.sha256(repr(sorted(skeleton.checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
-    for file in skeleton.checkpoint.files:
-        source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
-    versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
-    tokens = {"calibration tokens": _hash(ids), "repair tokens": _hash(repair_ids)}
-    compute = {"compute dtype": str(skeleton.dtype), "compute device": str(skeleton.device)}
-    return {**options, **versions, **tokens, **compute, "source": source.hexdigest()}
 
 
 def _place(
     config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work
 ) -> planner.Placement:
     """Decide where things stay, and tell the sweeper."""
-    loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.device.type == "cpu" else 0
+    skeleton = sweeper.skeleton
+    loaded = skeleton.resident_bytes if skeleton.loaded and skeleton.device.type == "cpu" else 0
     baseline = psutil.Process().memory_info().rss - loaded
     placement = planner.place(sweeper, config, settings, plan, work, baseline=baseline)
+    if config.scratch is not None and skeleton.loaded:
+        spilled = max(stage.scratch for stage in placement.stages)
+        check_output(config.scratch / "hidden states", overwrite=False)
+        check_space(config.scratch / "hidden states", spilled)
     sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
     sweeper.place, sweeper.scratch = placement.place, placement.scratch
     return placement
@@ -282,6 +256,8 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         scope="units" if config.target == "units" else "matrices",
         trust_remote_code=config.trust_remote_code,
         planned=planned,
+        reader=config.reader,
+        read_threads=config.read_threads,
     ) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         work = texts.expected_work(config, sweeper.skeleton)
@@ -344,11 +320,6 @@ def _facts(
     if plan.sparsity is not None:
         return facts | {"zeros": dict(zip(("weights", "of"), done.zeros, strict=True))}
     return facts | {"kept": allocation.describe(done.kept), "output_biases": plan.biases}
-
-
-def _hash(ids: Tensor | None) -> str | None:
-    """SHA-256 of token ids, int64: the text may change or go, what was computed on is known."""
-    return None if ids is None else hashlib.sha256(byte_view(ids.contiguous())).hexdigest()
 
 
 def _source_name(model: str) -> str:

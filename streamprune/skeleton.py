@@ -89,7 +89,7 @@ class Skeleton:
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
-        self.untied = False
+        self.loaded, self.untied = load, False
         if load:
             self._load_rest()
         elif self.config.tie_word_embeddings:

@@ -9,21 +9,24 @@ last layer that it finished.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamprune.errors import OutputError, UsageError
 
-JOURNAL = "journal.json"
+JOURNAL, LOCK = "journal.json", "lock"
 BLOCK_BYTES = 64 << 20
 END = -1  # the layer of a sweep that is through
 Key = tuple[int, str]
@@ -63,12 +66,11 @@ class Journal:
 
     Attributes:
         facts: figures of the run that are saved with every commit.
-        resumed: whether an earlier run left something to go on from.
         before_commit: called before a commit counts: to sync what lies elsewhere.
 
     Raises:
         UsageError: the journal there is of another run; names what differs.
-        OutputError: the directory cannot be written, or the journal is damaged.
+        OutputError: the directory cannot be written, another run uses it, or the journal is damaged.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
@@ -80,13 +82,21 @@ class Journal:
         self._point: tuple[int, int, float | None] | None = None  # sweep, layer, loss
         self._scores: Scores | None = None
         fingerprint = json.loads(json.dumps(fingerprint))
-        try:
+        with self._told():
             directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{directory}: {error.strerror}; choose another --output") from error
-        self.resumed = (directory / JOURNAL).is_file()
-        if self.resumed:
-            self._load(fingerprint)
+            self._lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (directory / JOURNAL).is_file():
+                self._load(fingerprint)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise OutputError(
+                f"{directory} is in use by another run; wait for it, or choose another --output"
+            ) from None
+        except BaseException:
+            os.close(self._lock)
+            raise
         self._fingerprint = fingerprint
         self._remove_unnamed()
 
@@ -96,10 +106,14 @@ class Journal:
             saved = json.loads(file.read_text(encoding="utf-8"))
             theirs, self.facts, self._files = saved["fingerprint"], saved["facts"], saved["files"]
             self._number, point = saved["number"], saved["point"]
-        except (OSError, ValueError, KeyError) as error:
+            self._point = None if point is None else tuple(point)
+            names = sorted(theirs.keys() | fingerprint.keys())
+            lost = [each for each in self._files.values() if not (self.directory / each).is_file()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
-        self._point = None if point is None else tuple(point)
-        for name in sorted(theirs.keys() | fingerprint.keys()):
+        if lost:
+            raise OutputError(f"{file} names {lost[0]}, which is gone; remove {self.directory} and start again")
+        for name in names:
             before, now = theirs.get(name), fingerprint.get(name)
             if before != now:
                 raise UsageError(
@@ -107,10 +121,27 @@ class Journal:
                     "repeat the command as it was, or remove that directory"
                 )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its files."""
-        return sum(file.stat().st_size for file in self.directory.rglob("*") if file.is_file())
+    def forget(self) -> None:
+        """Begin anew: what was saved belongs to an output that is gone."""
+        self.facts.clear()
+        self._files.clear()
+        self._point = None
+        self._remove_unnamed()
+
+    def release(self) -> None:
+        """Let another run use the directory."""
+        os.close(self._lock)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors of the disk, by the directory's name."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputError(
+                f"{self.directory}: {reason}; make room, and repeat the command to go on from what was saved"
+            ) from error
 
     def watch(self, scores: Scores) -> None:
         """Save these scores from now on, having brought back what was saved of them."""
@@ -170,31 +201,33 @@ class Journal:
             "point": self._point,
         }
         file, new = self.directory / JOURNAL, self.directory / f"{JOURNAL}.new"
-        with new.open("w", encoding="utf-8") as stream:
-            json.dump(value, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.rename(file)
-        _sync(self.directory)
+        with self._told():
+            with new.open("w", encoding="utf-8") as stream:
+                json.dump(value, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            new.rename(file)
+            _sync(self.directory)
         self._remove_unnamed()
-
-    def close(self) -> None:
-        """The output is whole: nothing is left to go on from."""
-        shutil.rmtree(self.directory, ignore_errors=True)
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Under a new file name; what it supersedes goes with the next commit."""
         self._number += 1
         file = self.directory / f"{self._number}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-        _sync(file)
+        with self._told():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+            _sync(file)
         self._files[name] = file.name
 
     def _read(self, name: str) -> dict[str, Tensor]:
-        return load_file(self.directory / self._files[name])
+        file = self.directory / self._files[name]
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
 
     def _remove_unnamed(self) -> None:
-        named = {*self._files.values(), JOURNAL}
+        named = {*self._files.values(), JOURNAL, LOCK}
         for file in self.directory.iterdir():
             if file.is_file() and file.name not in named:
                 file.unlink()
@@ -272,6 +305,12 @@ class _Store(MutableMapping[Key, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def remove(directory: Path) -> None:
+    """The output is whole. The journal goes first: without it the rest counts for nothing."""
+    (directory / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -112,7 +112,6 @@ class Statistics:
                 the weight: once a layer's matrices are through, the layer runs again and its new output goes on.
         """
         last = self.layers[-1]
-        self._again = False  # the boundaries go
 
         def prune(visit: Visit) -> Tensor:
             if visit.layer not in self.layers:
@@ -146,6 +145,7 @@ class Statistics:
     def _visit(self, visit: Visitor, *, change: bool = True) -> None:
         """A forward sweep up to the last prunable layer."""
         point, start = self._begin(), None
+        self._again = False  # the boundaries go
         if point is not None:
             if point.layer == END:
                 return

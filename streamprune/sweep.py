@@ -273,6 +273,10 @@ class Sweeper:
             self._kept.save(index)
         return hidden, self._kept.buffer(index + 1)
 
+    def close(self) -> None:
+        """No sweep comes: hidden states that were kept can go."""
+        self._keep_nothing()
+
     def _keep_nothing(self) -> None:
         """Boundaries can go: no backward sweep comes."""
         if self._kept is not None:

@@ -91,10 +91,9 @@ class ShardedWriter:
         self._pending.discard(name)
 
     def sync(self) -> None:
-        """What has been written is on the disk."""
-        for name in self.files:
-            with _opened(self.directory / name, os.O_RDONLY) as descriptor:
-                os.fsync(descriptor)
+        """What has been written is on the disk, under its name."""
+        _sync(self.directory)
+        _sync_directory(self.directory.parent)
 
     def _create(self, file: Path, number: int, shard: Sequence[TensorSpec]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -108,8 +107,10 @@ class ShardedWriter:
             position += spec.nbytes
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         encoded += b" " * (-len(encoded) % 8)
-        exclusive = 0 if self._taken_over else os.O_EXCL
-        with _opened(file, os.O_WRONLY | os.O_CREAT | exclusive) as descriptor:
+        if self._taken_over and (not file.is_file() or file.stat().st_size != 8 + len(encoded) + position):
+            raise OutputError(f"{file} is not what an earlier run has left there; remove {self.directory.parent}")
+        create = 0 if self._taken_over else os.O_CREAT | os.O_EXCL
+        with _opened(file, os.O_WRONLY | create) as descriptor:
             # Taken now, so that a full disk is found before anything is written.
             os.posix_fallocate(descriptor, 0, 8 + len(encoded) + position)
             _write_all(descriptor, memoryview(struct.pack("<Q", len(encoded)) + encoded), 0)
@@ -207,8 +208,9 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
         _sync_directory(output.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            left = f"{temporary.parent} stays to go on from" if keep else "nothing was left behind"
             raise OutputError(
-                f"{output.parent}: {error.strerror} while writing; nothing was left behind, make room and repeat"
+                f"{output.parent}: {error.strerror} while writing; {left}, make room and repeat"
             ) from error
         raise
     finally:

@@ -44,7 +44,7 @@ def now():
 @pytest.mark.parametrize("method,granularity,settings", METHODS)
 def test_what_is_refused_names_the_smallest_budget_that_would_do(method, granularity, settings, tiny_llama, tmp_path):
     what = (method, granularity, settings)
-    with pytest.raises(StreampruneError, match=r"--host-memory.*lower --samples") as refusal:
+    with pytest.raises(StreampruneError, match=r"--host-memory.*; (lower --samples|raise it)") as refusal:
         prune(options(tiny_llama, tmp_path / "out", *what, host_memory=now() - 50 * MIB))
     assert not list(tmp_path.iterdir())
     smallest = int(re.search(r"needs at least (\d+)MiB of memory", str(refusal.value))[1]) * MIB
@@ -85,6 +85,6 @@ def test_a_larger_budget_reads_less_and_the_plan_says_so(tiny_llama, tmp_path):
     for name, budget in (("small", None), ("large", now() + 4000 * MIB)):
         facts = prune(options(tiny_llama, tmp_path / name, "moreau", settings={"steps": 3}, host_memory=budget)).facts
         reads.append(facts["scoring"]["bytes_read"])
-        assert facts["memory"]["planned_read"] >= reads[-1]
+        assert facts["memory"]["planned_read"]["scoring moreau"] == reads[-1]
     layers = reads[1]  # each layer once
     assert reads[0] > 3 * layers

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import time
 import pytest
 import torch
 from cli_runner import snapshot
+from safetensors import SafetensorError
 
-from streamprune import PruneConfig, prune
+from streamprune import PruneConfig, prune, state
 from streamprune.errors import OutputError, UsageError
 from streamprune.state import JOURNAL, Journal, Memory
 
@@ -25,6 +27,7 @@ RUNS = [
     ("flap", "units", {}, {}),
     ("magnitude", "units", {}, {}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64}),
+    ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 4096, "micro_batch": None}),
     ("random", "layers", {}, {}),
     ("layer-ppl", "layers", {}, {}),
     ("block-influence", "layers", {}, {}),
@@ -42,10 +45,8 @@ class Killed(BaseException):
 
 
 def config(tiny_llama, output, method, granularity, settings, options, **more):
-    options = {"max_shard_size": 60_000, "layers": (2, 6), "evaluate": False} | options
-    return PruneConfig(
-        str(tiny_llama), output, method, settings, granularity, samples=5, seq_len=16, micro_batch=2, **options | more
-    )
+    options = {"max_shard_size": 60_000, "layers": (2, 6), "evaluate": False, "micro_batch": 2} | options
+    return PruneConfig(str(tiny_llama), output, method, settings, granularity, samples=5, seq_len=16, **options | more)
 
 
 def weights(directory):
@@ -138,6 +139,94 @@ def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killi
     assert prune(config(tiny_llama, tmp_path / "out", *what, resume=True, **budget)).output.is_dir()
 
 
+def test_a_micro_batch_of_ones_own_is_part_of_the_run(tiny_llama, tmp_path, killing):
+    what = ("taylor", "units", {}, {})
+    killing(2, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    with pytest.raises(UsageError, match=r"--micro-batch 2, this run has 1"):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True, micro_batch=1))
+
+
+def test_a_text_of_another_evaluation_is_measured_anew(tiny_llama, tmp_path, killing):
+    what, texts = ("magnitude", "units", {}, {}), []
+    for number in range(2):
+        texts.append(tmp_path / f"{number}.txt")
+        texts[-1].write_text(" ".join(f"word {number} {n * (number + 3)}" for n in range(300)))
+    killing(2, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True, evaluate=texts[0]))
+    killing(-1, "after")
+    resumed = prune(config(tiny_llama, tmp_path / "out", *what, resume=True, evaluate=texts[1])).facts["perplexity"]
+    whole = prune(config(tiny_llama, tmp_path / "whole", *what, evaluate=texts[1])).facts["perplexity"]
+    assert resumed == whole
+
+
+@pytest.mark.parametrize("what", [("magnitude", "weights", {}, {}), ("taylor", "units", {}, {})])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_death_between_the_output_and_the_end_of_the_journal_does_no_harm(
+    what, overwrite, tiny_llama, tmp_path, monkeypatch
+):
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+
+    def die(directory):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("streamprune.state.remove", die)
+        with pytest.raises(Killed):
+            prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    assert weights(tmp_path / "out") == expected
+    if overwrite:
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True, overwrite=True))
+    else:
+        with pytest.raises(OutputError, match="exists"):
+            prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    assert weights(tmp_path / "out") == expected
+
+
+def test_a_lost_partial_output_begins_anew(tiny_llama, tmp_path, killing):
+    what = ("wanda", "weights", {}, {})
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    killing(3, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    shutil.rmtree(tmp_path / ".out.resume" / "output")
+    assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "shard"])
+def test_damage_to_what_is_kept_is_an_error(damage, tiny_llama, tmp_path, killing):
+    what = ("gblm", "weights", {}, {})
+    killing(10, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    kept = tmp_path / ".out.resume"
+    file = sorted(kept.glob("*.safetensors"))[0] if damage != "shard" else sorted((kept / "output").glob("*"))[0]
+    file.unlink() if damage == "gone" else file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(OutputError, match=r"remove .*resume"):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tiny_llama, tmp_path, monkeypatch):
+    what, count = ("moreau", "units", {"steps": 3}, {}), itertools.count()
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    original = state.save_file
+
+    def full(tensors, file):
+        if next(count) == 20:
+            raise SafetensorError("I/O error: No space left on device")
+        original(tensors, file)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OutputError, match=r"resume: .*No space left.*go on"):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected
+
+
 def test_a_changed_checkpoint_is_refused(tiny_llama, model, tmp_path, killing):
     what = ("taylor", "units", {}, {})
     killing(2, "after")
@@ -149,9 +238,24 @@ def test_a_changed_checkpoint_is_refused(tiny_llama, model, tmp_path, killing):
         prune(config(model, tmp_path / "out", *what, resume=True))
 
 
+def test_a_changed_config_is_refused(tiny_llama, model, tmp_path, killing):
+    what = ("taylor", "units", {}, {})
+    killing(2, "after")
+    with pytest.raises(Killed):
+        prune(config(model, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5}))
+    with pytest.raises(UsageError, match="source"):
+        prune(config(model, tmp_path / "out", *what, resume=True))
+
+
 def test_a_damaged_journal_is_an_error_and_not_another_result(tmp_path):
     journal = Journal(tmp_path / "journal", {"a": 1})
     journal.save()
+    with pytest.raises(OutputError, match=r"in use by another run; wait"):
+        Journal(tmp_path / "journal", {"a": 1})
+    journal.release()
     (tmp_path / "journal" / JOURNAL).write_text("{")
     with pytest.raises(OutputError, match=r"damaged.*start again"):
         Journal(tmp_path / "journal", {"a": 1})
@@ -165,11 +269,12 @@ def test_files_that_no_journal_names_are_removed_and_disk_use_stays_bounded(tmp_
         for layer in (3, 2, 1):
             store[layer, "q"] = torch.full((10,), float(step))
             journal.commit(layer, torch.zeros(4), 1.0)
-    assert len(list((tmp_path / "journal").iterdir())) == 1 + 3 + 1  # journal, three layers, what is carried
+    assert len(list((tmp_path / "journal").iterdir())) == 2 + 3 + 1  # journal, lock, three layers, what is carried
+    journal.release()
     (tmp_path / "journal" / "999.safetensors").write_text("cut off")
     again = Journal(tmp_path / "journal", {})
     store = again.store("delta")
-    assert len(list((tmp_path / "journal").iterdir())) == 5
+    assert len(list((tmp_path / "journal").iterdir())) == 6
     assert sorted(store) == [(1, "q"), (2, "q"), (3, "q")] and float(store[2, "q"][0]) == 4
     point = again.begin()
     assert (point.layer, point.loss) == (1, 1.0) and torch.equal(point.carry, torch.zeros(4))
@@ -182,6 +287,7 @@ def test_what_is_put_without_a_commit_does_not_count(tmp_path):
     journal.save()
     store[1, "q"] = torch.zeros(3)
     del store[1, "q"]
+    journal.release()
     again = Journal(tmp_path / "journal", {}).store("sum")
     assert torch.equal(again[1, "q"], torch.ones(3))
 

@@ -23,7 +23,7 @@ ROWS = (
     ("footprint",),
     ("texts",),
     ("rates",),
-    ("planner",),
+    ("planner", "resume"),
     ("job",),
     ("run",),
     ("verify", "demo", "options"),

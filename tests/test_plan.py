@@ -1,0 +1,127 @@
+"""`streamprune plan` says what the run then does, from headers alone, also for a card that is not there."""
+
+import json
+import re
+
+import pytest
+
+from streamprune import PruneConfig, prune, rates
+from streamprune.checkpoint import Checkpoint
+from streamprune.run import foretell
+
+RUNS = [
+    ("taylor", "units", {}),
+    ("moreau-gs", "units", {"settings": {"steps": 3}}),
+    ("gblm", "units", {}),
+    ("wanda", "weights", {}),
+    ("block-influence", "layers", {}),
+    ("magnitude", "units", {}),
+]
+
+
+def config(tiny_llama, output, method="taylor", granularity="units", **more):
+    more = {"samples": 4, "seq_len": 32, "layers": (1, 7), "evaluate": False, "granularity": granularity} | more
+    return PruneConfig(str(tiny_llama), output, method, **more)
+
+
+@pytest.mark.parametrize("slots", ["two", "all"])
+@pytest.mark.parametrize("method,granularity,more", RUNS)
+def test_bytes_read_are_those_of_the_plan(method, granularity, more, slots, tiny_llama, tmp_path):
+    budget = {"host_memory": 1 << 40} if slots == "all" else {}
+    options = config(tiny_llama, tmp_path / "out", method, granularity, **more, **budget)
+    planned = foretell(options).placement
+    facts = prune(options).facts
+    stage = next(stage for stage in planned.stages if stage.name.startswith("scoring"))
+    assert facts["scoring"]["bytes_read"] == stage.read == facts["memory"]["planned_read"][stage.name]
+    assert (facts["memory"]["slots"], facts["memory"]["boundaries"]) == (planned.slots, planned.place)
+
+
+def test_what_is_counted_is_what_tensors_take(tiny_llama, tmp_path):
+    """By hand, from the config: every purpose of a gradient sweep."""
+    placement = foretell(config(tiny_llama, tmp_path / "out", micro_batch=2)).placement
+    device = placement.stages[0].device
+    fields = json.loads((tiny_llama / "config.json").read_text())
+    hidden, inner, vocabulary = fields["hidden_size"], fields["intermediate_size"], fields["vocab_size"]
+    queries = fields["num_attention_heads"] * fields["head_dim"]
+    keys = fields["num_key_value_heads"] * fields["head_dim"]
+    matrices = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
+    matrices += [(inner, hidden), (inner, hidden), (hidden, inner)]
+    sizes, tokens, batch = [rows * columns for rows, columns in matrices], 4 * 32, 2 * 32
+    layer = sum(sizes) + 2 * hidden
+    assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * 64)  # tensors begin at multiples of 64 bytes
+    assert device["embeddings and head"] == 4 * (2 * vocabulary * hidden + hidden)
+    assert device["boundaries"] == (8 - 1 + 1 + 2) * tokens * hidden * 4
+    assert device["logits"] == 3 * tokens * vocabulary * 4
+    assert device["activations"] == sum(map(sum, matrices)) * batch * 4
+    assert device["gradients, and what is made of them"] == 4 * (2 * max(sizes) + sum(sizes))
+    assert device["bound layer"] == 0  # stored as it computes
+    assert placement.host_bytes > sum(device.values())
+
+
+def test_nothing_but_headers_is_read(tiny_llama, tmp_path, monkeypatch):
+    def read_into(self, *arguments, **options):
+        raise AssertionError("a plan reads no weights")
+
+    monkeypatch.setattr(Checkpoint, "read_into", read_into)
+    assert "two layers at a time" in foretell(config(tiny_llama, tmp_path / "out")).text
+
+
+def test_a_card_that_is_not_there_is_planned_for(streamprune, tiny_llama):
+    common = ("plan", "--model", tiny_llama, "--no-evaluate", "--assume", "rtx4090", "--layers", "1:7")
+    result = streamprune(*common)
+    assert result.code == 0, result.err
+    lines = [re.split(r"\s{2,}", line) for line in result.out.splitlines()]
+    header, row = (line for line in lines if line[0] in ("stage", "scoring moreau-gs"))
+    assert header == ["stage", "GPU", "memory", "scratch", "read", "written", "TFLOP", "seconds"]
+    assert row[-1] == "0"
+    assert "8 of 8 layers are kept" in result.out and "rtx4090 at 40%" in result.out
+    refused = streamprune(*common, "--gpu-memory", "1MiB")
+    assert refused.code == 1 and "of GPU memory (--gpu-memory), 1MiB are there" in refused.err
+
+
+def test_gpu_memory_without_a_gpu_is_refused(streamprune, tiny_llama, output):
+    arguments = ("--model", tiny_llama, "--output", output, "--device", "cpu", "--gpu-memory", "1GiB")
+    result = streamprune(*arguments)
+    assert result.code == 2 and "--gpu-memory: the run computes on a CPU; leave it out" in result.err
+
+
+def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(rates, "MEASURE_SECONDS", 0.01)
+    arguments = ("plan", "--model", tiny_llama, "--measure", "--no-evaluate", "--layers", "1:7")
+    kept = tmp_path / "streamprune" / "rates.json"
+    outputs = []
+    for damage in (False, False, True):
+        if damage:
+            kept.write_text("{")
+        result = streamprune(*arguments)
+        assert result.code == 0, result.err
+        outputs.append(next(iter(json.loads(kept.read_text()).values())))
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert all(outputs[0][name] > 0 for name in ("read", "forward", "backward"))
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--measure", "--assume", "l4"], "exclude each other"),
+        (["--read-threads", "1"], "--read-threads 1: must be 2 to 8"),
+        (["--reader", "mmap"], "--reader mmap: choose buffered or direct"),
+        (["--host-memory", "0"], "--host-memory 0: must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(arguments, message, streamprune, tiny_llama):
+    result = streamprune("plan", "--model", tiny_llama, *arguments)
+    assert result.code == 2 and message in result.err
+
+
+def test_a_scratch_that_is_a_file_or_full_is_refused_before_any_sweep(tiny_llama, tmp_path, monkeypatch):
+    from streamprune.errors import OutputError
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("streamprune.planner._places", lambda config, gpu: ["scratch"])
+    with pytest.raises(OutputError, match="file"):
+        prune(config(tiny_llama, tmp_path / "out", scratch=tmp_path / "file"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
+    with pytest.raises(OutputError, match=r"1,000,000 bytes free"):
+        prune(config(tiny_llama, tmp_path / "out", scratch=tmp_path / "new", samples=60, seq_len=64))
