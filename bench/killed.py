@@ -41,7 +41,7 @@ CONFIG = {
 }
 COMMANDS = {
     "moreau-gs": ["--method", "moreau-gs", "--set", "steps=3"],
-    "taylor, repaired": ["--method", "taylor", "--compensate", "--compensate-tokens", "2048"],
+    "taylor, repaired": ["--method", "taylor", "--compensate", "--compensate-tokens", "8192"],
     "sparsegpt 2:4": ["--method", "sparsegpt", "--granularity", "2:4", "--layers", "0:8"],
     "gblm weights": ["--method", "gblm", "--granularity", "weights", "--layers", "0:8"],
 }
