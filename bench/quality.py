@@ -208,7 +208,9 @@ def show(table: str, results: dict[str, Any]) -> str:
         if table == "weights":  # written as they are scored
             rest -= first["scoring"]["seconds"]
         read = human(first["scoring"]["bytes_read"] + first["cutting"]["bytes_read"] * (table != "weights"))
-        costs = [f"{first['scoring']['seconds']:.1f}", f"{max(0, rest):.1f}", say_peaks(last["cutting"]), read]
+        scored = first["scoring"].get("seconds")  # taken out where the machine was shared
+        scored = "-" if scored is None else f"{scored:.1f}"
+        costs = [scored, f"{max(0, rest):.1f}", say_peaks(last["cutting"]), read]
         rows.append([method, variant, *values, *costs])
     return aligned(rows, markdown=True)
 
