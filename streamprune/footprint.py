@@ -7,7 +7,7 @@ in the heap are not counted.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -123,11 +123,8 @@ def _evaluation(sweeper: Sweeper, shape: Shape) -> Stage:
         "activations": _forward_activations(sweeper, tokens),
         "logits": _logits(sweeper, group),
     }
-    head = 2 * sweeper.skeleton.config.vocab_size * sweeper.skeleton.config.hidden_size * shape[0] * shape[1]
-    passes = [range(sweeper.n_layers)] * count
-    return Stage(
-        "perplexity before", device, passes=passes, forward=layer_flops(sweeper, shape, sweeper.n_layers) + head
-    )
+    forward = layer_flops(sweeper, shape, sweeper.n_layers) + _head_flops(sweeper, shape)
+    return Stage("perplexity before", device, passes=[range(sweeper.n_layers)] * count, forward=forward)
 
 
 def _logits(sweeper: Sweeper, shape: Shape) -> int:
@@ -150,7 +147,7 @@ def scoring(
     where: Place,
     micro_batch: int,
 ) -> Stage:
-    """The stage in which the method works.
+    """The stage in which the method works: of what it needs, the largest counts, and all the work.
 
     Args:
         shape: sequences, and tokens of each. where: boundaries stay there. micro_batch: sequences per layer call.
@@ -158,52 +155,86 @@ def scoring(
     method = METHODS[config.method]
     needs = method.needs or (("weights",) if config.target == "weights" else ())
     ids = None if shape is None else torch.empty(shape, device="meta")
-    count = method.sweeps(settings)
-    passes = Statistics(sweeper, ids, plan.layers, 0).passes(needs, count)
-    stage = Stage(f"scoring {method.name}", _base(sweeper), passes=passes)
+    statistics, count = Statistics(sweeper, ids, plan.layers, 0), method.sweeps(settings)
     # A run that can be resumed keeps the state on disk.
     host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": 0 if config.resume else plan.state_bytes}
     if config.reader == "direct":
         host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
+    parts = []
     if shape is None:
-        largest = max(shape.numel() for shape in _matrices(sweeper))
-        return replace(stage, device=dict(stage.device) | {"a matrix and its scores": 3 * 4 * largest}, host=host)
-    tokens, forward = min(micro_batch, shape[0]) * shape[1], layer_flops(sweeper, shape, sweeper.n_layers)
-    hidden, parts = _hidden(sweeper, shape), dict[str, dict[str, int]]()
-    flops, scratch = 0.0, 0
-    backward = 0.0
-    head = 2 * sweeper.skeleton.config.vocab_size * sweeper.skeleton.config.hidden_size * shape[0] * shape[1]
-    if "gradients" in needs:
-        moved = any(name in settings for name in ("sigma",))
-        several = shape[0] > micro_batch
-        boundaries = sweeper.n_layers - plan.layers[0] + 1
-        kept = boundaries if where == "device" else min(BUFFERS, boundaries)
-        parts["gradients"] = _base(sweeper, own=moved) | gradient_bytes(sweeper, tokens, several=several)
-        parts["gradients"] |= {"boundaries": (kept + 2) * hidden, "logits": _logits(sweeper, shape)}
-        if where != "device" and sweeper.skeleton.device.type == "cuda":
-            # torch rounds pinned memory up to a power of two.
-            host["boundaries"] = (boundaries if where == "host" else 1) * (1 << (hidden - 1).bit_length())
-        scratch = boundaries * hidden if where == "scratch" else 0
-        above = len(range(plan.layers[0], sweeper.n_layers)) / sweeper.n_layers
-        flops += forward * (1 + above * (count - 1)) + count * head
-        backward = (3 * forward * above + 2 * head) * count
-    if "inputs" in needs:
-        gram = config.method == "sparsegpt"
-        parts["inputs"] = _base(sweeper, own=config.target == "weights") | {"hidden states": 2 * hidden}
-        parts["inputs"] |= input_bytes(sweeper, tokens, gram=gram)
-        share = len(range(plan.layers[-1] + 1)) / sweeper.n_layers
-        flops += forward * share * (2 if config.target == "weights" else 1)
-    if "hidden" in needs or "losses" in needs:
-        streams = 3
-        if "losses" in needs:
-            at_once = Statistics(sweeper, ids, plan.layers, 0).streams_at_once
-            streams += min(at_once, len(plan.layers))
-            flops += forward * len(plan.layers) / 2 + head * len(plan.layers)
-        activations = {"activations": _forward_activations(sweeper, tokens), "logits": _logits(sweeper, shape)}
-        parts["hidden"] = _base(sweeper) | {"hidden states": streams * hidden} | activations
-        flops += forward
-    device: Mapping[str, int] = max(parts.values(), key=lambda part: sum(part.values()))
-    return replace(stage, device=device, host=host, scratch=scratch, forward=flops, backward=backward)
+        largest = max(matrix.numel() for matrix in _matrices(sweeper))
+        parts.append(Stage("", _base(sweeper) | {"a matrix and its scores": 3 * 4 * largest}))
+    elif "gradients" in needs:
+        parts.append(_gradients(sweeper, plan, shape, where, micro_batch, count, moved="sigma" in settings))
+    if shape is not None and "inputs" in needs:
+        parts.append(_inputs(sweeper, config, plan, shape, micro_batch))
+    if shape is not None and ("hidden" in needs or "losses" in needs):
+        streams = min(statistics.streams_at_once, len(plan.layers)) if "losses" in needs else 0
+        parts.append(_streams(sweeper, plan, shape, micro_batch, streams))
+    return Stage(
+        f"scoring {method.name}",
+        max((part.device for part in parts), key=lambda held: sum(held.values())),
+        {name: size for part in parts for name, size in part.host.items()} | host,
+        scratch=sum(part.scratch for part in parts),
+        passes=statistics.passes(needs, count),
+        forward=sum(part.forward for part in parts),
+        backward=sum(part.backward for part in parts),
+    )
+
+
+def _gradients(
+    sweeper: Sweeper, plan: Plan, shape: Shape, where: Place, micro_batch: int, count: int, *, moved: bool
+) -> Stage:
+    """`count` sweeps of gradients; `moved`: at perturbed weights."""
+    hidden, boundaries = _hidden(sweeper, shape), sweeper.n_layers - plan.layers[0] + 1
+    tokens = min(micro_batch, shape[0]) * shape[1]
+    device = _base(sweeper, own=moved) | gradient_bytes(sweeper, tokens, several=shape[0] > micro_batch)
+    kept = boundaries if where == "device" else min(BUFFERS, boundaries)
+    device |= {"boundaries": (kept + 2) * hidden, "logits": _logits(sweeper, shape)}
+    host = {}
+    if where != "device" and sweeper.skeleton.device.type == "cuda":
+        # torch rounds pinned memory up to a power of two.
+        host["boundaries"] = (boundaries if where == "host" else 1) * (1 << (hidden - 1).bit_length())
+    forward, head = layer_flops(sweeper, shape, sweeper.n_layers), _head_flops(sweeper, shape)
+    above = (sweeper.n_layers - plan.layers[0]) / sweeper.n_layers
+    return Stage(
+        "",
+        device,
+        host,
+        scratch=boundaries * hidden if where == "scratch" else 0,
+        forward=forward * (1 + above * (count - 1)) + count * head,
+        backward=(3 * forward * above + 2 * head) * count,
+    )
+
+
+def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, micro_batch: int) -> Stage:
+    """A forward sweep that sums over inputs; a layer whose weights are pruned runs twice."""
+    pruned = config.target == "weights"
+    tokens = min(micro_batch, shape[0]) * shape[1]
+    device = _base(sweeper, own=pruned) | {"hidden states": 2 * _hidden(sweeper, shape)}
+    device |= input_bytes(sweeper, tokens, gram=config.method == "sparsegpt")
+    return Stage("", device, forward=layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1))
+
+
+def _streams(sweeper: Sweeper, plan: Plan, shape: Shape, micro_batch: int, streams: int) -> Stage:
+    """A forward sweep that looks at hidden states, with `streams` of layers left out carried along."""
+    tokens = min(micro_batch, shape[0]) * shape[1]
+    device = _base(sweeper) | {
+        "hidden states": (3 + streams) * _hidden(sweeper, shape),
+        "activations": _forward_activations(sweeper, tokens),
+        "logits": _logits(sweeper, shape) if streams else 0,
+    }
+    forward = layer_flops(sweeper, shape, sweeper.n_layers)
+    if streams:
+        # Each is carried from its layer up, half of all on average.
+        forward += len(plan.layers) * (forward / 2 + _head_flops(sweeper, shape))
+    return Stage("", device, forward=forward)
+
+
+def _head_flops(sweeper: Sweeper, shape: Shape) -> float:
+    """Of the head, forwards."""
+    config = sweeper.skeleton.config
+    return 2.0 * config.vocab_size * config.hidden_size * shape[0] * shape[1]
 
 
 def gradient_bytes(sweeper: Sweeper, tokens: int, *, several: bool, sums: int = 1) -> dict[str, int]:
