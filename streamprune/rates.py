@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from streamprune.footprint import Stage, layer_flops
 from streamprune.sweep import Sweeper
 
+FILE = "rates.json"
 MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards
 # Dense bfloat16 with float32 accumulation in TFLOP/s, and GiB: NVIDIA's whitepapers on GA102, GA100, AD102 and GH100,
 # and the data sheet of the L4.
@@ -55,24 +57,43 @@ def seconds(stage: Stage, rates: Rates) -> float:
     return max(stage.read / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
 
 
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
+
+
+def known(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates | None:
+    """What was measured here before for layers of these sizes."""
+    rates = _saved(cache).get(_key(sweeper, seq_len))
+    return None if rates is None else Rates(**rates)
+
+
 def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
     """Rates of this machine with this model's layers; kept in `cache` for the next time."""
-    skeleton, file = sweeper.skeleton, cache / "rates.json"
-    device = torch.cuda.get_device_name(skeleton.device) if skeleton.device.type == "cuda" else platform.processor()
-    shape = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
-    key = repr((device, torch.get_num_threads(), str(skeleton.dtype), shape, sweeper.micro_batch, seq_len))
-    key += repr(os.stat(skeleton.checkpoint.path).st_dev)
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        known[key] = asdict(Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here"))
+    rates = known(sweeper, seq_len, cache)
+    if rates is None:
+        rates = Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here")
         cache.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f"{file.name}.{os.getpid()}")
-        new.write_text(json.dumps(known, indent=1))
-        new.rename(file)
-    return Rates(**known[key])
+        new = cache / f"{FILE}.{os.getpid()}"
+        new.write_text(json.dumps(_saved(cache) | {_key(sweeper, seq_len): asdict(rates)}, indent=1))
+        new.rename(cache / FILE)
+    return rates
+
+
+def _saved(cache: Path) -> dict[str, Any]:
+    try:
+        return json.loads((cache / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _key(sweeper: Sweeper, seq_len: int) -> str:
+    """What rates depend on: the device, the disk, and the sizes of a layer's call."""
+    skeleton = sweeper.skeleton
+    device = torch.cuda.get_device_name(skeleton.device) if skeleton.device.type == "cuda" else platform.processor()
+    shapes = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
+    disk = os.stat(skeleton.checkpoint.path).st_dev
+    return repr((device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk))
 
 
 def _read(sweeper: Sweeper) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -199,7 +198,9 @@ def _score_and_write(
             saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]
         if journal is not None:
             journal.save()
-        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal)
+        found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
+        predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
+        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal, predicted=predicted)
         directory = output.enter_context(
             atomic_directory(
                 config.output,
@@ -270,7 +271,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
             found = rates.measured(
                 sweeper,
                 work.calibration[1] if work.calibration else 128,
-                Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune",
+                rates.default_cache(),
             )
         elif assume is not None:
             found = rates.assumed(assume)

@@ -99,6 +99,10 @@ def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune
         outputs.append(next(iter(json.loads(kept.read_text()).values())))
     assert outputs[0] == outputs[1] != outputs[2]
     assert all(outputs[0][name] > 0 for name in ("read", "forward", "backward"))
+    # A run with the same layers, threads and lengths then says when it expects to end.
+    run = ("--model", tiny_llama, "--output", tmp_path / "out", "--no-evaluate", "--layers", "1:7", "--json-progress")
+    events = [json.loads(line) for line in streamprune(*run).err.splitlines()]
+    assert all(event["predicted_seconds"] > 0 for event in events if event["event"] == "stage")
 
 
 @pytest.mark.parametrize(
