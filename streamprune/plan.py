@@ -235,8 +235,9 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
         goal = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"
         lines.append(f"o and down are then fitted anew to {goal}, by least squares")
     if plan.state_bytes:
+        where = "beside the output" if config.resume else "in memory"
         lines.append(
-            f"{config.method} keeps {report.human(plan.state_bytes)} of float32 state in memory between its sweeps"
+            f"{config.method} keeps {report.human(plan.state_bytes)} of float32 state {where} between its sweeps"
         )
     if plan.layout == "ragged":
         why, remedy = "the layers come out with different widths", "--stock prunes all layers alike and needs neither"

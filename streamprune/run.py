@@ -262,17 +262,12 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     ) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         work = texts.expected_work(config, sweeper.skeleton)
-        sweeper.micro_batch = config.micro_batch or default_micro_batch(
-            work.calibration[1] if work.calibration else 128
-        )
+        seq_len = work.calibration[1] if work.calibration else 128
+        sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
         placement = _place(config, settings, plan, sweeper, work)
         found = None
         if measure:
-            found = rates.measured(
-                sweeper,
-                work.calibration[1] if work.calibration else 128,
-                rates.default_cache(),
-            )
+            found = rates.measured(sweeper, seq_len, rates.default_cache())
         elif assume is not None:
             found = rates.assumed(assume)
         text = f"{describe(config, sweeper.skeleton, plan)}\n{planner.table(placement, sweeper, found)}"
