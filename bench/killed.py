@@ -88,7 +88,10 @@ def trial(model: Path, output: Path, options: list[str], seconds: float, again: 
         child = start(model, output, options)
         time.sleep(draw.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
-        if wait(child) == 0 or output.exists():
+        status = wait(child)
+        if output.exists():
+            if status != 0:  # killed between the output's name and the journal's end: the command then clears that away
+                wait(start(model, output, options))
             return "ended before"
         if (journal / "journal.json").is_file():
             left = (

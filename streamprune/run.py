@@ -136,10 +136,12 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
     started = time.perf_counter()
     progress = progress or Progress(quiet=True)
     settings = resolve_settings(config.method, config.settings, config.target)
+    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
+    if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
+        state.remove(journal_directory)  # of a run that was killed when its output was there already
     check_output(config.output, overwrite=config.overwrite)
     if config.compress:
         compressed.check_package()
-    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     with ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
         directory, facts, kept, segments = _score_and_write(config, settings, output, progress, journal_directory)

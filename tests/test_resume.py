@@ -181,9 +181,10 @@ def test_a_death_between_the_output_and_the_end_of_the_journal_does_no_harm(
     if overwrite:
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True, overwrite=True))
     else:
+        assert list(tmp_path.glob(".*"))
         with pytest.raises(OutputError, match="exists"):
             prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
-    assert weights(tmp_path / "out") == expected
+    assert weights(tmp_path / "out") == expected and not list(tmp_path.glob(".*"))
 
 
 def test_a_lost_partial_output_begins_anew(tiny_llama, tmp_path, killing):
