@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -161,16 +161,7 @@ def _score_and_write(
 ) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
     method = METHODS[config.method]
-    with open_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        scope="units" if config.target == "units" else "matrices",
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-        reader=config.reader,
-        read_threads=config.read_threads,
-    ) as sweeper:
+    with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
         plan = make_plan(config, skeleton, settings)
@@ -224,6 +215,23 @@ def _score_and_write(
     return directory, facts, done.kept, segments
 
 
+def _source(
+    config: PruneConfig, progress: Progress | None = None, *, planned: torch.device | None = None
+) -> AbstractContextManager[Sweeper]:
+    """The model that is pruned, opened as the options say."""
+    return open_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        scope="units" if config.target == "units" else "matrices",
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+        reader=config.reader,
+        read_threads=config.read_threads,
+        planned=planned,
+    )
+
+
 def _place(
     config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work
 ) -> planner.Placement:
@@ -252,16 +260,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     if assume is not None:
         planned = torch.device("cuda")
         config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
-    with open_model(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        scope="units" if config.target == "units" else "matrices",
-        trust_remote_code=config.trust_remote_code,
-        planned=planned,
-        reader=config.reader,
-        read_threads=config.read_threads,
-    ) as sweeper:
+    with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         work = texts.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128

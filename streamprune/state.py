@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamprune.errors import OutputError, UsageError
+from streamprune.writer import sync_path
 
 JOURNAL, LOCK = "journal.json", "lock"
 BLOCK_BYTES = 64 << 20
@@ -207,7 +208,7 @@ class Journal:
                 stream.flush()
                 os.fsync(stream.fileno())
             new.rename(file)
-            _sync(self.directory)
+            sync_path(self.directory)
         self._remove_unnamed()
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
@@ -216,7 +217,7 @@ class Journal:
         file = self.directory / f"{self._number}.safetensors"
         with self._told():
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
-            _sync(file)
+            sync_path(file)
         self._files[name] = file.name
 
     def _read(self, name: str) -> dict[str, Tensor]:
@@ -311,11 +312,3 @@ def remove(directory: Path) -> None:
     """The output is whole. The journal goes first: without it the rest counts for nothing."""
     (directory / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -93,7 +93,7 @@ class ShardedWriter:
     def sync(self) -> None:
         """What has been written is on the disk, under its name."""
         _sync(self.directory)
-        _sync_directory(self.directory.parent)
+        sync_path(self.directory.parent)
 
     def _create(self, file: Path, number: int, shard: Sequence[TensorSpec]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -205,7 +205,7 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
         _sync(temporary)
         check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
         _replace(output, temporary)
-        _sync_directory(output.parent)
+        sync_path(output.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             left = f"{temporary.parent} stays to go on from" if keep else "nothing was left behind"
@@ -239,14 +239,13 @@ def _replace(output: Path, temporary: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    for file in directory.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    _sync_directory(directory)
+    for path in (*directory.iterdir(), directory):
+        sync_path(path)
 
 
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """A file's contents, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
