@@ -23,6 +23,7 @@ from streamprune.readers import Reader, ReaderKind
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+FINITE_BLOCK = 1 << 20  # elements
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 DTYPES = {
@@ -119,8 +120,12 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size."""
-    return bool(torch.isfinite(tensor.sum(dtype=torch.float32)) or torch.isfinite(tensor).all())
+    """Whether it holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size.
+
+    On a CPU in blocks: a sum in another dtype than the tensor's makes a copy of what it sums.
+    """
+    blocks = tensor.flatten().split(FINITE_BLOCK) if tensor.device.type == "cpu" else [tensor]
+    return all(bool(torch.isfinite(each.sum(dtype=torch.float32)) or torch.isfinite(each).all()) for each in blocks)
 
 
 def byte_view(tensor: Tensor) -> memoryview:

@@ -32,6 +32,9 @@ from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
 
+# What a run holds that a plan alone does not: tokenizer and tokens (52 to 160 MB were measured).
+TEXT_BYTES = 100_000_000
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -238,7 +241,7 @@ def _place(
     """Decide where things stay, and tell the sweeper."""
     skeleton = sweeper.skeleton
     loaded = skeleton.resident_bytes if skeleton.loaded and skeleton.device.type == "cpu" else 0
-    baseline = psutil.Process().memory_info().rss - loaded
+    baseline = psutil.Process().memory_info().rss - loaded + (0 if skeleton.loaded else TEXT_BYTES)
     placement = planner.place(sweeper, config, settings, plan, work, baseline=baseline)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_inputs import largest_allocation
 from safetensors import safe_open
 from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
 
-from streamprune.checkpoint import DTYPES, Checkpoint, byte_view
+from streamprune.checkpoint import DTYPES, Checkpoint, byte_view, is_finite
 from streamprune.errors import CheckpointError
 
 
@@ -195,3 +197,15 @@ def test_malformed_header_is_an_error_that_names_the_file(header, tmp_path):
     (path / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(8))
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         Checkpoint(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_finiteness_is_seen_wherever_it_is_lost_and_takes_no_copy(dtype):
+    tensor = torch.ones(3000, 1000, dtype=dtype)
+    assert largest_allocation(lambda: is_finite(tensor)) <= 4 << 20 < tensor.nbytes
+    assert is_finite(tensor) and is_finite(tensor[:0]) and is_finite(torch.full((9,), 6e4, dtype=dtype))
+    for value in (math.nan, math.inf, -math.inf):
+        for place in ((0, 0), (2999, 999), (1500, 3)):
+            broken = tensor.clone()
+            broken[place] = value
+            assert not is_finite(broken)
