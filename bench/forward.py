@@ -3,7 +3,8 @@
     python bench/forward.py --scratch DIR [--json FILE]
 
 Each method prunes (or scores) every layer of a bfloat16 checkpoint of 24 layers, and of 12, in a process of its own, on
-10 x 128 tokens: peak memory is one layer, its Gram matrices and the slots, and does not grow with the number of layers.
+10 x 128 tokens: peak memory is one layer, its Gram matrices and the slots, and should not grow with the layers. What it
+grows by between the two depths is in the table.
 """
 
 from __future__ import annotations

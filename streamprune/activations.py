@@ -113,19 +113,15 @@ class Boundaries:
             self._move(index, self._fetch)
 
     def _move(self, index: int, work: Callable[[int, Tensor], None]) -> None:
+        assert self._worker is not None, "only spilled boundaries move"
         slot = index % len(self._buffers)
         ready = self._transfers.record_consumed()  # after all that was queued on the buffer
-        self._moving[slot] = self._worker_submit(index, slot, work, ready)
-
-    def _worker_submit(self, index: int, slot: int, work: Callable[[int, Tensor], None], ready: object) -> Future[None]:
-        assert self._worker is not None
-        buffer = self._buffers[slot]
 
         def run() -> None:
             self._transfers.copy_waits(ready)
-            work(index, buffer)
+            work(index, self._buffers[slot])
 
-        return self._worker.submit(run)
+        self._moving[slot] = self._worker.submit(run)
 
     def _carry(self, index: int, buffer: Tensor) -> None:
         if not self._host:
