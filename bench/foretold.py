@@ -1,10 +1,10 @@
 """`streamprune plan --measure` against the run: peak memory and seconds of scoring, for runs of different kinds.
 
-    python bench/foretold.py --scratch DIR [--json FILE] [--data DIR]
+    python bench/foretold.py --scratch DIR [--device cuda] [--json FILE] [--data DIR]
 
 The demo's 135M Llama and a random one of 12 layers of 1.7B's (made in DIR, removed afterwards), methods, budgets and
 sizes as in RUNS; plan and run in a process each, one after the other. DIR of --data holds wikitext2-valid.txt; without
-it the text in the package is used, which is short.
+it the text in the package is used, which is short. On a GPU the budgets are the GPU's, and so are the peaks.
 """
 
 from __future__ import annotations
@@ -38,13 +38,19 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     from streamprune.run import foretell
 
     fields = {key: tuple(value) if key == "layers" else value for key, value in job["options"].items()}
+    gpu = fields["device"] == "cuda"
+    if gpu and "host_memory" in fields:
+        fields["gpu_memory"] = fields.pop("host_memory")
     config = PruneConfig(job["model"], Path(job["output"]), job["method"], evaluate=False, **fields)
     if job["plan"]:
         forecast = foretell(config, measure=True)
         scoring = next(name for name in forecast.seconds if name.startswith("scoring"))
-        return {"peak": forecast.placement.host_bytes, "seconds": forecast.seconds[scoring]}
+        placement = forecast.placement
+        peak = placement.device_bytes if gpu else placement.host_bytes
+        return {"peak": peak, "seconds": forecast.seconds[scoring]}
     facts = prune(config).facts
-    return {"peak": facts["peak_rss"], "seconds": facts["scoring"]["seconds"]}
+    peak = facts["scoring"]["peak_gpu"] if gpu else facts["peak_rss"]
+    return {"peak": peak, "seconds": facts["scoring"]["seconds"]}
 
 
 def in_process(job: dict[str, Any]) -> dict[str, Any]:
@@ -58,9 +64,13 @@ def in_process(job: dict[str, Any]) -> dict[str, Any]:
 @click.command()
 @click.option("--scratch", type=click.Path(path_type=Path), help="Directory with 6 GB free.")
 @click.option("--data", type=click.Path(path_type=Path, exists=True))
+@click.option("--model", "small", type=click.Path(path_type=Path), help="Instead of the demo's, which is fetched.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "job", hidden=True)
-def main(scratch: Path | None, data: Path | None, json_file: Path | None, job: str | None) -> None:
+def main(
+    scratch: Path | None, data: Path | None, small: Path | None, device: str, json_file: Path | None, job: str | None
+) -> None:
     """Measure, print the table, and write JSON."""
     sys.path.insert(0, str(Path(__file__).parent))
     if job is not None:
@@ -82,10 +92,10 @@ def main(scratch: Path | None, data: Path | None, json_file: Path | None, job: s
     try:
         write_model(directory / "model", {**CONFIG, "num_hidden_layers": 12})
         save_tokenizer(directory / "model")
-        models = {SMALL: demo.fetch(demo.default_cache(), Progress()), LARGE: directory / "model"}
+        models = {SMALL: small or demo.fetch(demo.default_cache(), Progress()), LARGE: directory / "model"}
         text = {} if data is None else {"calibration": str(data / "wikitext2-valid.txt")}
         for model, method, options in RUNS:
-            given = {"samples": 10, "seq_len": 128, "scratch": str(directory), **text, **options}
+            given = {"samples": 10, "seq_len": 128, "scratch": str(directory), "device": device, **text, **options}
             job_of = {"model": str(models[model]), "method": method, "output": str(directory / "out"), "options": given}
             planned, real = (in_process({**job_of, "plan": plan}) for plan in (True, False))
             shutil.rmtree(directory / "out")

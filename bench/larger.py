@@ -1,13 +1,13 @@
 """A model larger than memory: the command line on a Llama-2-13B of random weights, held to 6 GiB.
 
-    python bench/larger.py --scratch DIR [--layers 40] [--memory 6GiB] [--json FILE]
+    python bench/larger.py --scratch DIR [--layers 40] [--memory 6GiB] [--gpu-memory SIZE] [--json FILE]
 
 Writes the checkpoint (26 GB at 40 layers, in DIR, removed afterwards), drops it from the page cache, and runs
 `streamprune --method moreau-gs --set steps=1 --samples 10 --seq-len 128 --ratio 0.2 --no-evaluate` on it, with
---host-memory and --scratch where the command has them, in a process that is killed if it holds more than --memory: by a
-cgroup v2 where the machine lets one be made, else by looking at its VmRSS every 50 ms. Afterwards widths, shapes, and
-values of some tensors of the output are compared with the source. Where DIR has no room for checkpoint and output, as
-many layers are taken as it has room for, and the table says so.
+--host-memory and --scratch, in a process that is killed if it holds more than --memory: by a cgroup v2 where the machine
+lets one be made, else by looking at its VmRSS every 50 ms. With --gpu-memory it computes on a GPU, within that budget.
+Afterwards widths, shapes, and values of some tensors of the output are compared with the source. Where DIR has no room
+for checkpoint and output, as many layers are taken as it has room for, and the table says so.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ from typing import Any
 import click
 import torch
 from torch import Tensor
-
-from streamprune.cli import cli
 
 SAMPLES, SEQ_LEN, RATIO = 10, 128, 0.2
 POLL_SECONDS = 0.05
@@ -68,8 +66,10 @@ class Wrong(Exception):
     """The output is not what the source and its kept units make it."""
 
 
-def byte_size(context: click.Context, parameter: click.Parameter, text: str) -> int:
+def byte_size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     """6GiB, 6GB or a number of bytes."""
+    if text is None:
+        return None
     number = text.rstrip("KMGiBkmgb")
     try:
         return int(float(number) * UNITS[text[len(number) :].upper()]) if number != text else int(text)
@@ -207,15 +207,13 @@ def _end(child: subprocess.Popen[str]) -> None:
         child.wait()
 
 
-def command_line(model: Path, output: Path, scratch: Path, limit: int) -> list[str]:
-    """The options, of memory as far as the command has them."""
-    known = {name for parameter in cli.params for name in parameter.opts}
-    options = {"--host-memory": str(limit), "--scratch": str(scratch)}
+def command_line(model: Path, output: Path, scratch: Path, limit: int, gpu_limit: int | None) -> list[str]:
+    """The options; on a GPU where it has a limit."""
+    gpu = ["--device", "cpu"] if gpu_limit is None else ["--device", "cuda", "--gpu-memory", str(gpu_limit)]
     return [
         *("--model", str(model), "--output", str(output), "--method", "moreau-gs", "--set", "steps=1"),
         *("--samples", str(SAMPLES), "--seq-len", str(SEQ_LEN), "--ratio", str(RATIO), "--no-evaluate"),
-        *("--device", "cpu", "--json-progress"),
-        *(word for name, value in options.items() if name in known for word in (name, value)),
+        *("--host-memory", str(limit), "--scratch", str(scratch), "--json-progress", *gpu),
     ]
 
 
@@ -293,6 +291,8 @@ def show(figures: Mapping[str, Any]) -> str:
     """The table that is printed."""
     from streamprune.report import human, table
 
+    gpu = figures["gpu_limit"] is not None and "scoring" in figures
+
     peak, limit = figures.get("peak_rss", 0), figures["limit"]
     rows = [
         ["", "figure"],
@@ -301,6 +301,9 @@ def show(figures: Mapping[str, Any]) -> str:
         ["limit", f"{human(limit)}, by {figures['limited_by']}"],
         ["peak RSS (VmHWM)", f"{human(peak)}, {peak / limit:.0%} of the limit"],
         *([["- planned by the tool", human(figures["memory"]["planned_host"])]] if "memory" in figures else []),
+        *([["GPU's limit", human(figures["gpu_limit"])]] if gpu else []),
+        *([["peak of tensors there", human(figures["scoring"]["peak_gpu"])]] if gpu else []),
+        *([["- planned by the tool", human(figures["memory"]["planned_gpu"])]] if gpu else []),
         ["read", f"{human(figures['rchar'])}, from the disk {human(figures['read_bytes'])}"],
         ["written", f"{human(figures['wchar'])}, to the disk {human(figures['write_bytes'])}"],
         ["seconds", f"{figures['seconds']:.1f}"],
@@ -331,7 +334,7 @@ def measure(directory: Path, config: Mapping[str, Any], figures: dict[str, Any])
     model, output = directory / "model", directory / "pruned"
     figures["write_seconds"] = make_checkpoint(model, config)
     print(f"wrote {figures['checkpoint_bytes']:,} bytes in {figures['write_seconds']:.1f} s", file=sys.stderr)
-    options = command_line(model, output, directory / "scratch", figures["limit"])
+    options = command_line(model, output, directory / "scratch", figures["limit"], figures["gpu_limit"])
     print(f"streamprune {' '.join(options)}", file=sys.stderr)
     figures |= {"options": options, **supervise([*COMMAND, *options], figures["limit"])}
     figures["stage_seconds"] = stage_seconds(figures)
@@ -349,10 +352,13 @@ def measure(directory: Path, config: Mapping[str, Any], figures: dict[str, Any])
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Directory with 50 GB free.")
 @click.option("--layers", type=click.IntRange(7), default=40, show_default=True)
 @click.option("--memory", default="6GiB", show_default=True, callback=byte_size, help="Resident memory of the run.")
+@click.option("--gpu-memory", callback=byte_size, help="Compute on a GPU, within this much of its memory.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoint.")
 @click.option("--dry", is_flag=True, help="8 tiny layers in 1 GiB: only to see that everything runs.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(scratch: Path, layers: int, memory: int, keep: bool, dry: bool, json_file: Path | None) -> None:
+def main(
+    scratch: Path, layers: int, memory: int, gpu_memory: int | None, keep: bool, dry: bool, json_file: Path | None
+) -> None:
     """Measure, print the table, and write JSON."""
     config = {**CONFIG, **(DRY if dry else {})}
     asked, limit = (8, 2**30) if dry else (layers, memory)
@@ -361,7 +367,7 @@ def main(scratch: Path, layers: int, memory: int, keep: bool, dry: bool, json_fi
     if depth < asked:
         print(f"{scratch} has no room for {asked} layers and their output: {depth} of them", file=sys.stderr)
     config["num_hidden_layers"] = depth
-    figures = {"layers": depth, "layers_asked": asked, "limit": limit}
+    figures = {"layers": depth, "layers_asked": asked, "limit": limit, "gpu_limit": gpu_memory}
     figures["checkpoint_bytes"] = needed_bytes(config, depth)[0]
     # A plain kill would leave 50 GB behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
