@@ -4,7 +4,7 @@
 
 Writes the checkpoint (26 GB at 40 layers, in DIR, removed afterwards), drops it from the page cache, and runs
 `streamprune --method moreau-gs --set steps=1 --samples 10 --seq-len 128 --ratio 0.2 --no-evaluate` on it, with
---host-memory and --scratch, in a process that is killed if it holds more than --memory: by a cgroup v2 where the machine
+--host-memory and --scratch, in a process that is killed if it holds more than --memory: by a cgroup v2 where the system
 lets one be made, else by looking at its VmRSS every 50 ms. With --gpu-memory it computes on a GPU, within that budget.
 Afterwards widths, shapes, and values of some tensors of the output are compared with the source. Where DIR has no room
 for checkpoint and output, as many layers are taken as it has room for, and the table says so.

@@ -16,6 +16,7 @@ from streamprune import compensate, evaluate
 from streamprune.activations import BUFFERS, Place
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS
+from streamprune.output import WRITERS
 from streamprune.plan import Plan
 from streamprune.readers import BOUNCE_BYTES
 from streamprune.statistics import Statistics
@@ -84,11 +85,12 @@ def stages(
             )
         )
     written = set(plan.layers) if config.target == "weights" else set(fitted)
-    # Embeddings and head are read once more and written as a whole.
+    # Embeddings and head are read once more and written as a whole, the tensors of a layer some at a time.
     largest = max(entry.nbytes for entry in sweeper.skeleton.checkpoint.tensors.values())
+    of_layer = sorted(entry.nbytes for entry in sweeper.skeleton.entries[0].values())
     rest = [layer for layer in whole if layer not in written]
     base = _base(sweeper)
-    cut = {"a tensor, cut": 2 * largest}
+    cut = {"tensors, cut": 2 * max(largest, sum(of_layer[-WRITERS:]))}
     found.append(Stage("writing", base, cut, passes=[rest], written=plan.output_bytes))
     return found
 

@@ -19,6 +19,7 @@ from streamprune.checkpoint import read_config
 from streamprune.compensate import compensate, passes
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
+from streamprune.output import OutputWriter, write_companions
 from streamprune.paging import Page
 from streamprune.plan import Plan
 from streamprune.progress import Progress
@@ -102,13 +103,13 @@ class Job:
             assert isinstance(scores, UnitScores), "only units have biases in their place"
             return slim.mean_biases(skeleton, kept, scores.means, page)
 
-        with slim.OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
+        with OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
             if self.repair_ids is not None:
                 self._repair(kept, writer)
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager, biases)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
-        slim.write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
+        write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
         layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=plan.new_biases)
         nbytes = sum(spec.nbytes for spec in specs)
         return Done(kept, layout, nbytes, added, (0, 0), source_hash)
@@ -125,7 +126,7 @@ class Job:
         counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many
         digests = saved.setdefault("digests", {})
         shard_size = self.config.max_shard_size
-        with slim.OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed, digests) as writer:
+        with OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed, digests) as writer:
             if journal is not None:
                 journal.before_commit = writer.sync
 
@@ -140,13 +141,13 @@ class Job:
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)
         zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))
-        slim.write_companions(skeleton, kept, directory, None)
+        write_companions(skeleton, kept, directory, None)
         if plan.packed:
             fields = compressed.config_fields(plan.packed.values(), zeros / skeleton.parameters)
             write_json(directory / "config.json", read_config(directory) | fields)
         return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
 
-    def _repair(self, kept: KeptUnits, writer: slim.OutputWriter) -> None:
+    def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
         config = self.config
         with self._stage("repairing", passes(self.sweeper, kept)):

@@ -18,7 +18,7 @@ ROWS = (
     ("statistics", "allocation"),
     ("methods",),
     ("slim", "evaluate", "report"),
-    ("compensate", "progress"),
+    ("compensate", "output", "progress"),
     ("plan",),
     ("footprint",),
     ("texts",),

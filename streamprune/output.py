@@ -1,0 +1,163 @@
+"""The output directory: pruned tensors hashed, cut and written several at a time, and the files beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from streamprune import compressed, ragged
+from streamprune.allocation import KeptUnits
+from streamprune.binding import check_finite
+from streamprune.calibration import load_tokenizer
+from streamprune.checkpoint import byte_view, is_finite, read_config, read_json
+from streamprune.errors import CheckpointError
+from streamprune.paging import Page, Pager
+from streamprune.skeleton import Skeleton
+from streamprune.slim import Slicer, patched_config
+from streamprune.writer import OWN_FILE, ShardedWriter, TensorSpec, write_json
+
+# What is copied from the source: tokenizer, templates, generation config, terms of use. Never weights in any format.
+COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+COMPANION_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_COMPANIONS = (".index.json", "adapter_config.json")
+OWN_FILES = ("config.json", "README.md", OWN_FILE)
+WRITERS = 4  # tensors of a layer that are cut and written at the same time
+
+
+class OutputWriter:
+    """Writes the pruned tensors, in any order, and hashes the source's on the way. A context manager.
+
+    Args:
+        specs: from `output_specs`.
+        packed: names of the source's matrices that are compressed.
+        digests: of source tensors that an earlier run has put there; filled in as tensors are put.
+
+    Raises:
+        CheckpointError: NaN or infinite weights in the source.
+        OutputError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        kept: KeptUnits,
+        specs: Sequence[TensorSpec],
+        directory: Path,
+        max_shard_size: int,
+        packed: Container[str] = (),
+        digests: dict[str, str] | None = None,
+    ) -> None:
+        self.skeleton, self._slicer, self._packed = skeleton, Slicer(skeleton, kept), packed
+        self._digests: dict[str, str] = {} if digests is None else digests
+        written = [target for name in self._digests if (target := self._slicer.name(name)) is not None]
+        self._writer = ShardedWriter(directory, specs, max_shard_size, written)
+
+    def __enter__(self) -> OutputWriter:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._writer.__exit__(*exc)
+
+    def sync(self) -> None:
+        """What has been put is on the disk."""
+        self._writer.sync()
+
+    def put(self, name: str, source: Tensor, made: Tensor | None = None) -> None:
+        """Write what remains of a source tensor, or what was `made` of it."""
+        source = source.cpu().contiguous()
+        self._digests[name] = hashlib.sha256(byte_view(source)).hexdigest()
+        target = self._slicer.name(name)
+        if target is not None:
+            whole = self._slicer.cut(name, source) if made is None else made
+            parts = compressed.parts(target, whole) if name in self._packed else {target: whole}
+            for part, tensor in parts.items():
+                self._writer.write(part, tensor)
+
+    def put_layer(self, page: Page, made: Mapping[str, Tensor]) -> None:
+        """Write what remains of a layer; `made` by names inside it: replaced tensors, and new ones."""
+        prefix = self.skeleton.layer_prefix(page.layer)
+
+        def put(name: str) -> None:
+            check_finite(self.skeleton.checkpoint.path, page.layer, name, page.tensors[name])
+            self.put(prefix + name, page.tensors[name], made.get(name))
+
+        # Hashing, cutting and writing all let other threads run, and take turns at being the slowest.
+        with ThreadPoolExecutor(WRITERS, thread_name_prefix="streamprune-writer") as writers:
+            for written in [writers.submit(put, name) for name in page.tensors]:
+                written.result()
+        for name in made.keys() - page.tensors.keys():
+            target = self._slicer.name(prefix + name)
+            assert target is not None, "nothing is made for layers that go"
+            self._writer.write(target, made[name])
+
+    def untouched(self) -> list[int]:
+        """The source layers of which nothing has been put yet."""
+        return [
+            layer
+            for layer, entries in enumerate(self.skeleton.entries)
+            if not any(entry.name in self._digests for entry in entries.values())
+        ]
+
+    def finish(self, pager: Pager, make: Callable[[Page], Mapping[str, Tensor]] = lambda page: {}) -> str:
+        """Write all that has not been put yet, one source layer in memory at a time.
+
+        Args:
+            make: what is made of a layer, for `put_layer`.
+
+        Returns:
+            The SHA-256 of the source's tensors: of the lines "name sha256(bytes)", sorted.
+        """
+        checkpoint = self.skeleton.checkpoint
+        with pager.pages(self.untouched()) as pages:
+            for page in pages:
+                self.put_layer(page, make(page))
+        for name in checkpoint.tensors:
+            if name not in self._digests:
+                tensor = checkpoint.read(name)
+                if not is_finite(tensor):
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} holds NaN or infinite values; download or export it again"
+                    )
+                self.put(name, tensor)
+        digests = self._digests
+        return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
+
+
+def write_companions(
+    skeleton: Skeleton, kept: KeptUnits, directory: Path, emit: str | None, *, biases: bool = False
+) -> None:
+    """Everything beside the weights: config.json, the modelling file of ragged layers, tokenizer and so on."""
+    source = skeleton.checkpoint.path
+    for file in sorted(source.iterdir()):
+        if file.is_file() and _is_companion(file.name):
+            shutil.copyfile(file, directory / file.name)
+    config = patched_config(skeleton, kept, emit, biases=biases)
+    write_json(directory / "config.json", config)
+    if "per_layer_config" in config:
+        text = ragged.modeling_source(skeleton.family.model_type)
+        (directory / f"modeling_{config['model_type']}.py").write_text(text, encoding="utf-8")
+    keep_tokenizer_class(source, directory)
+
+
+def _is_companion(name: str) -> bool:
+    known = name.endswith(COMPANION_SUFFIXES) or name.startswith(COMPANION_NAMES)
+    return known and not name.startswith(".") and not name.endswith(NOT_COMPANIONS) and name not in OWN_FILES
+
+
+def keep_tokenizer_class(source: Path, directory: Path) -> None:
+    """Name the tokenizer's class where the output's model_type would make AutoTokenizer choose another one.
+
+    That choice goes by model_type for some families, and another class can split the same text differently.
+    """
+    file = directory / "tokenizer_config.json"
+    if not file.is_file() or read_config(source).get("model_type") == read_config(directory).get("model_type"):
+        return
+    dense = type(load_tokenizer(source)).__name__
+    if type(load_tokenizer(directory)).__name__ != dense:
+        write_json(file, read_json(file) | {"tokenizer_class": dense})
