@@ -1,11 +1,13 @@
 """Streamprune beside llmcompressor's sequential one-shot pruning: the same model, tokens and patterns, in one run.
 
-    python bench/peers.py --data DIR [--peer-python PYTHON] [--json FILE] [--repeat N]
+    python bench/peers.py --data DIR [--peer-python PYTHON] [--json FILE] [--draws N]
 
 wanda and sparsegpt at 50 % and 2:4, calibrated on 32 x 256 tokens from the start of DIR/wikitext2-valid.txt in float32;
-perplexity of the first 100 x 128 tokens of DIR/wikitext2-test.txt. Each run is a process of its own, the two sides take
-turns, and medians are shown. PYTHON is one that has llmcompressor (`pip install 'streamprune[bench]'`), by default this
-one; without it the peer's rows are left out, with a line that says so.
+perplexity of the first 100 x 128 tokens of DIR/wikitext2-test.txt. Every further draw calibrates on the next 32 x 256
+tokens: where two weights are nearly equal rounding decides which of them goes, and one draw's perplexity depends on
+that. Each run is a process of its own, the two sides take turns, and medians of seconds and means of perplexities are
+shown. PYTHON is one that has llmcompressor (`pip install 'streamprune[bench]'`), by default this one; without it the
+peer's rows are left out, with a line that says so.
 """
 
 from __future__ import annotations
@@ -108,7 +110,7 @@ def measure(python: str, job: dict[str, Any], data: Path) -> dict[str, Any]:
 
 
 def show(results: dict[str, list[dict[str, Any]]]) -> str:
-    """A row per method, pattern and side; medians."""
+    """A row per method, pattern and side."""
     from streamprune.report import human, table
 
     rows = [["method", "pattern", "by", "perplexity", "seconds", "of the peer's", "peak RSS"]]
@@ -118,7 +120,10 @@ def show(results: dict[str, list[dict[str, Any]]]) -> str:
         other = results.get(f"{method}/{pattern}/llmcompressor")
         ratio = f"{seconds / statistics.median(run['seconds'] for run in other):.2f}" if other else "-"
         peak = human(max(run["peak_rss"] for run in runs))
-        rows.append([method, pattern, side, f"{runs[0]['perplexity']:.1f}", f"{seconds:.1f}", ratio, peak])
+        values = [run["perplexity"] for run in runs]
+        spread = f" ({min(values):.1f}–{max(values):.1f})" if len(values) > 1 else ""
+        perplexities = f"{statistics.mean(values):.1f}{spread}"
+        rows.append([method, pattern, side, perplexities, f"{seconds:.1f}", ratio, peak])
     return table(rows, markdown=True)
 
 
@@ -126,14 +131,14 @@ def show(results: dict[str, list[dict[str, Any]]]) -> str:
 @click.option("--data", type=click.Path(path_type=Path, exists=True))
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
 @click.option("--peer-python", default=sys.executable, help="A Python that has llmcompressor.")
-@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--draws", type=click.IntRange(1), default=1, show_default=True, help="Of calibration tokens.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "one_job", hidden=True)
 def main(
     data: Path | None,
     model: Path | None,
     peer_python: str,
-    repeat: int,
+    draws: int,
     json_file: Path | None,
     one_job: str | None,
 ) -> None:
@@ -150,17 +155,17 @@ def main(
     tokens = calibration.tokenize(
         calibration.load_tokenizer(Path(path)), calibration.read_text(data / "wikitext2-valid.txt")
     )
-    ids = calibration.sample_sequences(tokens, SAMPLES, SEQ_LEN, "first", 0).tolist()
+    sequences = calibration.sample_sequences(tokens, draws * SAMPLES, SEQ_LEN, "first", 0).split(SAMPLES)
     sides = {"streamprune": sys.executable}
     if subprocess.run([peer_python, "-c", "import llmcompressor"], capture_output=True, check=False).returncode == 0:
         sides["llmcompressor"] = peer_python
     else:
         click.echo(f"{peer_python} has no llmcompressor; its rows are left out", err=True)
     results: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(repeat):
+    for ids in sequences:
         for method, pattern in RUNS:
             for side, python in sides.items():
-                job = {"side": side, "model": path, "method": method, "pattern": pattern, "ids": ids}
+                job = {"side": side, "model": path, "method": method, "pattern": pattern, "ids": ids.tolist()}
                 result = measure(python, job, data)
                 results.setdefault(f"{method}/{pattern}/{side}", []).append(result)
                 print(method, pattern, side, json.dumps(result), file=sys.stderr, flush=True)
