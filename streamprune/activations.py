@@ -1,13 +1,14 @@
-"""Hidden states between a forward and a backward sweep: in memory, or spilled to the host or to a scratch disk.
+"""Hidden states of all sequences between layers and between sweeps: on the device, on the host, or on a scratch disk.
 
-Spilled, three buffers on the device hold what is being computed on; a thread carries the rest away behind the forward
-sweep and brings it back ahead of the backward one. What is still in a buffer at the turn is not brought back.
+Spilled, only parts of them are on the device, a micro-batch at a time: it computes on any number of sequences. A thread
+carries parts away behind the computing and brings the next one ahead of it.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,161 +22,249 @@ from streamprune.devices import Device
 from streamprune.errors import OutputError
 
 Place = Literal["device", "host", "scratch"]
-BUFFERS = 3  # a layer's input and output, and one on its way
+WRITES = 2  # parts on their way out
+# Parts of spilled hidden states on the device at the same time: two that are read and those after them, two on their
+# way out, and what the layer puts out.
+PARTS = 7
 
 
-class Boundaries:
-    """The inputs of consecutive layers, and the last one's output: `count` tensors of one shape.
-
-    A forward sweep takes `buffer(i)`, writes it, and calls `save(i)`, for each i upwards; a backward sweep calls
-    `take(i)` downwards. At most two buffers are in use at a time: i and i + 1.
+class Activations:
+    """Where a sweeper's hidden states are, and the thread that moves them.
 
     Args:
-        shape: [n, seq, d].
-        place: where they stay: on the "device", in "host" memory (pinned beside a GPU), or in a file on "scratch".
+        place: on the "device", in "host" memory (pinned; beside a CPU it is the device's), or in a file on "scratch".
         transfers: moves tensors between the device and the host.
         scratch: directory of the file, which has no name and goes with the process.
-
-    Raises:
-        OutputError: the scratch disk is full or cannot be written.
     """
 
-    def __init__(
-        self,
-        count: int,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        device: torch.device,
-        place: Place,
-        transfers: Device,
-        scratch: Path | None = None,
-    ) -> None:
-        self.count, self.shape, self.dtype, self.place, self.scratch = count, shape, dtype, place, scratch
-        self._transfers = transfers
-        whole = place == "device" or (place == "host" and transfers.direct)
-        # One tensor that stays: those that come and go among a layer's activations leave holes in the heap.
-        self._buffers = torch.empty((count if whole else min(BUFFERS, count), *shape), dtype=dtype, device=device)
-        self._holds: list[int] = [-1] * len(self._buffers)
-        self._moving: dict[int, Future[None]] = {}  # by buffer
+    def __init__(self, device: torch.device, place: Place, transfers: Device, scratch: Path | None = None) -> None:
+        self.device, self.scratch, self.transfers = device, scratch, transfers
+        self.on_file = place == "scratch"
+        self.spills = self.on_file or (place == "host" and not transfers.direct)
         self._worker: ThreadPoolExecutor | None = None
-        if whole:
-            return
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="streamprune-boundaries")
-        # Beside a GPU the file is written from pinned memory, one boundary at a time.
-        hosted = count if place == "host" else int(not transfers.direct)
-        self._host = [transfers.chunk(self.nbytes).view(dtype).view(shape) for _ in range(hosted)]
-        self._file = _scratch_file(scratch, count * self.nbytes) if place == "scratch" else None
+        self._failed: BaseException | None = None
+        self._writes: deque[Future[None]] = deque()
+        self._descriptor, self._end, self._live = -1, 0, 0
+        self._free: dict[int, list[Tensor | int]] = {}  # places of hidden states that are gone, by bytes
+        self._staging = torch.empty(0, dtype=torch.uint8)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one boundary."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+    def several(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
+        """New hidden states [n, seq, d], with anything in them.
 
-    def buffer(self, index: int) -> Tensor:
-        """Where boundary `index` is to be written; valid until `index` + 2 is asked for."""
-        return self._buffers[self._settled(index % len(self._buffers), index)]
-
-    def save(self, index: int) -> None:
-        """Boundary `index` is written; it begins to be carried away."""
-        if self._worker is not None:
-            self._move(index, self._carry)
-
-    def take(self, index: int) -> Tensor:
-        """Boundary `index`, and a start on bringing back the one below; valid until `index` − 2 is asked for."""
-        slot = index % len(self._buffers)
-        if self._worker is not None:
-            self._bring(index)
-            self._settled(slot, index)
-            if index:
-                self._bring(index - 1)
-        return self._buffers[slot]
+        Raises:
+            OutputError: the scratch disk is full or cannot be written.
+        """
+        if self.spills:
+            return [Spilled(self, shape, dtype) for _ in range(count)]
+        # One tensor that stays: those that come and go among a layer's activations leave holes in the heap.
+        return list(torch.empty((count, *shape), dtype=dtype, device=self.device).unbind())
 
     def close(self) -> None:
         """End the thread and the file."""
         if self._worker is not None:
-            self._worker.shutdown()
-            if self._file is not None:
-                os.close(self._file)
-                self._file = None
+            self._worker.shutdown(cancel_futures=True)
+            self._worker = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
-    def _settled(self, slot: int, index: int) -> int:
-        """Wait until nothing moves into or out of a buffer; it is boundary `index`'s from now on."""
-        if (moving := self._moving.pop(slot, None)) is not None:
-            moving.result()
-        self._holds[slot] = index
-        return slot
-
-    def _bring(self, index: int) -> None:
-        """Start to bring a boundary back, unless its buffer has it."""
-        slot = index % len(self._buffers)
-        if self._holds[slot] != index:
-            self._settled(slot, index)
-            self._move(index, self._fetch)
-
-    def _move(self, index: int, work: Callable[[int, Tensor], None]) -> None:
-        assert self._worker is not None, "only spilled boundaries move"
-        slot = index % len(self._buffers)
-        ready = self._transfers.record_consumed()  # after all that was queued on the buffer
-
-        def run() -> None:
-            self._transfers.copy_waits(ready)
-            work(index, self._buffers[slot])
-
-        self._moving[slot] = self._worker.submit(run)
-
-    def _carry(self, index: int, buffer: Tensor) -> None:
-        if not self._host:
-            self._write(index, buffer)
-            return
-        host = self._host[index % len(self._host)]
-        self._transfers.chunk_free(self._transfers.copy(host, buffer))
-        if self._file is not None:
-            self._write(index, host)
-
-    def _fetch(self, index: int, buffer: Tensor) -> None:
-        if not self._host:
-            self._read(index, buffer)
-            return
-        host = self._host[index % len(self._host)]
-        if self._file is not None:
-            self._read(index, host)
-        # The worker waits, so that whoever waits for the worker needs no event.
-        self._transfers.chunk_free(self._transfers.copy(buffer, host))
-
-    def _write(self, index: int, tensor: Tensor) -> None:
-        assert self._file is not None
-        view, done = byte_view(tensor), 0
+    def room(self, nbytes: int) -> Tensor | int:
+        """Pinned memory, or an offset in the file."""
+        self._live += 1
+        if self._free.get(nbytes):
+            return self._free[nbytes].pop()
+        if not self.on_file:
+            return self.transfers.chunk(nbytes)
+        if self._descriptor < 0:
+            self._descriptor = scratch_file(self.scratch)
+        offset, self._end = self._end, self._end + nbytes
         try:
-            while done < len(view):
-                done += os.pwrite(self._file, view[done:], index * self.nbytes + done)
+            # Taken now: what is full is full before the sweep.
+            os.posix_fallocate(self._descriptor, offset, nbytes)
         except OSError as error:
             raise OutputError(
-                f"--scratch {self.scratch}: {error.strerror}; free some space or choose another"
+                f"--scratch {self.scratch}: {error.strerror}; {self._end:,} bytes of hidden states go there, "
+                "choose another"
             ) from error
+        return offset
 
-    def _read(self, index: int, tensor: Tensor) -> None:
-        assert self._file is not None
-        view, done = byte_view(tensor), 0
-        while done < len(view):
-            count = os.preadv(self._file, [view[done:]], index * self.nbytes + done)
-            if count == 0:
-                raise OutputError(f"--scratch {self.scratch}: its file of hidden states was cut off; run again")
-            done += count
+    def release(self, nbytes: int, place: Tensor | int) -> None:
+        """Hidden states are gone; others take their room."""
+        self._live -= 1
+        self._free.setdefault(nbytes, []).append(place)
+        if not self._live:
+            self._free.clear()
+            self._end = 0
+
+    def bring(self, place: Tensor | int, offset: int, buffer: Tensor) -> Future[None]:
+        """Start to fill a new tensor on the device."""
+
+        def work() -> None:
+            host = buffer if self.transfers.direct else self._host(place, offset, buffer)
+            if isinstance(place, int):
+                read_at(self._descriptor, host, place + offset, self.scratch)
+            if host is not buffer:
+                # The worker waits, so that whoever waits for the worker needs no event.
+                self.transfers.chunk_free(self.transfers.copy(buffer, host))
+
+        return self._submit(work)
+
+    def whole(self, place: Tensor | int, like: Spilled) -> Tensor:
+        """All of a place, in host memory."""
+        if isinstance(place, Tensor):
+            self._submit(lambda: None).result()
+            return place.view(like.dtype).view(like.shape)
+        host = torch.empty(like.shape, dtype=like.dtype)
+        self._submit(lambda: read_at(self._descriptor, host, place, self.scratch)).result()
+        return host
+
+    def carry(self, place: Tensor | int, offset: int, value: Tensor) -> None:
+        """Start to carry a tensor away; its values must stay until it has gone."""
+
+        def work() -> None:
+            host = value.contiguous() if self.transfers.direct else self._host(place, offset, value)
+            if not self.transfers.direct:
+                self.transfers.chunk_free(self.transfers.copy(host, value))
+            if isinstance(place, int):
+                write_at(self._descriptor, host, place + offset, self.scratch)
+
+        if len(self._writes) == WRITES:
+            self._writes.popleft().result()
+        self._writes.append(self._submit(work))
+
+    def _submit(self, work: Callable[[], None]) -> Future[None]:
+        """In order: what is read was written before. After a failure nothing counts."""
+        ready = self.transfers.record_consumed()  # after all that was queued on the tensor's memory
+
+        def run() -> None:
+            if self._failed is not None:
+                raise self._failed
+            try:
+                self.transfers.copy_waits(ready)
+                work()
+            except BaseException as error:
+                self._failed = error
+                raise
+
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="streamprune-activations")
+        return self._worker.submit(run)
+
+    def _host(self, place: Tensor | int, offset: int, like: Tensor) -> Tensor:
+        """Pinned memory in the shape of a part: where it stays, or on its way to the file."""
+        if isinstance(place, int):
+            if len(self._staging) < like.nbytes:
+                self._staging = self.transfers.chunk(like.nbytes)
+            place, offset = self._staging, 0
+        return place[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _scratch_file(directory: Path | None, nbytes: int) -> int:
-    """A file without a name, with room for `nbytes`: what is full is full before the sweep."""
+class Spilled:
+    """Hidden states [n, seq, d] outside the device. `states[start:stop]` is a new tensor there, to be read only."""
+
+    def __init__(self, owner: Activations, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self._owner, self._of_one = owner, self.shape[1:].numel() * dtype.itemsize
+        self._place = owner.room(self.nbytes)
+        self._coming: dict[tuple[int, int], tuple[Tensor, Future[None]]] = {}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_place"):
+            self._owner.release(self.nbytes, self._place)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """A part, and a start on the one after it."""
+        start, stop = part.start, part.stop
+        self.ahead(part)
+        buffer, coming = self._coming.pop((start, stop))
+        if stop < len(self):
+            self.ahead(slice(stop, min(stop + stop - start, len(self))))
+        coming.result()
+        return buffer
+
+    def __setitem__(self, part: slice, value: Tensor) -> None:
+        """Write a part; `value` must not change afterwards."""
+        for start, stop in [key for key in self._coming if key[0] < part.stop and part.start < key[1]]:
+            del self._coming[start, stop]
+        self._owner.carry(self._place, part.start * self._of_one, value.detach())
+
+    def whole(self) -> Tensor:
+        """All of them in host memory, to be read only."""
+        return self._owner.whole(self._place, self)
+
+    def ahead(self, part: slice) -> None:
+        """Start to bring a part."""
+        if (part.start, part.stop) not in self._coming:
+            shape = (part.stop - part.start, *self.shape[1:])
+            buffer = torch.empty(shape, dtype=self.dtype, device=self._owner.device)
+            coming = self._owner.bring(self._place, part.start * self._of_one, buffer)
+            self._coming[part.start, part.stop] = buffer, coming
+
+
+States = Tensor | Spilled  # hidden states [n, seq, d]; parts of the first are views
+
+
+def ahead(states: States, part: slice) -> None:
+    """`states[part]` will be asked for soon."""
+    if isinstance(states, Spilled):
+        states.ahead(part)
+
+
+def whole(states: States) -> Tensor:
+    """All of them in host memory, to be read only."""
+    return states.detach().cpu() if isinstance(states, Tensor) else states.whole()
+
+
+def scratch_file(directory: Path | None) -> int:
+    """A file without a name.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
     assert directory is not None, "the planner places nothing on scratch where there is none"
-    descriptor = -1
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix="streamprune-boundaries-", dir=directory)
+        descriptor, name = tempfile.mkstemp(prefix="streamprune-", dir=directory)
         os.unlink(name)
-        os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
-        if descriptor >= 0:
-            os.close(descriptor)
-        raise OutputError(
-            f"--scratch {directory}: {error.strerror}; {nbytes:,} bytes of hidden states go there, choose another"
-        ) from error
+        raise OutputError(f"--scratch {directory}: {error.strerror}; choose another") from error
     return descriptor
+
+
+def write_at(descriptor: int, tensor: Tensor, offset: int, scratch: Path | None) -> None:
+    """Write a tensor in host memory to a file on `scratch`.
+
+    Raises:
+        OutputError: the disk is full, or fails.
+    """
+    view, done = byte_view(tensor), 0
+    try:
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], offset + done)
+    except OSError as error:
+        raise OutputError(f"--scratch {scratch}: {error.strerror}; free some space or choose another") from error
+
+
+def read_at(descriptor: int, tensor: Tensor, offset: int, scratch: Path | None) -> None:
+    """Fill a tensor in host memory from there.
+
+    Raises:
+        OutputError: the file is shorter than it was, or the disk fails.
+    """
+    view, done = byte_view(tensor), 0
+    try:
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if count == 0:
+                raise OutputError(f"--scratch {scratch}: its file was cut off; run again")
+            done += count
+    except OSError as error:
+        raise OutputError(f"--scratch {scratch}: {error.strerror}; run again, or choose another") from error

@@ -12,20 +12,22 @@ only, and is what mends the layer before layers that are gone: its goal is then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from streamprune import slim
+from streamprune.activations import States, whole
 from streamprune.allocation import KeptUnits
 from streamprune.capture import module_of
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.families import Member, kept_lines
 from streamprune.paging import Page
 from streamprune.skeleton import Skeleton
+from streamprune.state import END, Journal, Key
 from streamprune.sweep import Sweeper, Visit
 
 RepairGoal = Literal["own", "stream"]
@@ -34,6 +36,7 @@ OWN_RIDGE = 0.001
 STREAM_RIDGE = 0.1
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
 Write = Callable[[Page, Mapping[str, Tensor]], None]
+Goals = MutableMapping[Key, Any]  # hidden states by (layer, "goal")
 
 
 def repair_goal(skeleton: Skeleton, wanted: RepairGoal | None) -> RepairGoal:
@@ -65,6 +68,7 @@ def compensate(
     goal: RepairGoal,
     micro_batch: int,
     write: Write,
+    journal: Journal | None = None,
 ) -> None:
     """Repair what is left of a model and write it, layer by layer as far as anything goes.
 
@@ -74,19 +78,59 @@ def compensate(
         ridge: λ relative to the mean of H_S's diagonal; None for OWN_RIDGE or, with `stream`, STREAM_RIDGE,
             and more where there are few tokens: inputs per token.
         micro_batch: sequences per layer call.
+        journal: of a run that can be resumed.
 
     Raises:
         StreampruneError: H_S is singular, with λ = 0 or too few tokens.
     """
     skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
-    gone = _gone(sweeper, kept)
-    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write)
+    gone, goals = _gone(sweeper, kept), {} if journal is None else journal.store("goal")
+    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write, goals)
     if gone:
-        repair.goals = _hidden_after_gaps(sweeper, input_ids, gone, micro_batch)
+        _find_goals(sweeper, input_ids, gone, micro_batch, goals, journal)
     cut = _cut(skeleton, kept)
     if goal == "stream" and not gone:
         repair.first = min(cut, default=n_layers)
-    sweeper.forward(input_ids, visit=repair.visit, stop=len(passes(sweeper, kept)[-1]), micro_batch=micro_batch)
+
+    def visit(each: Visit) -> dict[str, States]:
+        carry = {"hidden": repair.visit(each)}
+        return carry if repair.dense is None else carry | {"dense": repair.dense}
+
+    def resume(carry: Mapping[str, States]) -> None:
+        repair.dense = carry.get("dense")
+
+    _walk(sweeper, input_ids, visit, len(passes(sweeper, kept)[-1]), micro_batch, journal, resume)
+
+
+def _walk(
+    sweeper: Sweeper,
+    input_ids: Tensor,
+    visit: Callable[[Visit], dict[str, States]],
+    stop: int,
+    micro_batch: int,
+    journal: Journal | None,
+    resume: Callable[[Mapping[str, States]], None] = lambda carry: None,
+    *,
+    change: bool = True,
+) -> None:
+    """A forward sweep up to layer `stop`, from where the journal has it; `visit` gives what it hands on, by name."""
+    point, start = None if journal is None else journal.begin(), None
+    if point is not None:
+        if point.layer == END:
+            return
+        carry = {name: sweeper.states(value) for name, value in point.carry.items()}
+        resume(carry)
+        start = (point.layer + 1, carry["hidden"])
+
+    def journalled(each: Visit) -> States:
+        carry = visit(each)
+        if journal is not None:
+            journal.commit(each.layer, {name: whole(states) for name, states in carry.items()})
+        return carry["hidden"]
+
+    sweeper.forward(input_ids, start=start, visit=journalled, change=change, stop=stop, micro_batch=micro_batch)
+    if journal is not None:
+        journal.commit(END)
 
 
 def passes(sweeper: Sweeper, kept: KeptUnits) -> list[range]:
@@ -106,19 +150,20 @@ def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
     return [layer for layer, kinds in kept.items() if any(len(left) < units(kind) for kind, left in kinds.items())]
 
 
-def _hidden_after_gaps(sweeper: Sweeper, input_ids: Tensor, gone: list[int], micro_batch: int) -> dict[int, Tensor]:
+def _find_goals(
+    sweeper: Sweeper, input_ids: Tensor, gone: list[int], micro_batch: int, goals: Goals, journal: Journal | None
+) -> None:
     """By the layer before each run of layers that go: the dense model's hidden states after the run."""
-    goals: dict[int, Tensor] = {}
     ends = {end: _before(end, gone) for end in gone if end + 1 not in gone}
 
-    def keep(visit: Visit) -> Tensor:
+    def keep(visit: Visit) -> dict[str, States]:
         output = visit.run()
         if ends.get(visit.layer, -1) >= 0:
-            goals[ends[visit.layer]] = output.to("cpu")  # one for each gap: more than a GPU may hold
-        return output
+            # One for each gap: more than a GPU may hold.
+            goals[ends[visit.layer], "goal"] = whole(output) if journal or isinstance(output, Tensor) else output
+        return {"hidden": output}
 
-    sweeper.forward(input_ids, visit=keep, change=False, stop=max(ends) + 1, micro_batch=micro_batch)
-    return goals
+    _walk(sweeper, input_ids, keep, max(ends) + 1, micro_batch, journal, change=False)
 
 
 def _before(layer: int, gone: list[int]) -> int:
@@ -137,15 +182,15 @@ class _Repair:
     ridge: float | None
     tokens: int
     write: Write
-    goals: dict[int, Tensor] = field(default_factory=dict)  # hidden states wanted after some layers
+    goals: Goals  # hidden states wanted after some layers
     first: int | None = None  # the layer from which all follow the dense model's hidden states
-    dense: Tensor | None = None  # these
+    dense: States | None = None  # these
 
-    def visit(self, visit: Visit) -> Tensor:
+    def visit(self, visit: Visit) -> States:
         if visit.layer not in self.kept:
             self.write(visit.page, {})
             return visit.hidden
-        goal = self.goals.pop(visit.layer, None)
+        goal = self.goals.pop((visit.layer, "goal"), None)
         if self.first is not None and visit.layer >= self.first:
             # Up to there the two models are the same.
             goal = self.dense = visit.run(visit.hidden if self.dense is None else self.dense)
@@ -197,7 +242,7 @@ class _Repair:
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
         return self._solve(right, cross[lines] if gram is None else gram, ridge, visit.layer)
 
-    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: Tensor) -> Tensor:
+    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> Tensor:
         """W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
         matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
         cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from streamprune.errors import UsageError
 
 Target = Literal["units", "layers", "weights"]
+STATE_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 MOST_M = 64  # of N:M; beyond, weights of a row are as good
@@ -23,6 +24,7 @@ CHOICES = {
     "compensate_target": ("own", "stream"),
     "reader": ("buffered", "direct"),
     "dtype": DTYPES,
+    "state_dtype": STATE_DTYPES,
 }
 # Options that mean something for some of what can be removed only.
 ONLY_FOR: Mapping[str, tuple[Target, ...]] = {
@@ -77,7 +79,8 @@ class PruneConfig:
         max_shard_size: bytes of an output shard.
         gpu_memory, host_memory: bytes that the run may hold on the GPU and in its process; None for what is free.
             What a budget leaves over keeps layers, so that they are read less often.
-        scratch: directory for hidden states that fit in neither.
+        scratch: directory for hidden states, and what a method keeps between sweeps, that fit in neither.
+        state_dtype: of what a method keeps between sweeps: "float32", or "bfloat16" in half the bytes.
         resume: keep a journal beside the output, and go on from the one that an earlier run left there.
         reader: "buffered", or "direct" around the page cache. read_threads: 2 to 8; by default 2, and 4
             beside a GPU.
@@ -121,6 +124,7 @@ class PruneConfig:
     gpu_memory: int | None = None
     host_memory: int | None = None
     scratch: Path | None = None
+    state_dtype: str = "float32"
     resume: bool = False
     reader: Literal["buffered", "direct"] = "buffered"
     read_threads: int | None = None

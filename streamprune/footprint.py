@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from streamprune import compensate, evaluate
-from streamprune.activations import BUFFERS, Place
+from streamprune.activations import PARTS, Place
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS
 from streamprune.output import WRITERS
@@ -64,26 +64,24 @@ def stages(
     plan: Plan,
     work: Work,
     where: Place,
+    state: Place,
     micro_batch: int,
 ) -> list[Stage]:
-    """The steps of a run, with boundaries kept at `where`; reading is not filled in yet."""
+    """The steps of a run, with hidden states at `where` and the method's state on the host or on scratch.
+
+    Reading is not filled in yet.
+    """
     whole = range(sweeper.n_layers)
     found = []
     if work.evaluation is not None:
-        found.append(_evaluation(sweeper, work.evaluation))
-    found.append(scoring(sweeper, config, settings, plan, work.calibration, where, micro_batch))
+        found.append(_evaluation(sweeper, work.evaluation, where))
+    found.append(scoring(sweeper, config, settings, plan, work.calibration, where, state, micro_batch))
     fitted: Sequence[int] = ()
     if work.repair is not None:
         passes = compensate.passes(sweeper, plan.choice.widths)
         fitted = passes[-1]
-        found.append(
-            Stage(
-                "repairing",
-                _base(sweeper, own=True) | _repair(sweeper, *work.repair),
-                passes=passes,
-                forward=4 * layer_flops(sweeper, work.repair, len(fitted)),
-            )
-        )
+        gone = sweeper.n_layers - len(plan.choice.widths)
+        found.append(_repair(sweeper, work.repair, where, passes, gone))
     written = set(plan.layers) if config.target == "weights" else set(fitted)
     # Embeddings and head are read once more and written as a whole, the tensors of a layer some at a time.
     largest = max(entry.nbytes for entry in sweeper.skeleton.checkpoint.tensors.values())
@@ -111,22 +109,43 @@ def _hidden(sweeper: Sweeper, shape: Shape) -> int:
     return shape[0] * shape[1] * skeleton.config.hidden_size * skeleton.dtype.itemsize
 
 
+def _states(
+    sweeper: Sweeper, count: int, shape: Shape, where: Place, micro_batch: int
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Bytes of `count` times all hidden states: on the device, on the host, on scratch."""
+    nbytes = _hidden(sweeper, shape)
+    if where == "device":
+        return {"hidden states": count * nbytes}, {}, 0
+    part = _hidden(sweeper, (min(micro_batch, shape[0]), shape[1]))
+    host = {}
+    if sweeper.skeleton.device.type == "cuda":
+        host["hidden states"] = count * _pinned(nbytes) if where == "host" else _pinned(part)
+    return {"hidden states": PARTS * part}, host, count * nbytes if where == "scratch" else 0
+
+
+def _pinned(nbytes: int) -> int:
+    """torch rounds pinned memory up to a power of two."""
+    return 1 << (nbytes - 1).bit_length()
+
+
 def _matrices(sweeper: Sweeper) -> list[torch.Size]:
     skeleton = sweeper.skeleton
     return [skeleton.shapes(0)[name] for name in skeleton.matrices(0)]
 
 
-def _evaluation(sweeper: Sweeper, shape: Shape) -> Stage:
+def _evaluation(sweeper: Sweeper, shape: Shape, where: Place) -> Stage:
     count = evaluate.sweeps_needed(sweeper, torch.empty(shape, device="meta"))
     group = (-(-shape[0] // count), shape[1])
-    tokens = min(group[0], evaluate.default_micro_batch(shape[1])) * shape[1]
-    device = _base(sweeper) | {
-        "hidden states": 2 * _hidden(sweeper, group),
-        "activations": _forward_activations(sweeper, tokens),
+    micro_batch = evaluate.default_micro_batch(shape[1])
+    held, host, scratch = _states(sweeper, 1, group, where, micro_batch)
+    device = _base(sweeper) | held
+    device |= {
+        "activations": _forward_activations(sweeper, min(group[0], micro_batch) * shape[1]),
         "logits": _logits(sweeper, group),
     }
     forward = layer_flops(sweeper, shape, sweeper.n_layers) + _head_flops(sweeper, shape)
-    return Stage("perplexity before", device, passes=[range(sweeper.n_layers)] * count, forward=forward)
+    passes = [range(sweeper.n_layers)] * count
+    return Stage("perplexity before", device, host, scratch, passes, forward=forward)
 
 
 def _logits(sweeper: Sweeper, shape: Shape) -> int:
@@ -147,19 +166,22 @@ def scoring(
     plan: Plan,
     shape: Shape | None,
     where: Place,
+    state: Place,
     micro_batch: int,
 ) -> Stage:
     """The stage in which the method works: of what it needs, the largest counts, and all the work.
 
     Args:
-        shape: sequences, and tokens of each. where: boundaries stay there. micro_batch: sequences per layer call.
+        shape: sequences, and tokens of each. where: hidden states stay there. state: what the method keeps between
+            sweeps does. micro_batch: sequences per layer call.
     """
     method = METHODS[config.method]
     needs = method.needs or (("weights",) if config.target == "weights" else ())
     ids = None if shape is None else torch.empty(shape, device="meta")
     statistics, count = Statistics(sweeper, ids, plan.layers, 0), method.sweeps(settings)
-    # A run that can be resumed keeps the state on disk.
-    host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": 0 if config.resume else plan.state_bytes}
+    # A run that can be resumed keeps the state in its journal.
+    state_bytes = 0 if config.resume else plan.state_bytes
+    host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": state_bytes if state == "host" else 0}
     if config.reader == "direct":
         host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
     parts = []
@@ -169,15 +191,15 @@ def scoring(
     elif "gradients" in needs:
         parts.append(_gradients(sweeper, plan, shape, where, micro_batch, count, moved="sigma" in settings))
     if shape is not None and "inputs" in needs:
-        parts.append(_inputs(sweeper, config, plan, shape, micro_batch))
+        parts.append(_inputs(sweeper, config, plan, shape, where, micro_batch))
     if shape is not None and ("hidden" in needs or "losses" in needs):
         streams = min(statistics.streams_at_once, len(plan.layers)) if "losses" in needs else 0
-        parts.append(_streams(sweeper, plan, shape, micro_batch, streams))
+        parts.append(_streams(sweeper, plan, shape, where, micro_batch, streams))
     return Stage(
         f"scoring {method.name}",
         max((part.device for part in parts), key=lambda held: sum(held.values())),
         {name: size for part in parts for name, size in part.host.items()} | host,
-        scratch=sum(part.scratch for part in parts),
+        scratch=sum(part.scratch for part in parts) + (state_bytes if state == "scratch" else 0),
         passes=statistics.passes(needs, count),
         forward=sum(part.forward for part in parts),
         backward=sum(part.backward for part in parts),
@@ -188,41 +210,40 @@ def _gradients(
     sweeper: Sweeper, plan: Plan, shape: Shape, where: Place, micro_batch: int, count: int, *, moved: bool
 ) -> Stage:
     """`count` sweeps of gradients; `moved`: at perturbed weights."""
-    hidden, boundaries = _hidden(sweeper, shape), sweeper.n_layers - plan.layers[0] + 1
     tokens = min(micro_batch, shape[0]) * shape[1]
-    device = _base(sweeper, own=moved) | gradient_bytes(sweeper, tokens, several=shape[0] > micro_batch)
-    kept = boundaries if where == "device" else min(BUFFERS, boundaries)
-    device |= {"boundaries": (kept + 2) * hidden, "logits": _logits(sweeper, shape)}
-    host = {}
-    if where != "device" and sweeper.skeleton.device.type == "cuda":
-        # torch rounds pinned memory up to a power of two.
-        host["boundaries"] = (boundaries if where == "host" else 1) * (1 << (hidden - 1).bit_length())
+    # Boundaries, and the gradient.
+    held, host, scratch = _states(sweeper, sweeper.n_layers - plan.layers[0] + 2, shape, where, micro_batch)
+    device = _base(sweeper, own=moved) | held | {"logits": _logits(sweeper, shape)}
+    device |= gradient_bytes(sweeper, tokens, several=shape[0] > micro_batch)
     forward, head = layer_flops(sweeper, shape, sweeper.n_layers), _head_flops(sweeper, shape)
     above = (sweeper.n_layers - plan.layers[0]) / sweeper.n_layers
     return Stage(
         "",
         device,
         host,
-        scratch=boundaries * hidden if where == "scratch" else 0,
+        scratch,
         forward=forward * (1 + above * (count - 1)) + count * head,
         backward=(3 * forward * above + 2 * head) * count,
     )
 
 
-def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, micro_batch: int) -> Stage:
+def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, where: Place, micro_batch: int) -> Stage:
     """A forward sweep that sums over inputs; a layer whose weights are pruned runs twice."""
     pruned = config.target == "weights"
     tokens = min(micro_batch, shape[0]) * shape[1]
-    device = _base(sweeper, own=pruned) | {"hidden states": 2 * _hidden(sweeper, shape)}
+    held, host, scratch = _states(sweeper, 2, shape, where, micro_batch)
+    device = _base(sweeper, own=pruned) | held
     device |= input_bytes(sweeper, tokens, gram=config.method == "sparsegpt")
-    return Stage("", device, forward=layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1))
+    forward = layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1)
+    return Stage("", device, host, scratch, forward=forward)
 
 
-def _streams(sweeper: Sweeper, plan: Plan, shape: Shape, micro_batch: int, streams: int) -> Stage:
+def _streams(sweeper: Sweeper, plan: Plan, shape: Shape, where: Place, micro_batch: int, streams: int) -> Stage:
     """A forward sweep that looks at hidden states, with `streams` of layers left out carried along."""
     tokens = min(micro_batch, shape[0]) * shape[1]
-    device = _base(sweeper) | {
-        "hidden states": (3 + streams) * _hidden(sweeper, shape),
+    held, host, scratch = _states(sweeper, 3 + streams, shape, where, micro_batch)
+    device = _base(sweeper) | held
+    device |= {
         "activations": _forward_activations(sweeper, tokens),
         "logits": _logits(sweeper, shape) if streams else 0,
     }
@@ -230,7 +251,7 @@ def _streams(sweeper: Sweeper, plan: Plan, shape: Shape, micro_batch: int, strea
     if streams:
         # Each is carried from its layer up, half of all on average.
         forward += len(plan.layers) * (forward / 2 + _head_flops(sweeper, shape))
-    return Stage("", device, forward=forward)
+    return Stage("", device, host, scratch, forward=forward)
 
 
 def _head_flops(sweeper: Sweeper, shape: Shape) -> float:
@@ -273,15 +294,17 @@ def input_bytes(sweeper: Sweeper, tokens: int, *, gram: bool) -> dict[str, int]:
     }
 
 
-def _repair(sweeper: Sweeper, samples: int, seq_len: int) -> dict[str, int]:
-    """Hidden states of both models before and after a layer, and the least squares of its widest input."""
-    size = max(4, sweeper.skeleton.dtype.itemsize)
-    inputs, tokens = max(shape[1] for shape in _matrices(sweeper)), evaluate.default_micro_batch(seq_len) * seq_len
-    return {
-        "hidden states": 5 * _hidden(sweeper, (samples, seq_len)),
+def _repair(sweeper: Sweeper, shape: Shape, where: Place, passes: Sequence[Sequence[int]], gaps: int) -> Stage:
+    """Hidden states of both models before and after a layer and after gaps, and a layer's least squares."""
+    size, micro_batch = max(4, sweeper.skeleton.dtype.itemsize), evaluate.default_micro_batch(shape[1])
+    inputs, tokens = max(each[1] for each in _matrices(sweeper)), min(shape[0], micro_batch) * shape[1]
+    held, host, scratch = _states(sweeper, 5 + gaps, shape, where, micro_batch)
+    device = _base(sweeper, own=True) | held
+    device |= {
         "activations": _forward_activations(sweeper, tokens) + 2 * inputs * tokens * size,
         "Gram matrices": 3 * inputs**2 * size,
     }
+    return Stage("repairing", device, host, scratch, passes, forward=4 * layer_flops(sweeper, shape, len(passes[-1])))
 
 
 def layer_flops(sweeper: Sweeper, shape: Shape, layers: int) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from streamprune.plan import Plan
 from streamprune.progress import Progress
 from streamprune.state import Journal
 from streamprune.statistics import Statistics
+from streamprune.stores import make_store
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import write_json
 
@@ -59,6 +61,7 @@ class Job:
         repair_ids: those of the least squares after units or layers are gone.
         costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
         journal: of a run that can be resumed.
+        state_scratch: directory of what the method keeps between sweeps, where it is not in memory or the journal.
         predicted: seconds of the stages, where rates of this machine are known.
     """
 
@@ -71,11 +74,12 @@ class Job:
     repair_ids: Tensor | None
     costs: dict[str, float] = field(default_factory=dict)
     journal: Journal | None = None
+    state_scratch: Path | None = None
     predicted: Mapping[str, float] = field(default_factory=dict)
 
     def score(self) -> UnitScores | LayerScores:
         """Scores of units or layers."""
-        statistics = Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, self.journal)
+        statistics = self._statistics(self.journal)
         layers = self.config.target == "layers"
         scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
         if self.journal is not None:
@@ -103,11 +107,14 @@ class Job:
             assert isinstance(scores, UnitScores), "only units have biases in their place"
             return slim.mean_biases(skeleton, kept, scores.means, page)
 
-        with OutputWriter(skeleton, kept, specs, directory, self.config.max_shard_size) as writer:
+        digests = {} if self.journal is None else self.journal.facts.setdefault("digests", {})
+        shard_size = self.config.max_shard_size
+        with OutputWriter(skeleton, kept, specs, directory, shard_size, digests=digests) as writer:
+            save = self._saves(writer)
             if self.repair_ids is not None:
                 self._repair(kept, writer)
             with self._stage("writing", [writer.untouched()]):
-                source_hash = writer.finish(self.sweeper.pager, biases)
+                source_hash = writer.finish(self.sweeper.pager, biases, save)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
         write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
         layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=plan.new_biases)
@@ -121,7 +128,7 @@ class Job:
         kept = plan.choice.widths
         specs = slim.output_specs(skeleton, kept, packed=plan.packed)
         journal = None if plan.packed else self.journal  # compressed weights are written anew
-        statistics = Statistics(self.sweeper, self.ids, plan.layers, self.config.seed, journal)
+        statistics = self._statistics(journal)
         saved = journal.facts if journal is not None else {}
         counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many
         digests = saved.setdefault("digests", {})
@@ -147,6 +154,17 @@ class Job:
             write_json(directory / "config.json", read_config(directory) | fields)
         return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
 
+    def _saves(self, writer: OutputWriter) -> Callable[[], None]:
+        """What makes all that was written so far count, where the run can be resumed."""
+        if self.journal is None:
+            return lambda: None
+        self.journal.before_commit = writer.sync
+        return self.journal.save
+
+    def _statistics(self, journal: Journal | None) -> Statistics:
+        store = partial(make_store, journal=journal, scratch=self.state_scratch, dtype=self.config.state_dtype)
+        return Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, journal, store)
+
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
         config = self.config
@@ -159,6 +177,7 @@ class Job:
                 goal=self.plan.repair,
                 micro_batch=config.micro_batch or default_micro_batch(self.repair_ids.shape[1]),
                 write=writer.put_layer,
+                journal=self.journal,
             )
 
     def _stage(self, name: str, orders: Iterable[Sequence[int]]) -> AbstractContextManager[None]:

@@ -123,7 +123,10 @@ PRUNE_OPTIONS = (
         "--gpu-memory", type=ByteSize(), help="What the run may hold on the GPU, such as 20GiB; what is free."
     ),
     click.option("--host-memory", type=ByteSize(), help="What its process may hold; what is free."),
-    click.option("--scratch", type=click.Path(path_type=Path), help="Directory for hidden states that fit in neither."),
+    click.option("--scratch", type=click.Path(path_type=Path), help="Directory for what fits in neither."),
+    click.option(
+        "--state-dtype", default="float32", show_default=True, help="Of what a method keeps between sweeps; bfloat16."
+    ),
     click.option("--reader", default="buffered", show_default=True, help="buffered, or direct around the page cache."),
     click.option("--read-threads", type=int, help="Threads that read: 2 to 8; by default 2, and 4 beside a GPU."),
 )

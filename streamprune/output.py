@@ -19,7 +19,7 @@ from streamprune.checkpoint import byte_view, is_finite, read_config, read_json
 from streamprune.errors import CheckpointError
 from streamprune.paging import Page, Pager
 from streamprune.skeleton import Skeleton
-from streamprune.slim import Slicer, patched_config
+from streamprune.slim import Slicer, bias_of, patched_config
 from streamprune.writer import OWN_FILE, ShardedWriter, TensorSpec, write_json
 
 # What is copied from the source: tokenizer, templates, generation config, terms of use. Never weights in any format.
@@ -36,7 +36,7 @@ class OutputWriter:
     Args:
         specs: from `output_specs`.
         packed: names of the source's matrices that are compressed.
-        digests: of source tensors that an earlier run has put there; filled in as tensors are put.
+        digests: of source tensors that an earlier run has put there, layer by layer; filled in as tensors are put.
 
     Raises:
         CheckpointError: NaN or infinite weights in the source.
@@ -56,6 +56,7 @@ class OutputWriter:
         self.skeleton, self._slicer, self._packed = skeleton, Slicer(skeleton, kept), packed
         self._digests: dict[str, str] = {} if digests is None else digests
         written = [target for name in self._digests if (target := self._slicer.name(name)) is not None]
+        written += [bias_of(target) for target in written]  # those that a layer has been given
         self._writer = ShardedWriter(directory, specs, max_shard_size, written)
 
     def __enter__(self) -> OutputWriter:
@@ -104,11 +105,17 @@ class OutputWriter:
             if not any(entry.name in self._digests for entry in entries.values())
         ]
 
-    def finish(self, pager: Pager, make: Callable[[Page], Mapping[str, Tensor]] = lambda page: {}) -> str:
+    def finish(
+        self,
+        pager: Pager,
+        make: Callable[[Page], Mapping[str, Tensor]] = lambda page: {},
+        done: Callable[[], None] = lambda: None,
+    ) -> str:
         """Write all that has not been put yet, one source layer in memory at a time.
 
         Args:
             make: what is made of a layer, for `put_layer`.
+            done: called after every layer.
 
         Returns:
             The SHA-256 of the source's tensors: of the lines "name sha256(bytes)", sorted.
@@ -117,6 +124,7 @@ class OutputWriter:
         with pager.pages(self.untouched()) as pages:
             for page in pages:
                 self.put_layer(page, make(page))
+                done()
         for name in checkpoint.tensors:
             if name not in self._digests:
                 tensor = checkpoint.read(name)

@@ -206,7 +206,7 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
 def _state_bytes(
     config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], costs: Mapping[Kind, int], layers: range
 ) -> int:
-    """Bytes of float32 state that the method keeps between its sweeps."""
+    """Bytes of state that the method keeps between its sweeps."""
     if config.target != "units":
         scored = sum(
             torch.Size(skeleton.entries[layer][name].shape).numel()
@@ -216,7 +216,8 @@ def _state_bytes(
     else:
         scored = sum(costs[kind] * skeleton.geometry.units(kind) for kind in costs) * len(layers)
     copies = METHODS[config.method].state_copies(settings, config.target)
-    return max(4, skeleton.dtype.itemsize) * copies * scored
+    size = 8 if skeleton.dtype.itemsize == 8 else getattr(torch, config.state_dtype).itemsize
+    return size * copies * scored
 
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
@@ -235,9 +236,8 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
         goal = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"
         lines.append(f"o and down are then fitted anew to {goal}, by least squares")
     if plan.state_bytes:
-        where = "beside the output" if config.resume else "in memory"
         lines.append(
-            f"{config.method} keeps {report.human(plan.state_bytes)} of float32 state {where} between its sweeps"
+            f"{config.method} keeps {report.human(plan.state_bytes)} of {config.state_dtype} state between its sweeps"
         )
     if plan.layout == "ragged":
         why, remedy = "the layers come out with different widths", "--stock prunes all layers alike and needs neither"

@@ -30,7 +30,7 @@ class Placement:
     """Where things stay in a run.
 
     Attributes:
-        slots: layers that the device may hold. place: where boundaries stay.
+        slots: layers that the device may hold. place: where hidden states stay. state: what the method keeps does.
         micro_batch: sequences per layer call.
         device_bytes, host_bytes: the peaks; beside a CPU the first is 0.
         halved: the micro-batch is smaller than by default, so sums differ in their last bits.
@@ -38,6 +38,7 @@ class Placement:
 
     slots: int
     place: Place
+    state: Place
     scratch: Path | None
     micro_batch: int
     stages: Sequence[Stage]
@@ -64,8 +65,14 @@ def place(
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
     needed: list[tuple[int, int]] = []
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
-        for where in _places(config, gpu):
-            found = stages(sweeper, config, settings, plan, work, where, micro_batch)
+        options = [
+            (stages(sweeper, config, settings, plan, work, where, state, micro_batch), where, state)
+            for where in _places(config, gpu)
+            for state in _state_places(config, plan)
+        ]
+        # What spills least first.
+        options.sort(key=lambda option: max(stage.scratch for stage in option[0]))
+        for found, where, state in options:
             device, host = _peaks(found, gpu)
             needed.append((device, host))
             if device > room[0] or host > room[1]:
@@ -75,19 +82,25 @@ def place(
             device, host = (device + grown, host) if gpu else (0, host + grown)
             read = _with_reading(sweeper, found, slots)
             halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
-            return Placement(slots, where, config.scratch, micro_batch, read, device, baseline + host, halved)
+            return Placement(slots, where, state, config.scratch, micro_batch, read, device, baseline + host, halved)
     smallest = min(needed, key=lambda both: (max(0, both[0] - room[0]) + max(0, both[1] - room[1]), sum(both)))
     raise StreampruneError(_refusal(config, plan, baseline, smallest, limits))
 
 
 def _places(config: PruneConfig, gpu: bool) -> list[Place]:
-    """Where boundaries may stay, the fastest first."""
+    """Where hidden states may stay, the fastest first."""
     places: list[Place] = ["device"]
     if gpu:
         places.append("host")
     if config.scratch is not None:
         places.append("scratch")
     return places
+
+
+def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
+    """Where the method's state may stay; what can be resumed has it in the journal."""
+    spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
+    return ["host", "scratch"] if spill else ["host"]
 
 
 def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]:
@@ -151,10 +164,10 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
         lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there")
     if host > limits[1]:
         lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
-    needs = METHODS[config.method].needs
-    remedies = ["lower --samples or --seq-len"] if METHODS[config.method].needs_text else []
-    if config.scratch is None and "gradients" in needs:
-        remedies.append("give --scratch DIR for hidden states")
+    needs_text = METHODS[config.method].needs_text
+    remedies = ["lower --samples or --seq-len"] if needs_text else []
+    if config.scratch is None and needs_text:
+        remedies.append("give --scratch DIR")
     if config.micro_batch is not None:
         remedies.append("lower --micro-batch")
     if not remedies:
@@ -193,12 +206,13 @@ def table(placement: Placement, sweeper: Sweeper, found: Rates | None) -> str:
 def say(placement: Placement, sweeper: Sweeper) -> str:
     """The placement in one line."""
     where = {"device": "stay in memory", "host": "go to host memory", "scratch": f"go to {placement.scratch}"}
+    state = f", the method's state to {placement.scratch}" if placement.state == "scratch" else ""
     gpu = f"{report.human(placement.device_bytes)} on the GPU and " if placement.device_bytes else ""
     fewer = f"; {placement.micro_batch} sequences at once, fewer than by default" if placement.halved else ""
     kept = f"{placement.slots} of {sweeper.n_layers} layers are kept" if placement.slots > 2 else "two layers at a time"
     return (
         f"planned: {gpu}{report.human(placement.host_bytes)} of memory at the most; {kept}, hidden states "
-        f"{where[placement.place]}{fewer}"
+        f"{where[placement.place]}{state}{fewer}"
     )
 
 
@@ -206,7 +220,8 @@ def facts(placement: Placement) -> dict[str, Any]:
     """What streamprune.json says of a placement."""
     return {
         "slots": placement.slots,
-        "boundaries": placement.place,
+        "hidden_states": placement.place,
+        "state": placement.state,
         "planned_gpu": placement.device_bytes,
         "planned_host": placement.host_bytes,
         "planned_read": {stage.name: stage.read for stage in placement.stages},

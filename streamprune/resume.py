@@ -31,10 +31,12 @@ def open_journal(
     journal = Journal(directory, _fingerprint(config, skeleton, ids, repair_ids))
     partial_output = directory / "output"
     if journal.facts.get("digests") and not partial_output.is_dir():
-        progress.say(f"{partial_output} is gone; the run begins anew")
+        progress.say(
+            f"{partial_output} is gone; the run begins anew{', from its scores' * bool(journal.facts.get('scored'))}"
+        )
         journal.forget()
     if not journal.facts.get("digests"):
-        # What is cut from scores is written anew, weights that were pruned go on.
+        # Begun, but nothing in it counts.
         shutil.rmtree(partial_output, ignore_errors=True)
     return journal
 

@@ -197,6 +197,7 @@ def _score_and_write(
         found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
         predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
         job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal, predicted=predicted)
+        job.state_scratch = config.scratch if placement.state == "scratch" else None
         directory = output.enter_context(
             atomic_directory(
                 config.output,

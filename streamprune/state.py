@@ -13,13 +13,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,7 +27,6 @@ from streamprune.errors import OutputError, UsageError
 from streamprune.writer import sync_path
 
 JOURNAL, LOCK = "journal.json", "lock"
-BLOCK_BYTES = 64 << 20
 END = -1  # the layer of a sweep that is through
 Key = tuple[int, str]
 
@@ -49,12 +47,12 @@ class Point:
 
     Attributes:
         layer: the last one that is finished; END if the whole sweep is.
-        carry: what it handed on, float, on the CPU.
+        carry: what it handed on, by name, on the CPU.
         loss: of a sweep's forward half, where it has one and is the last that was begun.
     """
 
     layer: int
-    carry: Tensor | None
+    carry: Mapping[str, Tensor]
     loss: float | None
 
 
@@ -123,9 +121,10 @@ class Journal:
                 )
 
     def forget(self) -> None:
-        """Begin anew: what was saved belongs to an output that is gone."""
-        self.facts.clear()
-        self._files.clear()
+        """Begin anew, from the scores if all of them are there: what was saved belongs to an output that is gone."""
+        scored = self.facts.get("scored")
+        self.facts = {name: value for name, value in self.facts.items() if scored and name != "digests"}
+        self._files = {name: file for name, file in self._files.items() if scored and name.startswith("scores/")}
         self._point = None
         self._remove_unnamed()
 
@@ -163,27 +162,30 @@ class Journal:
             return None
         sweep, layer, loss = self._point
         if self._sweep < sweep:
-            return Point(END, None, None)
+            return Point(END, {}, None)
         if layer == END:
-            return Point(END, None, loss)
-        carry = self._read("carry")["carry"] if "carry" in self._files else None
-        return Point(layer, carry, loss)
+            return Point(END, {}, loss)
+        return Point(layer, self._read("carry") if "carry" in self._files else {}, loss)
 
-    def commit(self, layer: int, carry: Tensor | None = None, loss: float | None = None) -> None:
-        """A layer of the current sweep is finished, and all that was put for it; END: the sweep is."""
+    def commit(self, layer: int, carry: Mapping[str, Tensor] | None = None, loss: float | None = None) -> None:
+        """A layer of the current sweep is finished, and all that was put for it; END: the sweep is.
+
+        `carry`: what the sweep hands on, in host memory.
+        """
         self._save_scores(layer)
-        if carry is not None:
-            self._write("carry", {"carry": carry.detach().cpu()})
+        if carry:
+            self._write("carry", dict(carry))
         else:
             self._files.pop("carry", None)
         self._point = (self._sweep, layer, loss)
         self.save()
 
     def finish_scores(self, layers: Sequence[int]) -> None:
-        """All scores are there: the method need not be asked again."""
+        """All scores are there: the method need not be asked again. Sweeps that come are counted anew."""
         for layer in layers:
             self._save_scores(layer)
         self.facts["scored"] = True
+        self._sweep, self._point = -1, None
         self.save()
 
     def _save_scores(self, layer: int) -> None:
@@ -232,49 +234,6 @@ class Journal:
         for file in self.directory.iterdir():
             if file.is_file() and file.name not in named:
                 file.unlink()
-
-
-class Memory(MutableMapping[Key, Tensor]):
-    """Tensors on the host, copied into large blocks that stay.
-
-    Kept where they were made, among a layer's activations, they would leave holes in the heap, more with every layer. A
-    block is larger than what the C library ever takes from its heap, so it lies apart.
-    """
-
-    def __init__(self) -> None:
-        self._places: dict[Key, Tensor] = {}
-        self._held: set[Key] = set()
-        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
-
-    def __getitem__(self, key: Key) -> Tensor:
-        if key not in self._held:
-            raise KeyError(key)
-        return self._places[key]
-
-    def __setitem__(self, key: Key, value: Tensor) -> None:
-        place = self._places.get(key)
-        if place is None or place.shape != value.shape or place.dtype != value.dtype:
-            place = self._places[key] = self._room(value)
-        if place.data_ptr() != value.data_ptr():
-            place.copy_(value)
-        self._held.add(key)
-
-    def __delitem__(self, key: Key) -> None:
-        self._held.remove(key)
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def _room(self, value: Tensor) -> Tensor:
-        nbytes = -(-value.nbytes // 64) * 64
-        if self._used + nbytes > len(self._block):
-            self._block, self._used = torch.empty(max(BLOCK_BYTES, nbytes), dtype=torch.uint8), 0
-        place = self._block[self._used : self._used + value.nbytes].view(value.dtype).view(value.shape)
-        self._used += nbytes
-        return place
 
 
 class _Store(MutableMapping[Key, Tensor]):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from torch import Tensor
 
+from streamprune.activations import States, whole
 from streamprune.binding import Perturbation, check_finite
 from streamprune.capture import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer, TensorRef
 from streamprune.inputs import Inputs, Sums
-from streamprune.state import END, Journal, Memory, Point
+from streamprune.state import END, Journal, Point
+from streamprune.stores import MakeStore, make_store
 from streamprune.sweep import Sweeper, Visit, Visitor
 
 # Hidden states of left-out layers that are carried through the layers together.
@@ -25,6 +27,7 @@ class Statistics:
         layers: the prunable layers.
         samples: calibration sequences.
         seed: of the run.
+        store: gives what a method keeps between sweeps, by name: tensors by (layer, tensor).
     """
 
     def __init__(
@@ -34,9 +37,11 @@ class Statistics:
         layers: Sequence[int],
         seed: int,
         journal: Journal | None = None,
+        store: MakeStore = make_store,
     ) -> None:
         self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
         self._journal = journal
+        self.store = store
         self._again = False  # the sweeper has kept the lowest prunable layer's input
         skeleton = sweeper.skeleton
         self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
@@ -61,17 +66,13 @@ class Statistics:
         }
         return [order for need in needs for order in orders[need]]
 
-    def store(self, name: str) -> MutableMapping[tuple[int, str], Tensor]:
-        """What a method keeps between sweeps, by layer and tensor: in memory, or where a run can be resumed on disk."""
-        return Memory() if self._journal is None else self._journal.store(name)
-
     def _begin(self) -> Point | None:
         """The next sweep: where an earlier run left it."""
         return None if self._journal is None else self._journal.begin()
 
-    def _commit(self, layer: int, carry: Tensor | None = None, loss: float | None = None) -> None:
+    def _commit(self, layer: int, carry: States | None = None, loss: float | None = None) -> None:
         if self._journal is not None:
-            self._journal.commit(layer, carry, loss)
+            self._journal.commit(layer, None if carry is None else {"hidden": whole(carry)}, loss)
 
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
         """One sweep over the scored matrices of the prunable layers as they are stored."""
@@ -113,7 +114,7 @@ class Statistics:
         """
         last = self.layers[-1]
 
-        def prune(visit: Visit) -> Tensor:
+        def prune(visit: Visit) -> States:
             if visit.layer not in self.layers:
                 return visit.run()
             refs = {name: ref for name, ref in self.sweeper.scored[visit.layer].items() if of(ref)}
@@ -131,13 +132,13 @@ class Statistics:
 
         self._visit(prune)
 
-    def hidden(self, consume: Callable[[int, Tensor, Tensor], None]) -> None:
-        """One forward sweep that hands over (layer, its input [n, seq, d], its output) for each prunable layer."""
+    def hidden(self, consume: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None]) -> None:
+        """One forward sweep that hands over (layer, its inputs and outputs [., seq, d]) for each prunable layer."""
 
-        def show(visit: Visit) -> Tensor:
+        def show(visit: Visit) -> States:
             output = visit.run()
             if visit.layer in self.layers:
-                consume(visit.layer, visit.hidden, output)
+                consume(visit.layer, ((visit.hidden[part], output[part]) for part in visit.parts()))
             return output
 
         self._visit(show, change=False)
@@ -149,10 +150,9 @@ class Statistics:
         if point is not None:
             if point.layer == END:
                 return
-            assert point.carry is not None, "a forward sweep hands on hidden states"
-            start = (point.layer + 1, point.carry.to(self.sweeper.skeleton.device))
+            start = (point.layer + 1, self.sweeper.states(point.carry["hidden"]))
 
-        def journalled(each: Visit) -> Tensor:
+        def journalled(each: Visit) -> States:
             output = visit(each)
             self._commit(each.layer, output)
             return output
@@ -166,7 +166,7 @@ class Statistics:
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
         size, losses = self.streams_at_once, dict[int, float]()
-        start: tuple[int, Tensor] | None = None
+        start: tuple[int, States] | None = None
         for first in range(0, len(self.layers), size):
             streams, start = self._without(self.layers[first : first + size], start)
             for layer, hidden in streams.items():
@@ -185,16 +185,16 @@ class Statistics:
         return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
 
     def _without(
-        self, layers: Sequence[int], start: tuple[int, Tensor] | None
-    ) -> tuple[dict[int, Tensor], tuple[int, Tensor]]:
+        self, layers: Sequence[int], start: tuple[int, States] | None
+    ) -> tuple[dict[int, States], tuple[int, States]]:
         """Hidden states at the end without each of `layers`, and (the layer above them, its input in the whole model).
 
         `start` is the latter for the layers before.
         """
-        streams: dict[int, Tensor] = {}
-        above, whole = layers[-1] + 1, [] if start is None else [start[1]]
+        streams: dict[int, States] = {}
+        above, dense = layers[-1] + 1, [] if start is None else [start[1]]
 
-        def carry(visit: Visit) -> Tensor:
+        def carry(visit: Visit) -> States:
             for layer, hidden in streams.items():
                 streams[layer] = visit.run(hidden)
             if visit.layer in layers:
@@ -202,11 +202,11 @@ class Statistics:
             if visit.layer >= above:
                 return visit.hidden  # the whole model is not needed any more
             output = visit.run()
-            whole[:] = [output]
+            dense[:] = [output]
             return output
 
         self.sweeper.forward(self._ids, start=start, visit=carry, change=False)
-        return streams, (above, whole[0])
+        return streams, (above, dense[0])
 
     def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
         sweeper, lowest, ids = self.sweeper, self.layers[0], self._ids
@@ -227,8 +227,8 @@ class Statistics:
             loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
         else:
             # What was forwards of the layers above is through; of those below, the inputs are made again.
-            assert point.loss is not None and point.carry is not None
-            loss, grad = point.loss, point.carry.to(hidden.device)
+            assert point.loss is not None, "the forward half was through"
+            loss, grad = point.loss, sweeper.states(point.carry["hidden"])
         assert grad is not None
         sweeper.backward(
             ids,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamprune.activations import Boundaries, Place
+from streamprune.activations import Activations, Place, States, ahead
 from streamprune.binding import Binder, Perturbation
 from streamprune.capture import MakeCollector, PowerCollector, TensorRef, gradient_scale, watched
 from streamprune.devices import paging_device
@@ -49,7 +49,7 @@ class Visit:
     sweeper: Sweeper
     page: Page
     weights: dict[str, Tensor]
-    hidden: Tensor
+    hidden: States
     call: LayerCall
     micro_batch: int
 
@@ -62,7 +62,7 @@ class Visit:
         """The sequences in micro-batches."""
         return self.sweeper.micro_batches(len(self.hidden), self.micro_batch)
 
-    def run(self, hidden: Tensor | None = None, *, inputs: Inputs[Any] | None = None) -> Tensor:
+    def run(self, hidden: States | None = None, *, inputs: Inputs[Any] | None = None) -> States:
         """The layer's output [n, seq, d] with the weights as they are now.
 
         Args:
@@ -70,14 +70,14 @@ class Visit:
             inputs: takes in what the Linears are given.
         """
         hidden = self.hidden if hidden is None else hidden
-        output, skeleton = torch.empty_like(hidden), self.sweeper.skeleton
+        output, skeleton = self.sweeper.states_like(hidden), self.sweeper.skeleton
         for part in self.parts():
             with inputs.watching(skeleton.layers[self.layer]) if inputs is not None else nullcontext():
                 output[part] = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
         return output
 
 
-Visitor = Callable[[Visit], Tensor]  # returns the hidden states that go on
+Visitor = Callable[[Visit], States]  # returns the hidden states that go on
 
 
 class Sweeper:
@@ -90,7 +90,7 @@ class Sweeper:
         scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
 
     Attributes:
-        place, scratch: where boundaries stay, to be set before the sweeps.
+        place, scratch: where hidden states stay, to be set before the sweeps.
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class Sweeper:
         self._calls: dict[int, list[LayerCall]] = {}
         self.place: Place = "device"
         self.scratch: Path | None = None
-        self._kept: Boundaries | None = None
+        self._activations: Activations | None = None
+        self._kept: list[States] = []  # inputs of the layers from `_kept_from` up, and the last one's output
         self._kept_from = 0
 
     @cached_property
@@ -125,7 +126,7 @@ class Sweeper:
         self,
         input_ids: Tensor,
         *,
-        start: tuple[int, Tensor] | None = None,
+        start: tuple[int, States] | None = None,
         keep_from: int | None = None,
         again: bool = False,
         perturbation: Perturbation | None = None,
@@ -135,12 +136,12 @@ class Sweeper:
         stop: int | None = None,
         micro_batch: int | None = None,
         then: Turn = "back",
-    ) -> Tensor:
+    ) -> States:
         """Hidden states after the last layer (or before layer `stop`) [n, seq, d].
 
         Args:
             input_ids: [n, seq].
-            start: (layer, its input) where an earlier sweep had the same weights below that layer.
+            start: with `visit`: (layer, its input) where an earlier sweep had the same weights below that layer.
             keep_from: keep the inputs of this layer and of those above for `backward`.
             again: begin at `keep_from` with the input that the last sweep kept.
             perturbation: applied in the layers `perturbed`.
@@ -149,14 +150,15 @@ class Sweeper:
             micro_batch: sequences per layer call, where not the sweeper's.
             then: the next sweep comes "back", or goes the same way "again".
         """
-        if visit is not None:
-            self._keep_nothing()
-        first, hidden = start if start is not None else (0, None)
+        if keep_from is None:
+            self._kept = []
+        size = micro_batch or self.micro_batch
+        first, hidden = start or (0, None)
         if again:
-            assert keep_from == self._kept_from and self._kept is not None, "the sweep before kept the same"
-            first, hidden = keep_from, self._kept.take(0)
+            assert keep_from == self._kept_from and self._kept, "the sweep before kept the same"
+            first, hidden = keep_from, self._kept[0]
         if hidden is None:
-            hidden = self._embed(input_ids, micro_batch)
+            hidden = self._embed(input_ids, size, keep_from)
         calls = self._recorded(input_ids)
         with self.pager.pages(range(first, self.n_layers if stop is None else stop), then) as pages:
             for page in pages:
@@ -164,16 +166,12 @@ class Sweeper:
                 scored = self.scored[page.layer] if moved is not None else ()
                 weights = self.binder.bind(page, moved, scored, own=visit is not None and change)
                 if visit is not None:
-                    size = micro_batch or self.micro_batch
                     hidden = visit(Visit(self, page, weights, hidden, calls[page.layer], size))
                     continue
-                kept = self._keep(keep_from, page.layer, hidden, again=again) if keep_from is not None else None
-                if kept is not None:
-                    hidden, output = kept
-                else:
-                    # The caller of `start` keeps its hidden states; otherwise the layer works in place.
-                    output = torch.empty_like(hidden) if page.layer == first else hidden
-                for part in self.micro_batches(len(hidden), micro_batch):
+                kept = keep_from is not None and page.layer >= keep_from
+                # Where nothing is kept, a layer works in place.
+                output = self._kept[page.layer - self._kept_from + 1] if kept else hidden
+                for part in self.micro_batches(len(hidden), size):
                     output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
                 hidden = output
         return hidden
@@ -181,13 +179,13 @@ class Sweeper:
     def backward(
         self,
         input_ids: Tensor,
-        grad: Tensor,
+        grad: States,
         prunable: Sequence[int],
         collector: MakeCollector,
         *,
         perturbation: Perturbation | None = None,
         below: int | None = None,
-        done: Callable[[int, Tensor], None] = lambda layer, grad: None,
+        done: Callable[[int, States], None] = lambda layer, grad: None,
     ) -> None:
         """From dL/dh after the last layer down to the lowest boundary that `forward` kept, feeding collectors.
 
@@ -201,13 +199,13 @@ class Sweeper:
             done: is given each layer when it is through, and dL/dh before it.
         """
         kept, first = self._kept, self._kept_from
-        assert kept is not None, "a forward sweep kept boundaries"
+        assert kept, "a forward sweep kept boundaries"
         call = self._recorded(input_ids)
         parts = list(self.micro_batches(len(grad)))
         top = self.n_layers if below is None else below
         with self.pager.pages(range(top - 1, first - 1, -1)) as pages:
             for page in pages:
-                layer, hidden = page.layer, kept.take(page.layer - first)
+                layer, hidden = page.layer, kept[page.layer - first]
                 scored = self.scored[layer] if layer in prunable else {}
                 weights = self.binder.bind(page, perturbation if scored else None, scored)
                 collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
@@ -216,6 +214,8 @@ class Sweeper:
                 with watched(self.skeleton.layers[layer], weights, collectors) as bound:
                     for part in parts:
                         boundary = hidden[part].detach().requires_grad_(graph)
+                        if layer > first and part.stop == len(grad):
+                            ahead(kept[layer - first - 1], parts[0])
                         with torch.enable_grad():
                             output = self.skeleton.run_layer(layer, bound, call[layer], boundary)
                         output.backward(grad[part])
@@ -223,65 +223,79 @@ class Sweeper:
                             grad[part] = boundary.grad
                 done(layer, grad)
 
-    def head_loss(self, hidden: Tensor, input_ids: Tensor, *, with_grad: bool) -> tuple[float, Tensor | None]:
+    def head_loss(self, hidden: States, input_ids: Tensor, *, with_grad: bool) -> tuple[float, States | None]:
         """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].
 
         The gradient is `gradient_scale(dtype)` times as large; what `backward` hands over is not.
         """
         n, seq, _ = hidden.shape
-        targets = input_ids.to(hidden.device)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad = torch.zeros_like(hidden) if with_grad else None
+        targets = input_ids.to(self.skeleton.device)
+        total = torch.zeros((), dtype=torch.float64, device=targets.device)
+        grad = self.states_like(hidden) if with_grad else None
         count = n * (seq - 1)
         tokens = max(1, HEAD_BYTES // (4 * self.skeleton.config.vocab_size))
-        for rows, columns in _token_blocks(n, seq - 1, tokens):
-            block = hidden[rows, columns].detach().requires_grad_(with_grad)
-            with torch.set_grad_enabled(with_grad):
-                logits = self.skeleton.head(block)
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                following = targets[rows, columns.start + 1 : columns.stop + 1]
-                loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
-            total += loss.detach().double()
-            if grad is not None:
-                (grad[rows, columns],) = torch.autograd.grad(loss * (gradient_scale(block.dtype) / count), block)
+        for rows, blocks in _token_blocks(n, seq - 1, tokens):
+            states = hidden[rows].detach()
+            grads = torch.zeros_like(states) if with_grad else None
+            for columns in blocks:
+                block = states[:, columns].requires_grad_(with_grad)
+                with torch.set_grad_enabled(with_grad):
+                    logits = self.skeleton.head(block)
+                    logits = logits if logits.dtype == torch.float64 else logits.float()
+                    following = targets[rows, columns.start + 1 : columns.stop + 1]
+                    loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+                total += loss.detach().double()
+                if grads is not None:
+                    scaled = loss * (gradient_scale(block.dtype) / count)
+                    (grads[:, columns],) = torch.autograd.grad(scaled, block)
+            if grad is not None and grads is not None:
+                grad[rows] = grads
         return float(total) / count, grad
 
-    def _embed(self, input_ids: Tensor, micro_batch: int | None) -> Tensor:
-        parts = self.micro_batches(len(input_ids), micro_batch)
-        return torch.cat([self.skeleton.embed(input_ids[part]) for part in parts])
+    def states(self, values: Tensor) -> States:
+        """Hidden states [n, seq, d] where those of this sweeper stay."""
+        (states,) = self._new_states(1, tuple(values.shape), values.dtype)
+        for part in self.micro_batches(len(values)):
+            states[part] = values[part].to(self.skeleton.device)
+        return states
 
-    def _keep(self, first: int, layer: int, hidden: Tensor, *, again: bool) -> tuple[Tensor, Tensor] | None:
-        """(input, output) of a layer where boundaries are kept, in their places; None below `first`.
+    def states_like(self, states: States) -> States:
+        """New ones of the same shape, with anything in them."""
+        return self._new_states(1, tuple(states.shape), states.dtype)[0]
 
-        The output of the layer below is written by now, and begins to be carried away.
-        """
-        index = layer - first
-        if index < 0:
-            return None
-        if index == 0 and not again:
-            shape = tuple(hidden.shape)
-            if self._kept is None or self._kept_from != first or self._kept.shape != shape:
-                self._keep_nothing()
-                count, device = self.n_layers - first + 1, self.skeleton.device
-                self._kept = Boundaries(
-                    count, shape, hidden.dtype, device, self.place, paging_device(device), self.scratch
-                )
-                self._kept_from = first
-            hidden = self._kept.buffer(0).copy_(hidden)
-        assert self._kept is not None, "the first layer made them"
-        if index > 0 or not again:
-            self._kept.save(index)
-        return hidden, self._kept.buffer(index + 1)
+    def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
+        if self._activations is None:
+            device = self.skeleton.device
+            self._activations = Activations(device, self.place, paging_device(device), self.scratch)
+        return self._activations.several(count, shape, dtype)
+
+    def _embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None) -> States:
+        """The first layer's input; where boundaries will be kept, in the place of the lowest one."""
+        hidden: States | None = None
+        for part in self.micro_batches(len(input_ids), micro_batch):
+            embedded = self.skeleton.embed(input_ids[part])
+            if hidden is None:
+                shape = (len(input_ids), *embedded.shape[1:])
+                hidden = self._lowest_boundary(shape, embedded.dtype, keep_from)
+            hidden[part] = embedded
+        assert hidden is not None, "there are sequences"
+        return hidden
+
+    def _lowest_boundary(self, shape: tuple[int, ...], dtype: torch.dtype, keep_from: int | None) -> States:
+        if keep_from is None:
+            return self._new_states(1, shape, dtype)[0]
+        if not self._kept or self._kept_from != keep_from or self._kept[0].shape != shape:
+            self._kept = []
+            self._kept = self._new_states(self.n_layers - keep_from + 1, shape, dtype)
+            self._kept_from = keep_from
+        return self._kept[0]
 
     def close(self) -> None:
         """No sweep comes: hidden states that were kept can go."""
-        self._keep_nothing()
-
-    def _keep_nothing(self) -> None:
-        """Boundaries can go: no backward sweep comes."""
-        if self._kept is not None:
-            self._kept.close()
-        self._kept = None
+        self._kept = []
+        if self._activations is not None:
+            self._activations.close()
+            self._activations = None
 
     def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """The recorded calls for this sequence length; they do not depend on the tokens."""
@@ -305,9 +319,8 @@ def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -
     return {name: TensorRef(layer, name, geometry, members.get(name), stored[name]) for name in names}
 
 
-def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of at most about `tokens` tokens of [n, seq]: whole sequences, or parts of one."""
+def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of at most about `tokens` tokens of [n, seq]: rows, and the columns of each block in them."""
     rows, columns = max(1, tokens // seq), min(seq, tokens)
     for top in range(0, n, rows):
-        for left in range(0, seq, columns):
-            yield slice(top, min(top + rows, n)), slice(left, min(left + columns, seq))
+        yield slice(top, min(top + rows, n)), [slice(x, min(x + columns, seq)) for x in range(0, seq, columns)]

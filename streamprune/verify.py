@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from streamprune import compressed, slim
+from streamprune.activations import States, whole
 from streamprune.allocation import KeptUnits, all_units
 from streamprune.calibration import embedded_text, load_tokenizer, tokenize
 from streamprune.capture import module_of
@@ -138,7 +139,7 @@ def expected_logits(model: str, directory: Path, change: Change) -> tuple[Tensor
             masking = _Masking(skeleton, output, change)
             hidden = sweeper.forward(ids, visit=masking.visit)
         with torch.no_grad():
-            return ids, skeleton.head(hidden).float(), masking.checks()
+            return ids, skeleton.head(whole(hidden)).float(), masking.checks()
 
 
 class _Masking:
@@ -147,11 +148,11 @@ class _Masking:
     def __init__(self, skeleton: Skeleton, output: Checkpoint, change: Change) -> None:
         self.skeleton, self.output, self.change = skeleton, output, change
         everything = all_units(skeleton.geometry, skeleton.family.kinds)
-        whole = {layer: everything for layer in range(len(skeleton.layers))}
-        self.kept: KeptUnits = whole if change.kept is None else change.kept
+        dense = {layer: everything for layer in range(len(skeleton.layers))}
+        self.kept: KeptUnits = dense if change.kept is None else change.kept
         self.altered, self.zeros, self.crowded = 0, 0, 0
 
-    def visit(self, visit: Visit) -> Tensor:
+    def visit(self, visit: Visit) -> States:
         """The layer's output."""
         if visit.layer not in self.kept:
             return visit.hidden

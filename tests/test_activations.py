@@ -1,4 +1,4 @@
-"""Boundaries come back as they were, wherever they stay, and however late the device's copies finish."""
+"""Hidden states come back as they were, wherever they stay, and however late the device's copies finish."""
 
 import os
 
@@ -7,21 +7,17 @@ import torch
 from conftest import N_LAYERS, make_sweeper, save_tiny, token_ids
 from test_paging import FakeDevice
 
-from streamprune.activations import Boundaries
+from streamprune.activations import Activations, ahead, whole
 from streamprune.binding import Perturbation
 from streamprune.devices import HostDevice
 from streamprune.errors import OutputError
 from streamprune.statistics import Statistics
 
-SHAPE = (3, 5, 7)
+N = 7  # sequences
 
 
-def boundaries(place, transfers, tmp_path, count=8):
-    return Boundaries(count, SHAPE, torch.float32, torch.device("cpu"), place, transfers, tmp_path)
-
-
-def value(sweep, index):
-    return torch.full(SHAPE, float(100 * sweep + index))
+def activations(place, transfers, tmp_path):
+    return Activations(torch.device("cpu"), place, transfers, tmp_path)
 
 
 class Host:
@@ -50,30 +46,80 @@ class Late(Host):
         self.transfers.finish_all()
 
 
-@pytest.mark.parametrize("device", ["host", "copy", "compute"])
-@pytest.mark.parametrize("place", ["device", "host", "scratch"])
-def test_a_backward_sweep_finds_what_a_forward_sweep_left(place, device, tmp_path):
+def made(machine, shape, number):
+    """A tensor that the device will have computed."""
+    tensor = torch.full(shape, -1.0)
+    machine.compute(lambda: tensor.fill_(float(number)))
+    return tensor
+
+
+PLACES = [
+    ("device", "host"),
+    *((place, device) for place in ("host", "scratch") for device in ("host", "copy", "compute")),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("place,device", PLACES)
+def test_a_backward_sweep_finds_what_a_forward_sweep_left(place, device, size, tmp_path):
     machine = Host() if device == "host" else Late(device)
-    store, seen, expected = boundaries(place, machine.transfers, tmp_path), [], []
+    owner, seen, expected = activations(place, machine.transfers, tmp_path), [], []
+    parts = [slice(start, min(start + size, N)) for start in range(0, N, size)]
+
+    def look(part):
+        machine.compute(lambda: seen.append(part.clone()))
+
+    kept, numbers = owner.several(5, (N, 5, 7), torch.float32), iter(range(1000))
     for sweep in range(3):
-        for index in range(8):
-            buffer = store.buffer(index) if index or sweep == 0 else store.take(0)
-            what = value(sweep, index)
-            machine.compute(lambda buffer=buffer, what=what: buffer.copy_(what))
-            if index < 7:
-                store.save(index)
-        for index in range(6, -1, -1):
-            buffer = store.take(index)
-            machine.compute(lambda buffer=buffer: seen.append(buffer.clone()))
-            expected.append(value(sweep, index))
-    store.close()
+        left = {}
+        for index in range(5):
+            for part in parts:
+                if index and sweep:
+                    look(kept[index - 1][part])
+                    expected.append(left[index - 1, part.start])
+                number = next(numbers)
+                kept[index][part] = made(machine, (part.stop - part.start, 5, 7), number)
+                left[index, part.start] = torch.full((part.stop - part.start, 5, 7), float(number))
+        for index in range(4, -1, -1):
+            for part in parts:
+                if index and part.stop == N:
+                    ahead(kept[index - 1], parts[0])
+                look(kept[index][part])
+                expected.append(left[index, part.start])
     machine.finish()
-    assert len(seen) == len(expected) == 21
+    owner.close()
+    assert len(seen) == len(expected) >= 15
     assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
 
 
+@pytest.mark.parametrize("place", ["device", "host", "scratch"])
+def test_what_is_written_in_place_is_read_in_the_next_pass(place, tmp_path):
+    owner = activations(place, FakeDevice() if place == "host" else HostDevice(), tmp_path)
+    (states,) = owner.several(1, (N, 5, 7), torch.float32)
+    for start in range(N):
+        states[slice(start, start + 1)] = torch.full((1, 5, 7), float(start))
+    for _ in range(3):
+        for start in range(0, N, 2):
+            part = slice(start, min(start + 2, N))
+            value = states[part] * 2 + 1
+            states[part] = value
+    expected = torch.arange(N, dtype=torch.float32) * 8 + 7
+    assert torch.equal(whole(states)[:, 0, 0], expected)
+    owner.close()
+
+
+def test_what_was_brought_ahead_and_is_written_anew_is_read_anew(tmp_path):
+    owner = activations("scratch", HostDevice(), tmp_path)
+    (states,) = owner.several(1, (N, 5, 7), torch.float32)
+    states[slice(0, N)] = torch.zeros(N, 5, 7)
+    states[slice(0, 2)]  # 2:4 comes ahead
+    states[slice(3, 5)] = torch.ones(2, 5, 7)
+    assert states[slice(2, 4)][:, 0, 0].tolist() == [0, 1]
+    owner.close()
+
+
 @pytest.mark.parametrize("micro_batch", [1, 2, 64])
-def test_gradients_have_the_same_bits_wherever_boundaries_stay(tmp_path, micro_batch):
+def test_gradients_have_the_same_bits_wherever_hidden_states_stay(tmp_path, micro_batch):
     save_tiny(tmp_path / "model", "llama", dtype=torch.float32)
     ids, results = token_ids(n=5), []
     for place in ("device", "scratch"):
@@ -90,34 +136,42 @@ def test_gradients_have_the_same_bits_wherever_boundaries_stay(tmp_path, micro_b
 
 def test_the_scratch_file_has_no_name_and_goes(tmp_path):
     before = len(os.listdir("/proc/self/fd"))
-    store = boundaries("scratch", HostDevice(), tmp_path / "new")
-    assert os.listdir(tmp_path / "new") == []
-    store.close()
+    owner = activations("scratch", HostDevice(), tmp_path / "new")
+    states = owner.several(2, (N, 5, 7), torch.float32)
+    assert os.listdir(tmp_path / "new") == [] and len(os.listdir("/proc/self/fd")) > before
+    del states
+    owner.close()
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_only_three_boundaries_are_in_memory(tmp_path):
-    store = boundaries("scratch", HostDevice(), tmp_path, count=40)
-    assert store._buffers.nbytes == 3 * store.nbytes
-    store.close()
+def test_room_is_used_again(tmp_path):
+    """A forward sweep makes new hidden states at every layer; the file holds those of two or three."""
+    owner, hidden = activations("scratch", HostDevice(), tmp_path), None
+    for layer in range(50):
+        (output,) = owner.several(1, (N, 5, 7), torch.float32)
+        output[slice(0, N)] = torch.full((N, 5, 7), float(layer))
+        hidden = output
+    assert float(whole(hidden)[0, 0, 0]) == 49
+    assert os.fstat(owner._descriptor).st_size <= 2 * hidden.nbytes
+    owner.close()
 
 
 def test_a_full_or_missing_scratch_disk_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"scratch .*file"):
-        boundaries("scratch", HostDevice(), tmp_path / "file")
+        activations("scratch", HostDevice(), tmp_path / "file").several(1, (N, 5, 7), torch.float32)
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OutputError, match=r"No space left .*hidden states"):
-        boundaries("scratch", HostDevice(), tmp_path)
+        activations("scratch", HostDevice(), tmp_path).several(1, (N, 5, 7), torch.float32)
     monkeypatch.undo()
-    store = boundaries("scratch", HostDevice(), tmp_path)
+    owner = activations("scratch", HostDevice(), tmp_path)
+    (states,) = owner.several(1, (N, 5, 7), torch.float32)
     monkeypatch.setattr(os, "pwrite", full)
-    store.buffer(0)
-    store.save(0)
+    states[slice(0, 2)] = torch.zeros(2, 5, 7)
     with pytest.raises(OutputError, match="No space left"):
-        store.buffer(3)
-    store.close()
+        states[slice(0, 2)]
+    owner.close()

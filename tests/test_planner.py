@@ -4,7 +4,9 @@ import re
 
 import psutil
 import pytest
+import torch
 from cli_runner import snapshot
+from conftest import save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError
@@ -19,6 +21,16 @@ METHODS = [
     ("sparsegpt", "weights", {}),
     ("layer-ppl", "layers", {}),
     ("magnitude", "units", {}),
+]
+SPILLED = [
+    ("block-influence", "layers", {}, {}),
+    ("gblm", "weights", {}, {}),
+    ("flap", "units", {}, {}),
+    ("smoothgrad", "units", {"draws": 2}, {"micro_batch": 1}),
+    ("taylor", "units", {"order": "mix"}, {"micro_batch": 3}),
+    ("taylor", "units", {}, {"compensate": True}),
+    ("taylor", "units", {}, {"compensate": True, "compensate_target": "own"}),
+    ("magnitude", "layers", {}, {"compensate": True}),
 ]
 
 
@@ -72,12 +84,45 @@ def test_the_output_does_not_depend_on_the_budget(method, granularity, settings,
         budgets["scratch"] = {"scratch": tmp_path / "spill"}
     for name, budget in budgets.items():
         if name == "scratch":
-            monkeypatch.setattr("streamprune.planner._places", lambda config, gpu: ["scratch"])
+            on_scratch(monkeypatch)
         result = prune(options(tiny_llama, tmp_path / name, method, granularity, settings, **budget))
         shards.append({k: v for k, v in snapshot(result.output).items() if k.endswith("safetensors")})
-        places.append((result.facts["memory"]["slots"], result.facts["memory"]["boundaries"]))
+        places.append((result.facts["memory"]["slots"], result.facts["memory"]["hidden_states"]))
     assert all(shard == shards[0] for shard in shards)
     assert places[:3] == [(2, "device"), (8, "device"), (2, "device")] and places[3:] in ([], [(2, "scratch")])
+
+
+def on_scratch(monkeypatch):
+    monkeypatch.setattr("streamprune.planner._places", lambda config, gpu: ["scratch"])
+    monkeypatch.setattr("streamprune.planner._state_places", lambda config, plan: ["scratch"])
+
+
+@pytest.mark.parametrize("method,granularity,settings,more", SPILLED)
+def test_the_output_does_not_depend_on_where_things_stay(
+    method, granularity, settings, more, tiny_llama, tmp_path, monkeypatch
+):
+    outputs = []
+    for name in ("memory", "scratch"):
+        if name == "scratch":
+            on_scratch(monkeypatch)
+        config = options(tiny_llama, tmp_path / name, method, granularity, settings, scratch=tmp_path / "spill", **more)
+        result = prune(config)
+        assert result.facts["memory"]["state"] == ("host" if name == "memory" else "scratch")
+        outputs.append({k: v for k, v in snapshot(result.output).items() if k.endswith("safetensors")})
+        assert not any((tmp_path / "spill").glob("*"))
+    assert outputs[0] == outputs[1]
+
+
+def test_state_goes_to_scratch_where_memory_is_short(tmp_path):
+    save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=16384, dtype=torch.bfloat16)
+    given = {"granularity": "weights", "settings": {"steps": 2, "sigma": 0.0}, "method": "moreau"}
+    held = []
+    for name, budget in (("free", {}), ("short", {"host_memory": now() + 350 * MIB})):
+        config = options(tmp_path / "model", tmp_path / name, **given, scratch=tmp_path / "spill", **budget)
+        result = prune(config)
+        held.append((result.facts["memory"]["state"], snapshot(result.output)["model.safetensors"]))
+    assert [state for state, _ in held] == ["host", "scratch"]
+    assert held[0][1] == held[1][1]
 
 
 def test_a_larger_budget_reads_less_and_the_plan_says_so(tiny_llama, tmp_path):

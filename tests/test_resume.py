@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 
 from streamprune import PruneConfig, prune, state
 from streamprune.errors import OutputError, UsageError
-from streamprune.state import JOURNAL, Journal, Memory
+from streamprune.output import OutputWriter
+from streamprune.state import JOURNAL, Journal
+from streamprune.stores import Memory
 
 RUNS = [
     ("taylor", "units", {}, {}),
@@ -28,6 +30,8 @@ RUNS = [
     ("magnitude", "units", {}, {}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 4096, "micro_batch": None}),
+    ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64, "compensate_target": "own"}),
+    ("magnitude", "layers", {}, {"compensate": True, "compensate_tokens": 64}),
     ("random", "layers", {}, {}),
     ("layer-ppl", "layers", {}, {}),
     ("block-influence", "layers", {}, {}),
@@ -125,6 +129,29 @@ def test_layers_that_are_through_are_not_computed_again(tiny_llama, tmp_path, ki
     assert again < whole / 2
 
 
+@pytest.mark.parametrize("repaired", [False, True])
+def test_layers_that_are_written_are_not_written_again(repaired, tiny_llama, tmp_path, killing, monkeypatch):
+    options = {"compensate": True, "compensate_tokens": 64} if repaired else {}
+    what, put, layers = ("magnitude", "units", {}, options), OutputWriter.put_layer, []
+
+    def counted(self, page, made):
+        layers.append(page.layer)
+        put(self, page, made)
+
+    monkeypatch.setattr(OutputWriter, "put_layer", counted)
+    count = killing(-1, "after")
+    prune(config(tiny_llama, tmp_path / "whole", *what, resume=True))
+    assert sorted(layers) == list(range(8))
+    killing(next(count) - 3, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    before = set(layers[8:])
+    assert len(before) > 3
+    killing(-1, "after")
+    prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    assert sorted(layers[8:]) == list(range(8))
+
+
 def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killing):
     what = ("taylor", "units", {}, {})
     killing(2, "after")
@@ -187,10 +214,13 @@ def test_a_death_between_the_output_and_the_end_of_the_journal_does_no_harm(
     assert weights(tmp_path / "out") == expected and not list(tmp_path.glob(".*"))
 
 
-def test_a_lost_partial_output_begins_anew(tiny_llama, tmp_path, killing):
-    what = ("wanda", "weights", {}, {})
-    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
-    killing(3, "after")
+@pytest.mark.parametrize(
+    "what", [("wanda", "weights", {}, {}), ("magnitude", "layers", {}, {"compensate": True, "compensate_tokens": 64})]
+)
+def test_a_lost_partial_output_begins_anew(what, tiny_llama, tmp_path, killing):
+    count = killing(-1, "after")
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what, resume=True)).output)
+    killing(next(count) - 2, "after")
     with pytest.raises(Killed):
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     killing(-1, "after")
@@ -269,7 +299,7 @@ def test_files_that_no_journal_names_are_removed_and_disk_use_stays_bounded(tmp_
     for step in range(5):
         for layer in (3, 2, 1):
             store[layer, "q"] = torch.full((10,), float(step))
-            journal.commit(layer, torch.zeros(4), 1.0)
+            journal.commit(layer, {"hidden": torch.zeros(4)}, 1.0)
     assert len(list((tmp_path / "journal").iterdir())) == 2 + 3 + 1  # journal, lock, three layers, what is carried
     journal.release()
     (tmp_path / "journal" / "999.safetensors").write_text("cut off")
@@ -278,7 +308,7 @@ def test_files_that_no_journal_names_are_removed_and_disk_use_stays_bounded(tmp_
     assert len(list((tmp_path / "journal").iterdir())) == 6
     assert sorted(store) == [(1, "q"), (2, "q"), (3, "q")] and float(store[2, "q"][0]) == 4
     point = again.begin()
-    assert (point.layer, point.loss) == (1, 1.0) and torch.equal(point.carry, torch.zeros(4))
+    assert (point.layer, point.loss) == (1, 1.0) and torch.equal(point.carry["hidden"], torch.zeros(4))
 
 
 def test_what_is_put_without_a_commit_does_not_count(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -23,9 +24,12 @@ def layer_ppl(statistics: Statistics, settings: dict[str, Any], sink: LayerScore
 def block_influence(statistics: Statistics, settings: dict[str, Any], sink: LayerScores) -> None:
     """1 − the mean over tokens of cos(x_in, x_out) (ShortGPT, 2403.03853, Eq. 1)."""
 
-    def consume(layer: int, before: Tensor, after: Tensor) -> None:
-        pairs = zip(before, after, strict=True)
-        total = sum(float(F.cosine_similarity(x.double(), y.double(), dim=-1).sum()) for x, y in pairs)
-        sink.values[layer] = 1 - total / before.shape[:-1].numel()
+    def consume(layer: int, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
+        cosines = [
+            F.cosine_similarity(x.double(), y.double(), dim=-1)
+            for before, after in parts
+            for x, y in zip(before, after, strict=True)
+        ]
+        sink.values[layer] = 1 - sum(float(each.sum()) for each in cosines) / sum(map(len, cosines))
 
     statistics.hidden(consume)
