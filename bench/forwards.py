@@ -1,0 +1,181 @@
+"""A forward pass by streamprune beside airllm's, accelerate's disk_offload's, and in memory: time, memory, bytes read.
+
+    python bench/forwards.py --scratch DIR [--model DIR] [--repeat 5] [--json FILE]
+
+Float32 on a CPU, 10 x 128 tokens, the loss of all of them; by default the demo's 135M Llama. Each way has a process of
+its own, which loads, passes once untimed, and then `--repeat` times with its files in the page cache (warm) and as
+often with them dropped from it before every pass (cold), which stands for a model that exceeds memory. airllm splits
+the checkpoint into a file per layer first, disk_offload writes it anew as float32; neither is timed. A way whose
+package is missing is left out, with a line that says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+SAMPLES, SEQ_LEN = 10, 128
+NEEDS = {"streamprune": "streamprune", "airllm": "airllm", "disk_offload": "accelerate", "in memory": "transformers"}
+FASTER = {"warm": {"airllm": 3.0, "disk_offload": 1.0}, "cold": {"disk_offload": 3.0}}
+Pass = Callable[[], float]
+
+
+def streamed(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+    """Our sweep."""
+    from streamprune.run import open_model
+    from streamprune.sweep import default_micro_batch
+
+    opened = open_model(model, device="cpu", micro_batch=default_micro_batch(SEQ_LEN))
+    sweeper = opened.__enter__()
+    return lambda: sweeper.head_loss(sweeper.forward(ids), ids, with_grad=False)[0], files(Path(model))
+
+
+def whole(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+    """transformers, in memory."""
+    loaded = _load(model)
+    return lambda: loss_of(loaded(ids).logits, ids), files(Path(model))
+
+
+def offloaded(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+    """accelerate's disk_offload."""
+    from accelerate import disk_offload
+
+    loaded = _load(model)
+    disk_offload(loaded, str(scratch), execution_device=torch.device("cpu"))
+    return lambda: loss_of(loaded(ids).logits, ids), files(scratch)
+
+
+def layered(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+    """airllm."""
+    from airllm import AutoModel
+
+    loaded = AutoModel.from_pretrained(
+        model, device="cpu", dtype=torch.float32, layer_shards_saving_path=str(scratch), max_seq_len=SEQ_LEN
+    )
+    return lambda: loss_of(loaded(ids, use_cache=False).logits, ids), files(scratch)
+
+
+WAYS = {"streamprune": streamed, "airllm": layered, "disk_offload": offloaded, "in memory": whole}
+
+
+def _load(model: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> float:
+    """Mean next-token loss in nats."""
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def files(directory: Path) -> list[Path]:
+    """All that lies there."""
+    return [file for file in directory.rglob("*") if file.is_file()]
+
+
+def drop(paths: list[Path]) -> None:
+    """Let the page cache forget them."""
+    for path in paths:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def one(way: str, model: str, scratch: Path, repeat: int) -> dict[str, Any]:
+    """All passes of a way, in this process."""
+    from streamprune.report import peak_rss
+
+    vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    ids = torch.randint(0, vocabulary, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        run, paths = WAYS[way](model, ids, scratch)
+        loss, seconds = run(), {}
+        for state in ("warm", "cold"):
+            taken = []
+            for _ in range(repeat):
+                if state == "cold":
+                    drop(paths)
+                start = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - start)
+            seconds[state] = statistics.median(taken)
+    return {"way": way, "loss": loss, **seconds, "peak_rss": peak_rss(), "disk": sum(p.stat().st_size for p in paths)}
+
+
+def measure(way: str, model: str, scratch: Path, repeat: int) -> dict[str, Any] | None:
+    """`one` in a process of its own; None where it cannot be."""
+    if importlib.util.find_spec(NEEDS[way]) is None:
+        click.echo(f"{NEEDS[way]} is not installed; its rows are left out", err=True)
+        return None
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
+        job = json.dumps({"way": way, "model": model, "scratch": directory, "repeat": repeat})
+        done = subprocess.run([sys.executable, __file__, "--one", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def show(figures: list[dict[str, Any]]) -> str:
+    """A row per way, and the targets."""
+    from streamprune.report import human, table
+
+    ours = next(row for row in figures if row["way"] == "streamprune")
+    rows = [["way", "warm, s", "of streamprune's", "cold, s", "of streamprune's", "peak RSS", "on disk", "loss"]]
+    for row in figures:
+        ratios = {state: f"{row[state] / ours[state]:.2f}" for state in ("warm", "cold")}
+        cells = [f"{row['warm']:.2f}", ratios["warm"], f"{row['cold']:.2f}", ratios["cold"]]
+        rows.append([row["way"], *cells, human(row["peak_rss"]), human(row["disk"]), f"{row['loss']:.5f}"])
+    lines = [table(rows, markdown=True), ""]
+    for row in figures:
+        for state, wanted in FASTER.items():
+            if row["way"] in wanted:
+                ratio = row[state] / ours[state]
+                verdict = "met" if ratio >= wanted[row["way"]] else "MISSED"
+                lines.append(f"{verdict}: {wanted[row['way']]:.0f} times as fast as {row['way']}, {state}: {ratio:.2f}")
+        if abs(row["loss"] - ours["loss"]) > 1e-4 * ours["loss"]:
+            lines.append(f"WRONG: {row['way']} has another loss")
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--scratch", type=click.Path(path_type=Path), help="Directory for what peers write: 2 GB.")
+@click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+@click.option("--one", "job", hidden=True)
+def main(scratch: Path | None, model: Path | None, repeat: int, json_file: Path | None, job: str | None) -> None:
+    """Measure, print the table, and write JSON."""
+    if job is not None:
+        given = json.loads(job)
+        print(json.dumps(one(given["way"], given["model"], Path(given["scratch"]), given["repeat"])))
+        return
+    if scratch is None:
+        raise click.UsageError("--scratch is missing")
+    from streamprune import demo
+    from streamprune.progress import Progress
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    path = str(model or demo.fetch(demo.default_cache(), Progress()))
+    figures = [found for way in WAYS if (found := measure(way, path, scratch.absolute(), repeat)) is not None]
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, medians of {repeat}\n")
+    print(show(figures))
+    if json_file:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
