@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from streamprune import compensate, evaluate
+from streamprune import compensate, evaluate, slim
 from streamprune.activations import PARTS, Place
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS
@@ -22,6 +22,8 @@ from streamprune.readers import BOUNCE_BYTES
 from streamprune.statistics import Statistics
 from streamprune.sweep import HEAD_BYTES, Sweeper
 
+FACTORS_OF_H = 4 / 3  # FLOPs over width³: two Cholesky factors and an inverse
+WORK = ("forward", "backward", "noise", "factors", "updates")
 Shape = tuple[int, int]  # sequences, and tokens of each
 
 
@@ -42,7 +44,9 @@ class Stage:
         device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
         scratch: bytes of hidden states on the scratch disk.
         passes: the layers it passes, in order.
-        forward, backward: FLOPs.
+        forward, backward: FLOPs of products of matrices.
+        noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
+            goes through column by column.
         written: bytes of the output.
     """
 
@@ -53,6 +57,9 @@ class Stage:
     passes: Sequence[Sequence[int]] = ()
     forward: float = 0
     backward: float = 0
+    noise: float = 0
+    factors: float = 0
+    updates: float = 0
     written: int = 0
     read: int = 0
 
@@ -107,6 +114,18 @@ def _hidden(sweeper: Sweeper, shape: Shape) -> int:
     """Bytes of hidden states [n, seq, d]."""
     skeleton = sweeper.skeleton
     return shape[0] * shape[1] * skeleton.config.hidden_size * skeleton.dtype.itemsize
+
+
+def _input_widths(sweeper: Sweeper) -> list[int]:
+    """Of the inputs that a layer's matrices have: one for the matrices that begin a kind of unit, one for its last."""
+    skeleton = sweeper.skeleton
+    last = [skeleton.shapes(0)[member.tensor][member.dim] for member in slim.output_matrices(skeleton, 0)]
+    return last + [skeleton.config.hidden_size] * len(last)
+
+
+def _gram_flops(shape: Shape, widths: Sequence[int]) -> float:
+    """Of Σ x xᵀ over all tokens."""
+    return float(sum(2 * shape[0] * shape[1] * width**2 for width in widths))
 
 
 def _states(
@@ -201,8 +220,7 @@ def scoring(
         {name: size for part in parts for name, size in part.host.items()} | host,
         scratch=sum(part.scratch for part in parts) + (state_bytes if state == "scratch" else 0),
         passes=statistics.passes(needs, count),
-        forward=sum(part.forward for part in parts),
-        backward=sum(part.backward for part in parts),
+        **{name: sum(getattr(part, name) for part in parts) for name in WORK},
     )
 
 
@@ -217,6 +235,7 @@ def _gradients(
     device |= gradient_bytes(sweeper, tokens, several=shape[0] > micro_batch)
     forward, head = layer_flops(sweeper, shape, sweeper.n_layers), _head_flops(sweeper, shape)
     above = (sweeper.n_layers - plan.layers[0]) / sweeper.n_layers
+    parameters = len(plan.layers) * sum(map(torch.Size.numel, _matrices(sweeper)))
     return Stage(
         "",
         device,
@@ -224,6 +243,7 @@ def _gradients(
         scratch,
         forward=forward * (1 + above * (count - 1)) + count * head,
         backward=(3 * forward * above + 2 * head) * count,
+        noise=2 * count * parameters if moved else 0,  # it is drawn again on the way back
     )
 
 
@@ -235,7 +255,18 @@ def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, whe
     device = _base(sweeper, own=pruned) | held
     device |= input_bytes(sweeper, tokens, gram=config.method == "sparsegpt")
     forward = layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1)
-    return Stage("", device, host, scratch, forward=forward)
+    if config.method != "sparsegpt":
+        return Stage("", device, host, scratch, forward=forward)
+    layers, widths, matrices = len(plan.layers), _input_widths(sweeper), _matrices(sweeper)
+    return Stage(
+        "",
+        device,
+        host,
+        scratch,
+        forward=forward + layers * (_gram_flops(shape, widths) + sum(rows * width**2 for rows, width in matrices)),
+        factors=layers * sum(FACTORS_OF_H * width**3 for width in widths),
+        updates=layers * sum(map(torch.Size.numel, matrices)),
+    )
 
 
 def _streams(sweeper: Sweeper, plan: Plan, shape: Shape, where: Place, micro_batch: int, streams: int) -> Stage:

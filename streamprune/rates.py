@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -14,11 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.footprint import Stage, layer_flops
+from streamprune.binding import Binder, Perturbation
+from streamprune.footprint import FACTORS_OF_H, WORK, Stage, layer_flops
+from streamprune.methods.scores import Sparsity
+from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
+from streamprune.paging import Page
 from streamprune.sweep import Sweeper
 
 FILE = "rates.json"
-MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards
+MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards, and the rest
+FACTOR_WIDTH = 2048  # of the matrix that is factored
 # Dense bfloat16 with float32 accumulation in TFLOP/s, and GiB: NVIDIA's whitepapers on GA102, GA100, AD102 and GH100,
 # and the data sheet of the L4.
 CARDS = {
@@ -36,12 +42,18 @@ WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed a
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes/s from the checkpoint into slots, FLOP/s of a layer forwards and backwards, and where they come from."""
+    """Bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
+
+    `noise`, `factors` and `updates` are those of a Stage's work of that name, a second.
+    """
 
     read: float
     forward: float
     backward: float
     source: str
+    noise: float = math.inf
+    factors: float = math.inf
+    updates: float = math.inf
 
 
 def assumed(card: str) -> Rates:
@@ -53,7 +65,7 @@ def assumed(card: str) -> Rates:
 
 def seconds(stage: Stage, rates: Rates) -> float:
     """Of a stage: reading hides behind computing, or the other way round."""
-    computing = stage.forward / rates.forward + stage.backward / rates.backward
+    computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
     return max(stage.read / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
 
 
@@ -72,7 +84,7 @@ def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
     """Rates of this machine with this model's layers; kept in `cache` for the next time."""
     rates = known(sweeper, seq_len, cache)
     if rates is None:
-        rates = Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here")
+        rates = Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here", *_beside(sweeper))
         cache.mkdir(parents=True, exist_ok=True)
         new = cache / f"{FILE}.{os.getpid()}"
         new.write_text(json.dumps(_saved(cache) | {_key(sweeper, seq_len): asdict(rates)}, indent=1))
@@ -132,7 +144,30 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
     return work / _seconds_of(forward, skeleton.device), 3 * work / _seconds_of(backward, skeleton.device)
 
 
-def _seconds_of(run: Callable[[], None], device: torch.device) -> float:
+def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
+    """Rates of noise, of triangular factors, of SparseGPT's columns."""
+    skeleton, width = sweeper.skeleton, min(FACTOR_WIDTH, sweeper.skeleton.config.hidden_size)
+    stored = {name: entry.dtype for name, entry in skeleton.entries[0].items()}
+    page = Page(
+        0,
+        {
+            name: torch.randn(shape, device=skeleton.device).to(stored[name])
+            for name, shape in skeleton.shapes(0).items()
+        },
+    )
+    binder, scored = Binder(skeleton), sweeper.scored[0]
+    drawn = sum(page.tensors[name].numel() for name in scored)
+    noise = _seconds_of(lambda: binder.bind(page, Perturbation(0.01, (0, 0, 0)), scored), skeleton.device)
+    dtype = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
+    x = torch.randn((2 * width, width), dtype=dtype, device=skeleton.device)
+    gram = x.T @ x
+    factors = _seconds_of(lambda: inverse_factor(gram.clone(), 0.01), skeleton.device)
+    factor, dead = inverse_factor(gram.clone(), 0.01), torch.zeros(width, dtype=torch.bool, device=skeleton.device)
+    updates = _seconds_of(lambda: prune_and_update(x, factor, dead, Sparsity(0.5)), skeleton.device)
+    return drawn / noise, FACTORS_OF_H * width**3 / factors, x.numel() / updates
+
+
+def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
     run()
     if device.type == "cuda":
         torch.cuda.synchronize()
