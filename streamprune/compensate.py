@@ -116,6 +116,7 @@ def _walk(
     """A forward sweep up to layer `stop`, from where the journal has it; `visit` gives what it hands on, by name."""
     point, start = None if journal is None else journal.begin(), None
     if point is not None:
+        sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
         if point.layer == END:
             return
         carry = {name: sweeper.states(value) for name, value in point.carry.items()}

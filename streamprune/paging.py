@@ -184,6 +184,12 @@ class Pager:
         """Bytes of one layer as stored."""
         return sum(entry.nbytes for entry in self.entries[layer].values())
 
+    def skip(self, planned: Iterable[int], passed: Iterable[int] = ()) -> None:
+        """Layers that were to be passed and are not, since an earlier run has; `passed` are instead."""
+        nbytes = sum(map(self.bytes_of, planned)) - sum(map(self.bytes_of, passed))
+        if nbytes:
+            self._progress(0, skipped=nbytes)
+
     def bytes_to_read(self, sweeps: Iterable[tuple[Sequence[int], Turn]]) -> int:
         """Bytes that these sweeps will read, one after another, given what the slots hold now."""
         held, total = self._held(), 0

@@ -65,15 +65,21 @@ class Progress:
         figures = stage.figures(self._clock())
         self._tell("done", figures, _closing_line(figures))
 
-    def advance(self, nbytes: int, *, read: int | None = None, layer: int | None = None, waited: float = 0.0) -> None:
+    def advance(
+        self, nbytes: int, *, read: int | None = None, layer: int | None = None, waited: float = 0.0, skipped: int = 0
+    ) -> None:
         """A layer of `nbytes` is done.
 
         Args:
+            skipped: bytes that the stage passes less than was said, since an earlier run has passed them.
             read: bytes that were read for it, fewer than `nbytes` where it was in memory already; by default all.
             waited: seconds that computing stood still for them.
         """
         stage = self._stage
         if stage is None:
+            return
+        if skipped:
+            stage.skip(skipped)
             return
         stage.done += nbytes
         stage.read += nbytes if read is None else read
@@ -117,6 +123,13 @@ class _Stage:
     done: int = 0
     read: int = 0
     waited: float = 0.0
+
+    def skip(self, nbytes: int) -> None:
+        """Of `total`, so many bytes will not be passed."""
+        if self.predicted is not None and self.total:
+            self.predicted *= (self.total - nbytes) / self.total
+        self.total -= nbytes
+        self.bar.total = self.total
 
     @property
     def share(self) -> float:

@@ -43,6 +43,7 @@ class Statistics:
         self._journal = journal
         self.store = store
         self._again = False  # the sweeper has kept the lowest prunable layer's input
+        self._swept = False  # a gradient sweep was asked for, though an earlier run may have made it
         skeleton = sweeper.skeleton
         self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
         self.samples = 0 if input_ids is None else len(input_ids)
@@ -76,12 +77,13 @@ class Statistics:
 
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
         """One sweep over the scored matrices of the prunable layers as they are stored."""
-        point = self._begin()
+        point, pager = self._begin(), self.sweeper.pager
         if point is not None and point.layer == END:
+            pager.skip(self.layers)
             return
-        with self.sweeper.pager.pages(
-            [layer for layer in self.layers if point is None or layer > point.layer]
-        ) as pages:
+        left = [layer for layer in self.layers if point is None or layer > point.layer]
+        pager.skip(self.layers, left)
+        with pager.pages(left) as pages:
             for page in pages:
                 for name, ref in self.sweeper.scored[page.layer].items():
                     weight = page.tensors[name]
@@ -149,7 +151,9 @@ class Statistics:
         self._again = False  # the boundaries go
         if point is not None:
             if point.layer == END:
+                self.sweeper.pager.skip(range(self.layers[-1] + 1))
                 return
+            self.sweeper.pager.skip(range(point.layer + 1))
             start = (point.layer + 1, self.sweeper.states(point.carry["hidden"]))
 
         def journalled(each: Visit) -> States:
@@ -208,12 +212,20 @@ class Statistics:
         self.sweeper.forward(self._ids, start=start, visit=carry, change=False)
         return streams, (above, dense[0])
 
+    def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:
+        """What a sweep passes: forwards to layer `stop`, `again` from the lowest prunable one, and back."""
+        layers = range(self.sweeper.n_layers if stop is None else stop)
+        return [*layers[self.layers[0] if again else 0 :], *layers[self.layers[0] :]]
+
     def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
         sweeper, lowest, ids = self.sweeper, self.layers[0], self._ids
-        point = self._begin()
+        point, planned = self._begin(), self._sweep_layers(self._swept)
+        self._swept = True
         if point is not None and point.layer in (END, lowest):
+            sweeper.pager.skip(planned)
             return math.nan if point.loss is None else point.loss  # no method asks for an earlier sweep's
         # Below the first prunable layer nothing ever moves: later sweeps start from its input.
+        sweeper.pager.skip(planned, self._sweep_layers(self._again, None if point is None else point.layer))
         hidden = sweeper.forward(
             ids,
             keep_from=lowest,

@@ -1,5 +1,6 @@
 """A run that is killed behind any commit, or between two, goes on to the same bytes."""
 
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 from streamprune import PruneConfig, prune, state
 from streamprune.errors import OutputError, UsageError
 from streamprune.output import OutputWriter
+from streamprune.progress import Progress
 from streamprune.state import JOURNAL, Journal
 from streamprune.stores import Memory
 
@@ -127,6 +129,29 @@ def test_layers_that_are_through_are_not_computed_again(tiny_llama, tmp_path, ki
     killing(-1, "after")
     again = prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).facts["scoring"]["bytes_read"]
     assert again < whole / 2
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        ("moreau", "units", {"steps": 3}, {}),
+        ("gblm", "units", {}, {}),
+        ("magnitude", "layers", {}, {"compensate": True, "compensate_tokens": 64}),
+        ("sparsegpt", "weights", {}, {}),
+    ],
+)
+def test_what_an_earlier_run_has_passed_is_not_to_come(what, tiny_llama, tmp_path, killing):
+    count = killing(-1, "after")
+    prune(config(tiny_llama, tmp_path / "whole", *what, resume=True))
+    for number in range(1, next(count) - 1, 4):
+        killing(number, "after")
+        with pytest.raises(Killed):
+            prune(config(tiny_llama, tmp_path / f"{number}", *what, resume=True))
+        killing(-1, "after")
+        said = io.StringIO()
+        prune(config(tiny_llama, tmp_path / f"{number}", *what, resume=True), Progress(said, as_json=True))
+        stages = [json.loads(line) for line in said.getvalue().splitlines() if '"done"' in line]
+        assert stages and all(stage["bytes"] == stage["total_bytes"] for stage in stages)
 
 
 @pytest.mark.parametrize("repaired", [False, True])
