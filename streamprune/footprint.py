@@ -6,7 +6,7 @@ in the heap are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from streamprune.statistics import Statistics
 from streamprune.sweep import HEAD_BYTES, Sweeper
 
 FACTORS_OF_H = 4 / 3  # FLOPs over width³: two Cholesky factors and an inverse
-WORK = ("forward", "backward", "noise", "factors", "updates")
 Shape = tuple[int, int]  # sequences, and tokens of each
 
 
@@ -42,7 +41,7 @@ class Stage:
 
     Attributes:
         device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
-        scratch: bytes of hidden states on the scratch disk.
+        scratch: bytes on the scratch disk. moved: bytes written there and read from there.
         passes: the layers it passes, in order.
         forward, backward: FLOPs of products of matrices.
         noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
@@ -54,6 +53,7 @@ class Stage:
     device: Mapping[str, int]
     host: Mapping[str, int] = field(default_factory=dict)
     scratch: int = 0
+    moved: int = 0
     passes: Sequence[Sequence[int]] = ()
     forward: float = 0
     backward: float = 0
@@ -164,7 +164,8 @@ def _evaluation(sweeper: Sweeper, shape: Shape, where: Place) -> Stage:
     }
     forward = layer_flops(sweeper, shape, sweeper.n_layers) + _head_flops(sweeper, shape)
     passes = [range(sweeper.n_layers)] * count
-    return Stage("perplexity before", device, host, scratch, passes, forward=forward)
+    moved = 2 * scratch * sweeper.n_layers * count
+    return Stage("perplexity before", device, host, scratch, moved, passes, forward=forward)
 
 
 def _logits(sweeper: Sweeper, shape: Shape) -> int:
@@ -201,9 +202,10 @@ def scoring(
     # A run that can be resumed keeps the state in its journal.
     state_bytes = 0 if config.resume else plan.state_bytes
     host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": state_bytes if state == "host" else 0}
+    spilled = state_bytes if state == "scratch" else 0
     if config.reader == "direct":
         host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
-    parts = []
+    parts, sweeps = [], count if "gradients" in needs else 1
     if shape is None:
         largest = max(matrix.numel() for matrix in _matrices(sweeper))
         parts.append(Stage("", _base(sweeper) | {"a matrix and its scores": 3 * 4 * largest}))
@@ -214,13 +216,23 @@ def scoring(
     if shape is not None and ("hidden" in needs or "losses" in needs):
         streams = min(statistics.streams_at_once, len(plan.layers)) if "losses" in needs else 0
         parts.append(_streams(sweeper, plan, shape, where, micro_batch, streams))
+
+    def most(held: Iterable[Mapping[str, int]]) -> dict[str, int]:
+        return dict(max(held, key=lambda each: sum(each.values())))
+
     return Stage(
         f"scoring {method.name}",
-        max((part.device for part in parts), key=lambda held: sum(held.values())),
-        {name: size for part in parts for name, size in part.host.items()} | host,
-        scratch=sum(part.scratch for part in parts) + (state_bytes if state == "scratch" else 0),
+        most(part.device for part in parts),
+        most(part.host for part in parts) | host,
+        scratch=max(part.scratch for part in parts) + spilled,
+        # Each sweep takes the state up forwards, where weights move by it, and changes it backwards.
+        moved=sum(part.moved for part in parts) + 3 * sweeps * spilled,
         passes=statistics.passes(needs, count),
-        **{name: sum(getattr(part, name) for part in parts) for name in WORK},
+        forward=sum(part.forward for part in parts),
+        backward=sum(part.backward for part in parts),
+        noise=sum(part.noise for part in parts),
+        factors=sum(part.factors for part in parts),
+        updates=sum(part.updates for part in parts),
     )
 
 
@@ -241,6 +253,7 @@ def _gradients(
         device,
         host,
         scratch,
+        2 * count * scratch,
         forward=forward * (1 + above * (count - 1)) + count * head,
         backward=(3 * forward * above + 2 * head) * count,
         noise=2 * count * parameters if moved else 0,  # it is drawn again on the way back
@@ -255,14 +268,16 @@ def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, whe
     device = _base(sweeper, own=pruned) | held
     device |= input_bytes(sweeper, tokens, gram=config.method == "sparsegpt")
     forward = layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1)
+    moved = scratch * (plan.layers[-1] + 1)  # of the two that are there, each layer reads one and writes one
     if config.method != "sparsegpt":
-        return Stage("", device, host, scratch, forward=forward)
+        return Stage("", device, host, scratch, moved, forward=forward)
     layers, widths, matrices = len(plan.layers), _input_widths(sweeper), _matrices(sweeper)
     return Stage(
         "",
         device,
         host,
         scratch,
+        moved,
         forward=forward + layers * (_gram_flops(shape, widths) + sum(rows * width**2 for rows, width in matrices)),
         factors=layers * sum(FACTORS_OF_H * width**3 for width in widths),
         updates=layers * sum(map(torch.Size.numel, matrices)),
@@ -282,7 +297,8 @@ def _streams(sweeper: Sweeper, plan: Plan, shape: Shape, where: Place, micro_bat
     if streams:
         # Each is carried from its layer up, half of all on average.
         forward += len(plan.layers) * (forward / 2 + _head_flops(sweeper, shape))
-    return Stage("", device, host, scratch, forward=forward)
+    moved = scratch * (plan.layers[-1] + 1)
+    return Stage("", device, host, scratch, moved, forward=forward)
 
 
 def _head_flops(sweeper: Sweeper, shape: Shape) -> float:
@@ -335,7 +351,11 @@ def _repair(sweeper: Sweeper, shape: Shape, where: Place, passes: Sequence[Seque
         "activations": _forward_activations(sweeper, tokens) + 2 * inputs * tokens * size,
         "Gram matrices": 3 * inputs**2 * size,
     }
-    return Stage("repairing", device, host, scratch, passes, forward=4 * layer_flops(sweeper, shape, len(passes[-1])))
+    layers = len(passes[-1])
+    # H_S, and what it is solved for.
+    forward = 4 * layer_flops(sweeper, shape, layers) + 2 * layers * _gram_flops(shape, [inputs])
+    moved, factors = scratch * layers, layers * inputs**3 / 3
+    return Stage("repairing", device, host, scratch, moved, passes, forward=forward, factors=factors)
 
 
 def layer_flops(sweeper: Sweeper, shape: Shape, layers: int) -> float:

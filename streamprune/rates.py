@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamprune.binding import Binder, Perturbation
-from streamprune.footprint import FACTORS_OF_H, WORK, Stage, layer_flops
+from streamprune.footprint import FACTORS_OF_H, Stage, layer_flops
 from streamprune.methods.scores import Sparsity
 from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
 from streamprune.paging import Page
@@ -37,6 +37,7 @@ CARDS = {
 }
 UTILISATION = 0.4  # of that, in layers of a few thousand tokens
 DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
+WORK = ("forward", "backward", "noise", "factors", "updates")  # of a Stage, done at the Rates of the same names
 WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
 
 
@@ -66,7 +67,8 @@ def assumed(card: str) -> Rates:
 def seconds(stage: Stage, rates: Rates) -> float:
     """Of a stage: reading hides behind computing, or the other way round."""
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
-    return max(stage.read / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
+    # The scratch disk is taken to be as fast as the checkpoint's, or the same.
+    return max((stage.read + stage.moved) / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
 
 
 def default_cache() -> Path:

@@ -50,7 +50,7 @@ def test_what_is_counted_is_what_tensors_take(tiny_llama, tmp_path):
     layer = sum(sizes) + 2 * hidden
     assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * 64)  # tensors begin at multiples of 64 bytes
     assert device["embeddings and head"] == 4 * (2 * vocabulary * hidden + hidden)
-    assert device["boundaries"] == (8 - 1 + 1 + 2) * tokens * hidden * 4
+    assert device["hidden states"] == (8 - 1 + 1 + 1) * tokens * hidden * 4  # inputs, the last output, its gradient
     assert device["logits"] == 3 * tokens * vocabulary * 4
     assert device["activations"] == sum(map(sum, matrices)) * batch * 4
     assert device["gradients, and what is made of them"] == 4 * (2 * max(sizes) + sum(sizes))
