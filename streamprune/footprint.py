@@ -217,13 +217,13 @@ def scoring(
         streams = min(statistics.streams_at_once, len(plan.layers)) if "losses" in needs else 0
         parts.append(_streams(sweeper, plan, shape, where, micro_batch, streams))
 
-    def most(held: Iterable[Mapping[str, int]]) -> dict[str, int]:
-        return dict(max(held, key=lambda each: sum(each.values())))
+    def most(held: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+        return max(held, key=lambda each: sum(each.values()))
 
     return Stage(
         f"scoring {method.name}",
         most(part.device for part in parts),
-        most(part.host for part in parts) | host,
+        {**most(part.host for part in parts), **host},
         scratch=max(part.scratch for part in parts) + spilled,
         # Each sweep takes the state up forwards, where weights move by it, and changes it backwards.
         moved=sum(part.moved for part in parts) + 3 * sweeps * spilled,
