@@ -144,6 +144,17 @@ def test_the_scratch_file_has_no_name_and_goes(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_scratch_directory_that_goes_does_no_harm(tmp_path):
+    owner = activations("scratch", HostDevice(), tmp_path / "gone")
+    before = owner.several(1, (N, 5, 7), torch.float32)[0]
+    (tmp_path / "gone").rmdir()
+    after = owner.several(1, (N, 5, 7), torch.float32)[0]
+    for number, states in enumerate((before, after)):
+        states[slice(0, N)] = torch.full((N, 5, 7), float(number))
+    assert [float(whole(states)[N - 1, 4, 6]) for states in (before, after)] == [0, 1]
+    owner.close()
+
+
 def test_room_is_used_again(tmp_path):
     """A forward sweep makes new hidden states at every layer; the file holds those of two or three."""
     owner, hidden = activations("scratch", HostDevice(), tmp_path), None
