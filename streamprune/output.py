@@ -89,9 +89,12 @@ class OutputWriter:
             self.put(prefix + name, page.tensors[name], made.get(name))
 
         # Hashing, cutting and writing all let other threads run, and take turns at being the slowest.
-        with ThreadPoolExecutor(WRITERS, thread_name_prefix="streamprune-writer") as writers:
+        writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="streamprune-writer")
+        try:
             for written in [writers.submit(put, name) for name in page.tensors]:
                 written.result()
+        finally:
+            writers.shutdown(cancel_futures=True)
         for name in made.keys() - page.tensors.keys():
             target = self._slicer.name(prefix + name)
             assert target is not None, "nothing is made for layers that go"
