@@ -149,14 +149,8 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
 def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
     """Rates of noise, of triangular factors, of SparseGPT's columns."""
     skeleton, width = sweeper.skeleton, min(FACTOR_WIDTH, sweeper.skeleton.config.hidden_size)
-    stored = {name: entry.dtype for name, entry in skeleton.entries[0].items()}
-    page = Page(
-        0,
-        {
-            name: torch.randn(shape, device=skeleton.device).to(stored[name])
-            for name, shape in skeleton.shapes(0).items()
-        },
-    )
+    tensors = {name: torch.randn(entry.shape).to(entry.dtype) for name, entry in skeleton.entries[0].items()}
+    page = Page(0, {name: tensor.to(skeleton.device) for name, tensor in tensors.items()})
     binder, scored = Binder(skeleton), sweeper.scored[0]
     drawn = sum(page.tensors[name].numel() for name in scored)
     noise = _seconds_of(lambda: binder.bind(page, Perturbation(0.01, (0, 0, 0)), scored), skeleton.device)
