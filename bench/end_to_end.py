@@ -129,7 +129,7 @@ def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, gra
     )
     numbers = resolve_settings(method, settings, config.target)
     plan = make_plan(config, sweeper.skeleton, numbers)
-    stage = scoring(sweeper, config, numbers, plan, (SAMPLES, SEQ_LEN), "device", sweeper.micro_batch)
+    stage = scoring(sweeper, config, numbers, plan, (SAMPLES, SEQ_LEN), "device", "host", sweeper.micro_batch)
     return {**stage.device, **stage.host}
 
 
