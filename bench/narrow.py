@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, MutableMapping
 from functools import partial
@@ -32,11 +33,9 @@ from streamprune.stores import Memory, make_store
 from streamprune.sweep import default_micro_batch
 
 RUNS = [
-    ("moreau", {}),
-    ("moreau-gs", {}),
-    ("moreau-gs", {"eta_quantile": 0.3}),
-    ("smoothgrad", {"draws": 10}),
     ("gblm", {}),
+    ("smoothgrad", {"draws": 4}),
+    ("moreau-gs", {}),
 ]
 DTYPES = ("float32", "bfloat16", "int8")
 WANTED = 0.999
@@ -112,6 +111,7 @@ def main(model: Path | None, json_file: Path | None) -> None:
             said = ", ".join(f"{name}={value}" for name, value in given.items())
             cells = [f"{lowest:.6f}", f"{mean:.6f}", f"{seconds:.1f}", "yes" if lowest >= WANTED else "no"]
             rows.append([method, said, dtype, *cells])
+            print(table(rows, markdown=True), file=sys.stderr)
     print(table(rows, markdown=True))
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
