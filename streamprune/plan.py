@@ -237,7 +237,8 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     ]
     if plan.repair is not None:
         goal = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"
-        lines.append(f"o and down are then fitted anew to {goal}, by least squares")
+        fitted = "o and down are" if "channel" in skeleton.family.kinds else "o is"
+        lines.append(f"{fitted} then fitted anew to {goal}, by least squares")
     if plan.state_bytes:
         lines.append(
             f"{config.method} keeps {report.human(plan.state_bytes)} of {config.state_dtype} state between its sweeps"
