@@ -55,17 +55,20 @@ def uniform(
     Raises:
         UsageError: the ratio would leave a layer without KV groups or channels, or cannot be applied.
     """
-    removed: dict[Kind, int] = {}
+    groups = 0
     if "kv_group" in costs:
-        removed["kv_group"] = _groups(family, geometry, costs, ratios, hidden_size, stock=stock)
+        groups = _groups(family, geometry, costs, ratios, hidden_size, stock=stock)
     elif ratios.attention:
         raise UsageError(f"attention of {family.model_type} cannot be pruned; leave --attention-ratio out")
+    removed: dict[Kind, int] = {}
     if "channel" in costs:
-        removed["channel"] = _channels(geometry, costs, ratios, removed.get("kv_group", 0))
+        removed["channel"] = _channels(geometry, costs, ratios, groups)
     elif ratios.mlp:
         raise UsageError(f"channels of {family.model_type} cannot be pruned; leave --mlp-ratio out")
     elif ratios.round_to > 1:
         raise UsageError(f"--round-to is of channels, which cannot be pruned in {family.model_type}; leave it out")
+    if "kv_group" in costs:
+        removed["kv_group"] = groups
     return removed
 
 
