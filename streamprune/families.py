@@ -18,7 +18,7 @@ from streamprune.errors import CheckpointError
 
 Kind = Literal["kv_group", "channel"]
 Part = Literal["query", "kv", "channel"]
-Place = tuple[int, slice]  # (expert, its rows) of a parameter [experts, rows, columns]
+Piece = tuple[int, slice]  # (expert, its rows) of a parameter [experts, rows, columns]
 KINDS: tuple[Kind, ...] = ("kv_group", "channel")
 KIND_NAMES: Mapping[Kind, str] = {"kv_group": "KV groups", "channel": "channels"}
 
@@ -87,7 +87,7 @@ class Fused:
     parameter: str
     parts: tuple[str, ...]
 
-    def places(self, shape: Sequence[int]) -> Iterator[tuple[str, Place]]:
+    def places(self, shape: Sequence[int]) -> Iterator[tuple[str, Piece]]:
         """(name of a stored matrix, where it lies in the parameter of this shape), one after another."""
         experts, rows, _ = shape
         each = rows // len(self.parts)

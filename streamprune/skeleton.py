@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamprune.checkpoint import Checkpoint, TensorEntry, is_finite
 from streamprune.errors import CheckpointError
-from streamprune.families import Family, Geometry, Place, family_of, geometry_of
+from streamprune.families import Family, Geometry, Piece, family_of, geometry_of
 
 
 @dataclass(frozen=True)
@@ -215,9 +215,9 @@ class Skeleton:
             )
         return entry
 
-    def _find_places(self) -> dict[str, tuple[str, Place | None]]:
+    def _find_places(self) -> dict[str, tuple[str, Piece | None]]:
         renamed, fused = dict(self.family.stored_as), {each.parameter: each for each in self.family.fused}
-        places: dict[str, tuple[str, Place | None]] = {}
+        places: dict[str, tuple[str, Piece | None]] = {}
         for name, shape in self.shapes(0).items():
             if name in fused:
                 places |= {stored: (name, place) for stored, place in fused[name].places(shape)}

@@ -178,6 +178,12 @@ def test_what_experts_do_not_have_is_refused(options, names, refused, mixtral):
     refused(mixtral, "--method", "magnitude", *options, code=2, names=names, remedy=remedy)
 
 
+def test_the_plan_says_that_o_alone_is_fitted(mixtral, tmp_path):
+    options = {"stock": True, "ratio": 0.4, "compensate": True, "evaluate": False, "seq_len": 16}
+    text = foretell(PruneConfig(str(mixtral), tmp_path / "out", "taylor", **options)).text
+    assert "o is then fitted anew to the layer's own output" in text
+
+
 def test_biases_in_the_place_of_heads_are_refused(mixtral, tmp_path):
     with pytest.raises(UsageError, match="--no-bias"):
         run(mixtral, tmp_path / "out", method="flap", allocation="uniform", stock=True, ratio=0.4)
