@@ -3,12 +3,13 @@
     python bench/plans.py [-- OPTIONS OF THE PLAN]
 
 Writes config.json and sparse shards (headers, and files of the right length without blocks on the disk) in the shapes
-of Llama-2-13B and Llama-3-70B, and prints what the command says of them. The README shows it.
+of Llama-2-13B, Llama-3-70B and Mixtral-8x7B, and prints what the command says of them. The README shows it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from streamprune.families import FAMILIES
 
 LLAMA = {
     "model_type": "llama",
@@ -43,12 +46,27 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
         "max_position_embeddings": 8192,
     },
+    "mixtral-8x7b": {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    },
 }
 PLANS = [
     ("llama-2-13b", "--assume rtx4090 --host-memory 64GiB"),
     ("llama-2-13b", "--assume rtx4090 --host-memory 64GiB --method sparsegpt --granularity 2:4 --calibration c4.txt"),
     ("llama-3-70b", "--assume rtx4090 --host-memory 64GiB --method taylor"),
     ("llama-3-70b", "--assume rtx4090 --host-memory 64GiB --method gblm --calibration c4.txt --scratch /scratch"),
+    ("mixtral-8x7b", "--assume rtx4090 --host-memory 64GiB --method taylor --stock"),
+    ("mixtral-8x7b", "--assume rtx4090 --host-memory 64GiB --method block-influence --granularity layers"),
 ]
 
 
@@ -62,9 +80,9 @@ def write_headers(path: Path, fields: dict[str, Any]) -> None:
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
     shards: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, shape in stored_shapes(fields.get("model_type", "llama"), model).items():
         parts = name.split(".")
-        shards.setdefault(f"layer-{parts[2]}" if parts[1] == "layers" else "rest", {})[name] = list(parameter.shape)
+        shards.setdefault(f"layer-{parts[2]}" if parts[1] == "layers" else "rest", {})[name] = shape
     weight_map = {}
     for shard, tensors in shards.items():
         header, position = {}, 0
@@ -78,6 +96,20 @@ def write_headers(path: Path, fields: dict[str, Any]) -> None:
             stream.write(struct.pack("<Q", len(encoded)) + encoded)
             stream.truncate(8 + len(encoded) + position)
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def stored_shapes(model_type: str, model: Any) -> dict[str, list[int]]:
+    """Shapes by name as checkpoints have them: a matrix for each expert."""
+    family, shapes = FAMILIES[model_type], {}
+    renamed, fused = dict(family.stored_as), {each.parameter: each for each in family.fused}
+    for name, parameter in model.named_parameters():
+        start, inside = re.fullmatch(r"(model\.layers\.\d+\.)?(.*)", name).groups(default="")
+        if inside in fused:
+            for stored, place in fused[inside].places(parameter.shape):
+                shapes[start + stored] = list(parameter[place].shape)
+        else:
+            shapes[start + renamed.get(inside, inside)] = list(parameter.shape)
+    return shapes
 
 
 @click.command()

@@ -46,7 +46,7 @@ def uniform(
     stock: bool,
 ) -> dict[Kind, int]:
     """Units to remove from every prunable layer: whole KV groups by floor(r·groups), then channels that fill
-    the rest of the layer's parameter budget to the nearest channel.
+    the rest of the layer's parameter budget to the nearest channel. Where no channels can go, the nearest KV group.
 
     Args:
         costs: parameters of one unit of each kind.
@@ -57,14 +57,39 @@ def uniform(
     """
     groups = 0
     if "kv_group" in costs:
-        share = ratios.total if ratios.attention is None else ratios.attention
-        groups = math.floor(share * geometry.kv_groups + FLOOR_SLACK)
-        if stock:
-            groups = _stock_groups(family, geometry, groups, hidden_size)
-        if groups >= geometry.kv_groups:
-            raise UsageError(f"a ratio of {share} leaves no KV group of {geometry.kv_groups}; lower it")
+        groups = _groups(family, geometry, costs, ratios, hidden_size, stock=stock)
     elif ratios.attention:
         raise UsageError(f"attention of {family.model_type} cannot be pruned; leave --attention-ratio out")
+    removed: dict[Kind, int] = {}
+    if "channel" in costs:
+        removed["channel"] = _channels(geometry, costs, ratios, groups)
+    elif ratios.mlp:
+        raise UsageError(f"channels of {family.model_type} cannot be pruned; leave --mlp-ratio out")
+    elif ratios.round_to > 1:
+        raise UsageError(f"--round-to is of channels, which cannot be pruned in {family.model_type}; leave it out")
+    if "kv_group" in costs:
+        removed["kv_group"] = groups
+    return removed
+
+
+def _groups(
+    family: Family, geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, hidden_size: int, *, stock: bool
+) -> int:
+    """KV groups to remove from every prunable layer."""
+    share = ratios.total if ratios.attention is None else ratios.attention
+    alone = "channel" not in costs  # nothing else makes up what rounding leaves
+    groups = math.floor(share * geometry.kv_groups + (0.5 if alone else FLOOR_SLACK))
+    if alone and share > 0 and groups == 0:
+        raise UsageError(f"a ratio of {share} is less than half of one of {geometry.kv_groups} KV groups; raise it")
+    if stock:
+        groups = _stock_groups(family, geometry, groups, hidden_size)
+    if groups >= geometry.kv_groups:
+        raise UsageError(f"a ratio of {share} leaves no KV group of {geometry.kv_groups}; lower it")
+    return groups
+
+
+def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, groups: int) -> int:
+    """Channels to remove from every prunable layer that loses so many KV groups."""
     if ratios.mlp is not None:
         wanted = ratios.mlp * geometry.channels
     else:
@@ -80,10 +105,7 @@ def uniform(
             f"the ratio takes {wanted:.0f} channels of {geometry.channels} and leaves the MLP empty; lower --ratio"
             + ("" if ratios.mlp is not None else ", or move some of it to attention with --attention-ratio")
         )
-    removed: dict[Kind, int] = {"channel": geometry.channels - kept}
-    if "kv_group" in costs:
-        removed["kv_group"] = groups
-    return removed
+    return geometry.channels - kept
 
 
 def _stock_groups(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> int:

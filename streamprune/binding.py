@@ -37,7 +37,8 @@ class Perturbation:
 class Binder:
     """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
 
-    A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot.
+    A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot. The pieces of a
+    fused parameter are always copied, each to its place.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -61,9 +62,11 @@ class Binder:
         return elements * self.skeleton.dtype.itemsize
 
     @property
-    def widens(self) -> bool:
-        """Whether weights are stored in another dtype than they compute in."""
-        return any(entry.dtype != self.skeleton.dtype for layer in self.skeleton.entries for entry in layer.values())
+    def copies(self) -> bool:
+        """Whether weights are copied that nothing moves: stored in another dtype than they compute in, or in pieces."""
+        skeleton = self.skeleton
+        widened = any(entry.dtype != skeleton.dtype for layer in skeleton.entries for entry in layer.values())
+        return widened or bool(skeleton.family.fused)
 
     def bind(
         self,
@@ -73,27 +76,29 @@ class Binder:
         *,
         own: bool = False,
     ) -> dict[str, Tensor]:
-        """Weights by their names inside the layer; valid until the next call.
+        """Weights by the parameters' names inside the layer; valid until the next call.
 
         Args:
             perturbation: moves the tensors `scored`.
             own: copy all of them, so that they can be changed.
         """
-        weights, position, drawing = {}, 0, []
+        shapes, weights, position, drawing = self.skeleton.shapes(page.layer), dict[str, Tensor](), 0, []
         for name, stored in page.tensors.items():
+            parameter, place = self.skeleton.places.get(name, (name, None))
             moved = perturbation is not None and name in scored
-            if stored.dtype == self.skeleton.dtype and not moved and not own:
-                weights[name] = stored
+            if place is None and stored.dtype == self.skeleton.dtype and not moved and not own:
+                weights[parameter] = stored
                 continue
-            out = self._room(position, stored.shape)
-            position += _aligned(out.numel())
+            if parameter not in weights:
+                weights[parameter] = self._room(position, shapes[parameter])
+                position += _aligned(weights[parameter].numel())
+            out = self._within(weights, name)
             if perturbation is not None and moved:
                 seed = noise_seed(*perturbation.key, page.layer, name)
                 delta = perturbation.delta.get((page.layer, name))
                 drawing.append(self._threads.submit(_perturb, out, stored, delta, perturbation.sigma, seed))
             else:
                 out.copy_(stored)
-            weights[name] = out
         for draw in drawing:
             draw.result()
         self._check_first(page, weights)
@@ -104,13 +109,18 @@ class Binder:
         """At a layer's first visit: what was stored, and what became of it in a narrower dtype, is finite."""
         if page.layer in self._finite:
             return
-        for name, weight in weights.items():
-            check_finite(self.skeleton.checkpoint.path, page.layer, name, page.tensors[name])
-            if not is_finite(weight):
+        for name, stored in page.tensors.items():
+            check_finite(self.skeleton.checkpoint.path, page.layer, name, stored)
+            if not is_finite(weight := self._within(weights, name)):
                 raise UsageError(
                     f"layer {page.layer}, {name} does not fit into {str(weight.dtype).removeprefix('torch.')}; "
                     "use --dtype bfloat16 or float32"
                 )
+
+    def _within(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
+        """The part of the bound weights that a stored tensor makes up."""
+        parameter, place = self.skeleton.places.get(name, (name, None))
+        return weights[parameter] if place is None else weights[parameter][place]
 
     def _room(self, position: int, shape: torch.Size) -> Tensor:
         if self._buffer is None:

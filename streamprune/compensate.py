@@ -45,15 +45,22 @@ def repair_goal(skeleton: Skeleton, wanted: RepairGoal | None) -> RepairGoal:
     It needs a layer's output to be its residual plus `down`'s output times a constant.
 
     Raises:
-        UsageError: `stream` is wanted, and a norm stands between them.
+        UsageError: `stream` is wanted, and there are experts in the place of `down`, or a norm stands between them.
     """
-    layer = skeleton.layers[0]
+    family, layer = skeleton.family, skeleton.layers[0]
+    if family.fused:
+        if wanted == "stream":
+            raise UsageError(
+                f"layers of {family.model_type} have experts in the place of down, which cannot be fitted to the "
+                "residual stream; leave --compensate out, or with units use --compensate-target own"
+            )
+        return "own"
     normed = any(hasattr(layer, name) for name in ("post_feedforward_layernorm", "post_mlp_layernorm"))
     if not normed and getattr(skeleton.config, "do_layer_norm_before", True):
         return wanted or "stream"
     if wanted == "stream":
         raise UsageError(
-            f"layers of {skeleton.family.model_type} have a norm after their MLP, so its output cannot be fitted to "
+            f"layers of {family.model_type} have a norm after their MLP, so its output cannot be fitted to "
             "the residual stream; leave --compensate out, or with units use --compensate-target own"
         )
     return "own"

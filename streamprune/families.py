@@ -7,7 +7,7 @@ a unit through one of its dimensions, the lines of that dimension being shared o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,9 @@ from streamprune.errors import CheckpointError
 
 Kind = Literal["kv_group", "channel"]
 Part = Literal["query", "kv", "channel"]
+Piece = tuple[int, slice]  # (expert, its rows) of a parameter [experts, rows, columns]
 KINDS: tuple[Kind, ...] = ("kv_group", "channel")
+KIND_NAMES: Mapping[Kind, str] = {"kv_group": "KV groups", "channel": "channels"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,28 @@ class Geometry:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """A layer's parameter [experts, rows, columns] that checkpoints hold as matrices, one or more for each expert.
+
+    Attributes:
+        parameter: its name inside the layer.
+        parts: names of an expert's matrices inside the layer, "{}" for its number, in the order of their rows; all of
+            them have as many.
+    """
+
+    parameter: str
+    parts: tuple[str, ...]
+
+    def places(self, shape: Sequence[int]) -> Iterator[tuple[str, Piece]]:
+        """(name of a stored matrix, where it lies in the parameter of this shape), one after another."""
+        experts, rows, _ = shape
+        each = rows // len(self.parts)
+        for expert in range(experts):
+            for number, part in enumerate(self.parts):
+                yield part.format(expert), (expert, slice(number * each, (number + 1) * each))
+
+
+@dataclass(frozen=True)
 class Family:
     """One row of the table.
 
@@ -83,7 +107,9 @@ class Family:
         channels_key: name of the MLP width in config.json.
         stock_heads: "any" number of KV groups, only a count that "divides" the hidden size, or "fixed".
         ragged: whether layers of different widths can be emitted.
-        stored_as: (name in the model, name in checkpoints) of tensors that transformers renames on loading.
+        stored_as: (name in the model, name in checkpoints) of tensors that transformers renames on loading; of a
+            layer's, the names inside it.
+        fused: parameters of a layer that transformers makes of several tensors on loading: the experts.
     """
 
     model_type: str
@@ -93,6 +119,7 @@ class Family:
     stock_heads: Literal["any", "divides", "fixed"] = "any"
     ragged: bool = True
     stored_as: tuple[tuple[str, str], ...] = ()
+    fused: tuple[Fused, ...] = ()
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
@@ -130,6 +157,14 @@ _PHI3 = (
     *_linear("mlp.gate_up_proj", 0, "channel", "channel"),
     *_linear("mlp.down_proj", 1, "channel"),
 )
+# Of Mixtral's experts w1 is gate, w3 up and w2 down.
+_MIXTRAL_EXPERTS = (
+    Fused(
+        "mlp.experts.gate_up_proj",
+        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+    ),
+    Fused("mlp.experts.down_proj", ("block_sparse_moe.experts.{}.w2.weight",)),
+)
 _OPT = (*_linear("fc1", 0, "channel"), *_linear("fc2", 1, "channel"))
 _GPT_NEOX = (*_linear("mlp.dense_h_to_4h", 0, "channel"), *_linear("mlp.dense_4h_to_h", 1, "channel"))
 # GPT-2's Conv1D stores [d_in, d_out].
@@ -152,6 +187,14 @@ FAMILIES: Mapping[str, Family] = {
         Family("olmo2", "model.layers", _OLMO2),
         Family("smollm3", "model.layers", _LLAMA),
         Family("granite", "model.layers", _LLAMA),
+        Family(
+            "mixtral",
+            "model.layers",
+            _ATTENTION,
+            ragged=False,
+            stored_as=(("mlp.gate.weight", "block_sparse_moe.gate.weight"),),
+            fused=_MIXTRAL_EXPERTS,
+        ),
         Family("opt", "model.decoder.layers", _OPT, "ffn_dim", "fixed", ragged=False),
         Family(
             "gpt_neox",

@@ -105,7 +105,7 @@ def _base(sweeper: Sweeper, *, own: bool = False) -> dict[str, int]:
     pager, binder = sweeper.pager, sweeper.binder
     return {
         "slots": 2 * pager.slot_bytes,
-        "bound layer": binder.buffer_bytes if own or binder.widens else 0,
+        "bound layer": binder.buffer_bytes if own or binder.copies else 0,
         "embeddings and head": sweeper.skeleton.resident_bytes,
     }
 
@@ -148,8 +148,20 @@ def _pinned(nbytes: int) -> int:
 
 
 def _matrices(sweeper: Sweeper) -> list[torch.Size]:
+    """Shapes of the matrices that are watched and scored."""
     skeleton = sweeper.skeleton
     return [skeleton.shapes(0)[name] for name in skeleton.matrices(0)]
+
+
+def _passed(sweeper: Sweeper) -> list[torch.Size]:
+    """Shapes of the matrices that a token passes: of [experts, d_out, d_in], as many as its router takes."""
+    skeleton, passed = sweeper.skeleton, []
+    for shape in skeleton.shapes(0).values():
+        if len(shape) == 3:
+            passed += [torch.Size(shape[1:])] * skeleton.config.num_experts_per_tok
+        elif len(shape) == 2:
+            passed.append(shape)
+    return passed
 
 
 def _evaluation(sweeper: Sweeper, shape: Shape, where: Place) -> Stage:
@@ -175,7 +187,7 @@ def _logits(sweeper: Sweeper, shape: Shape) -> int:
 
 def _forward_activations(sweeper: Sweeper, tokens: int) -> int:
     """Of one micro-batch without gradients: an MLP's product beside its factors, and attention's inputs."""
-    widest = max(max(shape) for shape in _matrices(sweeper))
+    widest = max(max(shape) for shape in _passed(sweeper))
     return (3 * widest + 4 * sweeper.skeleton.config.hidden_size) * tokens * sweeper.skeleton.dtype.itemsize
 
 
@@ -310,17 +322,18 @@ def _head_flops(sweeper: Sweeper, shape: Shape) -> float:
 def gradient_bytes(sweeper: Sweeper, tokens: int, *, several: bool, sums: int = 1) -> dict[str, int]:
     """Bytes that a gradient sweep holds beside slots and boundaries, by purpose.
 
-    The activations of one layer are counted as the inputs and outputs of its matrices for one micro-batch of `tokens`,
-    and their gradients as three of the widest (a gated MLP's product and its two factors exist together). With
-    `several` micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by matrix.
+    The activations of one layer are counted as the inputs and outputs of the matrices that a token passes for one
+    micro-batch of `tokens`, and their gradients as three of the widest (a gated MLP's product and its two factors exist
+    together). With `several` micro-batches a layer's weight gradients are summed together, otherwise they come and go
+    matrix by matrix.
     `sums` is how many are kept of each: more than one for `gradient_powers` with several powers.
     """
-    size, matrices = sweeper.skeleton.dtype.itemsize, _matrices(sweeper)
+    size, matrices, passed = sweeper.skeleton.dtype.itemsize, _matrices(sweeper), _passed(sweeper)
     largest, all_of_them = max(map(torch.Size.numel, matrices)), sum(map(torch.Size.numel, matrices))
     gradients = (1 + sums) * largest + (sums * all_of_them if several else 0)
     return {
-        "activations": sum(sum(shape) for shape in matrices) * tokens * size,
-        "gradients of activations": 3 * max(max(shape) for shape in matrices) * tokens * size,
+        "activations": sum(sum(shape) for shape in passed) * tokens * size,
+        "gradients of activations": 3 * max(max(shape) for shape in passed) * tokens * size,
         "gradients, and what is made of them": gradients * max(size, 4),
     }
 
@@ -332,7 +345,7 @@ def input_bytes(sweeper: Sweeper, tokens: int, *, gram: bool) -> dict[str, int]:
     Gram matrix is factored beside two copies of its size.
     """
     size, matrices = sweeper.skeleton.dtype.itemsize, _matrices(sweeper)
-    inputs, widest = {shape[1] for shape in matrices}, max(max(shape) for shape in matrices)
+    inputs, widest = {shape[1] for shape in matrices}, max(max(shape) for shape in _passed(sweeper))
     return {
         "activations": (sum(inputs) + 3 * widest) * tokens * size,
         "sums over inputs": sum(width * (width if gram else 3) for width in inputs) * max(size, 4),
@@ -360,6 +373,6 @@ def _repair(sweeper: Sweeper, shape: Shape, where: Place, passes: Sequence[Seque
 
 def layer_flops(sweeper: Sweeper, shape: Shape, layers: int) -> float:
     """Multiplications and additions of a forward pass through so many layers: matrices, scores and mixing."""
-    parameters = sum(map(torch.Size.numel, _matrices(sweeper)))
+    parameters = sum(map(torch.Size.numel, _passed(sweeper)))
     attention = 4 * shape[1] * sweeper.skeleton.config.hidden_size
     return float(layers * shape[0] * shape[1] * (2 * parameters + attention))

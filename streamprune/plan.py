@@ -13,11 +13,9 @@ from streamprune.allocation import GlobalRule, KeptUnits
 from streamprune.compensate import RepairGoal, repair_goal
 from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
-from streamprune.families import Kind, unit_costs
+from streamprune.families import KIND_NAMES, Kind, unit_costs
 from streamprune.methods import METHODS, LayerScores, Sparsity, UnitScores
 from streamprune.skeleton import Skeleton
-
-NAMES: Mapping[Kind, str] = {"kv_group": "KV groups", "channel": "channels"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,11 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, An
         StreampruneError: too little memory for the method's state.
     """
     geometry, n_layers = skeleton.geometry, len(skeleton.layers)
+    if config.target == "weights" and skeleton.family.fused:
+        raise UsageError(
+            f"--granularity {config.granularity}: most weights of {skeleton.family.model_type} are its experts', which "
+            "cannot be pruned one by one; use --granularity layers or units"
+        )
     costs = unit_costs(skeleton.family, geometry, skeleton.shapes(0))
     stock = config.stock and config.target == "units"
     layers = allocation.prunable_layers(config.layers, n_layers, whole=config.target == "weights", stock=stock)
@@ -155,7 +158,7 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int
     def keep(scores: UnitScores) -> KeptUnits:
         return allocation.select(scores.values, removed, geometry, n_layers)
 
-    each = ", ".join(f"{count} of {geometry.units(kind)} {NAMES[kind]}" for kind, count in removed.items())
+    each = ", ".join(f"{count} of {geometry.units(kind)} {KIND_NAMES[kind]}" for kind, count in removed.items())
     return Choice(keep(_no_scores(skeleton, layers)), keep, f"lose {each} each", "uniform")
 
 
@@ -234,7 +237,8 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     ]
     if plan.repair is not None:
         goal = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"
-        lines.append(f"o and down are then fitted anew to {goal}, by least squares")
+        fitted = "o and down are" if "channel" in skeleton.family.kinds else "o is"
+        lines.append(f"{fitted} then fitted anew to {goal}, by least squares")
     if plan.state_bytes:
         lines.append(
             f"{config.method} keeps {report.human(plan.state_bytes)} of {config.state_dtype} state between its sweeps"

@@ -130,7 +130,7 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=skeleton.dtype, device=skeleton.device)
 
-    weights = {name: draw(*shape) * 0.02 for name, shape in skeleton.shapes(0).items()}
+    weights, matrices = {name: draw(*shape) * 0.02 for name, shape in skeleton.shapes(0).items()}, skeleton.matrices(0)
     hidden = draw(batch, seq_len, skeleton.config.hidden_size)
     work = layer_flops(sweeper, (batch, seq_len), 1)
 
@@ -139,7 +139,7 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
             skeleton.run_layer(0, weights, call, hidden)
 
     def backward() -> None:
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        leaves = {name: weight.detach().requires_grad_(name in matrices) for name, weight in weights.items()}
         output = skeleton.run_layer(0, leaves, call, hidden.detach().requires_grad_())
         output.backward(hidden)
 

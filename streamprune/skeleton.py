@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from streamprune.checkpoint import Checkpoint, TensorEntry, is_finite
 from streamprune.errors import CheckpointError
-from streamprune.families import Family, Geometry, family_of, geometry_of
+from streamprune.families import Family, Geometry, Piece, family_of, geometry_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ class Skeleton:
         config: transformers' config. family: the row of the family table.
         untied: the config ties the head, but the checkpoint has another one; it counts, as in transformers.
         layers: the decoder layers, on meta, in order.
-        entries: for each layer, its tensors in the checkpoint by their names inside the layer.
+        entries: for each layer, its tensors in the checkpoint by their names inside the layer, the checkpoint's.
+        places: for tensors that are named otherwise in the model: the parameter's name inside the layer, and where in
+            it the tensor lies; None for all of it.
 
     Raises:
         CheckpointError: unknown family, a tensor that is missing or of another shape.
@@ -85,7 +87,8 @@ class Skeleton:
         self._strip = prefix if not any(name.startswith(prefix) for name in checkpoint.tensors) else ""
         layers = self.model.get_submodule(self.family.layers)
         self.layers: list[nn.Module] = list(layers)
-        self.entries = [self._layer_entries(index, layer) for index, layer in enumerate(self.layers)]
+        self.places = self._find_places()
+        self.entries = [self._layer_entries(index) for index in range(len(self.layers))]
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
@@ -110,7 +113,10 @@ class Skeleton:
         return {name: parameter.shape for name, parameter in self.layers[index].named_parameters()}
 
     def matrices(self, index: int) -> dict[str, bool]:
-        """Names of the weight matrices of layer `index`, and whether each is stored transposed, as [d_in, d_out]."""
+        """Names of the Linears' weights of layer `index`, and whether each is stored transposed, as [d_in, d_out].
+
+        Experts and their router are none: what they are given cannot be watched, nor their gradients taken one by one.
+        """
         return {
             f"{name}.weight": isinstance(module, Conv1D)
             for name, module in self.layers[index].named_modules()
@@ -209,9 +215,23 @@ class Skeleton:
             )
         return entry
 
-    def _layer_entries(self, index: int, layer: nn.Module) -> dict[str, TensorEntry]:
-        prefix = f"{self.family.layers}.{index}."
-        return {name: self._entry(prefix + name, p.shape) for name, p in layer.named_parameters()}
+    def _find_places(self) -> dict[str, tuple[str, Piece | None]]:
+        renamed, fused = dict(self.family.stored_as), {each.parameter: each for each in self.family.fused}
+        places: dict[str, tuple[str, Piece | None]] = {}
+        for name, shape in self.shapes(0).items():
+            if name in fused:
+                places |= {stored: (name, place) for stored, place in fused[name].places(shape)}
+            elif name in renamed:
+                places[renamed[name]] = (name, None)
+        return places
+
+    def _layer_entries(self, index: int) -> dict[str, TensorEntry]:
+        prefix, parameters = f"{self.family.layers}.{index}.", dict(self.layers[index].named_parameters())
+        moved = {name for name, _ in self.places.values()}
+        shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in moved}
+        for stored, (name, place) in self.places.items():
+            shapes[stored] = (parameters[name] if place is None else parameters[name][place]).shape
+        return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}
 
     def _load_rest(self) -> None:
         """Fill in everything outside the layers, and tie the head where the config says so."""
@@ -257,7 +277,11 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 def _empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        # Experts one after another: the grouped product that transformers prefers has no float64, and takes only
+        # widths of whole 16 bytes. Other families do not look at it.
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
+        )
     return model.eval()
 
 

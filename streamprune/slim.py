@@ -15,7 +15,7 @@ from streamprune.allocation import KeptUnits, all_units
 from streamprune.capture import module_of
 from streamprune.checkpoint import TensorEntry
 from streamprune.errors import UsageError
-from streamprune.families import Family, Geometry, Kind, Member, kept_lines
+from streamprune.families import KIND_NAMES, Family, Geometry, Kind, Member, kept_lines
 from streamprune.paging import Page
 from streamprune.skeleton import Skeleton
 from streamprune.writer import TensorSpec
@@ -49,7 +49,8 @@ def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, bi
     family, source = skeleton.family, skeleton.checkpoint.config
     if layout(skeleton.geometry, kept, len(skeleton.layers), biases=biases) == "ragged" and not family.ragged:
         raise UsageError(
-            f"{family.model_type} can only have layers of one width; pass --stock (all layers, channels only)"
+            f"{family.model_type} can only have layers of one width; pass --stock (all layers, "
+            f"{' and '.join(KIND_NAMES[kind] for kind in family.kinds)} only)"
         )
     if emit == "mistral":
         biased = [name for name in ("attention_bias", "mlp_bias") if source.get(name)]
@@ -113,7 +114,7 @@ def _layer_fields(skeleton: Skeleton, kept: KeptUnits) -> dict[str, Any]:
 
 
 def _width_fields(family: Family, geometry: Geometry, layer: Mapping[Kind, list[int]]) -> dict[str, int]:
-    fields = {family.channels_key: len(layer["channel"])}
+    fields = {family.channels_key: len(layer["channel"])} if "channel" in layer else {}
     if "kv_group" in layer:
         groups = len(layer["kv_group"])
         fields |= {"num_attention_heads": groups * geometry.n_rep, "num_key_value_heads": groups}

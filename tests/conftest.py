@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from streamprune.checkpoint import Checkpoint
 from streamprune.cli import main
 from streamprune.devices import HostDevice
+from streamprune.families import FAMILIES
 from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import Pager
 from streamprune.skeleton import Skeleton
@@ -63,6 +64,8 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "granite": _COMMON
     | {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0}
     | {"attention_bias": True, "mlp_bias": True},
+    # In plain transformers an expert's rows have to be of whole 16 bytes.
+    "mixtral": _COMMON | {"head_dim": 10, "intermediate_size": 40, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_neox": {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"},
     "opt": {k: v for k, v in _COMMON.items() if k not in ("num_key_value_heads", "intermediate_size")}
     | {"ffn_dim": 37, "word_embed_proj_dim": 48},
@@ -79,6 +82,9 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
 }
 FAMILY_NAMES = tuple(FAMILY_FIELDS)
 GROUPED = tuple(name for name, fields in FAMILY_FIELDS.items() if "num_key_value_heads" in fields)
+RAGGED = tuple(name for name in FAMILY_NAMES if FAMILIES[name].ragged)
+# transformers' preferred way to run experts has no float64; other families have no say in it.
+EXPERTS = {"experts_implementation": "eager"}
 
 
 def tiny_model(
@@ -87,7 +93,7 @@ def tiny_model(
     """A random model whose weights are large enough for every unit to matter; biases and norms are random too."""
     config = AutoConfig.for_model(family, **{**FAMILY_FIELDS[family], "tie_word_embeddings": tied, **fields})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **EXPERTS)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -57,7 +57,9 @@ def test_unit_costs_are_the_formula_plus_biases_and_spanning_norms(family):
     costs = unit_costs(row, geometry, shapes)
     matrices = 3 if row.ragged else 2  # gate, up and down, or up and down
     bias = {"opt": 1, "gpt_neox": 1, "gpt2": 1, "granite": 2}.get(family, 0)  # granite: gate and up
-    assert costs["channel"] == matrices * hidden + bias
+    assert ("channel" in costs) is (family != "mixtral")  # it has experts
+    if "channel" in costs:
+        assert costs["channel"] == matrices * hidden + bias
     if "kv_group" in costs:
         biases = (geometry.n_rep + 2) * head
         extra = {"qwen2": biases, "qwen3": biases, "granite": biases, "olmo2": (geometry.n_rep + 1) * head}.get(
@@ -129,6 +131,33 @@ def test_a_layer_is_never_left_empty(ratios):
 def test_attention_of_a_family_with_fixed_heads_is_refused():
     with pytest.raises(UsageError, match="opt"):
         uniform(FAMILIES["opt"], SMOLLM, {"channel": 1153}, Ratios(0.2, attention=0.2), 576, stock=True)
+
+
+MIXTRAL = Geometry(kv_groups=8, n_rep=4, head_dim=128, channels=14336)
+
+
+def mixtral(ratios):
+    costs = {"kv_group": 10 * 128 * 4096}
+    return uniform(FAMILIES["mixtral"], MIXTRAL, costs, ratios, 4096, stock=True)
+
+
+@pytest.mark.parametrize(("ratio", "groups"), [(0.0, 0), (0.07, 1), (0.18, 1), (0.19, 2), (0.5, 4), (0.9, 7)])
+def test_where_only_attention_goes_it_is_the_nearest_number_of_groups(ratio, groups):
+    assert mixtral(Ratios(ratio)) == mixtral(Ratios(0.3, attention=ratio)) == {"kv_group": groups}
+
+
+@pytest.mark.parametrize(
+    ("ratios", "message"),
+    [
+        (Ratios(0.06), "0.06 is less than half of one of 8 KV groups"),
+        (Ratios(0.94), "0.94 leaves no KV group of 8"),
+        (Ratios(0.25, mlp=0.1), "leave --mlp-ratio out"),
+        (Ratios(0.25, round_to=64), "--round-to is of channels"),
+    ],
+)
+def test_where_only_attention_goes_other_ratios_are_refused(ratios, message):
+    with pytest.raises(UsageError, match=message):
+        mixtral(ratios)
 
 
 def test_exactly_k_go_and_of_equal_scores_the_lowest_index_first():

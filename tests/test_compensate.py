@@ -15,12 +15,12 @@ from streamprune.errors import StreampruneError, UsageError
 
 TOKENS, SEQ = 640, 64  # as many as a tiny model has positions
 FIELDS = {"olmo2": {"rms_norm_eps": 1e-12}, "granite": {"residual_multiplier": 0.22}}
-OWN = ("llama", "phi3", "olmo2", "gemma2", "gpt2", "granite", "gpt_neox", "opt")
+OWN = ("llama", "phi3", "olmo2", "gemma2", "gpt2", "granite", "gpt_neox", "opt", "mixtral")
 STREAM = ("llama", "phi3", "gpt2", "granite", "gpt_neox", "opt")
 # The norms of these are LayerNorms, which compute in the model's own dtype; RMSNorms do in float32, so that results
 # that differ by rounding in float64 can come out a float32 rounding apart.
 IN_FLOAT64 = ("gpt2", "gpt_neox", "opt")
-HEADS_FIXED = ("gpt2", "gpt_neox", "opt")
+ONE_WIDTH = ("gpt2", "gpt_neox", "opt", "mixtral")
 
 
 def tolerance(family):
@@ -46,7 +46,7 @@ def ids_of(path, tokens=TOKENS):
 
 def ways(family):
     """Options that make the family lose KV groups, where it can, and channels."""
-    if family in HEADS_FIXED:
+    if family in ONE_WIDTH:
         return {"stock": True}
     return {"layers": (1, 3), "attention_ratio": 0.34, "mlp_ratio": 0.3}
 
@@ -86,8 +86,10 @@ def plainly_repaired(path, ids, kept, target, ridge):
 
 
 def widths(model):
-    down = stack(model)[0].get_submodule(down_name(model))
-    return {"channel": matrix(down).shape[1], "kv_group": getattr(model.config, "num_key_value_heads", 0)}
+    groups = {"kv_group": getattr(model.config, "num_key_value_heads", 0)}
+    if model.config.model_type == "mixtral":
+        return groups
+    return groups | {"channel": matrix(stack(model)[0].get_submodule(down_name(model))).shape[1]}
 
 
 def written(output, model, kept):
@@ -140,8 +142,8 @@ def test_stream_target_equals_the_fit_to_the_dense_models_hidden_states(family, 
     check(tmp_path / "in", repair(tmp_path / "in", tmp_path / "out", **options), "stream", ridge)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
-def test_families_with_a_norm_after_the_mlp_have_no_stream_target(family, tmp_path):
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "mixtral"])
+def test_families_with_a_norm_after_the_mlp_or_experts_have_no_stream_target(family, tmp_path):
     save_tiny(tmp_path / "in", family)
     for options in ({**ways(family), "compensate_target": "stream"}, {"granularity": "layers", "layers": (1, 3)}):
         with pytest.raises(UsageError, match="--compensate-target own"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import GROUPED, N_LAYERS, save_tiny, token_ids
+from conftest import N_LAYERS, RAGGED, save_tiny, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from whole_models import load, mask_unit_kind, matrix, out_name, run, stack
@@ -67,7 +67,7 @@ def assert_is_masked_with_biases(source, output, kept, layers=range(1, N_LAYERS)
     return pruned
 
 
-@pytest.mark.parametrize("family", GROUPED)
+@pytest.mark.parametrize("family", RAGGED)
 def test_a_ragged_output_is_the_masked_dense_model_plus_biases(family, tmp_path):
     save_tiny(tmp_path / "in", family, **FIELDS.get(family, {}))
     result = flap(tmp_path / "in", tmp_path / "out")

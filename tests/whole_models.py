@@ -15,6 +15,8 @@ O_PROJ = "self_attn.o_proj"
 
 def load(path, dtype=torch.float64, **options):
     """A saved model, loaded as anybody would; nothing may be missing or left over."""
+    if dtype == torch.float64:
+        options["experts_implementation"] = "eager"  # the one that is preferred has no float64
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     return model.eval()
