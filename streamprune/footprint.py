@@ -277,7 +277,7 @@ def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, whe
     pruned = config.target == "weights"
     tokens = min(micro_batch, shape[0]) * shape[1]
     held, host, scratch = _states(sweeper, 2, shape, where, micro_batch)
-    device = _base(sweeper, own=pruned) | held
+    device = _base(sweeper, own=True) | held
     device |= input_bytes(sweeper, tokens, gram=config.method == "sparsegpt")
     forward = layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1)
     moved = scratch * (plan.layers[-1] + 1)  # of the two that are there, each layer reads one and writes one

@@ -114,10 +114,18 @@ def test_the_output_does_not_depend_on_where_things_stay(
 
 
 def test_state_goes_to_scratch_where_memory_is_short(tmp_path):
-    save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=16384, dtype=torch.bfloat16)
+    save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=32768, dtype=torch.bfloat16)
     given = {"granularity": "weights", "settings": {"steps": 2, "sigma": 0.0}, "method": "moreau"}
+
+    def smallest(**scratch):
+        with pytest.raises(StreampruneError) as refusal:
+            prune(options(tmp_path / "model", tmp_path / "out", **given, host_memory=now() - 50 * MIB, **scratch))
+        return int(re.search(r"needs at least (\d+)MiB of memory", str(refusal.value))[1]) * MIB
+
+    within, without = smallest(), smallest(scratch=tmp_path / "spill")
+    assert within - without > 300 * MIB
     held = []
-    for name, budget in (("free", {}), ("short", {"host_memory": now() + 350 * MIB})):
+    for name, budget in (("free", {}), ("short", {"host_memory": (within + without) // 2})):
         config = options(tmp_path / "model", tmp_path / name, **given, scratch=tmp_path / "spill", **budget)
         result = prune(config)
         held.append((result.facts["memory"]["state"], snapshot(result.output)["model.safetensors"]))
