@@ -116,7 +116,7 @@ def _hidden(sweeper: Sweeper, shape: Shape) -> int:
     return shape[0] * shape[1] * skeleton.config.hidden_size * skeleton.dtype.itemsize
 
 
-def _input_widths(sweeper: Sweeper) -> list[int]:
+def input_widths(sweeper: Sweeper) -> list[int]:
     """Of the inputs that a layer's matrices have: one for the matrices that begin a kind of unit, one for its last."""
     skeleton = sweeper.skeleton
     last = [skeleton.shapes(0)[member.tensor][member.dim] for member in slim.output_matrices(skeleton, 0)]
@@ -283,7 +283,7 @@ def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, whe
     moved = scratch * (plan.layers[-1] + 1)  # of the two that are there, each layer reads one and writes one
     if config.method != "sparsegpt":
         return Stage("", device, host, scratch, moved, forward=forward)
-    layers, widths, matrices = len(plan.layers), _input_widths(sweeper), _matrices(sweeper)
+    layers, widths, matrices = len(plan.layers), input_widths(sweeper), _matrices(sweeper)
     return Stage(
         "",
         device,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from streamprune.binding import Binder, Perturbation
-from streamprune.footprint import FACTORS_OF_H, Stage, layer_flops
+from streamprune.footprint import FACTORS_OF_H, Stage, input_widths, layer_flops
 from streamprune.methods.scores import Sparsity
 from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
 from streamprune.paging import Page
@@ -24,7 +24,7 @@ from streamprune.sweep import Sweeper
 
 FILE = "rates.json"
 MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards, and the rest
-FACTOR_WIDTH = 2048  # of the matrix that is factored
+FACTOR_WIDTH = 4096  # at most, of the matrix that is factored; the rate grows with it
 # Dense bfloat16 with float32 accumulation in TFLOP/s, and GiB: NVIDIA's whitepapers on GA102, GA100, AD102 and GH100,
 # and the data sheet of the L4.
 CARDS = {
@@ -148,14 +148,14 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
 
 def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
     """Rates of noise, of triangular factors, of SparseGPT's columns."""
-    skeleton, width = sweeper.skeleton, min(FACTOR_WIDTH, sweeper.skeleton.config.hidden_size)
+    skeleton, width = sweeper.skeleton, min(FACTOR_WIDTH, max(input_widths(sweeper)))
     tensors = {name: torch.randn(entry.shape).to(entry.dtype) for name, entry in skeleton.entries[0].items()}
     page = Page(0, {name: tensor.to(skeleton.device) for name, tensor in tensors.items()})
     binder, scored = Binder(skeleton), sweeper.scored[0]
     drawn = sum(page.tensors[name].numel() for name in scored)
     noise = _seconds_of(lambda: binder.bind(page, Perturbation(0.01, (0, 0, 0)), scored), skeleton.device)
     dtype = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
-    x = torch.randn((2 * width, width), dtype=dtype, device=skeleton.device)
+    x = torch.randn((width, width), dtype=dtype, device=skeleton.device)
     gram = x.T @ x
     factors = _seconds_of(lambda: inverse_factor(gram.clone(), 0.01), skeleton.device)
     factor, dead = inverse_factor(gram.clone(), 0.01), torch.zeros(width, dtype=torch.bool, device=skeleton.device)
