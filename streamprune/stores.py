@@ -16,7 +16,23 @@ BLOCK_BYTES = 64 << 20
 MakeStore = Callable[[str], MutableMapping[Key, Tensor]]
 
 
-class Memory(MutableMapping[Key, Tensor]):
+class _Places(MutableMapping[Key, Tensor]):
+    """Keys that are held; a place outlives its key, and is used again when the key comes back."""
+
+    def __init__(self) -> None:
+        self._held: set[Key] = set()
+
+    def __delitem__(self, key: Key) -> None:
+        self._held.remove(key)
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+class Memory(_Places):
     """Tensors on the host, copied into large blocks that stay.
 
     Kept where they were made, among a layer's activations, they would leave holes in the heap, more with every layer. A
@@ -24,8 +40,8 @@ class Memory(MutableMapping[Key, Tensor]):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._places: dict[Key, Tensor] = {}
-        self._held: set[Key] = set()
         self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
 
     def __getitem__(self, key: Key) -> Tensor:
@@ -41,15 +57,6 @@ class Memory(MutableMapping[Key, Tensor]):
             place.copy_(value)
         self._held.add(key)
 
-    def __delitem__(self, key: Key) -> None:
-        self._held.remove(key)
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
-
     def _room(self, value: Tensor) -> Tensor:
         nbytes = -(-value.nbytes // 64) * 64
         if self._used + nbytes > len(self._block):
@@ -59,7 +66,7 @@ class Memory(MutableMapping[Key, Tensor]):
         return place
 
 
-class Scratch(MutableMapping[Key, Tensor]):
+class Scratch(_Places):
     """Tensors in a file without a name on a scratch disk; they come back as new ones in host memory.
 
     Raises:
@@ -67,9 +74,9 @@ class Scratch(MutableMapping[Key, Tensor]):
     """
 
     def __init__(self, directory: Path) -> None:
+        super().__init__()
         self._directory, self._descriptor, self._end = directory, scratch_file(directory), 0
         self._places: dict[Key, tuple[int, torch.Size, torch.dtype]] = {}
-        self._held: set[Key] = set()
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -90,15 +97,6 @@ class Scratch(MutableMapping[Key, Tensor]):
             self._end += value.nbytes
         write_at(self._descriptor, value.cpu().contiguous(), place[0], self._directory)
         self._held.add(key)
-
-    def __delitem__(self, key: Key) -> None:
-        self._held.remove(key)
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._held)
-
-    def __len__(self) -> int:
-        return len(self._held)
 
 
 class Narrow(MutableMapping[Key, Tensor]):
