@@ -1,6 +1,6 @@
 """Streamprune beside llmcompressor's sequential one-shot pruning: the same model, tokens and patterns, in one run.
 
-    python bench/peers.py --data DIR [--peer-python PYTHON] [--json FILE] [--draws N]
+    python bench/peers.py --data DIR [--peer-python PYTHON] [--json FILE] [--draws N] [--only METHOD/PATTERN]
 
 wanda and sparsegpt at 50 % and 2:4, calibrated on 32 x 256 tokens from the start of DIR/wikitext2-valid.txt in float32;
 perplexity of the first 100 x 128 tokens of DIR/wikitext2-test.txt. Every further draw calibrates on the next 32 x 256
@@ -132,6 +132,7 @@ def show(results: dict[str, list[dict[str, Any]]]) -> str:
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
 @click.option("--peer-python", default=sys.executable, help="A Python that has llmcompressor.")
 @click.option("--draws", type=click.IntRange(1), default=1, show_default=True, help="Of calibration tokens.")
+@click.option("--only", type=click.Choice([f"{method}/{pattern}" for method, pattern in RUNS]), help="By default all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "one_job", hidden=True)
 def main(
@@ -139,6 +140,7 @@ def main(
     model: Path | None,
     peer_python: str,
     draws: int,
+    only: str | None,
     json_file: Path | None,
     one_job: str | None,
 ) -> None:
@@ -163,7 +165,7 @@ def main(
         click.echo(f"{peer_python} has no llmcompressor; its rows are left out", err=True)
     results: dict[str, list[dict[str, Any]]] = {}
     for ids in sequences:
-        for method, pattern in RUNS:
+        for method, pattern in [tuple(only.split("/"))] if only else RUNS:
             for side, python in sides.items():
                 job = {"side": side, "model": path, "method": method, "pattern": pattern, "ids": ids.tolist()}
                 result = measure(python, job, data)
