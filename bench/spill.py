@@ -4,12 +4,12 @@
 
 `taylor` over all layers of a random Llama (24 layers: 1.7 billion parameters, 3.4 GB in DIR, removed afterwards) on
 sequences of 1024 tokens, a sweep forwards and one backwards; each place has a process of its own. The scores must be
-the same bits. Beside a CPU, "host" is where they are anyhow and is left out.
+the same bits; on a GPU, whose attention adds up gradients over more than 128 tokens in any order, they may differ from
+place to place by as much as from run to run. Beside a CPU, "host" is where they are anyhow and is left out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +23,7 @@ from typing import Any
 
 import click
 import torch
+from safetensors.torch import load_file, save_file
 
 SEQ_LEN = 1024
 
@@ -35,7 +36,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     from streamprune.run import open_model
     from streamprune.statistics import Statistics
 
-    device, taken, found = job["device"], [], hashlib.sha256()
+    device, taken, runs = job["device"], [], []
     with open_model(job["model"], device=device, micro_batch=2) as sweeper:
         sweeper.place, sweeper.scratch = job["place"], Path(job["scratch"])
         generator = torch.Generator().manual_seed(1)
@@ -46,13 +47,17 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
             scores = UnitScores.zeros(collected)
             start = time.perf_counter()
             METHODS["taylor"].score(collected, resolve_settings("taylor", {}), scores)
+            values = [each.cpu().double().flatten() for kinds in scores.values.values() for each in kinds.values()]
             taken.append(time.perf_counter() - start)
-        for kinds in scores.values.values():
-            for values in kinds.values():
-                found.update(values.cpu().double().numpy().tobytes())
+            runs.append(torch.cat(values))
         boundaries = (sweeper.n_layers + 1) * ids.numel() * sweeper.skeleton.config.hidden_size * 2
-    figures = {"seconds": statistics.median(taken[1:]), "boundaries": boundaries, "scores": found.hexdigest()}
-    return figures | memory(device)
+    save_file({"first": runs[0], "second": runs[1]}, job["scores"])
+    return {"seconds": statistics.median(taken[1:]), "boundaries": boundaries, **memory(device)}
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖."""
+    return float((one - other).norm() / other.norm())
 
 
 @click.command()
@@ -89,25 +94,33 @@ def main(
     given = {"model": str(directory / "model"), "scratch": str(directory), "device": device}
     given |= {"tokens": tokens, "repeat": repeat}
     figures: dict[str, Any] = {}
+    runs: dict[str, dict[str, torch.Tensor]] = {}
     try:
         make_model(directory / "model", layers)
         for place in places:
-            command = [sys.executable, __file__, "--one", json.dumps({**given, "place": place})]
+            scores = directory / f"{place}.pt"
+            job_of = {**given, "place": place, "scores": str(scores)}
+            command = [sys.executable, __file__, "--one", json.dumps(job_of)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             figures[place] = json.loads(done.stdout.splitlines()[-1])
+            runs[place] = load_file(scores)
+            first, second = runs[place]["first"], runs[place]["second"]
+            between = difference(first, runs["device"]["first"])
+            figures[place] |= {"from_device": between, "from_itself": difference(second, first)}
             print(place, figures[place], file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-    rows = [["hidden states", "seconds", "of device's", "peak RSS", "peak GPU"]]
+    rows = [["hidden states", "seconds", "of device's", "peak RSS", "peak GPU", "scores differ", "in a second run"]]
     for place, row in figures.items():
         ratio = row["seconds"] / figures["device"]["seconds"]
         peaks = [human(row["peak_rss"]), human(row["peak_gpu"]) if "peak_gpu" in row else "-"]
-        rows.append([place, f"{row['seconds']:.2f}", f"{ratio:.2f}", *peaks])
+        differences = [f"{row[name]:.1e}" for name in ("from_device", "from_itself")]
+        rows.append([place, f"{row['seconds']:.2f}", f"{ratio:.2f}", *peaks, *differences])
     held = human(figures["device"]["boundaries"])
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, {device}, {tokens} tokens, {layers} layers: {held}\n")
     print(table(rows, markdown=True))
-    same = len({row["scores"] for row in figures.values()}) == 1
-    print(f"\n{'met' if same else 'WRONG'}: scores are the same bits wherever hidden states are")
+    between, within = (max(row[name] for row in figures.values()) for name in ("from_device", "from_itself"))
+    print(f"\n{'met' if between <= 3 * within else 'WRONG'}: scores differ by place at most three times as by run")
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
 
