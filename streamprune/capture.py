@@ -166,6 +166,10 @@ def _capture(collector: PowerCollector, module: nn.Module, arguments: tuple[Any,
     output.register_hook(hand_over)
 
 
+class SeenEnough(Exception):
+    """Raised by a hook that has seen all it wants: what comes after it in the layer is not computed."""
+
+
 def module_of(tensor: str) -> str:
     """Name of the module that has this parameter."""
     return tensor.rpartition(".")[0]

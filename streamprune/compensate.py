@@ -12,17 +12,18 @@ only, and is what mends the layer before layers that are gone: its goal is then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamprune import slim
 from streamprune.activations import States, whole
 from streamprune.allocation import KeptUnits
-from streamprune.capture import module_of
+from streamprune.capture import SeenEnough, module_of
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.families import Member, kept_lines
 from streamprune.paging import Page
@@ -241,8 +242,8 @@ class _Repair:
         cross = _zeros(matrix, matrix.shape[1], len(lines))
         gram = None if pruned is None else _zeros(matrix, len(lines), len(lines))
         for part in visit.parts():
-            x, _ = self._run(visit, member, weights, part)
-            left = x[:, lines] if pruned is None else self._run(visit, member, pruned, part)[0][:, lines]
+            x = self._input(visit, member, weights, part)
+            left = x[:, lines] if pruned is None else self._input(visit, member, pruned, part)[:, lines]
             cross.addmm_(x.T, left)
             if gram is not None:
                 gram.addmm_(left.T, left)
@@ -256,7 +257,9 @@ class _Repair:
         cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
         for part in visit.parts():
-            x, output = self._run(visit, member, visit.weights, part)
+            with _given(visit, member) as seen:
+                output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
+            x = seen[0]
             error = (goal[part].to(gram) - output.to(gram)).flatten(0, -2)
             cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
             gram.addmm_(x[:, lines].T, x[:, lines])
@@ -264,17 +267,11 @@ class _Repair:
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
         return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
 
-    def _run(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> tuple[Tensor, Tensor]:
-        """What the module of `member` is given [tokens, d_in], and the layer's output, for some sequences."""
-        skeleton, seen = self.sweeper.skeleton, []
-        module = skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
-        handle = module.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-        try:
-            output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
-        finally:
-            handle.remove()
-        x = seen[0].reshape(-1, seen[0].shape[-1])
-        return x if x.dtype == torch.float64 else x.float(), output
+    def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
+        """What the module of `member` is given [tokens, d_in] for some sequences; no more of the layer is computed."""
+        with _given(visit, member, enough=True) as seen:
+            self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
+        return seen[0]
 
     def _solve(self, right: Tensor, gram: Tensor, ridge: float, layer: int) -> Tensor:
         """right (H_S + λI)⁻¹; `gram` is overwritten."""
@@ -285,6 +282,26 @@ class _Repair:
                 f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
             )
         return torch.cholesky_solve(right.T, lower).T
+
+
+@contextmanager
+def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[list[Tensor]]:
+    """What the module of `member` is given [tokens, d_in] in the block; with `enough` a pass ends where it is."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+        seen.append(x if x.dtype == torch.float64 else x.float())
+        if enough:
+            raise SeenEnough
+
+    module = visit.sweeper.skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
+    handle = module.register_forward_pre_hook(see)
+    try:
+        with suppress(SeenEnough):
+            yield seen
+    finally:
+        handle.remove()
 
 
 def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:

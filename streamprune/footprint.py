@@ -273,17 +273,19 @@ def _gradients(
 
 
 def _inputs(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: Shape, where: Place, micro_batch: int) -> Stage:
-    """A forward sweep that sums over inputs; a layer whose weights are pruned runs twice."""
-    pruned = config.target == "weights"
+    """A forward sweep that sums over inputs; a layer that is pruned runs twice, first up to its last product."""
+    pruned, matrices = config.target == "weights", _matrices(sweeper)
     tokens = min(micro_batch, shape[0]) * shape[1]
     held, host, scratch = _states(sweeper, 2, shape, where, micro_batch)
-    device = _base(sweeper, own=True) | held
+    device = _base(sweeper, own=pruned) | held
     device |= input_bytes(sweeper, tokens, gram=config.method == "sparsegpt")
-    forward = layer_flops(sweeper, shape, plan.layers[-1] + 1) * (2 if pruned else 1)
+    forward = layer_flops(sweeper, shape, plan.layers[-1] + 1)
+    if pruned:
+        forward = 2 * forward - len(plan.layers) * 2 * matrices[-1].numel() * shape[0] * shape[1]
     moved = scratch * (plan.layers[-1] + 1)  # of the two that are there, each layer reads one and writes one
     if config.method != "sparsegpt":
         return Stage("", device, host, scratch, moved, forward=forward)
-    layers, widths, matrices = len(plan.layers), input_widths(sweeper), _matrices(sweeper)
+    layers, widths = len(plan.layers), input_widths(sweeper)
     return Stage(
         "",
         device,
@@ -365,8 +367,9 @@ def _repair(sweeper: Sweeper, shape: Shape, where: Place, passes: Sequence[Seque
         "Gram matrices": 3 * inputs**2 * size,
     }
     layers = len(passes[-1])
-    # H_S, and what it is solved for.
-    forward = 4 * layer_flops(sweeper, shape, layers) + 2 * layers * _gram_flops(shape, [inputs])
+    # The dense model's layer, the pruned one for its error and for its output, and a quarter of it up to o; then H_S,
+    # and what it is solved for.
+    forward = 3.25 * layer_flops(sweeper, shape, layers) + 2 * layers * _gram_flops(shape, [inputs])
     moved, factors = scratch * layers, layers * inputs**3 / 3
     return Stage("repairing", device, host, scratch, moved, passes, forward=forward, factors=factors)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from streamprune.capture import module_of
+from streamprune.capture import SeenEnough, module_of
 
 
 class Moments:
@@ -75,16 +75,22 @@ class Inputs(Generic[Sums]):
         self.tensors = tensors
         self.sums: dict[str, Sums] = {}
         self._seen: list[tuple[Tensor, Sums]] = []
+        self._awaited: set[str] | None = None
 
     @contextmanager
-    def watching(self, layer: nn.Module) -> Iterator[None]:
-        """Take in what the Linears are given while `layer` runs inside the block: one micro-batch."""
+    def watching(self, layer: nn.Module, *, enough: bool = False) -> Iterator[None]:
+        """Take in what the Linears are given while `layer` runs inside the block: one micro-batch.
+
+        With `enough`, the pass ends where the last of them has been given its input, and so does the block.
+        """
+        self._awaited = set(self.tensors) if enough else None
         handles = [
             layer.get_submodule(module_of(name)).register_forward_pre_hook(partial(self._take, name))
             for name in self.tensors
         ]
         try:
-            yield
+            with suppress(SeenEnough):
+                yield
         finally:
             self._seen.clear()
             for handle in handles:
@@ -92,12 +98,16 @@ class Inputs(Generic[Sums]):
 
     def _take(self, name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         given = arguments[0]
-        for tensor, sums in self._seen:
-            if tensor is given:  # q, k and v; gate and up
-                self.sums.setdefault(name, sums)
-                return
-        x = given.detach().reshape(-1, given.shape[-1])
-        if name not in self.sums:
-            self.sums[name] = self.kind(x.shape[-1], x)
-        self.sums[name].add(x)
-        self._seen.append((given, self.sums[name]))
+        shared = next((sums for tensor, sums in self._seen if tensor is given), None)  # by q, k and v; gate and up
+        if shared is not None:
+            self.sums.setdefault(name, shared)
+        else:
+            x = given.detach().reshape(-1, given.shape[-1])
+            if name not in self.sums:
+                self.sums[name] = self.kind(x.shape[-1], x)
+            self.sums[name].add(x)
+            self._seen.append((given, self.sums[name]))
+        if self._awaited is not None:
+            self._awaited.discard(name)
+            if not self._awaited:
+                raise SeenEnough

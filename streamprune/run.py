@@ -238,12 +238,12 @@ def _source(
 
 
 def _place(
-    config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work
+    config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0
 ) -> planner.Placement:
-    """Decide where things stay, and tell the sweeper."""
+    """Decide where things stay, and tell the sweeper; `to_come` is what the process does not hold yet, in bytes."""
     skeleton = sweeper.skeleton
     loaded = skeleton.resident_bytes if skeleton.loaded and skeleton.device.type == "cpu" else 0
-    baseline = psutil.Process().memory_info().rss - loaded + (0 if skeleton.loaded else TEXT_BYTES)
+    baseline = psutil.Process().memory_info().rss - loaded + to_come
     placement = planner.place(sweeper, config, settings, plan, work, baseline=baseline)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
@@ -270,7 +270,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         work = texts.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
-        placement = _place(config, settings, plan, sweeper, work)
+        placement = _place(config, settings, plan, sweeper, work, to_come=TEXT_BYTES)
         found = None
         if measure:
             found = rates.measured(sweeper, seq_len, rates.default_cache())

@@ -105,34 +105,36 @@ class Statistics:
         kind: type[Sums],
         consume: Callable[[TensorRef, Tensor, Sums], Tensor | None],
         of: Callable[[TensorRef], bool] = lambda ref: True,
+        *,
+        prunes: bool = False,
     ) -> None:
         """One forward sweep that hands over sums over what each scored matrix is given.
 
         Args:
-            of: the matrices that are wanted.
             kind: `Moments` or `Gram`; matrices with the same input are given the same object, one after another.
-            consume: is given (matrix, its weight as stored, sums). What it returns, stored alike, takes the place of
-                the weight: once a layer's matrices are through, the layer runs again and its new output goes on.
+            consume: is given (matrix, its weight as stored, sums).
+            of: the matrices that are wanted.
+            prunes: what `consume` returns, if anything, takes the place of the weight. Once a layer's matrices are
+                through, the layer runs with the new ones, and that output goes on.
         """
         last = self.layers[-1]
 
-        def prune(visit: Visit) -> States:
+        def collect(visit: Visit) -> States:
             if visit.layer not in self.layers:
                 return visit.run()
             refs = {name: ref for name, ref in self.sweeper.scored[visit.layer].items() if of(ref)}
-            inputs, changed = Inputs(kind, list(refs)), False
-            output = visit.run(inputs=inputs)
+            inputs, output = Inputs(kind, list(refs)), visit.hidden
+            if prunes or visit.layer == last:
+                visit.give(inputs)
+            else:
+                output = visit.run(inputs=inputs)
             for name, ref in refs.items():
                 weight = consume(ref, visit.page.tensors[name], inputs.sums.pop(name))
-                if weight is not None:
+                if prunes and weight is not None:
                     visit.weights[name].copy_(weight)
-                    changed = True
-            if not changed or visit.layer == last:
-                return output
-            del output
-            return visit.run()
+            return visit.run() if prunes and visit.layer != last else output
 
-        self._visit(prune)
+        self._visit(collect, change=prunes)
 
     def hidden(self, consume: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None]) -> None:
         """One forward sweep that hands over (layer, its inputs and outputs [., seq, d]) for each prunable layer."""

@@ -76,6 +76,13 @@ class Visit:
                 output[part] = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
         return output
 
+    def give(self, inputs: Inputs[Any]) -> None:
+        """Let `inputs` take in what the Linears are given, without the layer's output: its last product is not made."""
+        skeleton = self.sweeper.skeleton
+        for part in self.parts():
+            with inputs.watching(skeleton.layers[self.layer], enough=True):
+                skeleton.run_layer(self.layer, self.weights, self.call, self.hidden[part])
+
 
 Visitor = Callable[[Visit], States]  # returns the hidden states that go on
 

@@ -126,6 +126,22 @@ def test_streamed_sums_equal_torch_on_all_tokens(micro_batch, tiny):
             close(grams[layer, name][1].total, sum(torch.outer(token, token) for token in x), rtol)
 
 
+@pytest.mark.parametrize("prunes", [True, False])
+def test_products_that_nothing_is_made_of_are_not_computed(prunes, models):
+    statistics, calls = models("llama").statistics(micro_batch=2), []
+    sweeper, last = statistics.sweeper, statistics.layers[-1]
+    handles = [
+        layer.get_submodule("mlp.down_proj").register_forward_hook(lambda *_, index=index: calls.append(index))
+        for index, layer in enumerate(sweeper.skeleton.layers)
+    ]
+    statistics.inputs(Moments, lambda ref, weight, sums: weight if prunes else None, prunes=prunes)
+    for handle in handles:
+        handle.remove()
+    parts = len(list(sweeper.micro_batches(statistics.samples)))
+    # A layer that is pruned runs again for its output; that of the last layer is not asked for.
+    assert calls == [layer for layer in range(last) for _ in range(parts)]
+
+
 @pytest.mark.parametrize("kind", [Moments, Gram])
 def test_linears_with_one_input_share_their_sums(kind, tiny):
     found = sums_of(tiny.statistics(micro_batch=3), kind)

@@ -7,7 +7,7 @@ import pytest
 
 from streamprune import PruneConfig, prune, rates
 from streamprune.checkpoint import Checkpoint
-from streamprune.run import foretell
+from streamprune.run import TEXT_BYTES, foretell
 
 RUNS = [
     ("taylor", "units", {}),
@@ -129,3 +129,12 @@ def test_a_scratch_that_is_a_file_or_full_is_refused_before_any_sweep(tiny_llama
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))
     with pytest.raises(OutputError, match=r"1,000,000 bytes free"):
         prune(config(tiny_llama, tmp_path / "out", scratch=tmp_path / "new", samples=60, seq_len=64))
+
+
+def test_a_plan_that_measures_counts_the_texts_too(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "measured", lambda *arguments: rates.assumed("l4"))
+    plain, measuring = (
+        foretell(config(tiny_llama, tmp_path / "out"), measure=measure).placement.host_bytes
+        for measure in (False, True)
+    )
+    assert abs(plain - measuring) < TEXT_BYTES / 4

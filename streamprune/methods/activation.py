@@ -14,7 +14,7 @@ from torch import Tensor
 from streamprune.capture import TensorRef
 from streamprune.inputs import Moments
 from streamprune.kernels import unit_score
-from streamprune.methods.scores import Sink, UnitScores
+from streamprune.methods.scores import Sink, UnitScores, WeightPruner
 from streamprune.statistics import Statistics
 
 PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α is for gradient norms over so many
@@ -26,7 +26,7 @@ def wanda(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> Tensor | None:
         return sink.add_norms(ref, weight, (inputs.squares / statistics.samples).sqrt_())
 
-    statistics.inputs(Moments, consume)
+    statistics.inputs(Moments, consume, prunes=isinstance(sink, WeightPruner))
 
 
 def wanda_sp(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
@@ -82,4 +82,4 @@ def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
 
     statistics.gradient_powers(keep, (power,))
     if settings["terms"] == "both":
-        statistics.inputs(Moments, consume)
+        statistics.inputs(Moments, consume, prunes=isinstance(sink, WeightPruner))

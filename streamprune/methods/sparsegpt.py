@@ -32,7 +32,7 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
         matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity)[0])
         return sink.put(ref, weight, pruned)
 
-    statistics.inputs(Gram, consume)
+    statistics.inputs(Gram, consume, prunes=True)
 
 
 def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0) -> Tensor:
