@@ -163,8 +163,6 @@ class Journal:
         sweep, layer, loss = self._point
         if self._sweep < sweep:
             return Point(END, {}, None)
-        if layer == END:
-            return Point(END, {}, loss)
         return Point(layer, self._read("carry") if "carry" in self._files else {}, loss)
 
     def commit(self, layer: int, carry: Mapping[str, Tensor] | None = None, loss: float | None = None) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from streamprune.activations import States, whole
 from streamprune.binding import Perturbation, check_finite
 from streamprune.capture import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer, TensorRef
 from streamprune.inputs import Inputs, Sums
-from streamprune.state import END, Journal, Point
+from streamprune.state import END, Journal, Key, Point
 from streamprune.stores import MakeStore, make_store
 from streamprune.sweep import Sweeper, Visit, Visitor
 
@@ -71,9 +72,9 @@ class Statistics:
         """The next sweep: where an earlier run left it."""
         return None if self._journal is None else self._journal.begin()
 
-    def _commit(self, layer: int, carry: States | None = None, loss: float | None = None) -> None:
+    def _commit(self, layer: int, carry: Mapping[str, States] | None = None, loss: float | None = None) -> None:
         if self._journal is not None:
-            self._journal.commit(layer, None if carry is None else {"hidden": whole(carry)}, loss)
+            self._journal.commit(layer, {name: whole(states) for name, states in (carry or {}).items()}, loss)
 
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
         """One sweep over the scored matrices of the prunable layers as they are stored."""
@@ -160,7 +161,7 @@ class Statistics:
 
         def journalled(each: Visit) -> States:
             output = visit(each)
-            self._commit(each.layer, output)
+            self._commit(each.layer, {"hidden": output})
             return output
 
         self.sweeper.forward(self._ids, start=start, visit=journalled, change=change, stop=self.layers[-1] + 1)
@@ -171,13 +172,21 @@ class Statistics:
 
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
-        size, losses = self.streams_at_once, dict[int, float]()
-        start: tuple[int, States] | None = None
-        for first in range(0, len(self.layers), size):
-            streams, start = self._without(self.layers[first : first + size], start)
+        size, dense = self.streams_at_once, None
+        losses: MutableMapping[Key, Tensor] = {} if self._journal is None else self._journal.store("losses")
+        for first, begin in zip(range(0, len(self.layers), size), self._starts(), strict=True):
+            layers, point = self.layers[first : first + size], self._begin()
+            if point is not None and point.layer == END:
+                self.sweeper.pager.skip(range(begin, self.sweeper.n_layers))
+                # Of the last pass that is through: the next one begins there.
+                dense = self.sweeper.states(point.carry["dense"]) if point.carry else None
+                continue
+            streams, dense = self._without(layers, begin, dense, point)
             for layer, hidden in streams.items():
-                losses[layer], _ = self.sweeper.head_loss(hidden, self._ids, with_grad=False)
-        return losses
+                loss, _ = self.sweeper.head_loss(hidden, self._ids, with_grad=False)
+                losses[layer, "loss"] = torch.tensor(loss, dtype=torch.float64)
+            self._commit(END, {"dense": dense})
+        return {layer: float(losses[layer, "loss"]) for layer in self.layers}
 
     @property
     def streams_at_once(self) -> int:
@@ -191,28 +200,31 @@ class Statistics:
         return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
 
     def _without(
-        self, layers: Sequence[int], start: tuple[int, States] | None
-    ) -> tuple[dict[int, States], tuple[int, States]]:
-        """Hidden states at the end without each of `layers`, and (the layer above them, its input in the whole model).
+        self, layers: Sequence[int], begin: int, dense: States | None, point: Point | None
+    ) -> tuple[dict[int, States], States]:
+        """Hidden states at the end without each of `layers`, and what the layer above them is given in the whole model.
 
-        `start` is the latter for the layers before.
+        `dense` is the latter for the layers before, which is the input of layer `begin`.
         """
         streams: dict[int, States] = {}
-        above, dense = layers[-1] + 1, [] if start is None else [start[1]]
+        if point is not None:
+            self.sweeper.pager.skip(range(begin, point.layer + 1))
+            streams = {int(name): self.sweeper.states(value) for name, value in point.carry.items() if name != "dense"}
+            begin, dense = point.layer + 1, self.sweeper.states(point.carry["dense"])
+        kept = [] if dense is None else [dense]
 
         def carry(visit: Visit) -> States:
             for layer, hidden in streams.items():
                 streams[layer] = visit.run(hidden)
             if visit.layer in layers:
                 streams[visit.layer] = visit.hidden
-            if visit.layer >= above:
-                return visit.hidden  # the whole model is not needed any more
-            output = visit.run()
-            dense[:] = [output]
-            return output
+            if visit.layer <= layers[-1]:  # above them the whole model is not needed any more
+                kept[:] = [visit.run()]
+            self._commit(visit.layer, {"dense": kept[0]} | {str(layer): hidden for layer, hidden in streams.items()})
+            return kept[0]
 
-        self.sweeper.forward(self._ids, start=start, visit=carry, change=False)
-        return streams, (above, dense[0])
+        self.sweeper.forward(self._ids, start=None if dense is None else (begin, dense), visit=carry, change=False)
+        return streams, kept[0]
 
     def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:
         """What a sweep passes: forwards to layer `stop`, `again` from the lowest prunable one, and back."""
@@ -251,7 +263,7 @@ class Statistics:
             collector,
             perturbation=perturbation,
             below=None if point is None else point.layer,
-            done=lambda layer, grad: self._commit(layer, grad, loss),
+            done=lambda layer, grad: self._commit(layer, {"hidden": grad}, loss),
         )
         self._commit(END, loss=loss)
         return loss

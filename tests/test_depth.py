@@ -64,9 +64,9 @@ def test_layer_ppl_takes_several_passes_where_memory_holds_few_of_its_streams(st
     monkeypatch.setattr(streamprune.statistics, "STREAM_BYTES", streams * ids.numel() * 48 * 8 + 7)
     passes, original = [], Statistics._without
 
-    def recorded(self, part, start):
-        passes.append((list(part), None if start is None else start[0]))
-        return original(self, part, start)
+    def recorded(self, part, begin, dense, point):
+        passes.append((list(part), None if dense is None else begin))
+        return original(self, part, begin, dense, point)
 
     monkeypatch.setattr(Statistics, "_without", recorded)
     scores = scores_of(tmp_path, "layer-ppl", ids, layers)

@@ -15,7 +15,7 @@ import torch
 from cli_runner import snapshot
 from safetensors import SafetensorError
 
-from streamprune import PruneConfig, prune, state
+from streamprune import PruneConfig, prune, state, statistics
 from streamprune.errors import OutputError, UsageError
 from streamprune.output import OutputWriter
 from streamprune.progress import Progress
@@ -105,6 +105,13 @@ def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(
         killing(-1, "after")
         assert weights(prune(config(tiny_llama, output, *what, resume=True)).output) == expected
     assert not list(tmp_path.glob(".*"))  # neither journals nor partial outputs
+
+
+def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, killing, monkeypatch):
+    monkeypatch.setattr(statistics, "STREAM_BYTES", 2 * 5 * 16 * 48 * 4)  # two of four layers at once
+    test_a_run_killed_at_any_commit_ends_with_the_same_bytes(
+        "layer-ppl", "layers", {}, {}, tiny_llama, tmp_path, killing
+    )
 
 
 def test_a_run_killed_again_and_again_gets_there(tiny_llama, tmp_path, killing):
