@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import CheckpointError
-from streamprune.readers import Reader, ReaderKind
+from streamprune.readers import Reader, ReaderKind, retried
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -169,7 +171,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file, or a CheckpointError that names the file."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(retried(partial(file.read_text, encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not readable JSON ({error}); download it again") from error
     if not isinstance(value, dict):
@@ -220,15 +222,8 @@ def read_header(file: Path, number: int = 0) -> list[TensorEntry]:
         CheckpointError: a header or a tensor that does not fit the file, an unknown dtype.
     """
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            prefix = stream.read(8)
-            header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-            if header_size > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{file}: its header claims {header_size} bytes, the file has {size}; download it again"
-                )
-            header = json.loads(stream.read(header_size))
+        size, text = retried(partial(_header_text, file))
+        header = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a safetensors file ({error}); download it again") from error
     if not isinstance(header, dict):
@@ -236,7 +231,20 @@ def read_header(file: Path, number: int = 0) -> list[TensorEntry]:
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file}: its __metadata__ is no object; download it again")
-    return [_entry(file, number, 8 + header_size, size, *item) for item in header.items()]
+    return [_entry(file, number, 8 + len(text), size, *item) for item in header.items()]
+
+
+def _header_text(file: Path) -> tuple[int, bytes]:
+    """Bytes of the file, and the header as it is written there."""
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if header_size > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{file}: its header claims {header_size} bytes, the file has {size}; download it again"
+            )
+        return size, stream.read(header_size)
 
 
 def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any) -> TensorEntry:

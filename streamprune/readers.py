@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from streamprune.errors import CheckpointError
 
 ReaderKind = Literal["buffered", "direct"]
+T = TypeVar("T")
 
 PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET})
 PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds before each further try
@@ -137,6 +138,22 @@ class Reader:
             with self._lock:
                 self._bounces.append(bounce)
         return count
+
+
+def retried(read: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
+    """What `read` gives, which is called again where the disk fails for a moment: for headers and other small files.
+
+    Raises:
+        OSError: the last one, or one that does not pass.
+    """
+    for pause in PAUSES:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+        sleep(pause)
+    return read()
 
 
 def _bounce() -> memoryview:
