@@ -1,12 +1,16 @@
 """A forward pass by streamprune beside airllm's, accelerate's disk_offload's, and in memory: time, memory, bytes read.
 
     python bench/forwards.py --scratch DIR [--model DIR] [--repeat 5] [--json FILE]
+    python bench/forwards.py --scratch DIR --model DIR --stored --tokens 16
 
-Float32 on a CPU, 10 x 128 tokens, the loss of all of them; by default the demo's 135M Llama. Each way has a process of
-its own, which loads, passes once untimed, and then `--repeat` times with its files in the page cache (warm) and as
-often with them dropped from it before every pass (cold), which stands for a model that exceeds memory. airllm splits
-the checkpoint into a file per layer first, disk_offload writes it anew as float32; neither is timed. A way whose
-package is missing is left out, with a line that says so.
+On a CPU, 10 x 128 tokens in float32, the loss of all of them; by default the demo's 135M Llama. Each way has a process
+of its own, which loads, passes once untimed, and then `--repeat` times with its files in the page cache (warm) and as
+often with them dropped from it before every pass (cold). airllm splits the checkpoint into a file per layer first,
+disk_offload writes it anew as float32; neither is timed. A way whose package is missing is left out, with a line that
+says so.
+
+--stored is for a model that exceeds memory: streamprune and disk_offload compute in the stored dtype, so that the
+latter takes its weights from the checkpoint's own files, by a device_map that has the layers on the disk.
 """
 
 from __future__ import annotations
@@ -27,38 +31,47 @@ import click
 import torch
 from torch import Tensor
 
-SAMPLES, SEQ_LEN = 10, 128
+SEQ_LEN = 128
 NEEDS = {"streamprune": "streamprune", "airllm": "airllm", "disk_offload": "accelerate", "in memory": "transformers"}
 FASTER = {"warm": {"airllm": 3.0, "disk_offload": 1.0}, "cold": {"disk_offload": 3.0}}
+ON_DISK = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+ON_DISK |= {"model.layers": "disk"}
 Pass = Callable[[], float]
 
 
-def streamed(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+def streamed(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass, list[Path]]:
     """Our sweep."""
     from streamprune.run import open_model
     from streamprune.sweep import default_micro_batch
 
-    opened = open_model(model, device="cpu", micro_batch=default_micro_batch(SEQ_LEN))
+    dtype = stored_dtype(model) if stored else "float32"
+    opened = open_model(model, device="cpu", dtype=dtype, micro_batch=default_micro_batch(SEQ_LEN))
     sweeper = opened.__enter__()
     return lambda: sweeper.head_loss(sweeper.forward(ids), ids, with_grad=False)[0], files(Path(model))
 
 
-def whole(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+def whole(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass, list[Path]]:
     """transformers, in memory."""
     loaded = _load(model)
     return lambda: loss_of(loaded(ids).logits, ids), files(Path(model))
 
 
-def offloaded(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+def offloaded(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass, list[Path]]:
     """accelerate's disk_offload."""
     from accelerate import disk_offload
+    from transformers import AutoModelForCausalLM
 
+    if stored:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=stored_dtype(model), device_map=ON_DISK, offload_folder=str(scratch)
+        )
+        return lambda: loss_of(loaded(ids).logits, ids), files(Path(model))
     loaded = _load(model)
     disk_offload(loaded, str(scratch), execution_device=torch.device("cpu"))
     return lambda: loss_of(loaded(ids).logits, ids), files(scratch)
 
 
-def layered(model: str, ids: Tensor, scratch: Path) -> tuple[Pass, list[Path]]:
+def layered(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass, list[Path]]:
     """airllm."""
     from airllm import AutoModel
 
@@ -75,6 +88,11 @@ def _load(model: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def stored_dtype(model: str) -> str:
+    """As config.json has it."""
+    return json.loads((Path(model) / "config.json").read_text())["dtype"]
 
 
 def loss_of(logits: Tensor, ids: Tensor) -> float:
@@ -95,14 +113,15 @@ def drop(paths: list[Path]) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def one(way: str, model: str, scratch: Path, repeat: int) -> dict[str, Any]:
+def one(way: str, model: str, scratch: Path, repeat: int, tokens: int, stored: bool) -> dict[str, Any]:
     """All passes of a way, in this process."""
     from streamprune.report import peak_rss
 
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
-    ids = torch.randint(0, vocabulary, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    shape = (max(1, tokens // SEQ_LEN), min(tokens, SEQ_LEN))
+    ids = torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        run, paths = WAYS[way](model, ids, scratch)
+        run, paths = WAYS[way](model, ids, scratch, stored)
         loss, seconds = run(), {}
         for state in ("warm", "cold"):
             taken = []
@@ -116,14 +135,14 @@ def one(way: str, model: str, scratch: Path, repeat: int) -> dict[str, Any]:
     return {"way": way, "loss": loss, **seconds, "peak_rss": peak_rss(), "disk": sum(p.stat().st_size for p in paths)}
 
 
-def measure(way: str, model: str, scratch: Path, repeat: int) -> dict[str, Any] | None:
+def measure(way: str, scratch: Path, **job: Any) -> dict[str, Any] | None:
     """`one` in a process of its own; None where it cannot be."""
     if importlib.util.find_spec(NEEDS[way]) is None:
         click.echo(f"{NEEDS[way]} is not installed; its rows are left out", err=True)
         return None
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
-        job = json.dumps({"way": way, "model": model, "scratch": directory, "repeat": repeat})
-        done = subprocess.run([sys.executable, __file__, "--one", job], capture_output=True, text=True, check=False)
+        command = [sys.executable, __file__, "--one", json.dumps({"way": way, "scratch": directory, **job})]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -155,13 +174,23 @@ def show(figures: list[dict[str, Any]]) -> str:
 @click.option("--scratch", type=click.Path(path_type=Path), help="Directory for what peers write: 2 GB.")
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=10 * SEQ_LEN, show_default=True)
+@click.option("--stored", is_flag=True, help="Compute in the stored dtype: for a model that exceeds memory.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "job", hidden=True)
-def main(scratch: Path | None, model: Path | None, repeat: int, json_file: Path | None, job: str | None) -> None:
+def main(
+    scratch: Path | None,
+    model: Path | None,
+    repeat: int,
+    tokens: int,
+    stored: bool,
+    json_file: Path | None,
+    job: str | None,
+) -> None:
     """Measure, print the table, and write JSON."""
     if job is not None:
         given = json.loads(job)
-        print(json.dumps(one(given["way"], given["model"], Path(given["scratch"]), given["repeat"])))
+        print(json.dumps(one(given.pop("way"), scratch=Path(given.pop("scratch")), **given)))
         return
     if scratch is None:
         raise click.UsageError("--scratch is missing")
@@ -170,8 +199,10 @@ def main(scratch: Path | None, model: Path | None, repeat: int, json_file: Path 
 
     scratch.mkdir(parents=True, exist_ok=True)
     path = str(model or demo.fetch(demo.default_cache(), Progress()))
-    figures = [found for way in WAYS if (found := measure(way, path, scratch.absolute(), repeat)) is not None]
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {SAMPLES} x {SEQ_LEN} tokens, medians of {repeat}\n")
+    ways = ("streamprune", "disk_offload") if stored else tuple(WAYS)
+    job_of = {"model": path, "repeat": repeat, "tokens": tokens, "stored": stored}
+    figures = [found for way in ways if (found := measure(way, scratch.absolute(), **job_of)) is not None]
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {tokens} tokens, medians of {repeat}\n")
     print(show(figures))
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")

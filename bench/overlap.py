@@ -1,6 +1,6 @@
 """How well reading hides behind computing: a forward sweep against its reading alone and its computing alone.
 
-    python bench/overlap.py --model DIR [--device cuda] [--cold] [--tokens 128 --tokens 1280 ...] [--json FILE]
+    python bench/overlap.py --model DIR [--device cuda] [--cold] [--reader direct] [--tokens 128 ...] [--json FILE]
 
 A sweep that overlaps perfectly takes the longer of the two, plus one layer (the first read has nothing to hide behind).
 With --cold the page cache forgets the checkpoint before every sweep and every reading.
@@ -20,6 +20,7 @@ import click
 import torch
 
 from streamprune.paging import Page, Pager, Turn
+from streamprune.readers import ReaderKind
 from streamprune.report import table
 from streamprune.run import open_model
 
@@ -65,14 +66,23 @@ def median_seconds(run: Callable[[], object], device: str, repeat: int, forget: 
 @click.option("--model", required=True, help="A checkpoint; random ones are made by bench/end_to_end.py.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--cold", is_flag=True, help="Read from the disk, not from the page cache.")
+@click.option("--reader", type=click.Choice(["buffered", "direct"]), default="buffered", show_default=True)
 @click.option("--tokens", type=int, multiple=True, default=(128, 1280, 12800), show_default=True)
 @click.option("--repeat", type=int, default=5, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(model: str, device: str, cold: bool, tokens: tuple[int, ...], repeat: int, json_file: Path | None) -> None:
+def main(
+    model: str,
+    device: str,
+    cold: bool,
+    reader: ReaderKind,
+    tokens: tuple[int, ...],
+    repeat: int,
+    json_file: Path | None,
+) -> None:
     """Measure, print the table, and write JSON."""
     rows = [["tokens", "sweep, s", "reading alone", "computing alone", "sweep / longer one", "and one layer"]]
     figures = []
-    with open_model(model, device=device, micro_batch=16) as sweeper, torch.no_grad():
+    with open_model(model, device=device, micro_batch=16, reader=reader) as sweeper, torch.no_grad():
         pager, layers = sweeper.pager, sweeper.n_layers
         forget = sweeper.skeleton.checkpoint.files if cold else []
         for count in tokens:
@@ -91,7 +101,9 @@ def main(model: str, device: str, cold: bool, tokens: tuple[int, ...], repeat: i
             rows.append([str(count), *cells, f"{sweep / bound:.2f}"])
     print(table(rows, markdown=True))
     if json_file:
-        json_file.write_text(json.dumps({"device": device, "cold": cold, "figures": figures}, indent=1) + "\n")
+        json_file.write_text(
+            json.dumps({"device": device, "cold": cold, "reader": reader, "figures": figures}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
