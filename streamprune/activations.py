@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ WRITES = 2  # parts on their way out
 # Parts of spilled hidden states on the device at the same time: two that are read and those after them, two on their
 # way out, and what the layer puts out.
 PARTS = 7
+PIECE_BYTES = 256 << 20
 
 
 class Activations:
@@ -109,13 +110,13 @@ class Activations:
 
         return self._submit(work)
 
-    def whole(self, place: Tensor | int, like: Spilled) -> Tensor:
-        """All of a place, in host memory."""
+    def fetch(self, place: Tensor | int, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """A part, in host memory, to be read only."""
         if isinstance(place, Tensor):
             self._submit(lambda: None).result()
-            return place.view(like.dtype).view(like.shape)
-        host = torch.empty(like.shape, dtype=like.dtype)
-        self._submit(lambda: read_at(self._descriptor, host, place, self.scratch)).result()
+            return place[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        host = torch.empty(shape, dtype=dtype)
+        self._submit(lambda: read_at(self._descriptor, host, place + offset, self.scratch)).result()
         return host
 
     def carry(self, place: Tensor | int, offset: int, value: Tensor) -> None:
@@ -196,9 +197,10 @@ class Spilled:
             del self._coming[start, stop]
         self._owner.carry(self._place, part.start * self._of_one, value.detach())
 
-    def whole(self) -> Tensor:
-        """All of them in host memory, to be read only."""
-        return self._owner.whole(self._place, self)
+    def fetch(self, part: slice) -> Tensor:
+        """A part in host memory, to be read only."""
+        shape = torch.Size((part.stop - part.start, *self.shape[1:]))
+        return self._owner.fetch(self._place, part.start * self._of_one, shape, self.dtype)
 
     def ahead(self, part: slice) -> None:
         """Start to bring a part."""
@@ -218,9 +220,17 @@ def ahead(states: States, part: slice) -> None:
         states.ahead(part)
 
 
+def pieces(states: States) -> Iterator[Tensor]:
+    """Some sequences after others in host memory, to be read only: PIECE_BYTES of them, or one."""
+    step = max(1, PIECE_BYTES * len(states) // max(1, states.nbytes))
+    for start in range(0, len(states), step):
+        part = slice(start, min(start + step, len(states)))
+        yield states[part].detach().cpu() if isinstance(states, Tensor) else states.fetch(part)
+
+
 def whole(states: States) -> Tensor:
     """All of them in host memory, to be read only."""
-    return states.detach().cpu() if isinstance(states, Tensor) else states.whole()
+    return torch.cat(list(pieces(states)))
 
 
 def scratch_file(directory: Path | None) -> int:

@@ -46,8 +46,8 @@ class Binder:
         self._buffer: Tensor | None = None
         self._finite: set[int] = set()
         # torch draws normals in one thread; tensors have generators of their own, so they can be drawn together.
-        threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="streamprune-noise")
+        self.threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="streamprune-noise")
 
     @property
     def resident_bytes(self) -> int:
@@ -94,9 +94,7 @@ class Binder:
                 position += _aligned(weights[parameter].numel())
             out = self._within(weights, name)
             if perturbation is not None and moved:
-                seed = noise_seed(*perturbation.key, page.layer, name)
-                delta = perturbation.delta.get((page.layer, name))
-                drawing.append(self._threads.submit(_perturb, out, stored, delta, perturbation.sigma, seed))
+                drawing.append(self._pool.submit(_perturb, out, stored, perturbation, page.layer, name))
             else:
                 out.copy_(stored)
         for draw in drawing:
@@ -129,9 +127,11 @@ class Binder:
         return self._buffer[position : position + shape.numel()].view(shape)
 
 
-def _perturb(out: Tensor, stored: Tensor, delta: Tensor | None, sigma: float, seed: int) -> None:
-    """`perturb` with δ brought from the host here, so that one tensor's δ is on a GPU at a time."""
-    perturb(out, stored, None if delta is None else delta.to(out.device), sigma, seed)
+def _perturb(out: Tensor, stored: Tensor, perturbation: Perturbation, layer: int, name: str) -> None:
+    """`perturb` with δ brought from where it is kept here, so that a thread has one tensor's δ at a time."""
+    delta = perturbation.delta.get((layer, name))
+    seed = noise_seed(*perturbation.key, layer, name)
+    perturb(out, stored, None if delta is None else delta.to(out.device), perturbation.sigma, seed)
 
 
 def _aligned(elements: int) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprune import slim
-from streamprune.activations import States, whole
+from streamprune.activations import Spilled, States, pieces
 from streamprune.allocation import KeptUnits
 from streamprune.capture import SeenEnough, module_of
 from streamprune.errors import StreampruneError, UsageError
@@ -37,7 +37,7 @@ OWN_RIDGE = 0.001
 STREAM_RIDGE = 0.1
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
 Write = Callable[[Page, Mapping[str, Tensor]], None]
-Goals = MutableMapping[Key, Any]  # hidden states by (layer, "goal")
+Goals = MutableMapping[Key, Any]  # hidden states, or pieces of them, by (layer, number of the piece)
 
 
 def repair_goal(skeleton: Skeleton, wanted: RepairGoal | None) -> RepairGoal:
@@ -104,8 +104,8 @@ def compensate(
         carry = {"hidden": repair.visit(each)}
         return carry if repair.dense is None else carry | {"dense": repair.dense}
 
-    def resume(carry: Mapping[str, States]) -> None:
-        repair.dense = carry.get("dense")
+    def resume(carry: dict[str, States]) -> None:
+        repair.dense = carry.pop("dense", None)
 
     _walk(sweeper, input_ids, visit, len(passes(sweeper, kept)[-1]), micro_batch, journal, resume)
 
@@ -117,27 +117,33 @@ def _walk(
     stop: int,
     micro_batch: int,
     journal: Journal | None,
-    resume: Callable[[Mapping[str, States]], None] = lambda carry: None,
+    resume: Callable[[dict[str, States]], None] = lambda carry: None,
     *,
     change: bool = True,
 ) -> None:
     """A forward sweep up to layer `stop`, from where the journal has it; `visit` gives what it hands on, by name."""
-    point, start = None if journal is None else journal.begin(), None
+    point, carried = None if journal is None else journal.begin(), dict[str, States]()
     if point is not None:
         sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
         if point.layer == END:
             return
-        carry = {name: sweeper.states(value) for name, value in point.carry.items()}
-        resume(carry)
-        start = (point.layer + 1, carry["hidden"])
+        carried = {name: sweeper.states(found, len(input_ids)) for name, found in point.carry.items()}
+        resume(carried)
 
     def journalled(each: Visit) -> States:
         carry = visit(each)
         if journal is not None:
-            journal.commit(each.layer, {name: whole(states) for name, states in carry.items()})
+            journal.commit(each.layer, {name: pieces(states) for name, states in carry.items()})
         return carry["hidden"]
 
-    sweeper.forward(input_ids, start=start, visit=journalled, change=change, stop=stop, micro_batch=micro_batch)
+    sweeper.forward(
+        input_ids,
+        start=None if point is None else (point.layer + 1, carried.pop("hidden")),
+        visit=journalled,
+        change=change,
+        stop=stop,
+        micro_batch=micro_batch,
+    )
     if journal is not None:
         journal.commit(END)
 
@@ -169,7 +175,9 @@ def _find_goals(
         output = visit.run()
         if ends.get(visit.layer, -1) >= 0:
             # One for each gap: more than a GPU may hold.
-            goals[ends[visit.layer], "goal"] = whole(output) if journal or isinstance(output, Tensor) else output
+            here = [output if isinstance(output, Spilled) else output.detach().cpu()]
+            for index, piece in enumerate(here if journal is None else pieces(output)):
+                goals[ends[visit.layer], str(index)] = piece
         return {"hidden": output}
 
     _walk(sweeper, input_ids, keep, max(ends) + 1, micro_batch, journal, change=False)
@@ -199,7 +207,7 @@ class _Repair:
         if visit.layer not in self.kept:
             self.write(visit.page, {})
             return visit.hidden
-        goal = self.goals.pop((visit.layer, "goal"), None)
+        goal = self._goal(visit.layer)
         if self.first is not None and visit.layer >= self.first:
             # Up to there the two models are the same.
             goal = self.dense = visit.run(visit.hidden if self.dense is None else self.dense)
@@ -229,6 +237,12 @@ class _Repair:
             fitted[member.tensor] = made
         self.write(visit.page, fitted)
         return visit.run()
+
+    def _goal(self, layer: int) -> States | None:
+        found = [self.goals.pop(key) for key in sorted(self.goals, key=lambda key: int(key[1])) if key[0] == layer]
+        if len(found) > 1:
+            return self.sweeper.states(found, sum(map(len, found)))
+        return found[0] if found else None
 
     def _to_own_output(self, visit: Visit, member: Member, lines: Tensor) -> Tensor:
         """W' [d_out, kept] that puts out from x_S what W puts out from x; the unit's other matrices are still whole."""

@@ -56,6 +56,7 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
         hidden = sweeper.forward(part, micro_batch=micro_batch, then="again")
         loss, _ = sweeper.head_loss(hidden, part, with_grad=False)
         total += loss * len(part)
+        del hidden  # before there are the next ones
     loss = total / len(segments)
     value = math.exp(loss) if loss < 700 else math.inf
     return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))

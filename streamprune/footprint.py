@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from streamprune import compensate, evaluate, slim
-from streamprune.activations import PARTS, Place
+from streamprune.activations import PARTS, PIECE_BYTES, Place
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS
 from streamprune.output import WRITERS
@@ -46,7 +46,7 @@ class Stage:
         forward, backward: FLOPs of products of matrices.
         noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
             goes through column by column.
-        written: bytes of the output.
+        written: bytes of the output. carried: bytes of hidden states that a journal takes in at a commit.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Stage:
     updates: float = 0
     written: int = 0
     read: int = 0
+    carried: int = 0
 
 
 def stages(
@@ -88,7 +89,7 @@ def stages(
         passes = compensate.passes(sweeper, plan.choice.widths)
         fitted = passes[-1]
         gone = sweeper.n_layers - len(plan.choice.widths)
-        found.append(_repair(sweeper, work.repair, where, passes, gone))
+        found.append(_repair(sweeper, config, work.repair, where, passes, gone))
     written = set(plan.layers) if config.target == "weights" else set(fitted)
     # Embeddings and head are read once more and written as a whole, the tensors of a layer some at a time.
     largest = max(entry.nbytes for entry in sweeper.skeleton.checkpoint.tensors.values())
@@ -212,14 +213,18 @@ def scoring(
     ids = None if shape is None else torch.empty(shape, device="meta")
     statistics, count = Statistics(sweeper, ids, plan.layers, 0), method.sweeps(settings)
     # A run that can be resumed keeps the state in its journal.
-    state_bytes = 0 if config.resume else plan.state_bytes
+    state_bytes = 0 if config.keeps_journal else plan.state_bytes
     host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": state_bytes if state == "host" else 0}
     spilled = state_bytes if state == "scratch" else 0
     if config.reader == "direct":
         host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
+    largest = max(matrix.numel() for matrix in _matrices(sweeper))
+    if "sigma" in settings and (state == "scratch" or config.keeps_journal or config.state_dtype != "float32"):
+        host["δ on its way"] = sweeper.binder.threads * 4 * largest
+    carried = _hidden(sweeper, shape) if shape is not None and config.keeps_journal else 0
+    host["a piece for the journal"] = 2 * min(PIECE_BYTES, carried)
     parts, sweeps = [], count if "gradients" in needs else 1
     if shape is None:
-        largest = max(matrix.numel() for matrix in _matrices(sweeper))
         parts.append(Stage("", _base(sweeper) | {"a matrix and its scores": 3 * 4 * largest}))
     elif "gradients" in needs:
         parts.append(_gradients(sweeper, plan, shape, where, micro_batch, count, moved="sigma" in settings))
@@ -227,6 +232,7 @@ def scoring(
         parts.append(_inputs(sweeper, config, plan, shape, where, micro_batch))
     if shape is not None and ("hidden" in needs or "losses" in needs):
         streams = min(statistics.streams_at_once, len(plan.layers)) if "losses" in needs else 0
+        carried *= 1 + streams
         parts.append(_streams(sweeper, plan, shape, where, micro_batch, streams))
 
     def most(held: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
@@ -245,6 +251,7 @@ def scoring(
         noise=sum(part.noise for part in parts),
         factors=sum(part.factors for part in parts),
         updates=sum(part.updates for part in parts),
+        carried=carried,
     )
 
 
@@ -356,11 +363,17 @@ def input_bytes(sweeper: Sweeper, tokens: int, *, gram: bool) -> dict[str, int]:
     }
 
 
-def _repair(sweeper: Sweeper, shape: Shape, where: Place, passes: Sequence[Sequence[int]], gaps: int) -> Stage:
+def _repair(
+    sweeper: Sweeper, config: PruneConfig, shape: Shape, where: Place, passes: Sequence[Sequence[int]], gaps: int
+) -> Stage:
     """Hidden states of both models before and after a layer and after gaps, and a layer's least squares."""
-    size, micro_batch = max(4, sweeper.skeleton.dtype.itemsize), evaluate.default_micro_batch(shape[1])
+    size, carried = max(4, sweeper.skeleton.dtype.itemsize), _hidden(sweeper, shape) if config.keeps_journal else 0
+    micro_batch = config.micro_batch or evaluate.default_micro_batch(shape[1])
     inputs, tokens = max(each[1] for each in _matrices(sweeper)), min(shape[0], micro_batch) * shape[1]
-    held, host, scratch = _states(sweeper, 5 + gaps, shape, where, micro_batch)
+    apart = where == "device" and sweeper.skeleton.device.type == "cuda"  # those after gaps go to the host
+    held, host, scratch = _states(sweeper, 5 + (0 if apart else gaps), shape, where, micro_batch)
+    host |= {"hidden states after gaps": gaps * _hidden(sweeper, shape)} if apart else {}
+    host["a piece for the journal"] = 2 * min(PIECE_BYTES, carried)
     device = _base(sweeper, own=True) | held
     device |= {
         "activations": _forward_activations(sweeper, tokens) + 2 * inputs * tokens * size,
@@ -371,7 +384,8 @@ def _repair(sweeper: Sweeper, shape: Shape, where: Place, passes: Sequence[Seque
     # and what it is solved for.
     forward = 3.25 * layer_flops(sweeper, shape, layers) + 2 * layers * _gram_flops(shape, [inputs])
     moved, factors = scratch * layers, layers * inputs**3 / 3
-    return Stage("repairing", device, host, scratch, moved, passes, forward=forward, factors=factors)
+    carried *= 2 + gaps
+    return Stage("repairing", device, host, scratch, moved, passes, forward, factors=factors, carried=carried)
 
 
 def layer_flops(sweeper: Sweeper, shape: Shape, layers: int) -> float:

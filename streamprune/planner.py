@@ -99,7 +99,7 @@ def _places(config: PruneConfig, gpu: bool) -> list[Place]:
 
 def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
     """Where the method's state may stay; what can be resumed has it in the journal."""
-    spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
+    spill = config.scratch is not None and plan.state_bytes > 0 and not config.keeps_journal
     return ["host", "scratch"] if spill else ["host"]
 
 
@@ -168,11 +168,11 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
     remedies = ["lower --samples or --seq-len"] if needs_text else []
     if config.scratch is None and needs_text:
         remedies.append("give --scratch DIR")
-    if config.micro_batch is not None:
+    if config.micro_batch is not None and not config.resume:  # a journal wants the one that it was begun with
         remedies.append("lower --micro-batch")
     if not remedies:
         remedies.append("raise it")
-    if plan.state_bytes > sum(needed) / 10 and not config.resume:
+    if plan.state_bytes > sum(needed) / 10 and not config.keeps_journal:
         remedies.append(f"for its {report.human(plan.state_bytes)} of state use {METHODS[config.method].stateless}")
     return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
 

@@ -16,7 +16,7 @@ from streamprune.checkpoint import byte_view
 from streamprune.config import PruneConfig
 from streamprune.progress import Progress
 from streamprune.skeleton import Skeleton
-from streamprune.state import JOURNAL, Journal
+from streamprune.state import JOURNAL, Journal, in_use, remove
 
 
 def open_journal(
@@ -73,8 +73,16 @@ def already_there(journal_directory: Path | None) -> int:
     return sum(file.stat().st_size for file in journal_directory.rglob("*") if file.is_file())
 
 
+def remove_finished(directory: Path) -> None:
+    """The journal of a run that was killed when its output was there already: none is under way in it any more."""
+    if (directory / JOURNAL).is_file() and not (directory / "output").exists() and not in_use(directory):
+        remove(directory)
+
+
 def say_what_stays(directory: Path, progress: Progress, kind: type[BaseException] | None, *rest: object) -> None:
-    """Of a run that did not end well: where its journal is."""
-    if kind is not None and (directory / JOURNAL).is_file():
+    """Of a run that did not end well: where its journal is. One that holds nothing goes."""
+    if kind is not None and not (directory / JOURNAL).is_file():
+        remove(directory)
+    elif kind is not None:
         nbytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
         progress.say(f"{directory} keeps {report.human(nbytes)} to go on from: repeat the command, or remove it")

@@ -142,7 +142,7 @@ def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
     settings = resolve_settings(config.method, config.settings, config.target)
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
-        state.remove(journal_directory)  # of a run that was killed when its output was there already
+        resume.remove_finished(journal_directory)
     check_output(config.output, overwrite=config.overwrite)
     if config.compress:
         compressed.check_package()
@@ -171,7 +171,7 @@ def _score_and_write(
         plan = make_plan(config, skeleton, settings)
         # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
         copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
-        kept_on_disk = plan.state_bytes if config.resume else 0
+        kept_on_disk = plan.state_bytes if config.keeps_journal else 0
         check_space(config.output, plan.output_bytes + copied + kept_on_disk - resume.already_there(journal_directory))
         progress.say(describe(config, skeleton, plan))
         tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
@@ -189,6 +189,11 @@ def _score_and_write(
         # The micro-batch is part of the arithmetic: the one that the first run was planned with.
         planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
         placement = _place(planned, settings, plan, sweeper, work)
+        if config.keeps_journal:
+            # What the last commit carries, and what the next one does.
+            kept_on_disk += 2 * max(stage.carried for stage in placement.stages)
+            there = resume.already_there(journal_directory)
+            check_space(config.output, plan.output_bytes + copied + kept_on_disk - there)
         progress.say(planner.say(placement, sweeper))
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
@@ -288,8 +293,15 @@ def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progres
 
 
 def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, progress: Progress) -> float:
-    device, dtype = config.device, config.dtype
-    with open_model(str(directory), device=device, dtype=dtype, pruned=True, progress=progress) as pruned:
+    with open_model(
+        str(directory),
+        device=config.device,
+        dtype=config.dtype,
+        pruned=True,
+        progress=progress,
+        reader=config.reader,
+        read_threads=config.read_threads,
+    ) as pruned:
         return _perplexity(pruned, segments, "after", progress)
 
 

@@ -13,8 +13,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,12 +47,13 @@ class Point:
 
     Attributes:
         layer: the last one that is finished; END if the whole sweep is.
-        carry: what it handed on, by name, on the CPU.
+        carry: what it handed on, by name: pieces of hidden states on the CPU, some sequences after others. They are
+            read as they are asked for, and are gone with the next commit.
         loss: of a sweep's forward half, where it has one and is the last that was begun.
     """
 
     layer: int
-    carry: Mapping[str, Tensor]
+    carry: Mapping[str, Iterator[Tensor]]
     loss: float | None
 
 
@@ -126,7 +127,7 @@ class Journal:
         self.facts = {name: value for name, value in self.facts.items() if scored and name != "digests"}
         self._files = {name: file for name, file in self._files.items() if scored and name.startswith("scores/")}
         self._point = None
-        self._remove_unnamed()
+        self.save()
 
     def release(self) -> None:
         """Let another run use the directory."""
@@ -163,18 +164,34 @@ class Journal:
         sweep, layer, loss = self._point
         if self._sweep < sweep:
             return Point(END, {}, None)
-        return Point(layer, self._read("carry") if "carry" in self._files else {}, loss)
+        return Point(layer, self._carried(), loss)
 
-    def commit(self, layer: int, carry: Mapping[str, Tensor] | None = None, loss: float | None = None) -> None:
+    def _carried(self) -> dict[str, Iterator[Tensor]]:
+        files: dict[str, dict[int, str]] = {}
+        for each in self._files:
+            kind, _, rest = each.partition("/")
+            if kind == "carry":
+                name, _, index = rest.partition("/")
+                files.setdefault(name, {})[int(index)] = each
+        return {name: self._pieces([each[index] for index in sorted(each)]) for name, each in files.items()}
+
+    def _pieces(self, names: Sequence[str]) -> Iterator[Tensor]:
+        for name in names:
+            yield self._read(name)["tensor"]
+
+    def commit(
+        self, layer: int, carry: Mapping[str, Iterable[Tensor]] | None = None, loss: float | None = None
+    ) -> None:
         """A layer of the current sweep is finished, and all that was put for it; END: the sweep is.
 
-        `carry`: what the sweep hands on, in host memory.
+        `carry`: what the sweep hands on, by name, in pieces: one of them at a time is in memory.
         """
         self._save_scores(layer)
-        if carry:
-            self._write("carry", dict(carry))
-        else:
-            self._files.pop("carry", None)
+        for each in [name for name in self._files if name.startswith("carry/")]:
+            del self._files[each]
+        for name, pieces in (carry or {}).items():
+            for index, piece in enumerate(pieces):
+                self._write(f"carry/{name}/{index}", {"tensor": piece})
         self._point = (self._sweep, layer, loss)
         self.save()
 
@@ -228,10 +245,12 @@ class Journal:
             raise OutputError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
 
     def _remove_unnamed(self) -> None:
-        named = {*self._files.values(), JOURNAL, LOCK}
-        for file in self.directory.iterdir():
-            if file.is_file() and file.name not in named:
-                file.unlink()
+        named = set(self._files.values())
+        for file in self.directory.glob("*.safetensors"):
+            if file.name not in named:
+                # What a tensor is still mapped to cannot go on a network disk, and is told apart by its name there.
+                with suppress(OSError):
+                    file.unlink()
 
 
 class _Store(MutableMapping[Key, Tensor]):
@@ -263,6 +282,18 @@ class _Store(MutableMapping[Key, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+
+def in_use(directory: Path) -> bool:
+    """Whether a run that is alive has this journal."""
+    try:
+        with (directory / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def remove(directory: Path) -> None:

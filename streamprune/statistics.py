@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from streamprune.activations import States, whole
+from streamprune.activations import States, pieces
 from streamprune.binding import Perturbation, check_finite
 from streamprune.capture import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer, TensorRef
 from streamprune.inputs import Inputs, Sums
@@ -74,7 +74,11 @@ class Statistics:
 
     def _commit(self, layer: int, carry: Mapping[str, States] | None = None, loss: float | None = None) -> None:
         if self._journal is not None:
-            self._journal.commit(layer, {name: whole(states) for name, states in (carry or {}).items()}, loss)
+            self._journal.commit(layer, {name: pieces(states) for name, states in (carry or {}).items()}, loss)
+
+    def _carried(self, point: Point, name: str = "hidden") -> States:
+        """Hidden states that an earlier run's sweep handed on."""
+        return self.sweeper.states(point.carry[name], self.samples)
 
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
         """One sweep over the scored matrices of the prunable layers as they are stored."""
@@ -150,21 +154,25 @@ class Statistics:
 
     def _visit(self, visit: Visitor, *, change: bool = True) -> None:
         """A forward sweep up to the last prunable layer."""
-        point, start = self._begin(), None
+        point, stop = self._begin(), self.layers[-1] + 1
         self._again = False  # the boundaries go
         if point is not None:
+            self.sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
             if point.layer == END:
-                self.sweeper.pager.skip(range(self.layers[-1] + 1))
                 return
-            self.sweeper.pager.skip(range(point.layer + 1))
-            start = (point.layer + 1, self.sweeper.states(point.carry["hidden"]))
 
         def journalled(each: Visit) -> States:
             output = visit(each)
             self._commit(each.layer, {"hidden": output})
             return output
 
-        self.sweeper.forward(self._ids, start=start, visit=journalled, change=change, stop=self.layers[-1] + 1)
+        self.sweeper.forward(
+            self._ids,
+            start=None if point is None else (point.layer + 1, self._carried(point)),
+            visit=journalled,
+            change=change,
+            stop=stop,
+        )
         self._commit(END)
 
     def losses_without(self) -> dict[int, float]:
@@ -172,20 +180,20 @@ class Statistics:
 
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
-        size, dense = self.streams_at_once, None
+        size, dense = self.streams_at_once, list[States]()  # the whole model's: one, or none at first
         losses: MutableMapping[Key, Tensor] = {} if self._journal is None else self._journal.store("losses")
         for first, begin in zip(range(0, len(self.layers), size), self._starts(), strict=True):
             layers, point = self.layers[first : first + size], self._begin()
             if point is not None and point.layer == END:
                 self.sweeper.pager.skip(range(begin, self.sweeper.n_layers))
                 # Of the last pass that is through: the next one begins there.
-                dense = self.sweeper.states(point.carry["dense"]) if point.carry else None
+                dense = [self._carried(point, "dense")] if point.carry else []
                 continue
-            streams, dense = self._without(layers, begin, dense, point)
-            for layer, hidden in streams.items():
-                loss, _ = self.sweeper.head_loss(hidden, self._ids, with_grad=False)
+            streams = self._without(layers, begin, dense, point)
+            for layer in layers:
+                loss, _ = self.sweeper.head_loss(streams.pop(layer), self._ids, with_grad=False)
                 losses[layer, "loss"] = torch.tensor(loss, dtype=torch.float64)
-            self._commit(END, {"dense": dense})
+            self._commit(END, {"dense": dense[0]})
         return {layer: float(losses[layer, "loss"]) for layer in self.layers}
 
     @property
@@ -200,18 +208,17 @@ class Statistics:
         return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
 
     def _without(
-        self, layers: Sequence[int], begin: int, dense: States | None, point: Point | None
-    ) -> tuple[dict[int, States], States]:
-        """Hidden states at the end without each of `layers`, and what the layer above them is given in the whole model.
+        self, layers: Sequence[int], begin: int, dense: list[States], point: Point | None
+    ) -> dict[int, States]:
+        """Hidden states at the end without each of `layers`.
 
-        `dense` is the latter for the layers before, which is the input of layer `begin`.
+        `dense` holds what layer `begin` is given in the whole model, and then what the layer above `layers` is.
         """
         streams: dict[int, States] = {}
         if point is not None:
             self.sweeper.pager.skip(range(begin, point.layer + 1))
-            streams = {int(name): self.sweeper.states(value) for name, value in point.carry.items() if name != "dense"}
-            begin, dense = point.layer + 1, self.sweeper.states(point.carry["dense"])
-        kept = [] if dense is None else [dense]
+            streams = {int(name): self._carried(point, name) for name in point.carry if name != "dense"}
+            begin, dense[:] = point.layer + 1, [self._carried(point, "dense")]
 
         def carry(visit: Visit) -> States:
             for layer, hidden in streams.items():
@@ -219,12 +226,12 @@ class Statistics:
             if visit.layer in layers:
                 streams[visit.layer] = visit.hidden
             if visit.layer <= layers[-1]:  # above them the whole model is not needed any more
-                kept[:] = [visit.run()]
-            self._commit(visit.layer, {"dense": kept[0]} | {str(layer): hidden for layer, hidden in streams.items()})
-            return kept[0]
+                dense[:] = [visit.run()]
+            self._commit(visit.layer, {"dense": dense[0]} | {str(layer): hidden for layer, hidden in streams.items()})
+            return dense[0]
 
-        self.sweeper.forward(self._ids, start=None if dense is None else (begin, dense), visit=carry, change=False)
-        return streams, kept[0]
+        self.sweeper.forward(self._ids, start=(begin, dense[0]) if dense else None, visit=carry, change=False)
+        return streams
 
     def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:
         """What a sweep passes: forwards to layer `stop`, `again` from the lowest prunable one, and back."""
@@ -254,7 +261,7 @@ class Statistics:
         else:
             # What was forwards of the layers above is through; of those below, the inputs are made again.
             assert point.loss is not None, "the forward half was through"
-            loss, grad = point.loss, sweeper.states(point.carry["hidden"])
+            loss, grad = point.loss, self._carried(point)
         assert grad is not None
         sweeper.backward(
             ids,

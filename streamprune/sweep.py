@@ -7,7 +7,7 @@ exist at a time. Methods receive the gradients tensor by tensor, as autograd fin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -161,6 +161,7 @@ class Sweeper:
             self._kept = []
         size = micro_batch or self.micro_batch
         first, hidden = start or (0, None)
+        start = None  # its input goes with the first layer
         if again:
             assert keep_from == self._kept_from and self._kept, "the sweep before kept the same"
             first, hidden = keep_from, self._kept[0]
@@ -259,11 +260,16 @@ class Sweeper:
                 grad[rows] = grads
         return float(total) / count, grad
 
-    def states(self, values: Tensor) -> States:
-        """Hidden states [n, seq, d] where those of this sweeper stay."""
-        (states,) = self._new_states(1, tuple(values.shape), values.dtype)
-        for part in self.micro_batches(len(values)):
-            states[part] = values[part].to(self.skeleton.device)
+    def states(self, pieces: Iterable[Tensor], count: int) -> States:
+        """Hidden states [count, seq, d] where those of this sweeper stay, of pieces of them on the CPU."""
+        states, start = None, 0
+        for piece in pieces:
+            if states is None:
+                (states,) = self._new_states(1, (count, *piece.shape[1:]), piece.dtype)
+            for part in self.micro_batches(len(piece)):
+                states[start + part.start : start + part.stop] = piece[part].to(self.skeleton.device, copy=True)
+            start += len(piece)
+        assert states is not None and start == count, "a journal holds all of them"
         return states
 
     def states_like(self, states: States) -> States:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from streamprune import calibration, evaluate
 from streamprune.config import PruneConfig
-from streamprune.errors import CheckpointError, UsageError
+from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.footprint import Work
 from streamprune.methods import METHODS
 from streamprune.skeleton import Skeleton
@@ -14,6 +14,7 @@ from streamprune.skeleton import Skeleton
 EVALUATION_SEQ_LEN = 128
 EVALUATION_SEGMENTS = 100  # at most
 EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
+EMBEDDED_TOKENS = 5000  # of it: 4,600 by the tokenizer of SmolLM2
 REPAIR_SEQ_LEN = 512
 
 
@@ -23,10 +24,11 @@ def expected_work(config: PruneConfig, skeleton: Skeleton) -> Work:
     limit = getattr(skeleton.config, "max_position_embeddings", None) or 10**9
     samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
     given = (config.samples or samples, config.seq_len or min(seq_len, limit))
-    repair_len = min(REPAIR_SEQ_LEN, limit)
+    repair_tokens = min(config.compensate_tokens, 10**9 if config.calibration else EMBEDDED_TOKENS)
+    repair_len = min(REPAIR_SEQ_LEN, limit, repair_tokens)
     return Work(
         given if method.needs_text else None,
-        (config.compensate_tokens // repair_len, repair_len) if config.compensate else None,
+        (repair_tokens // repair_len, repair_len) if config.compensate else None,
         None if config.evaluate is False else (EVALUATION_SEGMENTS, min(EVALUATION_SEQ_LEN, limit)),
     )
 
@@ -55,6 +57,8 @@ def repair_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tenso
     """`compensate_tokens` tokens for the least squares, or as many as the text has."""
     limit = getattr(skeleton.config, "max_position_embeddings", None) or REPAIR_SEQ_LEN
     count = min(config.compensate_tokens, len(tokens))
+    if count < 1:
+        raise CalibrationError(f"--calibration {config.calibration}: the text has no tokens; give a longer one")
     seq_len = min(REPAIR_SEQ_LEN, limit, count)
     check_tokens(tokens, seq_len, skeleton)
     return calibration.sample_sequences(tokens, count // seq_len, seq_len, config.sampling, config.seed)

@@ -31,6 +31,7 @@ from streamprune.sweep import Sweeper
 
 pytest.register_assert_rewrite("cli_runner", "plain_methods")
 from cli_runner import REMEDY, SHORT, Outcome, Streamprune, check_refusal, snapshot  # noqa: E402
+from killed_runs import killing  # noqa: E402, F401
 from plain_methods import FAMILIES_TESTED, LAYERS, SEED, SIZES, unit_slices, unit_totals  # noqa: E402
 
 VOCABULARY = 260  # the bytes and a few specials

@@ -65,7 +65,7 @@ def test_layer_ppl_takes_several_passes_where_memory_holds_few_of_its_streams(st
     passes, original = [], Statistics._without
 
     def recorded(self, part, begin, dense, point):
-        passes.append((list(part), None if dense is None else begin))
+        passes.append((list(part), begin if dense else None))
         return original(self, part, begin, dense, point)
 
     monkeypatch.setattr(Statistics, "_without", recorded)

@@ -12,106 +12,22 @@ import time
 
 import pytest
 import torch
-from cli_runner import snapshot
+from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
 from safetensors import SafetensorError
 
-from streamprune import PruneConfig, prune, state, statistics
+from streamprune import prune, state
 from streamprune.errors import OutputError, UsageError
 from streamprune.output import OutputWriter
 from streamprune.progress import Progress
 from streamprune.state import JOURNAL, Journal
 from streamprune.stores import Memory
 
-RUNS = [
-    ("taylor", "units", {}, {}),
-    ("moreau-gs", "units", {"steps": 3, "draws": 2, "eta_quantile": 0.3}, {}),
-    ("smoothgrad", "units", {"draws": 3}, {}),
-    ("smoothgrad", "units", {"draws": 3, "mean": "score"}, {}),
-    ("gblm", "units", {}, {}),
-    ("flap", "units", {}, {}),
-    ("magnitude", "units", {}, {}),
-    ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64}),
-    ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 4096, "micro_batch": None}),
-    ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64, "compensate_target": "own"}),
-    ("magnitude", "layers", {}, {"compensate": True, "compensate_tokens": 64}),
-    ("random", "layers", {}, {}),
-    ("layer-ppl", "layers", {}, {}),
-    ("block-influence", "layers", {}, {}),
-    ("moreau", "layers", {"steps": 2}, {}),
-    ("magnitude", "weights", {}, {}),
-    ("wanda", "weights", {}, {}),
-    ("gblm", "weights", {}, {}),
-    ("sparsegpt", "weights", {}, {}),
-    ("moreau", "weights", {"steps": 2}, {}),
-]
-
-
-class Killed(BaseException):
-    """As if the process ended there."""
-
-
-def config(tiny_llama, output, method, granularity, settings, options, **more):
-    options = {"max_shard_size": 60_000, "layers": (2, 6), "evaluate": False, "micro_batch": 2} | options
-    return PruneConfig(str(tiny_llama), output, method, settings, granularity, samples=5, seq_len=16, **options | more)
-
-
-def weights(directory):
-    """Everything in the output that says nothing of times."""
-    return {
-        name: value for name, value in snapshot(directory).items() if not name.endswith((".md", "streamprune.json"))
-    }
-
-
-@pytest.fixture
-def killing(monkeypatch):
-    """Kills the run at its n-th save: before it counts, or right after."""
-    original = Journal.save
-
-    def at(number, when):
-        count = itertools.count()
-
-        def save(self):
-            mine = next(count)
-            if mine == number and when == "before":
-                raise Killed
-            original(self)
-            if mine == number and when == "after":
-                raise Killed
-
-        monkeypatch.setattr(Journal, "save", save)
-        return count
-
-    return at
-
 
 @pytest.mark.parametrize("method,granularity,settings,options", RUNS)
 def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(
     method, granularity, settings, options, tiny_llama, tmp_path, killing
 ):
-    what = (method, granularity, settings, options)
-    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
-    count = killing(-1, "after")
-    assert weights(prune(config(tiny_llama, tmp_path / "journalled", *what, resume=True)).output) == expected
-    saves = next(count)
-    assert saves >= (1 if method == "random" else 2)
-    # All of them where there are few; else every third, and each kind of moment.
-    for number in range(0, saves, 1 if saves < 12 else 3):
-        when = "before" if number % 2 else "after"
-        output = tmp_path / f"killed-{number}"
-        killing(number, when)
-        with pytest.raises(Killed):
-            prune(config(tiny_llama, output, *what, resume=True))
-        assert not output.exists()
-        killing(-1, "after")
-        assert weights(prune(config(tiny_llama, output, *what, resume=True)).output) == expected
-    assert not list(tmp_path.glob(".*"))  # neither journals nor partial outputs
-
-
-def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, killing, monkeypatch):
-    monkeypatch.setattr(statistics, "STREAM_BYTES", 2 * 5 * 16 * 48 * 4)  # two of four layers at once
-    test_a_run_killed_at_any_commit_ends_with_the_same_bytes(
-        "layer-ppl", "layers", {}, {}, tiny_llama, tmp_path, killing
-    )
+    kill_at_any_commit((method, granularity, settings, options), tiny_llama, tmp_path, killing)
 
 
 def test_a_run_killed_again_and_again_gets_there(tiny_llama, tmp_path, killing):
@@ -331,16 +247,17 @@ def test_files_that_no_journal_names_are_removed_and_disk_use_stays_bounded(tmp_
     for step in range(5):
         for layer in (3, 2, 1):
             store[layer, "q"] = torch.full((10,), float(step))
-            journal.commit(layer, {"hidden": torch.zeros(4)}, 1.0)
-    assert len(list((tmp_path / "journal").iterdir())) == 2 + 3 + 1  # journal, lock, three layers, what is carried
+            journal.commit(layer, {"hidden": [torch.zeros(3), torch.ones(1)]}, 1.0)
+    assert len(list((tmp_path / "journal").iterdir())) == 2 + 3 + 2  # journal, lock, three layers, what is carried
     journal.release()
     (tmp_path / "journal" / "999.safetensors").write_text("cut off")
     again = Journal(tmp_path / "journal", {})
     store = again.store("delta")
-    assert len(list((tmp_path / "journal").iterdir())) == 6
+    assert len(list((tmp_path / "journal").iterdir())) == 7
     assert sorted(store) == [(1, "q"), (2, "q"), (3, "q")] and float(store[2, "q"][0]) == 4
     point = again.begin()
-    assert (point.layer, point.loss) == (1, 1.0) and torch.equal(point.carry["hidden"], torch.zeros(4))
+    assert (point.layer, point.loss) == (1, 1.0)
+    assert torch.cat(list(point.carry["hidden"])).tolist() == [0, 0, 0, 1]
 
 
 def test_what_is_put_without_a_commit_does_not_count(tmp_path):

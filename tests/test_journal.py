@@ -1,0 +1,90 @@
+"""What a journal takes in, when it goes, and what it outlives."""
+
+import shutil
+
+import pytest
+from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
+
+from streamprune import activations, prune, state, statistics
+from streamprune.activations import Activations
+from streamprune.errors import OutputError, StreampruneError
+from streamprune.state import JOURNAL, Journal
+
+
+def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, killing, monkeypatch):
+    monkeypatch.setattr(statistics, "STREAM_BYTES", 2 * 5 * 16 * 48 * 4)  # two of four layers at once
+    kill_at_any_commit(("layer-ppl", "layers", {}, {}), tiny_llama, tmp_path, killing)
+
+
+@pytest.mark.parametrize("what", [RUNS[1], RUNS[7], RUNS[10], RUNS[12], RUNS[16]], ids=str)
+@pytest.mark.parametrize("place", ["memory", "scratch"])
+def test_hidden_states_go_into_the_journal_in_pieces(what, place, tiny_llama, tmp_path, killing, monkeypatch):
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    piece = 2 * 16 * 48 * 4
+    monkeypatch.setattr(activations, "PIECE_BYTES", piece)  # two of five sequences, which also are a micro-batch
+    if place == "scratch":
+        original = Activations.__init__
+        monkeypatch.setattr(
+            Activations,
+            "__init__",
+            lambda self, device, where, *rest: original(self, device, "scratch", rest[0], tmp_path / "scratch"),
+        )
+    largest = []
+    save = state.save_file
+
+    def saved(tensors, file):
+        largest.extend(tensor.nbytes for tensor in tensors.values() if tensor.ndim == 3)
+        save(tensors, file)
+
+    monkeypatch.setattr(state, "save_file", saved)
+    killing(4, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected
+    assert 0 < max(largest) <= max(piece, 512 // 5 * 48 * 4)
+
+
+def test_a_journal_under_way_outlives_a_command_without_overwrite(tiny_llama, tmp_path, killing):
+    what = ("taylor", "units", {}, {})
+    output, journal = tmp_path / "out", tmp_path / ".out.resume"
+    expected = weights(prune(config(tiny_llama, output, *what)).output)
+    killing(3, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, output, *what, resume=True, overwrite=True))
+    with pytest.raises(OutputError, match="--overwrite"):
+        prune(config(tiny_llama, output, *what, resume=True))
+    assert (journal / JOURNAL).is_file() and (journal / "output").is_dir()
+    killing(-1, "after")
+    assert weights(prune(config(tiny_llama, output, *what, resume=True, overwrite=True)).output) == expected
+    assert not journal.exists()
+
+
+def test_a_refused_run_leaves_no_journal(tiny_llama, tmp_path):
+    with pytest.raises(StreampruneError, match="needs at least"):
+        prune(config(tiny_llama, tmp_path / "out", *RUNS[0], resume=True, host_memory=1000))
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_outlive_a_lost_output_and_the_next_death(tiny_llama, tmp_path, killing, monkeypatch):
+    what = ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64})
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    count = killing(-1, "after")
+    prune(config(tiny_llama, tmp_path / "counted", *what, resume=True))
+    killing(next(count) - 3, "after")  # in the repair or the writing
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    shutil.rmtree(tmp_path / ".out.resume" / "output")
+    original = Journal.forget
+
+    def forget(self):
+        original(self)
+        self.release()  # as a death does
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "forget", forget)
+        killing(-1, "after")
+        with pytest.raises(Killed):
+            prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected
