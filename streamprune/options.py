@@ -74,7 +74,7 @@ PRUNE_OPTIONS = (
     click.option(
         "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A number of the method; repeatable."
     ),
-    click.option("--layers", type=LayerRange(), help="Prunable layers; 4:L-2 by default, all with --stock."),
+    click.option("--layers", type=LayerRange(), help="Prunable layers; 4:L-2, all of weights and with --stock."),
     click.option("--attention-ratio", type=float, help="Part of the KV groups to remove, apart from --ratio."),
     click.option("--mlp-ratio", type=float, help="Part of the channels to remove, apart from --ratio."),
     click.option("--allocation", help="Units per layer: uniform, or global by comparing all layers; the method's own."),
