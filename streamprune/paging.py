@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import psutil
@@ -98,12 +99,13 @@ def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> li
 
 @dataclass(frozen=True)
 class _Read:
-    """One read: `nbytes` at `offset` of shard `file` to byte `position` of the slot."""
+    """One read: `nbytes` at `offset` of shard `file` to `position` in the slot; `drop` its pages from the cache."""
 
     file: int
     offset: int
     position: int
     nbytes: int
+    drop: bool
 
 
 @dataclass
@@ -153,8 +155,10 @@ class Pager:
         self.readers, self.slots, self._progress = readers, 2, progress
         self._slots: list[_Slot] = []
         self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
-        # Dropping pages that would stay in the cache makes every later sweep read the disk again.
-        self._drop_cache = self.layer_bytes() > psutil.virtual_memory().available // 2
+        # The same layers stay in the page cache from sweep to sweep; those above them are dropped behind the cursor.
+        # Were all of them left there, each would push out those that the next sweep asks for first.
+        room, until = psutil.virtual_memory().available // 2, accumulate(map(self.bytes_of, range(len(entries))))
+        self._cached = sum(nbytes <= room for nbytes in until)
 
     @property
     def _chunk_count(self) -> int:
@@ -289,14 +293,14 @@ class Pager:
                 self._chunks.put((chunk, event))
 
     def _fetch(self, read: _Read, target: Tensor) -> None:
-        self.checkpoint.read_into(read.file, read.offset, byte_view(target), drop_cache=self._drop_cache)
+        self.checkpoint.read_into(read.file, read.offset, byte_view(target), drop_cache=read.drop)
 
     def _reads(self, layer: int) -> Iterator[_Read]:
         position = 0
         for entry in self.entries[layer].values():
             for start in range(0, entry.nbytes, CHUNK_BYTES):
                 size = min(CHUNK_BYTES, entry.nbytes - start)
-                yield _Read(entry.file, entry.offset + start, position + start, size)
+                yield _Read(entry.file, entry.offset + start, position + start, size, layer >= self._cached)
             position += _aligned(entry.nbytes)
 
     def _views(self, layer: int, slot: Tensor) -> dict[str, Tensor]:

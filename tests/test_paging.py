@@ -1,6 +1,7 @@
 """Two slots are enough, and each of the three waits is needed: a fake device whose streams run as late as they may."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -237,3 +238,22 @@ def test_resident_bytes_do_not_depend_on_the_number_of_layers(tmp_path):
         save_tiny(tmp_path / str(layers), "llama", num_hidden_layers=layers)
         sizes.append(make_sweeper(tmp_path / str(layers)).resident_bytes)
     assert sizes[0] == sizes[1]
+
+
+def test_where_memory_is_short_the_same_layers_stay_in_the_page_cache(checkpoint, monkeypatch):
+    skeleton, read = checkpoint, []
+    room = sum(Pager(skeleton.checkpoint, skeleton.entries, HostDevice()).bytes_of(layer) for layer in range(3))
+    monkeypatch.setattr(paging.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * room))
+    original = Checkpoint.read_into
+
+    def read_into(self, file, offset, buffer, *, drop_cache=False):
+        read.append((file, offset, drop_cache))
+        original(self, file, offset, buffer, drop_cache=drop_cache)
+
+    monkeypatch.setattr(Checkpoint, "read_into", read_into)
+    with Pager(skeleton.checkpoint, skeleton.entries, HostDevice()).pages(range(8)) as pages:
+        for _ in pages:
+            pass
+    begin = {layer: {(e.file, e.offset) for e in entries.values()} for layer, entries in enumerate(skeleton.entries)}
+    first = {(file, offset): drop for file, offset, drop in read}
+    assert [{first[entry] for entry in begin[layer]} for layer in range(8)] == [{False}] * 3 + [{True}] * 5
