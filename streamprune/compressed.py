@@ -104,6 +104,11 @@ def specs(spec: TensorSpec) -> list[TensorSpec]:
     return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()]
 
 
+def names(matrix: str) -> list[str]:
+    """Of what is stored in the place of a matrix."""
+    return [matrix.removesuffix("weight") + part for part in ("shape", "compressed", "bitmask")]
+
+
 def config_fields(modules: Iterable[str], sparsity: float) -> dict[str, Any]:
     """The fields of config.json by which readers find the compressed modules.
 

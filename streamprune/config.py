@@ -157,11 +157,6 @@ class PruneConfig:
         targets: dict[str, Target] = {"units": "units", "layers": "layers"}
         return targets.get(self.granularity, "weights")
 
-    @property
-    def keeps_journal(self) -> bool:
-        """Whether what is computed goes into a journal; compressed weights are begun anew."""
-        return self.resume and not self.compress
-
     def _check_choices(self) -> None:
         if self.granularity not in DEFAULT_RATIOS:
             n_of_m = self.n_of_m

@@ -213,15 +213,15 @@ def scoring(
     ids = None if shape is None else torch.empty(shape, device="meta")
     statistics, count = Statistics(sweeper, ids, plan.layers, 0), method.sweeps(settings)
     # A run that can be resumed keeps the state in its journal.
-    state_bytes = 0 if config.keeps_journal else plan.state_bytes
+    state_bytes = 0 if config.resume else plan.state_bytes
     host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": state_bytes if state == "host" else 0}
     spilled = state_bytes if state == "scratch" else 0
     if config.reader == "direct":
         host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
     largest = max(matrix.numel() for matrix in _matrices(sweeper))
-    if "sigma" in settings and (state == "scratch" or config.keeps_journal or config.state_dtype != "float32"):
+    if "sigma" in settings and (state == "scratch" or config.resume or config.state_dtype != "float32"):
         host["δ on its way"] = sweeper.binder.threads * 4 * largest
-    carried = _hidden(sweeper, shape) if shape is not None and config.keeps_journal else 0
+    carried = _hidden(sweeper, shape) if shape is not None and config.resume else 0
     host["a piece for the journal"] = 2 * min(PIECE_BYTES, carried)
     parts, sweeps = [], count if "gradients" in needs else 1
     if shape is None:
@@ -367,7 +367,7 @@ def _repair(
     sweeper: Sweeper, config: PruneConfig, shape: Shape, where: Place, passes: Sequence[Sequence[int]], gaps: int
 ) -> Stage:
     """Hidden states of both models before and after a layer and after gaps, and a layer's least squares."""
-    size, carried = max(4, sweeper.skeleton.dtype.itemsize), _hidden(sweeper, shape) if config.keeps_journal else 0
+    size, carried = max(4, sweeper.skeleton.dtype.itemsize), _hidden(sweeper, shape) if config.resume else 0
     micro_batch = config.micro_batch or evaluate.default_micro_batch(shape[1])
     inputs, tokens = max(each[1] for each in _matrices(sweeper)), min(shape[0], micro_batch) * shape[1]
     apart = where == "device" and sweeper.skeleton.device.type == "cuda"  # those after gaps go to the host

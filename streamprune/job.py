@@ -127,7 +127,7 @@ class Job:
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
         kept = plan.choice.widths
         specs = slim.output_specs(skeleton, kept, packed=plan.packed)
-        journal = self.journal if self.config.keeps_journal else None
+        journal = self.journal
         statistics = self._statistics(journal)
         saved = journal.facts if journal is not None else {}
         counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many

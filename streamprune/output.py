@@ -57,6 +57,7 @@ class OutputWriter:
         self._digests: dict[str, str] = {} if digests is None else digests
         written = [target for name in self._digests if (target := self._slicer.name(name)) is not None]
         written += [bias_of(target) for target in written]  # those that a layer has been given
+        written += [part for name in self._digests if name in packed for part in compressed.names(name)]
         self._writer = ShardedWriter(directory, specs, max_shard_size, written)
 
     def __enter__(self) -> OutputWriter:

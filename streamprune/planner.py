@@ -99,7 +99,7 @@ def _places(config: PruneConfig, gpu: bool) -> list[Place]:
 
 def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
     """Where the method's state may stay; what can be resumed has it in the journal."""
-    spill = config.scratch is not None and plan.state_bytes > 0 and not config.keeps_journal
+    spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
     return ["host", "scratch"] if spill else ["host"]
 
 
@@ -172,7 +172,7 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
         remedies.append("lower --micro-batch")
     if not remedies:
         remedies.append("raise it")
-    if plan.state_bytes > sum(needed) / 10 and not config.keeps_journal:
+    if plan.state_bytes > sum(needed) / 10 and not config.resume:
         remedies.append(f"for its {report.human(plan.state_bytes)} of state use {METHODS[config.method].stateless}")
     return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
 

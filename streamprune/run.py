@@ -171,7 +171,7 @@ def _score_and_write(
         plan = make_plan(config, skeleton, settings)
         # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
         copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
-        kept_on_disk = plan.state_bytes if config.keeps_journal else 0
+        kept_on_disk = plan.state_bytes if config.resume else 0
         check_space(config.output, plan.output_bytes + copied + kept_on_disk - resume.already_there(journal_directory))
         progress.say(describe(config, skeleton, plan))
         tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
@@ -189,7 +189,7 @@ def _score_and_write(
         # The micro-batch is part of the arithmetic: the one that the first run was planned with.
         planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
         placement = _place(planned, settings, plan, sweeper, work)
-        if config.keeps_journal:
+        if config.resume:
             # What the last commit carries, and what the next one does.
             kept_on_disk += 2 * max(stage.carried for stage in placement.stages)
             there = resume.already_there(journal_directory)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cli_runner import SHORT, cells, edit_tensors
 from conftest import save_tiny
+from killed_runs import kill_at_any_commit
 from safetensors.torch import load_file
 
 from streamprune import compressed
@@ -170,3 +171,8 @@ def test_only_2_4_is_compressed(granularity, refused, model):
 def test_dense_directories_are_read_as_they_are(tiny_llama):
     with compressed.decompressed(tiny_llama) as directory:
         assert directory == tiny_llama
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gblm"])
+def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(method, package, dense, tmp_path, killing):
+    kill_at_any_commit((method, "2:4", {}, {"compress": True, "layers": (1, 3)}), dense, tmp_path, killing)
