@@ -138,7 +138,7 @@ def _walk(
 
     sweeper.forward(
         input_ids,
-        start=None if point is None else (point.layer + 1, carried.pop("hidden")),
+        start=None if point is None else (point.layer + 1, [carried.pop("hidden")]),
         visit=journalled,
         change=change,
         stop=stop,

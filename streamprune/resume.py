@@ -29,7 +29,16 @@ def open_journal(
 ) -> Journal:
     """The journal of this run, or of the one before that it goes on from."""
     journal = Journal(directory, _fingerprint(config, skeleton, ids, repair_ids))
-    partial_output = directory / "output"
+    try:
+        _take_over(journal, directory / "output", progress)
+    except BaseException:
+        journal.release()
+        raise
+    return journal
+
+
+def _take_over(journal: Journal, partial_output: Path, progress: Progress) -> None:
+    """What of an earlier run's output counts stays, the rest goes."""
     if journal.facts.get("digests") and not partial_output.is_dir():
         progress.say(
             f"{partial_output} is gone; the run begins anew{', from its scores' * bool(journal.facts.get('scored'))}"
@@ -38,7 +47,8 @@ def open_journal(
     if not journal.facts.get("digests"):
         # Begun, but nothing in it counts.
         shutil.rmtree(partial_output, ignore_errors=True)
-    return journal
+    for copy in partial_output.parent.glob(f".{partial_output.name}.dense-*"):
+        shutil.rmtree(copy, ignore_errors=True)  # of compressed weights, whose perplexity was being measured
 
 
 def _fingerprint(

@@ -299,8 +299,7 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         dtype=config.dtype,
         pruned=True,
         progress=progress,
-        reader=config.reader,
-        read_threads=config.read_threads,
+        read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
     ) as pruned:
         return _perplexity(pruned, segments, "after", progress)
 

@@ -287,12 +287,12 @@ class _Store(MutableMapping[Key, Tensor]):
 def in_use(directory: Path) -> bool:
     """Whether a run that is alive has this journal."""
     try:
-        with (directory / LOCK).open("rb") as lock:
+        with (directory / LOCK).open("r+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
+    except FileNotFoundError:
         return False
+    except OSError:
+        return True
     return False
 
 

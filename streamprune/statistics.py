@@ -168,7 +168,7 @@ class Statistics:
 
         self.sweeper.forward(
             self._ids,
-            start=None if point is None else (point.layer + 1, self._carried(point)),
+            start=None if point is None else (point.layer + 1, [self._carried(point)]),
             visit=journalled,
             change=change,
             stop=stop,
@@ -230,7 +230,8 @@ class Statistics:
             self._commit(visit.layer, {"dense": dense[0]} | {str(layer): hidden for layer, hidden in streams.items()})
             return dense[0]
 
-        self.sweeper.forward(self._ids, start=(begin, dense[0]) if dense else None, visit=carry, change=False)
+        given = dense if begin <= layers[-1] else list(dense)  # above them it stays
+        self.sweeper.forward(self._ids, start=(begin, given) if given else None, visit=carry, change=False)
         return streams
 
     def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:

@@ -133,7 +133,7 @@ class Sweeper:
         self,
         input_ids: Tensor,
         *,
-        start: tuple[int, States] | None = None,
+        start: tuple[int, list[States]] | None = None,
         keep_from: int | None = None,
         again: bool = False,
         perturbation: Perturbation | None = None,
@@ -148,7 +148,8 @@ class Sweeper:
 
         Args:
             input_ids: [n, seq].
-            start: with `visit`: (layer, its input) where an earlier sweep had the same weights below that layer.
+            start: with `visit`: (layer, [its input]) where an earlier sweep had the same weights below that layer. The
+                input is taken out, and is gone with that layer if nobody else has it.
             keep_from: keep the inputs of this layer and of those above for `backward`.
             again: begin at `keep_from` with the input that the last sweep kept.
             perturbation: applied in the layers `perturbed`.
@@ -160,8 +161,8 @@ class Sweeper:
         if keep_from is None:
             self._kept = []
         size = micro_batch or self.micro_batch
-        first, hidden = start or (0, None)
-        start = None  # its input goes with the first layer
+        first, given = start or (0, [])
+        hidden = given.pop() if given else None
         if again:
             assert keep_from == self._kept_from and self._kept, "the sweep before kept the same"
             first, hidden = keep_from, self._kept[0]

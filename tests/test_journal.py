@@ -1,11 +1,13 @@
 """What a journal takes in, when it goes, and what it outlives."""
 
 import shutil
+import weakref
 
 import pytest
+from conftest import make_sweeper, token_ids
 from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
 
-from streamprune import activations, prune, state, statistics
+from streamprune import activations, prune, statistics
 from streamprune.activations import Activations
 from streamprune.errors import OutputError, StreampruneError
 from streamprune.state import JOURNAL, Journal
@@ -16,12 +18,20 @@ def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, 
     kill_at_any_commit(("layer-ppl", "layers", {}, {}), tiny_llama, tmp_path, killing)
 
 
-@pytest.mark.parametrize("what", [RUNS[1], RUNS[7], RUNS[10], RUNS[12], RUNS[16]], ids=str)
+def with_tokens(run, count):
+    return (*run[:3], run[3] | {"compensate_tokens": count})
+
+
+# Five sequences each: of 16 tokens, or of 64 where a repair is.
+IN_PIECES = [RUNS[1], with_tokens(RUNS[7], 320), with_tokens(RUNS[10], 320), RUNS[12], RUNS[16]]
+
+
+@pytest.mark.parametrize("what", IN_PIECES, ids=str)
 @pytest.mark.parametrize("place", ["memory", "scratch"])
 def test_hidden_states_go_into_the_journal_in_pieces(what, place, tiny_llama, tmp_path, killing, monkeypatch):
     expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
-    piece = 2 * 16 * 48 * 4
-    monkeypatch.setattr(activations, "PIECE_BYTES", piece)  # two of five sequences, which also are a micro-batch
+    sequence, written = 16 * 48 * 4, {}
+    monkeypatch.setattr(activations, "PIECE_BYTES", 2 * sequence)
     if place == "scratch":
         original = Activations.__init__
         monkeypatch.setattr(
@@ -29,20 +39,35 @@ def test_hidden_states_go_into_the_journal_in_pieces(what, place, tiny_llama, tm
             "__init__",
             lambda self, device, where, *rest: original(self, device, "scratch", rest[0], tmp_path / "scratch"),
         )
-    largest = []
-    save = state.save_file
+    write = Journal._write
 
-    def saved(tensors, file):
-        largest.extend(tensor.nbytes for tensor in tensors.values() if tensor.ndim == 3)
-        save(tensors, file)
+    def recorded(self, name, tensors):
+        written[name] = max(tensor.nbytes for tensor in tensors.values())
+        write(self, name, tensors)
 
-    monkeypatch.setattr(state, "save_file", saved)
+    monkeypatch.setattr(Journal, "_write", recorded)
     killing(4, "after")
     with pytest.raises(Killed):
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     killing(-1, "after")
     assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected
-    assert 0 < max(largest) <= max(piece, 512 // 5 * 48 * 4)
+    pieces = {name: size for name, size in written.items() if name.startswith(("carry/", "goal/"))}
+    assert max(pieces.values()) <= (4 if what[3] else 2) * sequence  # two sequences of 16 tokens, or one of 64
+    assert any(name.startswith("carry/") and name.endswith("/2") for name in pieces)
+    assert any(name.startswith("goal/") and name.endswith("/2") for name in pieces) == (what[0] == "magnitude")
+
+
+def test_the_input_that_a_sweep_goes_on_from_goes_with_its_layer(tiny_llama):
+    sweeper, ids, gone = make_sweeper(tiny_llama), token_ids(), []
+    given = [sweeper.forward(ids, stop=2)]
+    alive = weakref.ref(given[0])
+
+    def visit(each):
+        gone.append(alive() is None)
+        return each.run()
+
+    sweeper.forward(ids, start=(2, given), visit=visit)
+    assert gone == [False] + [True] * 5
 
 
 def test_a_journal_under_way_outlives_a_command_without_overwrite(tiny_llama, tmp_path, killing):
@@ -79,7 +104,6 @@ def test_scores_outlive_a_lost_output_and_the_next_death(tiny_llama, tmp_path, k
 
     def forget(self):
         original(self)
-        self.release()  # as a death does
         raise Killed
 
     with monkeypatch.context() as patch:
