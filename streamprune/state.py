@@ -248,7 +248,7 @@ class Journal:
         named = set(self._files.values())
         for file in self.directory.glob("*.safetensors"):
             if file.name not in named:
-                # What a tensor is still mapped to cannot go on a network disk, and is told apart by its name there.
+                # On a network disk a file that a tensor is still mapped to is renamed instead, and cannot go yet.
                 with suppress(OSError):
                     file.unlink()
 
