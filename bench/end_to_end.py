@@ -1,6 +1,6 @@
 """Streamed scoring against transformers in memory: time, peak memory, bytes read. One run, side by side.
 
-    python bench/end_to_end.py --scratch DIR [--repeat 3] [--json FILE]
+    python bench/end_to_end.py --scratch DIR [--repeat 5] [--json FILE]
 
 Makes a random bfloat16 Llama on disk (24 layers: 1.7 billion parameters, 3.4 GB of scratch, removed afterwards) and
 measures, each in a fresh process and in turn on the same tokens:
@@ -293,7 +293,7 @@ def verdicts(rows: list[dict], device: str) -> str:
         if host:  # CUDA reads its libraries when they are first used
             checks["bytes asked of the kernel / layers' bytes <= 1.01"] = row["rchar"] / row["bytes_of_sweeps"] <= 1.01
         if row["compared"]:
-            checks["seconds / checkpointed <= 1.10"] = row["ratio"] <= 1.10
+            checks["seconds / checkpointed <= 1.05"] = row["ratio"] <= 1.05
         lines += [
             f"{'met' if ok else 'MISSED'}: {row['layers']} layers, {row['method']}: {name}"
             for name, ok in checks.items()
@@ -304,7 +304,7 @@ def verdicts(rows: list[dict], device: str) -> str:
 @click.command()
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Directory with 4 GB free.")
 @click.option("--layers", type=int, default=24, help="Depth that all ways measure; half of it is streamed alone.")
-@click.option("--repeat", type=int, default=3, help="Runs of each; medians are reported.")
+@click.option("--repeat", type=int, default=5, help="Runs of each; medians are reported.")
 @click.option("--device", type=click.Choice(list(TOLERANCE)), default="cpu", show_default=True)
 @click.option("--keep", type=click.Path(path_type=Path), help="Move the checkpoint there instead of removing it.")
 @click.option("--dry", is_flag=True, help="A tiny model: only to see that everything runs.")

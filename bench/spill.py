@@ -98,7 +98,7 @@ def main(
     try:
         make_model(directory / "model", layers)
         for place in places:
-            scores = directory / f"{place}.pt"
+            scores = directory / f"{place}.safetensors"
             job_of = {**given, "place": place, "scores": str(scores)}
             command = [sys.executable, __file__, "--one", json.dumps(job_of)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -110,11 +110,15 @@ def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, gro
 
 def _stock_groups(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> int:
     """The largest number of groups up to `groups` after which the stock class accepts the head count."""
-    if family.stock_heads == "any":
-        return groups
-    while groups and hidden_size % ((geometry.kv_groups - groups) * geometry.n_rep or hidden_size + 1):
+    while groups and not stock_takes(family, geometry, geometry.kv_groups - groups, hidden_size):
         groups -= 1
     return groups
+
+
+def stock_takes(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> bool:
+    """Whether the family's own class accepts layers of so many KV groups."""
+    heads = groups * geometry.n_rep
+    return family.stock_heads == "any" or (heads > 0 and hidden_size % heads == 0)
 
 
 def keep_highest(scores: Tensor, removed: int) -> list[int]:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from streamprune.readers import BLOCK
+
 
 class Device(Protocol):
     """What paging asks of a device. Events are opaque; recording and waiting only queue work."""
@@ -14,10 +16,10 @@ class Device(Protocol):
     direct: bool  # readers may write the slot's memory themselves
 
     def buffer(self, nbytes: int) -> Tensor:
-        """Device memory, uint8 [nbytes]."""
+        """Device memory, uint8 [nbytes]; where it is direct, from a block's boundary."""
 
     def chunk(self, nbytes: int) -> Tensor:
-        """Host memory that the device can copy from, uint8 [nbytes]."""
+        """Host memory that the device can copy from, uint8 [nbytes], from a block's boundary."""
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """Queue a copy of a chunk on the copy stream; the event of its completion."""
@@ -44,7 +46,9 @@ class HostDevice:
     direct = True
 
     def buffer(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        raw = torch.empty(nbytes + BLOCK, dtype=torch.uint8)
+        start = -raw.data_ptr() % BLOCK
+        return raw[start : start + nbytes]
 
     chunk = buffer
 
@@ -76,7 +80,7 @@ class CudaDevice:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def chunk(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # whole pages
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self.copies):

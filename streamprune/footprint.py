@@ -18,7 +18,6 @@ from streamprune.config import PruneConfig
 from streamprune.methods import METHODS
 from streamprune.output import WRITERS
 from streamprune.plan import Plan
-from streamprune.readers import BOUNCE_BYTES
 from streamprune.statistics import Statistics
 from streamprune.sweep import HEAD_BYTES, Sweeper
 
@@ -216,8 +215,6 @@ def scoring(
     state_bytes = 0 if config.resume else plan.state_bytes
     host = {"pinned chunks": sweeper.pager.chunk_bytes, "state of the method": state_bytes if state == "host" else 0}
     spilled = state_bytes if state == "scratch" else 0
-    if config.reader == "direct":
-        host["readers' aligned buffers"] = sweeper.pager.readers * BOUNCE_BYTES
     largest = max(matrix.numel() for matrix in _matrices(sweeper))
     if "sigma" in settings and (state == "scratch" or config.resume or config.state_dtype != "float32"):
         host["δ on its way"] = sweeper.binder.threads * 4 * largest

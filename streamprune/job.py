@@ -117,7 +117,7 @@ class Job:
                 source_hash = writer.finish(self.sweeper.pager, biases, save)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
         write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
-        layout = slim.layout(skeleton.geometry, kept, len(skeleton.layers), biases=plan.new_biases)
+        layout = slim.layout(skeleton, kept, self.config.emit, biases=plan.new_biases)
         nbytes = sum(spec.nbytes for spec in specs)
         return Done(kept, layout, nbytes, added, (0, 0), source_hash)
 

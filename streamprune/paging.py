@@ -29,6 +29,7 @@ from torch import Tensor
 
 from streamprune.checkpoint import Checkpoint, TensorEntry, byte_view
 from streamprune.devices import Device
+from streamprune.readers import BLOCK
 
 CHUNK_BYTES = 16 << 20
 READERS, GPU_READERS = 2, 4  # beside a GPU the processor has nothing else to do
@@ -139,6 +140,7 @@ class Pager:
     Attributes:
         slots: how many layers the device may hold, at least 2; memory is taken when they are first needed. To be set
             between sweeps, upwards.
+        slot_bytes: of a slot, which the largest layer fits.
     """
 
     def __init__(
@@ -153,6 +155,8 @@ class Pager:
     ) -> None:
         self.checkpoint, self.entries, self.device, self.poison = checkpoint, entries, device, poison
         self.readers, self.slots, self._progress = readers, 2, progress
+        layouts = [_lay_out(layer, as_in_file=device.direct) for layer in entries]
+        self._starts, self.slot_bytes = [starts for starts, _ in layouts], max(end for _, end in layouts)
         self._slots: list[_Slot] = []
         self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
         # The same layers stay in the page cache from sweep to sweep; those above them are dropped behind the cursor.
@@ -164,11 +168,6 @@ class Pager:
     def _chunk_count(self) -> int:
         """While a thread reads one chunk, another is on its way to the device."""
         return 0 if self.device.direct else 2 * self.readers
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a slot: the largest layer's."""
-        return max(sum(_aligned(entry.nbytes) for entry in layer.values()) for layer in self.entries)
 
     @property
     def chunk_bytes(self) -> int:
@@ -286,7 +285,8 @@ class Pager:
             try:
                 if event is not None:
                     self.device.chunk_free(event)
-                source = chunk[: read.nbytes]
+                start = read.offset % BLOCK  # as in the file, for direct reads
+                source = chunk[start : start + read.nbytes]
                 self._fetch(read, source)
                 event = self.device.copy(target, source)
             finally:
@@ -296,19 +296,20 @@ class Pager:
         self.checkpoint.read_into(read.file, read.offset, byte_view(target), drop_cache=read.drop)
 
     def _reads(self, layer: int) -> Iterator[_Read]:
-        position = 0
-        for entry in self.entries[layer].values():
-            for start in range(0, entry.nbytes, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, entry.nbytes - start)
-                yield _Read(entry.file, entry.offset + start, position + start, size, layer >= self._cached)
-            position += _aligned(entry.nbytes)
+        for name, entry in self.entries[layer].items():
+            done = 0
+            while done < entry.nbytes:
+                offset = entry.offset + done
+                size = min(CHUNK_BYTES - offset % BLOCK, entry.nbytes - done)
+                yield _Read(entry.file, offset, self._starts[layer][name] + done, size, layer >= self._cached)
+                done += size
 
     def _views(self, layer: int, slot: Tensor) -> dict[str, Tensor]:
-        views, position = {}, 0
-        for name, entry in self.entries[layer].items():
-            views[name] = slot[position : position + entry.nbytes].view(entry.dtype).view(entry.shape)
-            position += _aligned(entry.nbytes)
-        return views
+        starts = self._starts[layer]
+        return {
+            name: slot[starts[name] : starts[name] + entry.nbytes].view(entry.dtype).view(entry.shape)
+            for name, entry in self.entries[layer].items()
+        }
 
 
 class _Handover:
@@ -345,5 +346,15 @@ class _Handover:
             self._changed.notify()
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _lay_out(entries: Mapping[str, TensorEntry], *, as_in_file: bool) -> tuple[dict[str, int], int]:
+    """Where each tensor of a layer starts in a slot, and where the last one ends.
+
+    With `as_in_file` a tensor lies among the slot's blocks as among the file's, so that a direct read can put whole
+    blocks in their place.
+    """
+    starts, end = {}, 0
+    for name, entry in entries.items():
+        follows_file = as_in_file and entry.offset % entry.dtype.itemsize == 0
+        starts[name] = end + ((entry.offset - end) % BLOCK if follows_file else -end % ALIGNMENT)
+        end = starts[name] + entry.nbytes
+    return starts, end

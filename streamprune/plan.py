@@ -106,7 +106,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, An
         biases=biases,
         new_biases=new_biases,
         repair=repair,
-        layout=slim.layout(geometry, choice.widths, n_layers, biases=new_biases),
+        layout=slim.layout(skeleton, choice.widths, config.emit, biases=new_biases),
         output_bytes=output_bytes,
         state_bytes=_state_bytes(config, skeleton, settings, costs, layers),
     )

@@ -28,7 +28,7 @@ PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds before each further try
 # O_DIRECT asks for multiples of the disk's logical block, which is 512 or 4096 bytes. Where it is more, the read is
 # refused with EINVAL as on a filesystem without O_DIRECT.
 BLOCK = 4096
-BOUNCE_BYTES = (16 << 20) + BLOCK  # 16 MiB from any offset
+BOUNCE_BYTES = (1 << 20) + BLOCK  # 1 MiB from any offset
 
 
 class Reader:
@@ -123,17 +123,24 @@ class Reader:
         """The first bytes of `buffer`, as many as one read gives."""
         if not self._direct:
             return self._preadv(descriptor, [buffer], offset)
-        # Offset, length and address must be multiples of the block, so the blocks around the bytes are read, as many
-        # as the bounce buffer holds. Only the end of a file may lie inside a block: there the read is short.
-        head = offset % BLOCK
-        extent = -(-(head + len(buffer)) // BLOCK) * BLOCK
+        # Offset, length and address must be multiples of the block. Whole blocks go straight to their place where the
+        # buffer lies in memory as in the file; what is left, or else everything, comes by way of a bounce buffer, as
+        # much as it holds. Only the end of a file may lie inside a block: there the read is short.
+        head, size, target = offset % BLOCK, len(buffer), np.asarray(buffer)
+        start, stop = -offset % BLOCK, size - (offset + size) % BLOCK
+        if start >= stop or target.ctypes.data % BLOCK != head:
+            start = stop = size
         with self._lock:
             bounce = self._bounces.pop() if self._bounces else _bounce()
         try:
-            count = self._preadv(descriptor, [bounce[:extent]], offset - head)
-            count = max(0, min(count - head, len(buffer)))
+            before = bounce[: _whole_blocks(head + start)]
+            after = bounce[len(before) :][: _whole_blocks(size - stop)]
+            parts = [part for part in (before, buffer[start:stop], after) if part]
+            count = max(0, min(self._preadv(descriptor, parts, offset - head) - head, size))
             # Through numpy, which lets other threads run meanwhile; an assignment of memoryviews does not.
-            np.copyto(np.asarray(buffer[:count]), np.asarray(bounce[head : head + count]))
+            first, last = min(start, count), max(0, count - stop)
+            np.copyto(target[:first], np.asarray(before)[head : head + first])
+            np.copyto(target[stop : stop + last], np.asarray(after)[:last])
         finally:
             with self._lock:
                 self._bounces.append(bounce)
@@ -154,6 +161,10 @@ def retried(read: Callable[[], T], sleep: Callable[[float], object] = time.sleep
                 raise
         sleep(pause)
     return read()
+
+
+def _whole_blocks(nbytes: int) -> int:
+    return -(-nbytes // BLOCK) * BLOCK
 
 
 def _bounce() -> memoryview:

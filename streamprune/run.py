@@ -118,7 +118,7 @@ def compute_device(name: str | None) -> torch.device:
 
 
 def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The compute dtype: as asked; else float32 on a CPU (bfloat16 is slower there), the stored one on a GPU."""
+    """The compute dtype: as asked; else float32 on a CPU (few are fast in bfloat16), the stored one on a GPU."""
     if name is not None:
         return getattr(torch, name)
     if device.type == "cpu":
@@ -212,16 +212,9 @@ def _score_and_write(
             )
         )
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
-        facts = _facts(config, sweeper, plan, settings, ids, done)
-        facts["memory"] = planner.facts(placement)
-        facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
-        facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}
-        if repair_ids is not None:
-            facts["compensation"] = {"tokens": list(repair_ids.shape), "sha256_of_ids": resume.hash_ids(repair_ids)}
+        facts = _facts(job, placement, done, segments)
         if segments is not None:
-            text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
-            ids_hash = {"segments": list(segments.shape), "sha256_of_ids": resume.hash_ids(segments)}
-            facts["perplexity"] = {"text": text, **ids_hash, "before": saved["before"][1]}
+            facts["perplexity"]["before"] = saved["before"][1]
     return directory, facts, done.kept, segments
 
 
@@ -304,21 +297,20 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         return _perplexity(pruned, segments, "after", progress)
 
 
-def _facts(
-    config: PruneConfig, sweeper: Sweeper, plan: Plan, settings: dict[str, Any], ids: Tensor | None, done: Done
-) -> dict[str, Any]:
-    skeleton = sweeper.skeleton
+def _facts(job: Job, placement: planner.Placement, done: Done, segments: Tensor | None) -> dict[str, Any]:
+    """What streamprune.json says of a run up to its writing."""
+    config, sweeper, plan, ids = job.config, job.sweeper, job.plan, job.ids
+    skeleton, checkpoint = sweeper.skeleton, sweeper.skeleton.checkpoint
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    options |= {"settings": settings, "micro_batch": sweeper.micro_batch}
+    options |= {"settings": job.settings, "micro_batch": sweeper.micro_batch}
     # What was decided for the user stands beside what they said.
     options |= {"allocation": plan.choice.allocation, "compensate_target": plan.repair}
     if ids is not None:
         options |= {"samples": len(ids), "seq_len": ids.shape[1]}
     options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
-    checkpoint, total = skeleton.checkpoint, skeleton.parameters
     packages = ("streamprune", "torch", "transformers", "safetensors")
-    after = total - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
-    facts = {
+    after = skeleton.parameters - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
+    facts: dict[str, Any] = {
         "base_model": _base_name(config.model),
         "license": _license(checkpoint.path),
         "versions": {name: importlib.metadata.version(name) for name in packages}
@@ -327,12 +319,27 @@ def _facts(
         "options": options,
         "layout": done.layout,
         "layers": [plan.layers.start, plan.layers.stop],
-        "parameters": {"before": total, "after": after},
+        "parameters": {"before": skeleton.parameters, "after": after},
         "bytes": {"before": checkpoint.nbytes, "after": done.output_bytes},
     }
     if plan.sparsity is not None:
-        return facts | {"zeros": dict(zip(("weights", "of"), done.zeros, strict=True))}
-    return facts | {"kept": allocation.describe(done.kept), "output_biases": plan.biases}
+        facts["zeros"] = dict(zip(("weights", "of"), done.zeros, strict=True))
+    else:
+        facts |= {"kept": allocation.describe(done.kept), "output_biases": plan.biases}
+    facts["memory"] = planner.facts(placement)
+    facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
+    facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}
+    if job.repair_ids is not None:
+        tokens = {"tokens": list(job.repair_ids.shape), "sha256_of_ids": resume.hash_ids(job.repair_ids)}
+        facts["compensation"] = tokens
+    if segments is not None:
+        text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
+        facts["perplexity"] = {
+            "text": text,
+            "segments": list(segments.shape),
+            "sha256_of_ids": resume.hash_ids(segments),
+        }
+    return facts
 
 
 def _source_name(model: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from streamprune import compressed, ragged
-from streamprune.allocation import KeptUnits, all_units
+from streamprune.allocation import KeptUnits, all_units, stock_takes
 from streamprune.capture import module_of
 from streamprune.checkpoint import TensorEntry
 from streamprune.errors import UsageError
@@ -25,18 +25,23 @@ LLAMA_DEFAULTS = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_n
 Means = Mapping[tuple[int, str], Tensor]  # x̄ [d_in] of the inputs of (layer, tensor)
 
 
-def layout(geometry: Geometry, kept: KeptUnits, n_layers: int, *, biases: bool = False) -> str:
+def layout(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None, *, biases: bool = False) -> str:
     """How the layers come out: "same" as the source, "stock" (one width for all, or fewer layers), or "ragged".
 
-    `biases` are on o and down where the family has none: only the ragged form can have them.
+    `biases` are on o and down where the family has none: only the ragged form can have them. It also takes one width
+    that the family's own class refuses, which a global allocation may come to.
     """
     if biases:
         return "ragged"
+    family, geometry = skeleton.family, skeleton.geometry
     widths = {tuple(len(units) for units in layer.values()) for layer in kept.values()}
     dense = {tuple(geometry.units(kind) for kind in layer) for layer in kept.values()}
-    if widths == dense and len(kept) == n_layers:
-        return "same"
-    return "stock" if len(widths) == 1 else "ragged"
+    if widths == dense:
+        return "same" if len(kept) == len(skeleton.layers) else "stock"
+    groups = len(next(iter(kept.values())).get("kv_group", ()))
+    takes = emit is not None or not family.ragged
+    takes = takes or stock_takes(family, geometry, groups, skeleton.config.hidden_size)
+    return "stock" if len(widths) == 1 and takes else "ragged"
 
 
 def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, biases: bool = False) -> None:
@@ -47,7 +52,7 @@ def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, bi
             class it is for does not accept.
     """
     family, source = skeleton.family, skeleton.checkpoint.config
-    if layout(skeleton.geometry, kept, len(skeleton.layers), biases=biases) == "ragged" and not family.ragged:
+    if layout(skeleton, kept, emit, biases=biases) == "ragged" and not family.ragged:
         raise UsageError(
             f"{family.model_type} can only have layers of one width; pass --stock (all layers, "
             f"{' and '.join(KIND_NAMES[kind] for kind in family.kinds)} only)"
@@ -82,7 +87,7 @@ def patched_config(
     config = copy.deepcopy(skeleton.checkpoint.config)
     if skeleton.untied:
         config["tie_word_embeddings"] = False
-    shape = layout(geometry, kept, len(skeleton.layers), biases=biases)
+    shape = layout(skeleton, kept, emit, biases=biases)
     if shape == "ragged":
         config.update(_width_fields(family, geometry, all_units(geometry, family.kinds)))
         config["per_layer_config"] = _per_layer(family, geometry, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 import warnings
@@ -25,6 +26,7 @@ from streamprune.devices import HostDevice
 from streamprune.families import FAMILIES
 from streamprune.kernels import noise_seed, perturb
 from streamprune.paging import Pager
+from streamprune.readers import BLOCK
 from streamprune.skeleton import Skeleton
 from streamprune.statistics import Statistics
 from streamprune.sweep import Sweeper
@@ -132,6 +134,19 @@ def make_sweeper(path: Path, *, dtype: torch.dtype = torch.float64, micro_batch:
     checkpoint = Checkpoint(path)
     skeleton = Skeleton(checkpoint, dtype, torch.device("cpu"), **options)
     return Sweeper(skeleton, Pager(checkpoint, skeleton.entries, HostDevice(), poison=True), micro_batch)
+
+
+def need_direct(directory: Path) -> None:
+    """Skip the test where the directory's filesystem refuses O_DIRECT."""
+    probe = directory / "probe"
+    probe.write_bytes(bytes(BLOCK))
+    memory = mmap.mmap(-1, BLOCK)
+    try:
+        descriptor = os.open(probe, os.O_RDONLY | os.O_DIRECT)
+        os.preadv(descriptor, [memory], 0)
+        os.close(descriptor)
+    except OSError as error:
+        pytest.skip(f"{directory} cannot be read with O_DIRECT ({error.strerror}); use --basetemp on another disk")
 
 
 def token_ids(n: int = 3, seq: int = 12, seed: int = 0) -> torch.Tensor:

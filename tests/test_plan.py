@@ -7,6 +7,7 @@ import pytest
 
 from streamprune import PruneConfig, prune, rates
 from streamprune.checkpoint import Checkpoint
+from streamprune.readers import BLOCK
 from streamprune.run import TEXT_BYTES, foretell
 
 RUNS = [
@@ -48,7 +49,7 @@ def test_what_is_counted_is_what_tensors_take(tiny_llama, tmp_path):
     matrices += [(inner, hidden), (inner, hidden), (hidden, inner)]
     sizes, tokens, batch = [rows * columns for rows, columns in matrices], 4 * 32, 2 * 32
     layer = sum(sizes) + 2 * hidden
-    assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * 64)  # tensors begin at multiples of 64 bytes
+    assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * BLOCK)  # tensors lie in blocks as in the file
     assert device["embeddings and head"] == 4 * (2 * vocabulary * hidden + hidden)
     assert device["hidden states"] == (8 - 1 + 1 + 1) * tokens * hidden * 4  # inputs, the last output, its gradient
     assert device["logits"] == 3 * tokens * vocabulary * 4

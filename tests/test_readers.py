@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from conftest import need_direct
 from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, same_bytes, save
 
@@ -25,7 +26,6 @@ from streamprune.errors import CheckpointError
 from streamprune.readers import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind, retried
 
 SIZE = BOUNCE_BYTES + 5001  # no multiple of any block
-MARGIN = b"\xa5" * 9  # around what is read into, so that it starts at an odd address
 SMALL = 20_003
 
 
@@ -51,24 +51,15 @@ def small(tmp_path) -> Path:
     return path
 
 
-def need_direct(directory: Path) -> None:
-    probe = directory / "probe"
-    probe.write_bytes(bytes(BLOCK))
-    memory = mmap.mmap(-1, BLOCK)
-    try:
-        descriptor = os.open(probe, os.O_RDONLY | os.O_DIRECT)
-        os.preadv(descriptor, [memory], 0)
-        os.close(descriptor)
-    except OSError as error:
-        pytest.skip(f"{directory} cannot be read with O_DIRECT ({error.strerror}); use --basetemp on another disk")
-
-
-def read(reader: Reader, offset: int, nbytes: int, file: int = 0) -> bytes:
-    """What the reader gives, and nothing beside it."""
-    memory = bytearray(MARGIN + bytes(nbytes) + MARGIN)
-    reader.read_into(file, offset, memoryview(memory)[len(MARGIN) : len(MARGIN) + nbytes])
-    assert memory.startswith(MARGIN) and memory.endswith(MARGIN)
-    return bytes(memory[len(MARGIN) : -len(MARGIN)])
+def read(reader: Reader, offset: int, nbytes: int, file: int = 0, *, as_in_file: bool = False) -> bytes:
+    """What the reader gives, and nothing beside it, in memory that starts in a page as its bytes in a block, or not."""
+    memory = mmap.mmap(-1, nbytes + 3 * BLOCK)
+    memory[:] = b"\xa5" * len(memory)
+    start = BLOCK + offset % BLOCK + (0 if as_in_file else 9)
+    reader.read_into(file, offset, memoryview(memory)[start : start + nbytes])
+    beside = memory[:start] + memory[start + nbytes :]
+    assert beside == b"\xa5" * len(beside)
+    return memory[start : start + nbytes]
 
 
 def extents(size: int, count: int, seed: int = 0) -> list[tuple[int, int]]:
@@ -96,21 +87,49 @@ class Disk:
         if answer:
             raise OSError(answer, os.strerror(answer))
         count = 0 if answer is None else min(os.preadv(descriptor, buffers, offset), self.most)
-        buffers[0][count:] = b"?" * (len(buffers[0]) - count)
+        known = count
+        for buffer in buffers:
+            buffer[known:] = b"?" * (len(buffer) - known)
+            known = max(0, known - len(buffer))
         return count
 
     def reader(self, file: Path, kind: ReaderKind) -> Reader:
         return Reader([file], kind, preadv=self.preadv, sleep=self.pauses.append)
 
 
-def test_every_extent_holds_the_bytes_of_a_plain_read(kind, large):
+@pytest.mark.parametrize("as_in_file", [False, True])
+def test_every_extent_holds_the_bytes_of_a_plain_read(as_in_file, kind, large):
     expected = large.read_bytes()
     fixed = [(0, 0), (SIZE, 0), (5, 0), (0, 1), (SIZE - 1, 1), (BLOCK - 1, 1), (BLOCK, 1), (BLOCK, BLOCK)]
     fixed += [(BLOCK - 1, 2), (511, 2), (3 * BLOCK - 7, 2 * BLOCK + 14), (SIZE - 600, 600), (SIZE - 5000, 5000)]
     fixed += [(0, BOUNCE_BYTES), (1, BOUNCE_BYTES - BLOCK), (4095, BOUNCE_BYTES - BLOCK), (0, SIZE), (3, SIZE - 3)]
     reader = Reader([large], kind)
     for offset, nbytes in [*fixed, *extents(SIZE, 100)]:
-        assert read(reader, offset, nbytes) == expected[offset : offset + nbytes], (offset, nbytes)
+        given = read(reader, offset, nbytes, as_in_file=as_in_file)
+        assert given == expected[offset : offset + nbytes], (offset, nbytes)
+    reader.close()
+
+
+def test_whole_blocks_go_straight_to_their_place_in_one_read(large):
+    need_direct(large.parent)
+    sizes = list[list[int]]()
+
+    def preadv(descriptor, buffers, offset):
+        sizes.append([len(buffer) for buffer in buffers])
+        return os.preadv(descriptor, buffers, offset)
+
+    reader = Reader([large], "direct", preadv=preadv)
+    for offset, nbytes, parts in [
+        (0, 3 * BLOCK, [3 * BLOCK]),
+        (7, 3 * BLOCK, [BLOCK, 2 * BLOCK, BLOCK]),
+        (7, 3 * BLOCK - 7, [BLOCK, 2 * BLOCK]),
+        (BLOCK, 2 * BLOCK + 1, [2 * BLOCK, BLOCK]),
+        (BLOCK - 1, 2, [2 * BLOCK]),  # no whole block
+        (0, SIZE, [SIZE // BLOCK * BLOCK, BLOCK]),
+    ]:
+        sizes.clear()
+        read(reader, offset, nbytes, as_in_file=True)
+        assert sizes == [parts]
     reader.close()
 
 
@@ -132,7 +151,8 @@ def test_eight_threads_read_at_once(failing, kind, large, small):
         file, size = number % 2, (SIZE, SMALL)[number % 2]
         start.wait()
         for offset, nbytes in extents(size, 60, seed=number):
-            assert read(reader, offset, nbytes, file) == expected[file][offset : offset + nbytes]
+            given = read(reader, offset, nbytes, file, as_in_file=number < 4)
+            assert given == expected[file][offset : offset + nbytes]
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
@@ -237,21 +257,23 @@ def test_a_stale_handle_is_replaced(kind, small):
     reader.close()
 
 
+@pytest.mark.parametrize("as_in_file", [False, True])
 @pytest.mark.parametrize("most", range(1, 8))
-def test_short_reads_go_on_where_they_stopped(most, kind, small):
+def test_short_reads_go_on_where_they_stopped(most, as_in_file, kind, small):
     disk = Disk(most=most if kind == "buffered" else BLOCK + most)
-    assert read(disk.reader(small, kind), 4001, 9000) == small.read_bytes()[4001:13001]
+    assert read(disk.reader(small, kind), 4001, 9000, as_in_file=as_in_file) == small.read_bytes()[4001:13001]
     assert disk.calls == (-(-9000 // most) if kind == "buffered" else 4)
     assert disk.pauses == []
 
 
+@pytest.mark.parametrize("as_in_file", [False, True])
 @pytest.mark.parametrize("size", [0, 17, BLOCK, 2 * BLOCK, 2 * BLOCK + 512, 2 * BLOCK + 513, SMALL - 1])
-def test_a_file_that_ends_too_early_is_refused_at_once(size, kind, small):
+def test_a_file_that_ends_too_early_is_refused_at_once(size, as_in_file, kind, small):
     os.truncate(small, size)
     disk = Disk()
     missing = SMALL - size
     with pytest.raises(CheckpointError, match=rf"{small} ended at byte {size}, {missing} bytes too early; download"):
-        read(disk.reader(small, kind), 4001, SMALL - 4001)
+        read(disk.reader(small, kind), 4001, SMALL - 4001, as_in_file=as_in_file)
     assert disk.pauses == []
     assert disk.calls <= 2
 

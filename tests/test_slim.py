@@ -111,6 +111,20 @@ def test_one_width_for_all_layers_always_loads_in_the_stock_class(family, tmp_pa
         assert_masked_equals_sliced(tmp_path / "in", tmp_path / name, result.kept)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_global_allocation_may_come_to_one_width(family, tmp_path):
+    """Where every layer goes down to what it must keep: five heads of six, which a Llama's own class refuses."""
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 6, "intermediate_size": 40}
+    save_tiny(tmp_path / "in", family, **fields)
+    group, channel = 4 * 48 * 6, 3 * 48
+    everything = (3 * group + 16 * channel) / (8 * group + 40 * channel)
+    ratios = {"ratio": everything, "min_keep": 0.6, "layers": (0, N_LAYERS)}
+    result = run(tmp_path / "in", tmp_path / "out", allocation="global", **ratios)
+    assert {(len(kept["kv_group"]), len(kept["channel"])) for kept in result.kept.values()} == {(5, 24)}
+    assert result.layout == ("ragged" if family == "llama" else "stock")
+    assert_masked_equals_sliced(tmp_path / "in", tmp_path / "out", result.kept)
+
+
 def test_widths_that_the_stock_class_would_refuse_are_refused_before_the_work(tmp_path):
     from streamprune.errors import UsageError
 
