@@ -96,15 +96,15 @@ class Checkpoint:
         """Close the shards; the checkpoint can be read again afterwards."""
         self._reader.close()
 
-    def read_into(self, file: int, offset: int, buffer: memoryview, *, drop_cache: bool = False) -> None:
+    def read_into(self, file: int, offset: int, buffer: memoryview, *, stays: bool = True) -> None:
         """Fill `buffer` with the bytes at `offset` of shard `file`.
 
-        `drop_cache` lets the kernel forget the pages behind the cursor, for files larger than memory.
+        Not `stays`: leave no page of them in the page cache, which is for what will be read again.
 
         Raises:
             CheckpointError: the file ended first, or could not be read.
         """
-        self._reader.read_into(file, offset, buffer, drop_cache=drop_cache)
+        self._reader.read_into(file, offset, buffer, stays=stays)
         with self._lock:
             self.bytes_read += len(buffer)
 

@@ -100,13 +100,13 @@ def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> li
 
 @dataclass(frozen=True)
 class _Read:
-    """One read: `nbytes` at `offset` of shard `file` to `position` in the slot; `drop` its pages from the cache."""
+    """One read: `nbytes` at `offset` of shard `file` to `position` in the slot; `stays`: also in the page cache."""
 
     file: int
     offset: int
     position: int
     nbytes: int
-    drop: bool
+    stays: bool
 
 
 @dataclass
@@ -159,8 +159,8 @@ class Pager:
         self._starts, self.slot_bytes = [starts for starts, _ in layouts], max(end for _, end in layouts)
         self._slots: list[_Slot] = []
         self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
-        # The same layers stay in the page cache from sweep to sweep; those above them are dropped behind the cursor.
-        # Were all of them left there, each would push out those that the next sweep asks for first.
+        # The same layers stay in the page cache from sweep to sweep; those above them are read around it. Were all of
+        # them left there, each would push out those that the next sweep asks for first.
         room, until = psutil.virtual_memory().available // 2, accumulate(map(self.bytes_of, range(len(entries))))
         self._cached = sum(nbytes <= room for nbytes in until)
 
@@ -293,7 +293,7 @@ class Pager:
                 self._chunks.put((chunk, event))
 
     def _fetch(self, read: _Read, target: Tensor) -> None:
-        self.checkpoint.read_into(read.file, read.offset, byte_view(target), drop_cache=read.drop)
+        self.checkpoint.read_into(read.file, read.offset, byte_view(target), stays=read.stays)
 
     def _reads(self, layer: int) -> Iterator[_Read]:
         for name, entry in self.entries[layer].items():
@@ -301,7 +301,7 @@ class Pager:
             while done < entry.nbytes:
                 offset = entry.offset + done
                 size = min(CHUNK_BYTES - offset % BLOCK, entry.nbytes - done)
-                yield _Read(entry.file, offset, self._starts[layer][name] + done, size, layer >= self._cached)
+                yield _Read(entry.file, offset, self._starts[layer][name] + done, size, layer < self._cached)
                 done += size
 
     def _views(self, layer: int, slot: Tensor) -> dict[str, Tensor]:

@@ -25,8 +25,9 @@ T = TypeVar("T")
 PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET})
 PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds before each further try
 
-# O_DIRECT asks for multiples of the disk's logical block, which is 512 or 4096 bytes. Where it is more, the read is
-# refused with EINVAL as on a filesystem without O_DIRECT.
+# Of O_DIRECT. It asks for multiples of the disk's logical block, which is 512 or 4096 bytes. Where it is more, the read is
+# refused as on a filesystem without it.
+REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 BLOCK = 4096
 BOUNCE_BYTES = (1 << 20) + BLOCK  # 1 MiB from any offset
 
@@ -36,7 +37,8 @@ class Reader:
 
     Args:
         files: the shards.
-        kind: "buffered" reads through the page cache; "direct" (O_DIRECT) leaves no page of the shards in it.
+        kind: "buffered" reads through the page cache, but around it what is not to stay there, on filesystems that can;
+            "direct" (O_DIRECT) reads everything around it.
         preadv: in the place of `os.preadv` (tests).
         sleep: in the place of `time.sleep` (tests).
     """
@@ -50,11 +52,11 @@ class Reader:
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.files = files
-        self._flags = os.O_RDONLY | {"buffered": 0, "direct": os.O_DIRECT}[kind]
-        self._direct = kind == "direct"
+        self._kind = kind
+        self._refused = False  # by a filesystem without O_DIRECT
         self._preadv = preadv or os.preadv
         self._sleep = sleep
-        self._descriptors: dict[int, int] = {}
+        self._descriptors: dict[tuple[int, bool], int] = {}  # by file, and whether around the page cache
         # Shared by all shards, so that there are as many as there are threads that read at the same time.
         self._bounces: list[memoryview] = []
         self._lock = threading.Lock()
@@ -66,25 +68,28 @@ class Reader:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
 
-    def read_into(self, file: int, offset: int, buffer: memoryview, *, drop_cache: bool = False) -> None:
-        """Fill `buffer` with the bytes at `offset` of `files[file]`.
-
-        `drop_cache` lets the kernel forget the pages behind the cursor. A direct read leaves none, with or without it.
+    def read_into(self, file: int, offset: int, buffer: memoryview, *, stays: bool = True) -> None:
+        """Fill `buffer` with the bytes at `offset` of `files[file]`; not `stays`: leave no page of them in the cache.
 
         Raises:
             CheckpointError: the file ended first, could not be read, or not in this way.
         """
         path, size, done, failures = self.files[file], len(buffer), 0, 0
         while done < size:
+            direct = self._kind == "direct" or not (stays or self._refused)
             try:
-                descriptor = self._descriptor(file, reopen=failures > 0)
-                count, reason = self._read_once(descriptor, offset + done, buffer[done:]), "no bytes came"
+                descriptor = self._descriptor(file, direct, reopen=failures > 0)
+                read = self._read_blocks if direct else self._read
+                count, reason = read(descriptor, offset + done, buffer[done:]), "no bytes came"
                 if count == 0 and (end := os.fstat(descriptor).st_size) < offset + size:
                     raise CheckpointError(
                         f"{path} ended at byte {end}, {offset + size - end} bytes too early; download it again"
                     )
             except OSError as error:
-                if error.errno == errno.EINVAL and self._direct:
+                if direct and error.errno in REFUSALS and self._kind == "buffered":
+                    self._refused = True
+                    continue
+                if direct and error.errno in REFUSALS:
                     raise CheckpointError(
                         f"{path}: its filesystem refuses reads around the page cache (O_DIRECT: {error.strerror}); "
                         "use --reader buffered"
@@ -101,17 +106,17 @@ class Reader:
                 )
             if failures:
                 self._sleep(PAUSES[failures - 1])
-        if drop_cache and size and not self._direct:  # 0 bytes would mean all up to the end of the file
-            os.posix_fadvise(self._descriptor(file), offset, size, os.POSIX_FADV_DONTNEED)
+        if self._refused and not stays and size:  # 0 bytes would mean all up to the end of the file
+            os.posix_fadvise(self._descriptor(file, False), offset, size, os.POSIX_FADV_DONTNEED)
 
-    def _descriptor(self, file: int, *, reopen: bool = False) -> int:
+    def _descriptor(self, file: int, direct: bool, *, reopen: bool = False) -> int:
         with self._lock:
-            known = self._descriptors.get(file)
+            known = self._descriptors.get((file, direct))
             if known is not None and not reopen:
                 return known
-            fresh = os.open(self.files[file], self._flags)
+            fresh = os.open(self.files[file], os.O_RDONLY | (os.O_DIRECT if direct else 0))
             if known is None:
-                self._descriptors[file] = fresh
+                self._descriptors[file, direct] = fresh
                 return fresh
             # A stale handle never heals, so the file is opened anew. The number stays as it is: other threads are
             # reading from it, and once closed it could be given to another file.
@@ -119,10 +124,12 @@ class Reader:
             os.close(fresh)
             return known
 
-    def _read_once(self, descriptor: int, offset: int, buffer: memoryview) -> int:
+    def _read(self, descriptor: int, offset: int, buffer: memoryview) -> int:
         """The first bytes of `buffer`, as many as one read gives."""
-        if not self._direct:
-            return self._preadv(descriptor, [buffer], offset)
+        return self._preadv(descriptor, [buffer], offset)
+
+    def _read_blocks(self, descriptor: int, offset: int, buffer: memoryview) -> int:
+        """The same around the page cache."""
         # Offset, length and address must be multiples of the block. Whole blocks go straight to their place where the
         # buffer lies in memory as in the file; what is left, or else everything, comes by way of a bounce buffer, as
         # much as it holds. Only the end of a file may lie inside a block: there the read is short.

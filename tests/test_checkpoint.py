@@ -114,12 +114,12 @@ def test_a_read_error_names_the_file(tmp_path, monkeypatch):
         checkpoint.read("a")
 
 
-def test_dropping_the_page_cache_changes_no_byte(tmp_path):
+def test_reading_around_the_page_cache_changes_no_byte(tmp_path):
     path = save(tmp_path / "model", {"a": random_tensor(torch.float32, 300)})
     with Checkpoint(path) as checkpoint:
         entry, buffer = checkpoint.tensors["a"], torch.empty(1200, dtype=torch.uint8)
         for _ in range(2):
-            checkpoint.read_into(entry.file, entry.offset, byte_view(buffer), drop_cache=True)
+            checkpoint.read_into(entry.file, entry.offset, byte_view(buffer), stays=False)
         assert same_bytes(buffer.view(torch.float32), random_tensor(torch.float32, 300))
 
 

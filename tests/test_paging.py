@@ -286,14 +286,14 @@ def test_where_memory_is_short_the_same_layers_stay_in_the_page_cache(checkpoint
     monkeypatch.setattr(paging.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * room))
     original = Checkpoint.read_into
 
-    def read_into(self, file, offset, buffer, *, drop_cache=False):
-        read.append((file, offset, drop_cache))
-        original(self, file, offset, buffer, drop_cache=drop_cache)
+    def read_into(self, file, offset, buffer, *, stays):
+        read.append((file, offset, stays))
+        original(self, file, offset, buffer, stays=stays)
 
     monkeypatch.setattr(Checkpoint, "read_into", read_into)
     with Pager(skeleton.checkpoint, skeleton.entries, HostDevice()).pages(range(8)) as pages:
         for _ in pages:
             pass
     begin = {layer: {(e.file, e.offset) for e in entries.values()} for layer, entries in enumerate(skeleton.entries)}
-    first = {(file, offset): drop for file, offset, drop in read}
-    assert [{first[entry] for entry in begin[layer]} for layer in range(8)] == [{False}] * 3 + [{True}] * 5
+    first = {(file, offset): stays for file, offset, stays in read}
+    assert [{first[entry] for entry in begin[layer]} for layer in range(8)] == [{True}] * 3 + [{False}] * 5

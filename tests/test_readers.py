@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import random
@@ -192,12 +193,33 @@ def test_a_direct_read_leaves_no_page_in_the_cache_and_a_buffered_one_does(uncac
         assert resident_pages(uncached) == pages
 
 
-def test_what_is_dropped_from_the_cache_is_what_was_read(uncached):
+@pytest.mark.parametrize("refuses", [0, errno.EINVAL, errno.EOPNOTSUPP], ids=["direct", "EINVAL", "EOPNOTSUPP"])
+def test_what_is_not_to_stay_leaves_no_page_in_the_cache(refuses, uncached):
+    need_direct(uncached.parent)
+    asked = []
+
+    def preadv(descriptor, buffers, offset):
+        asked.append(bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT))
+        if refuses and asked[-1]:
+            raise OSError(refuses, os.strerror(refuses))
+        return os.preadv(descriptor, buffers, offset)
+
+    reader, memories = Reader([uncached], preadv=preadv), [memoryview(bytearray(SMALL)) for _ in range(2)]
+    for memory in memories:
+        reader.read_into(0, 0, memory, stays=False)
+        assert resident_pages(uncached) == 0
+    assert [bytes(memory) for memory in memories] == [uncached.read_bytes()] * 2
+    assert asked == ([True, False, False] if refuses else [True, True])
+    reader.close()
+
+
+def test_where_direct_reads_are_refused_no_other_pages_are_dropped(uncached):
     reader, memory = Reader([uncached]), memoryview(bytearray(SMALL))
+    reader._refused = True
     reader.read_into(0, 0, memory)
-    reader.read_into(0, 0, memory[:0], drop_cache=True)
+    reader.read_into(0, 0, memory[:0], stays=False)
     assert resident_pages(uncached) == -(-SMALL // mmap.PAGESIZE)
-    reader.read_into(0, 0, memory, drop_cache=True)
+    reader.read_into(0, 0, memory, stays=False)
     assert resident_pages(uncached) == 0
     reader.close()
 
