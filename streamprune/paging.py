@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Literal
 
 import psutil
@@ -141,6 +140,7 @@ class Pager:
         slots: how many layers the device may hold, at least 2; memory is taken when they are first needed. To be set
             between sweeps, upwards.
         slot_bytes: of a slot, which the largest layer fits.
+        page_cache: bytes of it that are for layers, to be set between sweeps.
     """
 
     def __init__(
@@ -159,10 +159,7 @@ class Pager:
         self._starts, self.slot_bytes = [starts for starts, _ in layouts], max(end for _, end in layouts)
         self._slots: list[_Slot] = []
         self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
-        # The same layers stay in the page cache from sweep to sweep; those above them are read around it. Were all of
-        # them left there, each would push out those that the next sweep asks for first.
-        room, until = psutil.virtual_memory().available // 2, accumulate(map(self.bytes_of, range(len(entries))))
-        self._cached = sum(nbytes <= room for nbytes in until)
+        self.page_cache = psutil.virtual_memory().available // 2
 
     @property
     def _chunk_count(self) -> int:
@@ -296,12 +293,15 @@ class Pager:
         self.checkpoint.read_into(read.file, read.offset, byte_view(target), stays=read.stays)
 
     def _reads(self, layer: int) -> Iterator[_Read]:
+        # The same layers stay in the page cache from sweep to sweep; those above them are read around it. Were all of
+        # them left there, each would push out those that the next sweep asks for first.
+        stays = sum(map(self.bytes_of, range(layer + 1))) <= self.page_cache
         for name, entry in self.entries[layer].items():
             done = 0
             while done < entry.nbytes:
                 offset = entry.offset + done
                 size = min(CHUNK_BYTES - offset % BLOCK, entry.nbytes - done)
-                yield _Read(entry.file, offset, self._starts[layer][name] + done, size, layer < self._cached)
+                yield _Read(entry.file, offset, self._starts[layer][name] + done, size, stays)
                 done += size
 
     def _views(self, layer: int, slot: Tensor) -> dict[str, Tensor]:

@@ -25,8 +25,8 @@ T = TypeVar("T")
 PASSING = frozenset({errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET})
 PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds before each further try
 
-# What a filesystem without O_DIRECT answers, and one whose blocks are larger than 4096 bytes: offset, length and address
-# must be multiples of them.
+# What a filesystem without O_DIRECT answers, and one whose blocks are larger than 4096 bytes: offset, length and
+# address must be multiples of them.
 REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 BLOCK = 4096
 BOUNCE_BYTES = (1 << 20) + BLOCK  # 1 MiB from any offset

@@ -35,6 +35,7 @@ from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_s
 # What a run holds that a plan alone does not: tokenizer and tokens (52 to 160 MB were measured, the most for a text of
 # 1.1 MB).
 TEXT_BYTES = 160_000_000
+CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ def _place(
         check_output(config.scratch / "hidden states", overwrite=False)
         check_space(config.scratch / "hidden states", spilled)
     sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
+    to_take = placement.host_bytes - psutil.Process().memory_info().rss
+    sweeper.pager.page_cache = max(0, int(CACHE_SHARE * (psutil.virtual_memory().available - to_take)))
     sweeper.place, sweeper.scratch = placement.place, placement.scratch
     return placement
 

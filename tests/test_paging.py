@@ -2,7 +2,6 @@
 
 import os
 import threading
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,8 +281,8 @@ def test_resident_bytes_do_not_depend_on_the_number_of_layers(tmp_path):
 
 def test_where_memory_is_short_the_same_layers_stay_in_the_page_cache(checkpoint, monkeypatch):
     skeleton, read = checkpoint, []
-    room = sum(Pager(skeleton.checkpoint, skeleton.entries, HostDevice()).bytes_of(layer) for layer in range(3))
-    monkeypatch.setattr(paging.psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * room))
+    pager = Pager(skeleton.checkpoint, skeleton.entries, HostDevice())
+    pager.page_cache = sum(map(pager.bytes_of, range(3)))
     original = Checkpoint.read_into
 
     def read_into(self, file, offset, buffer, *, stays):
@@ -291,7 +290,7 @@ def test_where_memory_is_short_the_same_layers_stay_in_the_page_cache(checkpoint
         original(self, file, offset, buffer, stays=stays)
 
     monkeypatch.setattr(Checkpoint, "read_into", read_into)
-    with Pager(skeleton.checkpoint, skeleton.entries, HostDevice()).pages(range(8)) as pages:
+    with pager.pages(range(8)) as pages:
         for _ in pages:
             pass
     begin = {layer: {(e.file, e.offset) for e in entries.values()} for layer, entries in enumerate(skeleton.entries)}

@@ -2,13 +2,16 @@
 
 import json
 import re
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from streamprune import PruneConfig, prune, rates
+from streamprune import PruneConfig, prune, rates, report
 from streamprune.checkpoint import Checkpoint
+from streamprune.paging import Pager
 from streamprune.readers import BLOCK
-from streamprune.run import TEXT_BYTES, foretell
+from streamprune.run import CACHE_SHARE, TEXT_BYTES, foretell
 
 RUNS = [
     ("taylor", "units", {}),
@@ -65,6 +68,20 @@ def test_nothing_but_headers_is_read(tiny_llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "read_into", read_into)
     assert "two layers at a time" in foretell(config(tiny_llama, tmp_path / "out")).text
+
+
+def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path, monkeypatch):
+    seen, original, available = set(), Pager.pages, 1 << 40
+
+    def pages(self, *arguments):
+        seen.add(self.page_cache)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Pager, "pages", pages)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+    planned = prune(config(tiny_llama, tmp_path / "out")).facts["memory"]["planned_host"]
+    assert len(seen) == 1
+    assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= report.peak_rss()
 
 
 def test_a_card_that_is_not_there_is_planned_for(streamprune, tiny_llama):
