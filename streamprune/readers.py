@@ -86,10 +86,10 @@ class Reader:
                         f"{path} ended at byte {end}, {offset + size - end} bytes too early; download it again"
                     )
             except OSError as error:
-                if direct and error.errno in REFUSALS and self._kind == "buffered":
-                    self._refused = True
-                    continue
                 if direct and error.errno in REFUSALS:
+                    if self._kind == "buffered":
+                        self._refused = True
+                        continue
                     raise CheckpointError(
                         f"{path}: its filesystem refuses reads around the page cache (O_DIRECT: {error.strerror}); "
                         "use --reader buffered"
