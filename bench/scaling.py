@@ -1,6 +1,6 @@
 """Depth: seconds of a sweep grow with the number of layers, peak memory does not.
 
-    python bench/scaling.py --scratch DIR [--layers 6 --layers 12 --layers 24 --layers 48] [--repeat 3] [--json FILE]
+    python bench/scaling.py --scratch DIR [--layers 6 --layers 12 --layers 24 --layers 48] [--repeat 5] [--json FILE]
 
 Random bfloat16 Llamas of one layer shape (33.6 MB each) and several depths. `taylor` scores the units of all layers on
 10 x 128 tokens: one sweep forwards and one backwards, each time in a fresh process. Their input stays in memory between
@@ -174,7 +174,7 @@ def verdicts(lines: dict[str, dict[str, float]]) -> str:
 @click.command()
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="Directory with 2 GB free.")
 @click.option("--layers", "depths", type=click.IntRange(2), multiple=True, default=(6, 12, 24, 48), show_default=True)
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True, help="Runs of each.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Runs of each.")
 @click.option("--dry", is_flag=True, help="Tiny layers, 3, 6 and 12 of them, once: only to see that everything runs.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "place", type=click.Choice(list(PLACES)), hidden=True)

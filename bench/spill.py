@@ -1,6 +1,6 @@
 """Hidden states on the device, on the host, and on a scratch disk: what it costs to move them, and what it saves.
 
-    python bench/spill.py --scratch DIR [--device cuda] [--tokens 131072] [--layers 24] [--repeat 3] [--json FILE]
+    python bench/spill.py --scratch DIR [--device cuda] [--tokens 131072] [--layers 24] [--repeat 5] [--json FILE]
 
 `taylor` over all layers of a random Llama (24 layers: 1.7 billion parameters, 3.4 GB in DIR, removed afterwards) on
 sequences of 1024 tokens, a sweep forwards and one backwards; each place has a process of its own. The scores must be
@@ -65,7 +65,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--tokens", type=click.IntRange(SEQ_LEN), default=128 * SEQ_LEN, show_default=True)
 @click.option("--layers", type=click.IntRange(2), default=24, show_default=True)
-@click.option("--repeat", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "job", hidden=True)
 def main(
