@@ -60,7 +60,7 @@ class Checkpoint:
 
     Args:
         path: a directory with config.json and model.safetensors or its index.
-        reader: how shards are read, through the page cache ("buffered") or around it ("direct").
+        reader: how shards are read: "buffered", or "direct", around the page cache.
 
     Raises:
         CheckpointError: anything missing, truncated, malformed or pointing outside the directory.
@@ -99,7 +99,7 @@ class Checkpoint:
     def read_into(self, file: int, offset: int, buffer: memoryview, *, stays: bool = True) -> None:
         """Fill `buffer` with the bytes at `offset` of shard `file`.
 
-        Not `stays`: leave no page of them in the page cache, which is for what will be read again.
+        Not `stays`: leave no page of them in the page cache, which could not keep them until they are read again.
 
         Raises:
             CheckpointError: the file ended first, or could not be read.

@@ -82,8 +82,8 @@ class PruneConfig:
         scratch: directory for hidden states, and what a method keeps between sweeps, that fit in neither.
         state_dtype: of what a method keeps between sweeps: "float32", or "bfloat16" in half the bytes.
         resume: keep a journal beside the output, and go on from the one that an earlier run left there.
-        reader: "buffered", or "direct" around the page cache. read_threads: 2 to 8; by default 2, and 4
-            beside a GPU.
+        reader: "buffered", with layers around the page cache that it cannot keep, or "direct", all of them.
+        read_threads: 2 to 8; by default 2, and 4 beside a GPU.
 
     Raises:
         UsageError: a value out of range.

@@ -48,12 +48,16 @@ class HostDevice:
     direct = True
 
     def buffer(self, nbytes: int) -> Tensor:
-        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # A disk takes so many pages at a time, whatever their size: with large ones direct reads are a third faster.
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{nbytes} bytes for layers") from error
         raw = torch.frombuffer(memory, dtype=torch.uint8)
         start = -raw.data_ptr() % HUGE_PAGE
+        # A request to a disk has a limited number of pages, whatever their size: large ones make direct reads a third
+        # faster. Not of the last ones, of which a part would never be used.
+        with suppress(OSError):  # a kernel without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE * HUGE_PAGE)
         return raw[start : start + nbytes]
 
     chunk = buffer

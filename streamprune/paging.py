@@ -30,9 +30,9 @@ from streamprune.checkpoint import Checkpoint, TensorEntry, byte_view
 from streamprune.devices import Device
 from streamprune.readers import BLOCK
 
-CHUNK_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20  # at least a block
 READERS, GPU_READERS = 2, 4  # beside a GPU the processor has nothing else to do
-ALIGNMENT = 64  # bytes; enough for any dtype and for vector loads
+ALIGNMENT = 64  # bytes, of tensors on a device; enough for any dtype and for vector loads
 
 Turn = Literal["back", "again"]  # how a sweep is followed by the next
 
@@ -140,7 +140,7 @@ class Pager:
         slots: how many layers the device may hold, at least 2; memory is taken when they are first needed. To be set
             between sweeps, upwards.
         slot_bytes: of a slot, which the largest layer fits.
-        page_cache: bytes of it that are for layers, to be set between sweeps.
+        page_cache: bytes of the page cache that layers may take, to be set between sweeps; half of what is free.
     """
 
     def __init__(

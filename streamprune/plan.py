@@ -244,7 +244,7 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
             f"{config.method} keeps {report.human(plan.state_bytes)} of {config.state_dtype} state between its sweeps"
         )
     if plan.layout == "ragged":
-        why, remedy = "the layers come out with different widths", "--stock prunes all layers alike and needs neither"
+        why, remedy = "no stock class has layers of these widths", "--stock prunes all layers alike and needs neither"
         if plan.choice.allocation == "global":
             remedy = "--allocation uniform --stock needs neither"
         if plan.new_biases:

@@ -106,8 +106,9 @@ class Reader:
                 )
             if failures:
                 self._sleep(PAUSES[failures - 1])
-        if self._refused and not stays and size:  # 0 bytes would mean all up to the end of the file
-            os.posix_fadvise(self._descriptor(file, False), offset, size, os.POSIX_FADV_DONTNEED)
+        if self._kind == "buffered" and not stays and size:  # 0 bytes would mean all up to the end of the file
+            # Also after a direct read, which some filesystems accept and then make through the page cache.
+            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _descriptor(self, file: int, direct: bool, *, reopen: bool = False) -> int:
         with self._lock:

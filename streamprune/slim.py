@@ -38,10 +38,12 @@ def layout(skeleton: Skeleton, kept: KeptUnits, emit: str | None = None, *, bias
     dense = {tuple(geometry.units(kind) for kind in layer) for layer in kept.values()}
     if widths == dense:
         return "same" if len(kept) == len(skeleton.layers) else "stock"
-    groups = len(next(iter(kept.values())).get("kv_group", ()))
-    takes = emit is not None or not family.ragged
-    takes = takes or stock_takes(family, geometry, groups, skeleton.config.hidden_size)
-    return "stock" if len(widths) == 1 and takes else "ragged"
+    if len(widths) > 1:
+        return "ragged"
+    first, hidden_size = next(iter(kept.values())), skeleton.config.hidden_size
+    if emit is None and family.ragged and "kv_group" in first:
+        return "stock" if stock_takes(family, geometry, len(first["kv_group"]), hidden_size) else "ragged"
+    return "stock"
 
 
 def check_emittable(skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, biases: bool = False) -> None:

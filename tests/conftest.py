@@ -143,8 +143,10 @@ def need_direct(directory: Path) -> None:
     memory = mmap.mmap(-1, BLOCK)
     try:
         descriptor = os.open(probe, os.O_RDONLY | os.O_DIRECT)
-        os.preadv(descriptor, [memory], 0)
-        os.close(descriptor)
+        try:
+            os.preadv(descriptor, [memory], 0)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         pytest.skip(f"{directory} cannot be read with O_DIRECT ({error.strerror}); use --basetemp on another disk")
 

@@ -4,13 +4,14 @@ import os
 import threading
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import make_sweeper, need_direct, save_tiny
 
 from streamprune import paging
 from streamprune.checkpoint import Checkpoint
-from streamprune.devices import HostDevice
+from streamprune.devices import HUGE_PAGE, HostDevice
 from streamprune.paging import Pager
 from streamprune.readers import BLOCK
 
@@ -229,8 +230,9 @@ class Remembering(HostDevice):
         return any(0 <= address - each.data_ptr() < len(each) for each in self.given)
 
 
-@pytest.mark.parametrize("device", [Remembering(True), Remembering(False)], ids=["into-slots", "into-chunks"])
-def test_direct_reads_put_whole_blocks_in_their_place(device, tmp_path, monkeypatch):
+@pytest.mark.parametrize("into_slots", [True, False], ids=["into-slots", "into-chunks"])
+def test_direct_reads_put_whole_blocks_in_their_place(into_slots, tmp_path, monkeypatch):
+    device = Remembering(into_slots)
     save_tiny(tmp_path, "llama", intermediate_size=2048)
     need_direct(tmp_path)
     monkeypatch.setattr(paging, "CHUNK_BYTES", 4 * BLOCK)
@@ -268,6 +270,20 @@ def test_an_error_of_a_reader_reaches_the_consumer(checkpoint, monkeypatch):
     pager = Pager(checkpoint.checkpoint, checkpoint.entries, HostDevice())
     with pytest.raises(OSError, match="disk gone"), pager.pages(range(8)) as pages:
         next(pages)
+
+
+def test_memory_that_is_not_there_is_an_error_of_its_own():
+    with pytest.raises(MemoryError, match="bytes for layers"):
+        HostDevice().buffer(1 << 60)
+
+
+def test_a_slot_is_no_larger_than_what_it_holds():
+    """Large pages are for what is filled, and not for a last one that is not."""
+    before, made = psutil.Process().memory_info().rss, []
+    for nbytes in [300_000] * 40 + [HUGE_PAGE + 300_000] * 10:
+        made.append(HostDevice().buffer(nbytes).fill_(1))
+    taken = psutil.Process().memory_info().rss - before
+    assert taken < 1.1 * sum(map(len, made))
 
 
 def test_resident_bytes_do_not_depend_on_the_number_of_layers(tmp_path):

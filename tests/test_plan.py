@@ -2,12 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from streamprune import PruneConfig, prune, rates, report
+from streamprune import PruneConfig, planner, prune, rates, report
 from streamprune.checkpoint import Checkpoint
 from streamprune.paging import Pager
 from streamprune.readers import BLOCK
@@ -71,7 +72,7 @@ def test_nothing_but_headers_is_read(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path, monkeypatch):
-    seen, original, available = set(), Pager.pages, 1 << 40
+    seen, original, place, available, planned = set(), Pager.pages, planner.place, 1 << 40, 1 << 38
 
     def pages(self, *arguments):
         seen.add(self.page_cache)
@@ -79,7 +80,8 @@ def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path,
 
     monkeypatch.setattr(Pager, "pages", pages)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    planned = prune(config(tiny_llama, tmp_path / "out")).facts["memory"]["planned_host"]
+    monkeypatch.setattr(planner, "place", lambda *a, **more: replace(place(*a, **more), host_bytes=planned))
+    prune(config(tiny_llama, tmp_path / "out"))
     assert len(seen) == 1
     assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= report.peak_rss()
 
