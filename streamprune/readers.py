@@ -54,6 +54,7 @@ class Reader:
         self.files = files
         self._kind = kind
         self._refused = False  # by a filesystem without O_DIRECT
+        self._straight = True  # until memory refuses, as that which a driver has mapped may
         self._preadv = preadv or os.preadv
         self._sleep = sleep
         self._descriptors: dict[tuple[int, bool], int] = {}  # by file, and whether around the page cache
@@ -86,6 +87,9 @@ class Reader:
                         f"{path} ended at byte {end}, {offset + size - end} bytes too early; download it again"
                     )
             except OSError as error:
+                if direct and error.errno == errno.EFAULT and self._straight:
+                    self._straight = False
+                    continue
                 if direct and error.errno in REFUSALS:
                     if self._kind == "buffered":
                         self._refused = True
@@ -136,7 +140,7 @@ class Reader:
         # much as it holds. Only the end of a file may lie inside a block: there the read is short.
         head, size, target = offset % BLOCK, len(buffer), np.asarray(buffer)
         start, stop = -offset % BLOCK, size - (offset + size) % BLOCK
-        if start >= stop or target.ctypes.data % BLOCK != head:
+        if not self._straight or start >= stop or target.ctypes.data % BLOCK != head:
             start = stop = size
         with self._lock:
             bounce = self._bounces.pop() if self._bounces else _bounce()

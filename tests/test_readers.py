@@ -192,6 +192,26 @@ def test_a_direct_read_leaves_no_page_in_the_cache_and_a_buffered_one_does(uncac
         assert resident_pages(uncached) == pages
 
 
+def test_memory_that_refuses_direct_reads_is_copied_into(large):
+    """As what a driver has mapped may, such as pinned memory."""
+    need_direct(large.parent)
+    expected, asked = large.read_bytes(), []
+
+    def preadv(descriptor, buffers, offset):
+        asked.append(sum(map(len, buffers)))
+        if asked[-1] > BOUNCE_BYTES:
+            raise OSError(errno.EFAULT, "Bad address")
+        return os.preadv(descriptor, buffers, offset)
+
+    reader = Reader([large], "direct", preadv=preadv)
+    for _ in range(2):
+        assert read(reader, 0, SIZE, as_in_file=True) == expected
+    assert [nbytes > BOUNCE_BYTES for nbytes in asked] == [True, False, False, False, False]
+    broken = Disk(errno.EFAULT, errno.EFAULT).reader(large, "direct")
+    with pytest.raises(CheckpointError, match="cannot be read: Bad address"):
+        read(broken, 0, 9000, as_in_file=True)
+
+
 @pytest.mark.parametrize("refuses", [0, errno.EINVAL, errno.EOPNOTSUPP], ids=["direct", "EINVAL", "EOPNOTSUPP"])
 def test_what_is_not_to_stay_leaves_no_page_in_the_cache(refuses, uncached):
     need_direct(uncached.parent)
