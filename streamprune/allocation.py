@@ -195,6 +195,7 @@ def check_global(rule: GlobalRule, costs: Mapping[Kind, int], geometry: Geometry
     all_of_them = sum(costs[kind] * geometry.units(kind) for kind in costs)
     most = sum(costs[kind] * rule.most(kind, geometry.units(kind)) for kind in costs) / all_of_them
     if rule.ratio > most:
+        most = math.floor(most * 1000) / 1000  # rounded up it would be refused again
         raise UsageError(
             f"a ratio of {rule.ratio} is more than --min-keep {rule.min_keep} leaves room for, {most:.3f}; "
             "lower one of them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import traceback
 import warnings
@@ -231,6 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not debug:
         # transformers' and torch's notes on their own future are not about the user's run.
         warnings.filterwarnings("ignore")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch schedulers send is as Ctrl-C
     try:
         code = cli.main(arguments, prog_name="streamprune", standalone_mode=False)
     except click.ClickException as error:
@@ -249,6 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = _fail("out of memory; lower --micro-batch or --samples", 1, debug, as_json)
     except OSError as error:
         code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug, as_json)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
 
 

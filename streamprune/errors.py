@@ -23,3 +23,7 @@ class CalibrationError(StreampruneError):
 
 class OutputError(StreampruneError):
     """The output cannot be written."""
+
+
+class JournalError(OutputError):
+    """A journal is damaged: no run can go on from it."""

@@ -22,6 +22,7 @@ from streamprune.rates import Rates, seconds
 from streamprune.sweep import Sweeper
 
 MARGIN = 0.05  # of what tensors may take, for holes in the heap
+DRIFT = 32 << 20  # what the same process takes before its first tensor, more or less from run to run
 GPU_SHARE = 0.9  # of what is free, where no budget is given
 
 
@@ -158,7 +159,7 @@ def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[
 def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, int], limits: tuple[int, int]) -> str:
     """One line with the smallest budget that would do."""
     device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in needed)
-    host += baseline
+    host += baseline + DRIFT
     lacking = []
     if device > limits[0] > 0:
         lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there")
@@ -199,7 +200,8 @@ def table(placement: Placement, sweeper: Sweeper, found: Rates | None) -> str:
     largest = max(placement.stages, key=lambda stage: sum(stage.device.values()))
     parts = sorted(largest.device.items(), key=lambda item: -item[1])
     lines.append(f"{largest.name} holds {', '.join(f'{report.human(size)} of {name}' for name, size in parts if size)}")
-    lines.append(f"{placement.micro_batch} sequences are computed at once" + (f"; {found.source}" if found else ""))
+    source = f"; {found.source}" if found else ""
+    lines.append(f"up to {placement.micro_batch} sequences are computed at once{source}")
     return "\n".join(lines)
 
 

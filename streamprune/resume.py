@@ -14,6 +14,7 @@ from torch import Tensor
 from streamprune import report
 from streamprune.checkpoint import byte_view
 from streamprune.config import PruneConfig
+from streamprune.errors import JournalError
 from streamprune.progress import Progress
 from streamprune.skeleton import Skeleton
 from streamprune.state import JOURNAL, Journal, in_use, remove
@@ -93,6 +94,6 @@ def say_what_stays(directory: Path, progress: Progress, kind: type[BaseException
     """Of a run that did not end well: where its journal is. One that holds nothing goes."""
     if kind is not None and not (directory / JOURNAL).is_file():
         remove(directory)
-    elif kind is not None:
+    elif kind is not None and not issubclass(kind, JournalError):
         nbytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
         progress.say(f"{directory} keeps {report.human(nbytes)} to go on from: repeat the command, or remove it")

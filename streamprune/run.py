@@ -30,7 +30,7 @@ from streamprune.progress import Progress
 from streamprune.readers import ReaderKind
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, default_micro_batch
-from streamprune.writer import OWN_FILE, atomic_directory, check_output, check_space, write_json
+from streamprune.writer import OWN_FILE, atomic_directory, check_directory, check_output, check_space, write_json
 
 # What a run holds that a plan alone does not: tokenizer and tokens (52 to 160 MB were measured, the most for a text of
 # 1.1 MB).
@@ -173,7 +173,8 @@ def _score_and_write(
         # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
         copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
         kept_on_disk = plan.state_bytes if config.resume else 0
-        check_space(config.output, plan.output_bytes + copied + kept_on_disk - resume.already_there(journal_directory))
+        there = resume.already_there(journal_directory)
+        check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
         progress.say(describe(config, skeleton, plan))
         tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
         ids = texts.calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
@@ -194,7 +195,7 @@ def _score_and_write(
             # What the last commit carries, and what the next one does.
             kept_on_disk += 2 * max(stage.carried for stage in placement.stages)
             there = resume.already_there(journal_directory)
-            check_space(config.output, plan.output_bytes + copied + kept_on_disk - there)
+            check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
         progress.say(planner.say(placement, sweeper))
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
@@ -246,8 +247,8 @@ def _place(
     placement = planner.place(sweeper, config, settings, plan, work, baseline=baseline)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
-        check_output(config.scratch / "hidden states", overwrite=False)
-        check_space(config.scratch / "hidden states", spilled)
+        check_directory(config.scratch, "--scratch")
+        check_space(config.scratch, spilled, "what goes to --scratch")
     sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
     to_take = placement.host_bytes - psutil.Process().memory_info().rss
     sweeper.pager.page_cache = max(0, int(CACHE_SHARE * (psutil.virtual_memory().available - to_take)))

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from streamprune.errors import OutputError, UsageError
+from streamprune.errors import JournalError, OutputError, UsageError
 from streamprune.writer import sync_path
 
 JOURNAL, LOCK = "journal.json", "lock"
@@ -70,7 +70,8 @@ class Journal:
 
     Raises:
         UsageError: the journal there is of another run; names what differs.
-        OutputError: the directory cannot be written, another run uses it, or the journal is damaged.
+        OutputError: the directory cannot be written, or another run uses it.
+        JournalError: the journal is damaged.
     """
 
     def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
@@ -110,9 +111,9 @@ class Journal:
             names = sorted(theirs.keys() | fingerprint.keys())
             lost = [each for each in self._files.values() if not (self.directory / each).is_file()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OutputError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
+            raise JournalError(f"{file} is damaged; remove {self.directory} and start again") from error
         if lost:
-            raise OutputError(f"{file} names {lost[0]}, which is gone; remove {self.directory} and start again")
+            raise JournalError(f"{file} names {lost[0]}, which is gone; remove {self.directory} and start again")
         for name in names:
             before, now = theirs.get(name), fingerprint.get(name)
             if before != now:
@@ -242,7 +243,7 @@ class Journal:
         try:
             return load_file(file)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
+            raise JournalError(f"{file} is damaged ({error}); remove {self.directory} and start again") from error
 
     def _remove_unnamed(self) -> None:
         named = set(self._files.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import secrets
@@ -19,6 +20,7 @@ from torch import Tensor
 from streamprune.checkpoint import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, TensorEntry, byte_view
 from streamprune.errors import OutputError
 
+PARTIAL = ".partial-"
 OWN_FILE = "streamprune.json"  # in every output, and the only thing that --overwrite takes for one
 
 
@@ -166,21 +168,32 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} is {what}; choose another --output")
     if overwrite and output.is_dir() and any(output.iterdir()) and not (output / OWN_FILE).is_file():
         raise OutputError(f"{output} has no {OWN_FILE}, so it is not streamprune's; --overwrite will not remove it")
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent} cannot be written to; choose another --output")
+    check_directory(output.absolute().parent, "--output")
 
 
-def check_space(output: Path, needs: int) -> None:
-    """Refuse a disk that has less than `needs` bytes free for `output`."""
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
+def check_directory(directory: Path, option: str) -> None:
+    """Refuse a directory, given by `option`, that can neither be written to nor made."""
+    existing = _existing(directory)
+    if not existing.is_dir():
+        raise OutputError(f"{existing} is no directory; choose another {option}")
+    if not os.access(existing, os.W_OK):
+        raise OutputError(f"{existing} cannot be written to; choose another {option}")
+
+
+def check_space(directory: Path, needs: int, what: str = "the output") -> None:
+    """Refuse a directory, or one that will be made, on a disk that has less than `needs` bytes free for `what`."""
+    existing = _existing(directory)
+    free = shutil.disk_usage(existing).free
     if free < needs:
-        raise OutputError(f"{parent} has {free:,} bytes free, the output needs {needs:,}; make room")
+        raise OutputError(f"{existing} has {free:,} bytes free, {what} needs {needs:,}; make room")
+
+
+def _existing(directory: Path) -> Path:
+    """It, or what of its parents is there."""
+    directory = directory.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    return directory
 
 
 @contextmanager
@@ -198,9 +211,13 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
     output = output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     keep = temporary is not None
-    temporary = temporary or output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
+    if temporary is None:
+        _remove_dead(output)
+        temporary = output.with_name(f".{output.name}{PARTIAL}{secrets.token_hex(4)}")
+    lock = None
     try:
         temporary.mkdir(exist_ok=keep)
+        lock = _hold(temporary)
         yield temporary
         _sync(temporary)
         check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
@@ -216,6 +233,29 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
     finally:
         if not keep:
             shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_dead(output: Path) -> None:
+    """What earlier runs for this output were writing when they were killed: nobody holds it."""
+    for partial in output.parent.iterdir():
+        if partial.name.startswith(f".{output.name}{PARTIAL}") and (lock := _hold(partial)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _hold(directory: Path) -> int | None:
+    """A lock that goes with the process; None where another has it, or the filesystem has none."""
+    descriptor = None
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _replace(output: Path, temporary: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cli_runner import SHORT
 from conftest import save_tiny
 
 from streamprune import PruneConfig
@@ -92,6 +93,13 @@ def test_compress_stores_nothing_but_2_of_4(granularity, tmp_path):
 )
 def test_global_allocation_gives_every_layer_its_own_widths(option, method, asked, refused, model):
     refused(model, "--method", method, *asked, *option, code=2, names=(option[0],), remedy="leave")
+
+
+def test_the_ratio_that_min_keep_leaves_room_for_is_accepted(refused, streamprune, model, output):
+    arguments = ("--allocation", "global", "--min-keep", "0.77", "--method", "random")
+    said = refused(model, *arguments, "--ratio", "0.9", code=2, names=("--min-keep 0.77",), remedy="lower one of them")
+    most = said.split("leaves room for, ")[1].split(";")[0]
+    assert streamprune("--model", model, "--output", output, *arguments, *SHORT, "--ratio", most).code == 0
 
 
 def test_global_allocation_is_refused_where_all_layers_have_one_width(refused, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
 
+from streamprune import checkpoint as module
 from streamprune.checkpoint import DTYPES, Checkpoint, byte_view, is_finite
 from streamprune.errors import CheckpointError
+from streamprune.readers import PAUSES, retried
 
 
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path):
@@ -209,3 +213,28 @@ def test_finiteness_is_seen_wherever_it_is_lost_and_takes_no_copy(dtype):
             broken = tensor.clone()
             broken[place] = value
             assert not is_finite(broken)
+
+
+@pytest.mark.parametrize("name", ["read_json", "read_header"])
+def test_headers_are_waited_for_too(name, tmp_path, monkeypatch):
+    file, pauses, opened = tmp_path / "file", [], []
+    text = b'{"__metadata__": {}}'
+    file.write_bytes(text if name == "read_json" else len(text).to_bytes(8, "little") + text)
+    original = Path.open
+
+    def failing(self, *arguments, **options):
+        opened.append(self)
+        if len(opened) <= failures:
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(module, "retried", partial(retried, sleep=pauses.append))
+    failures = 3
+    assert getattr(module, name)(file) == ({"__metadata__": {}} if name == "read_json" else [])
+    assert pauses == list(PAUSES[:3])
+    opened.clear()
+    failures = 100
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        getattr(module, name)(file)
+    assert len(opened) == len(PAUSES) + 1

@@ -75,7 +75,8 @@ def test_ctrl_c_while_the_filling_thread_starts_leaves_no_thread(streamprune, mo
     check_interrupted(streamprune("--model", model, "--output", output, "--quiet", *SHORT))
 
 
-def test_ctrl_c_in_the_middle_of_scoring_ends_a_real_process_cleanly(model, output, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_scoring_ends_a_real_process_cleanly(number, model, output, tmp_path):
     before = snapshot(tmp_path)
     options = ["--method", "moreau", "--set", "steps=1000000", *SHORT]
     process = subprocess.Popen(
@@ -93,7 +94,7 @@ def test_ctrl_c_in_the_middle_of_scoring_ends_a_real_process_cleanly(model, outp
             if line.startswith("perplexity before:"):
                 break
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         start = time.perf_counter()
         out, rest = process.communicate(timeout=20)
     finally:

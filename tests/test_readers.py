@@ -11,7 +11,6 @@ import random
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +19,9 @@ from conftest import need_direct
 from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, same_bytes, save
 
-from streamprune import checkpoint
 from streamprune.checkpoint import Checkpoint
 from streamprune.errors import CheckpointError
-from streamprune.readers import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind, retried
+from streamprune.readers import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind
 
 SIZE = BOUNCE_BYTES + 5001  # no multiple of any block
 SMALL = 20_003
@@ -374,28 +372,3 @@ def test_a_checkpoint_reads_with_either_and_counts_what_was_asked_for(kind, tmp_
         with pytest.raises(CheckpointError, match="ended at byte 0"):
             checkpoint.read(max(checkpoint.tensors, key=lambda name: checkpoint.tensors[name].nbytes))
         assert checkpoint.bytes_read == checkpoint.nbytes
-
-
-@pytest.mark.parametrize("name", ["read_json", "read_header"])
-def test_headers_are_waited_for_too(name, tmp_path, monkeypatch):
-    file, pauses, opened = tmp_path / "file", [], []
-    text = b'{"__metadata__": {}}'
-    file.write_bytes(text if name == "read_json" else len(text).to_bytes(8, "little") + text)
-    original = Path.open
-
-    def failing(self, *arguments, **options):
-        opened.append(self)
-        if len(opened) <= failures:
-            raise OSError(errno.EIO, "Input/output error")
-        return original(self, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", failing)
-    monkeypatch.setattr(checkpoint, "retried", partial(retried, sleep=pauses.append))
-    failures = 3
-    assert getattr(checkpoint, name)(file) == ({"__metadata__": {}} if name == "read_json" else [])
-    assert pauses == list(PAUSES[:3])
-    opened.clear()
-    failures = 100
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        getattr(checkpoint, name)(file)
-    assert len(opened) == len(PAUSES) + 1

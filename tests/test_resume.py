@@ -16,7 +16,7 @@ from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
 from safetensors import SafetensorError
 
 from streamprune import prune, state
-from streamprune.errors import OutputError, UsageError
+from streamprune.errors import JournalError, OutputError, UsageError
 from streamprune.output import OutputWriter
 from streamprune.progress import Progress
 from streamprune.state import JOURNAL, Journal
@@ -240,6 +240,20 @@ def test_a_damaged_journal_is_an_error_and_not_another_result(tmp_path):
         Journal(tmp_path / "journal", {"a": 1})
 
 
+def test_nobody_is_told_to_go_on_from_a_damaged_journal(tiny_llama, tmp_path, killing):
+    what = ("moreau-gs", "units", {"steps": 2}, {})
+    killing(6, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    for file in (tmp_path / ".out.resume").glob("*.safetensors"):
+        os.truncate(file, 10)
+    said = io.StringIO()
+    with pytest.raises(JournalError, match=r"\.out\.resume.* is damaged .*; remove .*\.out\.resume and start again"):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True), Progress(said))
+    assert "to go on from" not in said.getvalue()
+
+
 def test_files_that_no_journal_names_are_removed_and_disk_use_stays_bounded(tmp_path):
     journal = Journal(tmp_path / "journal", {})
     store = journal.store("delta")
@@ -287,7 +301,8 @@ def test_a_signal_leaves_a_journal_and_no_output(signal_number, tiny_llama, tmp_
         child.send_signal(signal_number)
         message = child.communicate(timeout=60)[1]
     assert child.returncode != 0 and not (tmp_path / "out").exists() and journal.is_file()
-    if signal_number == signal.SIGINT:
+    if signal_number != signal.SIGKILL:
+        assert child.returncode == 1
         assert "to go on from: repeat the command" in message
 
 

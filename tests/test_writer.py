@@ -264,6 +264,19 @@ def test_overwriting_replaces_the_old_directory_as_a_whole(old, tmp_path):
     assert [path.name for path in old.iterdir()] == ["file"]
 
 
+def test_what_a_killed_run_left_goes_and_what_another_run_writes_stays(tmp_path):
+    dead, other = tmp_path / ".out.partial-0123abcd", tmp_path / ".out2.partial-0123abcd"
+    for directory in (dead, other):
+        directory.mkdir()
+        (directory / "file").write_text("half")
+    with atomic_directory(tmp_path / "out", overwrite=False) as living:
+        assert not dead.exists() and other.exists()
+        with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out", overwrite=False):
+            assert living.exists()
+            raise ZeroDivisionError
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(28, "full")])
 def test_overwriting_keeps_the_old_directory_if_the_block_fails(error, old, tmp_path):
     with pytest.raises(BaseException), atomic_directory(old, overwrite=True):  # noqa: B017
@@ -347,5 +360,5 @@ def test_a_directory_that_someone_made_meanwhile_is_not_replaced(tmp_path):
 def test_a_disk_that_is_too_small_is_refused(tmp_path):
     check_space(tmp_path / "not" / "yet" / "there", needs=1)
     with pytest.raises(OutputError, match="bytes free"):
-        check_space(tmp_path / "out", needs=10**18)
+        check_space(tmp_path, needs=10**18)
     assert list(tmp_path.iterdir()) == []
