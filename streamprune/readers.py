@@ -77,7 +77,7 @@ class Reader:
         """
         path, size, done, failures = self.files[file], len(buffer), 0, 0
         while done < size:
-            direct = self._kind == "direct" or not (stays or self._refused)
+            direct, straight = self._kind == "direct" or not (stays or self._refused), self._straight
             try:
                 descriptor = self._descriptor(file, direct, reopen=failures > 0)
                 read = self._read_blocks if direct else self._read
@@ -87,8 +87,8 @@ class Reader:
                         f"{path} ended at byte {end}, {offset + size - end} bytes too early; download it again"
                     )
             except OSError as error:
-                if direct and error.errno == errno.EFAULT and self._straight:
-                    self._straight = False
+                if direct and straight and error.errno == errno.EFAULT:
+                    self._straight = False  # by way of a bounce buffer from now on
                     continue
                 if direct and error.errno in REFUSALS:
                     if self._kind == "buffered":
