@@ -4,7 +4,8 @@
 
 A random Llama of 8 layers is pruned by several commands with --resume. Each trial kills the process at a random moment
 of the undisturbed run's time (scoring, repair, writing of shards and of the journal among them), kills every second one
-once more while it goes on, and lets it end. Processes are forked from one that has imported everything, so that moments
+once more while it goes on, and lets it end. Kills count that found the output not there yet; trials go on until there
+are enough. Processes are forked from one that has imported everything, so that moments
 fall into the work and not into imports. Nothing may ever stand at the output path before it is whole.
 """
 
@@ -80,11 +81,14 @@ def digest(output: Path) -> str:
     return total.hexdigest()
 
 
-def trial(model: Path, output: Path, options: list[str], seconds: float, again: bool, draw: random.Random) -> str:
-    """Kill, resume, and look: what the killed run left, by its journal."""
+def trial(
+    model: Path, output: Path, options: list[str], seconds: float, again: bool, draw: random.Random
+) -> tuple[str, int]:
+    """Kill, resume, and look: what the killed run left, by its journal, and how many kills found no output yet."""
     journal = output.with_name(f".{output.name}.resume")
     left = "nothing yet"
-    for _ in range(2 if again else 1):
+    times = 2 if again else 1
+    for landed in range(times):
         child = start(model, output, options)
         time.sleep(draw.uniform(0, seconds))
         os.kill(child, signal.SIGKILL)
@@ -92,18 +96,18 @@ def trial(model: Path, output: Path, options: list[str], seconds: float, again: 
         if output.exists():
             if status != 0:  # killed between the output's name and the journal's end: the command then clears that away
                 wait(start(model, output, options))
-            return "ended before"
+            return "ended before", landed
         if (journal / "journal.json").is_file():
             left = (
                 "scoring" if "scored" not in json.loads((journal / "journal.json").read_text())["facts"] else "writing"
             )
     if wait(start(model, output, options)) != 0:
         raise SystemExit(f"{options} did not end when it was resumed")
-    return left
+    return left, times
 
 
 def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
-    """`kills` trials over all commands."""
+    """Trials until `kills` have landed, over all commands."""
     from random_model import save_tokenizer, write_model
 
     import streamprune.cli  # noqa: F401  what the children need is imported once
@@ -121,21 +125,25 @@ def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
         if wait(start(model, scratch / "whole", options)) != 0:
             raise SystemExit(f"{name}: the undisturbed run failed")
         seconds = time.perf_counter() - begin
-        expected, left, same = digest(scratch / "whole"), collections.Counter[str](), 0
-        for number in range(-(-kills // len(COMMANDS))):
+        expected, left, same, landed = digest(scratch / "whole"), collections.Counter[str](), 0, 0
+        while landed < kills / len(COMMANDS):
+            number = left.total()
             output = scratch / f"killed-{number}"
-            left[trial(model, output, options, seconds, number % 2 == 1, draw)] += 1
+            where, hits = trial(model, output, options, seconds, number % 2 == 1, draw)
+            left[where] += 1
+            landed += hits
             same += digest(output) == expected
             shutil.rmtree(output)
         leftovers = [file.name for file in scratch.iterdir() if file.name not in ("model", "whole")]
         shutil.rmtree(scratch / "whole")
-        rows.append({"command": name, "seconds": seconds, "trials": number + 1, "identical": same, "killed in": left})
+        rows.append({"command": name, "seconds": seconds, "kills": landed, "trials": left.total(), "identical": same})
+        rows[-1]["killed in"] = left
         rows[-1]["leftovers"] = leftovers
     return rows
 
 
 @click.command()
-@click.option("--kills", type=int, default=200, show_default=True, help="Trials, over all commands.")
+@click.option("--kills", type=int, default=200, show_default=True, help="Over all commands.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(kills: int, json_file: Path | None) -> None:
     """Measure, print the table, and write JSON."""
@@ -144,11 +152,11 @@ def main(kills: int, json_file: Path | None) -> None:
         rows = measure(Path(directory), kills)
     from streamprune.report import table
 
-    lines = [["command", "undisturbed, s", "trials", "identical", "killed while", "left behind"]]
+    lines = [["command", "undisturbed, s", "kills", "trials", "identical", "killed while", "left behind"]]
     for row in rows:
         where = ", ".join(f"{what} {count}" for what, count in sorted(row["killed in"].items()))
-        cells = [f"{row['seconds']:.1f}", str(row["trials"]), str(row["identical"]), where, str(len(row["leftovers"]))]
-        lines.append([row["command"], *cells])
+        counts = [str(row[name]) for name in ("kills", "trials", "identical")]
+        lines.append([row["command"], f"{row['seconds']:.1f}", *counts, where, str(len(row["leftovers"]))])
     print(table(lines, markdown=True))
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1) + "\n")
