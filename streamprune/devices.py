@@ -54,8 +54,8 @@ class HostDevice:
             raise MemoryError(f"{nbytes} bytes for layers") from error
         raw = torch.frombuffer(memory, dtype=torch.uint8)
         start = -raw.data_ptr() % HUGE_PAGE
-        # A request to a disk has a limited number of pages, whatever their size: large ones make direct reads a third
-        # faster. Not of the last ones, of which a part would never be used.
+        # A request to a disk has a limited number of pages, whatever their size: large ones make direct reads faster.
+        # Not of the last ones, of which a part would never be used.
         with suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE * HUGE_PAGE)
         return raw[start : start + nbytes]
