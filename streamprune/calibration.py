@@ -1,10 +1,13 @@
-"""Text to token batches: files, hub data sets, and the prose that comes with the package."""
+"""Texts to sequences of tokens: as each tokenizer begins them, and no more of a text read than they take."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
-from importlib import resources
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,97 +15,20 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from streamprune.errors import CalibrationError, CheckpointError
+from streamprune.documents import Documents
+from streamprune.errors import CalibrationError, CheckpointError, UsageError
+from streamprune.records import Messages
+from streamprune.windows import Windows, at_places, of_stream
 
-# Characters tokenised at once: a whole book in one call makes some tokenizers quadratic.
-BLOCK_CHARACTERS = 1 << 20
-
-
-def embedded_text(name: str) -> str:
-    """Prose in the package: "calibration" (about 4,000 words) or "heldout" (about 2,400 others)."""
-    return resources.files("streamprune").joinpath("data", f"{name}.txt").read_text(encoding="utf-8")
-
-
-def read_text(source: str | Path, field: str = "text") -> str:
-    """The text of a .txt, .jsonl or .parquet file, or of a hub data set "name" or "name:split".
-
-    Records of jsonl, parquet and data sets are joined by blank lines.
-
-    Raises:
-        CalibrationError: no such file, no such field, or the optional package that reads it is absent.
-    """
-    path = Path(source)
-    if path.is_dir():
-        raise CalibrationError(f"{path} is a directory; give a .txt, .jsonl or .parquet file")
-    if not path.is_file():
-        if path.suffix in (".txt", ".jsonl", ".json", ".parquet") or str(source).startswith((".", "/")):
-            raise CalibrationError(f"{path} does not exist; give a text file, or leave --calibration out")
-        return "\n\n".join(_dataset_records(str(source), field))
-    if path.suffix == ".jsonl":
-        return "\n\n".join(_jsonl_records(path, field))
-    if path.suffix == ".parquet":
-        return "\n\n".join(_parquet_records(path, field))
-    return _read_file(path)
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} is not readable UTF-8 text ({error}); convert it") from error
-
-
-def _texts(values: Iterable[Any], field: str, where: object) -> list[str]:
-    """The texts of a column without its empty rows; refuses a column of anything else."""
-    texts = [value for value in values if value]
-    if not all(isinstance(value, str) for value in texts):
-        raise CalibrationError(f"{where}: the column {field!r} holds no text; name the column of the text with --field")
-    return texts
-
-
-def _jsonl_records(path: Path, field: str) -> Iterator[str]:
-    # Not splitlines: it also splits at U+2028, which JSON allows inside strings.
-    for number, line in enumerate(_read_file(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path}:{number} is not JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise CalibrationError(f"{path}:{number} has no text under {field!r}; name the field with --field")
-        yield record[field]
-
-
-def _parquet_records(path: Path, field: str) -> list[str]:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise CalibrationError(f"{path}: reading parquet needs pyarrow; pip install 'streamprune[parquet]'") from None
-    try:
-        columns = pyarrow.parquet.read_schema(path).names
-        if field not in columns:
-            raise CalibrationError(f"{path} has the columns {', '.join(columns)}; name one with --field")
-        return _texts(pyarrow.parquet.read_table(path, columns=[field])[field].to_pylist(), field, path)
-    except pyarrow.ArrowException as error:
-        raise CalibrationError(f"{path} is not a readable parquet file ({error})") from error
-
-
-def _dataset_records(name: str, field: str) -> list[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise CalibrationError(
-            f"{name} is no file; to read it as a hub data set, pip install 'streamprune[datasets]'"
-        ) from None
-    name, _, split = name.partition(":")
-    try:
-        data = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the hub client raises many kinds
-        raise CalibrationError(f"data set {name} cannot be loaded: {' '.join(str(error).split())}") from error
-    if field not in data.column_names:
-        raise CalibrationError(f"data set {name} has the columns {', '.join(data.column_names)}; name one with --field")
-    return _texts(data[field], field, f"data set {name}")
+# Characters tokenised at once: a whole book in one call makes some tokenizers quadratic, and takes 300 bytes each.
+BLOCK_CHARACTERS = 1 << 17
+# A line that a block may end with: what follows it is no more of the same white space, which makes one token.
+LINE_END = re.compile(r"\n(?= ?\S)")
+# Of a text up to this long all tokens are known, and any of them may begin a random sequence. Of a longer one places in
+# the text are drawn, and only what follows them is read.
+WHOLE_CHARACTERS = 4 << 20
+PROBE = "a"  # a text that shows what a tokenizer adds
+SAID_AFTER, SAID_EVERY = 1.0, 15.0  # seconds of reading until a line says so
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -111,31 +37,100 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for missing or damaged files
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} has no usable tokenizer ({reason}); copy the tokenizer files there") from error
+        code = "pass --trust-remote-code to run its code, or " if "trust_remote_code" in reason else ""
+        raise CheckpointError(
+            f"{path} has no usable tokenizer ({reason}); {code}copy the tokenizer files there"
+        ) from error
+
+
+def beginning(tokenizer: Any, bos: str) -> tuple[int, ...]:
+    """The tokens that begin every sequence.
+
+    Args:
+        bos: "auto" for what encoding a text puts before it, "always" for BOS, "never" for none.
+
+    Raises:
+        UsageError: "always" with a tokenizer that has no BOS.
+    """
+    if bos == "never":
+        return ()
+    if bos == "always":
+        if tokenizer.bos_token_id is None:
+            raise UsageError(f"--bos always: {type(tokenizer).__name__} has no BOS token; leave it out")
+        return (int(tokenizer.bos_token_id),)
+    plain = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(PROBE)["input_ids"]
+    starts = (n for n in range(len(encoded) - len(plain) + 1) if encoded[n : n + len(plain)] == plain)
+    before = encoded[: next(starts, 0)]
+    # Only what is no text: some tokenizers mark a beginning in the first word itself.
+    return tuple(before) if set(before) <= set(tokenizer.all_special_ids) else ()
+
+
+def chat_renderer(tokenizer: Any) -> Callable[[Messages], str]:
+    """The text of a conversation by the tokenizer's chat template, without a BOS: sequences are given theirs."""
+
+    def render(messages: Messages) -> str:
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception as error:  # the template's own, and those of the engine that runs it
+            reason = " ".join(str(error).split())[:200]
+            raise CalibrationError(
+                f"the chat template cannot take a conversation ({reason}); name a field of plain text with --field"
+            ) from error
+        return text.removeprefix(tokenizer.bos_token or "")
+
+    return render
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
     """Token ids [tokens] of a text without special tokens, int64."""
-    ids: list[int] = []
-    for block in _blocks(text):
-        ids.extend(tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"])
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.cat([torch.empty(0, dtype=torch.int64), *token_blocks(tokenizer, [text])])
 
 
-def _blocks(text: str) -> Iterator[str]:
-    """The text in pieces of about BLOCK_CHARACTERS that end with a paragraph where there is one."""
-    start = 0
-    while start < len(text):
-        stop = start + BLOCK_CHARACTERS
-        if stop < len(text):
-            paragraph = text.rfind("\n", start, stop)
-            stop = paragraph + 1 if paragraph > start else stop
-        yield text[start:stop]
-        start = stop
+def token_blocks(tokenizer: Any, pieces: Iterable[str]) -> Iterator[Tensor]:
+    """Token ids of a text that comes in pieces, a block of it at a time."""
+    for block in _blocks(pieces):
+        ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+        yield torch.tensor(ids, dtype=torch.int64)
+
+
+def _blocks(pieces: Iterable[str]) -> Iterator[str]:
+    """The text in blocks of about BLOCK_CHARACTERS that have the tokens of the whole, where they end with a line."""
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        start = 0
+        while len(rest) - start > BLOCK_CHARACTERS + 2:
+            stop = _end_of_block(rest, start, start + BLOCK_CHARACTERS)
+            yield rest[start:stop]
+            start = stop
+        rest = rest[start:]
+    if rest:
+        yield rest
+
+
+def _end_of_block(text: str, start: int, stop: int) -> int:
+    line = text.rfind("\n", start, stop)
+    while line > start:
+        if LINE_END.match(text, line):
+            return line + 1
+        line = text.rfind("\n", start, line)
+    line = text.rfind("\n", start, stop)
+    return line + 1 if line > start else stop
+
+
+def joined(documents: Documents) -> Iterator[str]:
+    """The text of all records, in pieces."""
+    return _with_separators(documents.records(), documents.separator)
+
+
+def _with_separators(texts: Iterator[str], separator: str) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        yield separator + text if number and separator else text
 
 
 def sample_sequences(tokens: Tensor, samples: int, seq_len: int, sampling: str, seed: int) -> Tensor:
-    """Calibration ids [samples, seq_len] from the tokens of a text.
+    """Sequences [samples, seq_len] of the tokens of a text.
 
     Args:
         sampling: "random" draws windows at seeded positions; "first" takes consecutive ones from the start.
@@ -145,12 +140,178 @@ def sample_sequences(tokens: Tensor, samples: int, seq_len: int, sampling: str, 
     """
     needed = samples * seq_len
     if len(tokens) < needed:
-        raise CalibrationError(
-            f"the text has {len(tokens):,} tokens, {samples} samples of {seq_len} need {needed:,}; "
-            "give a longer --calibration, or lower --samples or --seq-len"
-        )
+        raise CalibrationError(_too_short(f"{len(tokens):,}", samples, seq_len))
     if sampling == "first":
         return tokens[:needed].view(samples, seq_len)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - seq_len + 1, (samples,), generator=generator)
     return torch.stack([tokens[start : start + seq_len] for start in starts.tolist()])
+
+
+def _too_short(tokens: str, samples: int, seq_len: int) -> str:
+    return (
+        f"the text has {tokens} tokens, {samples} samples of {seq_len} need {samples * seq_len:,}; "
+        "give a longer --calibration, or lower --samples or --seq-len"
+    )
+
+
+@dataclass
+class Corpus:
+    """The token sequences of a text.
+
+    Attributes:
+        beginning: tokens that every sequence begins with; the others are the text's.
+        say: told how much was read where it takes more than a second.
+    """
+
+    documents: Documents
+    tokenizer: Any
+    beginning: tuple[int, ...] = ()
+    say: Callable[[str], None] = field(default=lambda line: None)
+    clock: Callable[[], float] = time.perf_counter
+
+    def count(self, most: int) -> int:
+        """How many tokens the text has; where it has more, any number from `most` on."""
+        return len(self._leading(most)) if self._whole is None else len(self._whole)
+
+    def sequences(self, samples: int, seq_len: int, sampling: str, seed: int) -> Tensor:
+        """Ids [samples, seq_len], int64: the beginning, and then tokens of the text.
+
+        Args:
+            sampling: "random" draws windows, "first" takes consecutive ones from the start of the text, "records" the
+                starts of records, drawn in proportion to their length.
+
+        Raises:
+            CalibrationError: the text is too short for as many, or has no records.
+        """
+        length = self._text_length(seq_len)
+        if sampling == "records":
+            found = self._from_records(samples, length, seed)
+        elif sampling == "first":
+            found = sample_sequences(self._leading(samples * length), samples, length, sampling, seed)
+        elif self._whole is not None:
+            found = sample_sequences(self._whole, samples, length, sampling, seed)
+        else:
+            found = self._from_places(samples, length, seed)
+        return self._begun(found)
+
+    def segments(self, seq_len: int, samples: int | None, most: int | None = None) -> Tensor:
+        """Non-overlapping sequences [n, seq_len] from the start of the text, each with the beginning; the rest goes.
+
+        Args:
+            samples: how many; None for all there are, up to `most`.
+
+        Raises:
+            CalibrationError: fewer tokens than `samples` need, or than one.
+        """
+        length = self._text_length(seq_len)
+        wanted = samples or most
+        tokens = self._leading(None if wanted is None else wanted * length)
+        n = samples or min(len(tokens) // length, most or len(tokens))
+        if len(tokens) < max(1, n) * length:
+            remedy = "give a longer text" + (", or lower --samples or --seq-len" if samples else "")
+            raise CalibrationError(
+                f"{self.documents.where} has {len(tokens):,} tokens, {max(1, n)} segments of {length} need "
+                f"{max(1, n) * length:,}; {remedy}"
+            )
+        return self._begun(tokens[: n * length].view(n, length))
+
+    def describe(self, ids: Tensor) -> str:
+        """Sequences in words: 10 x 128 tokens, each <bos> and 127 of the text."""
+        n, seq_len = ids.shape
+        if not self.beginning:
+            return f"{n} x {seq_len} tokens"
+        marks = "".join(self.tokenizer.convert_ids_to_tokens(list(self.beginning)))
+        return f"{n} x {seq_len} tokens, each {marks} and {seq_len - len(self.beginning)} of the text"
+
+    def _text_length(self, seq_len: int) -> int:
+        length = seq_len - len(self.beginning)
+        if length < 1:
+            raise UsageError(f"--seq-len {seq_len}: leaves no token beside the {len(self.beginning)} that begin each")
+        return length
+
+    def _begun(self, windows: Tensor) -> Tensor:
+        start = torch.tensor(self.beginning, dtype=torch.int64).expand(len(windows), -1)
+        return torch.cat([start, windows], dim=1) if self.beginning else windows
+
+    def _leading(self, count: int | None) -> Tensor:
+        """The first `count` tokens of the text at least, or all it has."""
+        if self._whole is not None:
+            return self._whole
+        blocks, total, told = [], 0, _Told(self)
+        for block in token_blocks(self.tokenizer, told.passing(joined(self.documents))):
+            blocks.append(block)
+            total += len(block)
+            if count is not None and total >= count:
+                break
+        return torch.cat([torch.empty(0, dtype=torch.int64), *blocks])
+
+    @cached_property
+    def _whole(self) -> Tensor | None:
+        """All tokens of a text of up to WHOLE_CHARACTERS, None of a longer one."""
+        pieces, length = [], 0
+        for piece in joined(self.documents):
+            pieces.append(piece)
+            length += len(piece)
+            if length > WHOLE_CHARACTERS:
+                return None
+        return torch.cat([torch.empty(0, dtype=torch.int64), *token_blocks(self.tokenizer, pieces)])
+
+    def _from_places(self, samples: int, length: int, seed: int, *, whole_records: bool = False) -> Tensor:
+        """Windows [samples, length] of a text that is too long to be tokenised as a whole."""
+        documents, draw = self.documents, random.Random(seed)
+        windows = Windows(self._encode, length, distinct=whole_records)
+        if documents.places is not None:
+            at_places(documents, windows, samples, draw, whole_records=whole_records)
+        else:
+            told = _Told(self)
+            pieces = documents.records if whole_records else lambda: joined(documents)
+            of_stream(lambda: told.passing(pieces()), windows, samples, draw, whole_records=whole_records)
+        if len(windows.found) < samples:
+            raise CalibrationError(_too_few_records(documents.where, len(windows.found), samples, length))
+        characters = windows.passed or documents.nbytes
+        if characters and not whole_records and characters / windows.characters_per_token < samples * length:
+            about = f"about {int(characters / windows.characters_per_token):,}"
+            raise CalibrationError(_too_short(about, samples, length))
+        return torch.stack(windows.found)
+
+    def _from_records(self, samples: int, length: int, seed: int) -> Tensor:
+        """The starts [samples, length] of as many records."""
+        if self.documents.prose:
+            raise UsageError(
+                f"--sampling records: {self.documents.where} is prose without records; use random or first"
+            )
+        if self._whole is None:
+            return self._from_places(samples, length, seed, whole_records=True)
+        starts = [tokens[:length] for tokens in map(self._encode, self.documents.records()) if len(tokens) >= length]
+        if len(starts) < samples:
+            raise CalibrationError(_too_few_records(self.documents.where, len(starts), samples, length))
+        return torch.stack(random.Random(seed).sample(starts, samples))
+
+    def _encode(self, text: str) -> Tensor:
+        return tokenize(self.tokenizer, text)
+
+
+def _too_few_records(where: str, found: int, samples: int, length: int) -> str:
+    return (
+        f"{where}: {found} places with {length} tokens of text after them were found for {samples} samples; give a "
+        "longer --calibration, or lower --samples or --seq-len"
+    )
+
+
+class _Told:
+    """Says how much of a text was read, after a second of reading and then now and again."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus, self._characters = corpus, 0
+        self._next = corpus.clock() + SAID_AFTER
+
+    def passing(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The pieces."""
+        for piece in pieces:
+            self._characters += len(piece)
+            if (now := self._corpus.clock()) >= self._next:
+                self._next = now + SAID_EVERY
+                where, millions = self._corpus.documents.where, self._characters / 1e6
+                self._corpus.say(f"reading {where}: {millions:,.0f} million characters so far")
+            yield piece

@@ -18,8 +18,9 @@ from click.core import ParameterSource
 from huggingface_hub.utils import disable_progress_bars
 
 from streamprune import compressed, demo, evaluate, report
-from streamprune.calibration import embedded_text, load_tokenizer, read_text, tokenize
+from streamprune.calibration import Corpus, beginning, chat_renderer, load_tokenizer
 from streamprune.config import PruneConfig
+from streamprune.documents import embedded, open_documents
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import METHODS
 from streamprune.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, parse_settings, with_options
@@ -27,7 +28,7 @@ from streamprune.progress import Progress
 from streamprune.rates import CARDS
 from streamprune.run import foretell, open_model, prune
 from streamprune.sweep import default_micro_batch
-from streamprune.texts import check_tokens
+from streamprune.texts import check_length, check_tokens
 from streamprune.verify import verify as verify_output
 
 
@@ -124,8 +125,8 @@ def plan_command(measure: bool, assume: str | None, debug: bool, **options: Any)
 
 @cli.command(name="eval")
 @click.option("--model", required=True, help="Model directory (dense or pruned) or hub id.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text file; else embedded held-out prose.")
-@click.option("--field", default="text", help="Column of the text in jsonl and parquet.")
+@click.option("--text", type=click.Path(path_type=Path), help="Text, as --calibration; else embedded held-out prose.")
+@click.option("--field", default="text", help="Of the text in records and tables.")
 @click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a segment.")
 @click.option("--samples", type=int, help="Segments from the start of the text; all by default.")
 @with_options(COMPUTE_OPTIONS)
@@ -140,6 +141,7 @@ def evaluate_command(
     samples: int | None,
     device: str | None,
     dtype: str | None,
+    bos: str,
     micro_batch: int | None,
     trust_remote_code: bool,
     quiet: bool,
@@ -161,17 +163,17 @@ def evaluate_command(
             progress=progress,
         ) as sweeper,
     ):
-        words = embedded_text("heldout") if text is None else read_text(text, field)
-        tokenizer = load_tokenizer(sweeper.skeleton.checkpoint.path, trust_remote_code=trust_remote_code)
-        tokens = tokenize(tokenizer, words)
-        check_tokens(tokens, seq_len, sweeper.skeleton)
-        segments = evaluate.segment(tokens, seq_len, samples)
+        path = sweeper.skeleton.checkpoint.path
+        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        source = embedded("heldout") if text is None else open_documents(text, field, chat_renderer(tokenizer))
+        corpus = Corpus(source, tokenizer, beginning(tokenizer, bos), progress.say)
+        check_length(seq_len, sweeper.skeleton)
+        segments = corpus.segments(seq_len, samples)
+        check_tokens(segments, sweeper.skeleton)
         sweeps = evaluate.sweeps_needed(sweeper, segments)
         with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
             result = evaluate.perplexity(sweeper, segments)
-    click.echo(
-        f"perplexity {result.perplexity:.4f} (loss {result.loss:.6f} nats, {result.segments} x {seq_len} tokens)"
-    )
+    click.echo(f"perplexity {result.perplexity:.4f} (loss {result.loss:.6f} nats, {corpus.describe(segments)})")
 
 
 @cli.command()

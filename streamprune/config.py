@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from streamprune import values
 from streamprune.errors import UsageError
 
 Target = Literal["units", "layers", "weights"]
@@ -18,13 +19,33 @@ DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 MOST_M = 64  # of N:M; beyond, weights of a row are as good
 N_OF_M = re.compile(r"([0-9]+):([0-9]+)")
 CHOICES = {
-    "sampling": ("random", "first"),
+    "sampling": ("random", "first", "records"),
+    "bos": ("auto", "always", "never"),
     "allocation": ("uniform", "global"),
     "normalize": ("zscore", "raw"),
     "compensate_target": ("own", "stream"),
     "reader": ("buffered", "direct"),
     "dtype": DTYPES,
     "state_dtype": STATE_DTYPES,
+}
+# What each field may be given as, and becomes; None stays None where that is the default.
+TYPES: Mapping[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys(("model", "calibration"), values.source),
+    **dict.fromkeys(("output", "scratch"), values.path),
+    "evaluate": values.source_or_off,
+    **dict.fromkeys(("method", "granularity", "field"), values.text),
+    **dict.fromkeys(("allocation", "normalize", "emit", "compensate_target"), values.text),
+    **dict.fromkeys(("sampling", "bos", "reader"), values.text),
+    "settings": values.settings,
+    "layers": values.layer_range,
+    **dict.fromkeys(("ratio", "attention_ratio", "mlp_ratio", "min_keep", "compensate_ridge"), values.number),
+    **dict.fromkeys(("round_to", "compensate_tokens", "samples", "seq_len", "seed"), values.whole),
+    **dict.fromkeys(("micro_batch", "read_threads"), values.whole),
+    **dict.fromkeys(("max_shard_size", "gpu_memory", "host_memory"), values.size),
+    **dict.fromkeys(("dtype", "state_dtype"), values.dtype),
+    "device": values.device,
+    **dict.fromkeys(("contiguous", "stock", "compress", "compensate"), values.flag),
+    **dict.fromkeys(("resume", "overwrite", "trust_remote_code"), values.flag),
 }
 # Options that mean something for some of what can be removed only.
 ONLY_FOR: Mapping[str, tuple[Target, ...]] = {
@@ -68,14 +89,19 @@ class PruneConfig:
             for 0.001 with the target "own", else 0.1, or inputs per token where that is more);
             `compensate_target`: the layer's "own" output before pruning, or what brings the residual "stream" nearest
             to the dense model's; None for the latter where the family allows it.
-        calibration: file, hub data set "name[:split]", or None for the embedded text.
-        field: JSON or parquet column of the text.
+        calibration: file or directory of texts, "-" for standard input, hub data set "name[/configuration][:split]", or
+            None for the embedded text.
+        field: of the text, or of the messages of a conversation, in JSON records and tables.
         samples, seq_len: calibration sequences and their length in tokens; None for what the method's paper takes
             where a calibration text is given, and for 10 x 128 of the embedded one.
-        sampling: "random" seeded windows of the tokenised text, or "first" for consecutive ones.
+        sampling: "random" seeded windows of the text, "first" for consecutive ones, or "records" for the starts of
+            seeded records.
+        bos: whether every sequence begins with BOS: "auto" where the tokenizer puts one before a text, "always",
+            "never".
         micro_batch: sequences computed at once; None for about 2048 tokens.
         dtype: compute dtype; None for float32 on a CPU and the checkpoint's own on a GPU.
-        evaluate: text file for perplexity before and after, None for the embedded held-out text, False for none.
+        evaluate: text for perplexity before and after, as `calibration`; None for the embedded held-out text, False for
+            none.
         max_shard_size: bytes of an output shard.
         gpu_memory, host_memory: bytes that the run may hold on the GPU and in its process; None for what is free.
             What a budget leaves over keeps layers, so that they are read less often.
@@ -85,8 +111,11 @@ class PruneConfig:
         reader: "buffered", with layers around the page cache that it cannot keep, or "direct", all of them.
         read_threads: 2 to 8; by default 2, and 4 beside a GPU.
 
+    Values that are as good are taken too: paths as strings, sizes as "20GiB", layers as "4:28", numbers as text or
+    numpy's, torch's dtypes and devices.
+
     Raises:
-        UsageError: a value out of range.
+        UsageError: a value of another type, or out of range.
     """
 
     model: str
@@ -114,7 +143,8 @@ class PruneConfig:
     field: str = "text"
     samples: int | None = None
     seq_len: int | None = None
-    sampling: Literal["random", "first"] = "random"
+    sampling: Literal["random", "first", "records"] = "random"
+    bos: Literal["auto", "always", "never"] = "auto"
     seed: int = 0
     micro_batch: int | None = None
     dtype: str | None = None
@@ -132,11 +162,10 @@ class PruneConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "output", Path(self.output))
-        if self.scratch is not None:
-            object.__setattr__(self, "scratch", Path(self.scratch))
-        if self.evaluate:
-            object.__setattr__(self, "evaluate", Path(self.evaluate))
+        for each in fields(self):
+            given = getattr(self, each.name)
+            if given is not None or each.default is not None:
+                object.__setattr__(self, each.name, TYPES[each.name](_flag(each.name), given))
         self._check_choices()
         self._check_numbers()
         self._check_combinations()
@@ -199,6 +228,8 @@ class PruneConfig:
             raise UsageError(f"--seq-len {self.seq_len}: must be at least 2, one token predicts the next")
 
     def _check_combinations(self) -> None:
+        if self.calibration == "-" and str(self.evaluate) == "-":
+            raise UsageError("--calibration - and --evaluate -: standard input can be read once; give a file for one")
         if self.emit is not None and not self.stock:
             raise UsageError(f"--emit {self.emit} writes one width for all layers: pass --stock with it")
         if self.n_of_m is not None and self.ratio not in (None, 1 - self.n_of_m[0] / self.n_of_m[1]):

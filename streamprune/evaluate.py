@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamprune.errors import CalibrationError
 from streamprune.sweep import Sweeper, default_micro_batch
 
 # Hidden states that are in memory at a time; longer texts take several sweeps.
@@ -22,23 +21,6 @@ class Perplexity:
     loss: float
     segments: int
     tokens: int
-
-
-def segment(tokens: Tensor, seq_len: int, samples: int | None = None) -> Tensor:
-    """Non-overlapping segments [n, seq_len] from the start of `tokens`; the rest is left out.
-
-    Raises:
-        CalibrationError: fewer tokens than `samples` segments, or than one.
-    """
-    n = len(tokens) // seq_len
-    if n < (samples or 1):
-        remedy = "give a longer text" + (", or lower --samples or --seq-len" if samples else "")
-        raise CalibrationError(
-            f"the text has {len(tokens):,} tokens, {samples or 1} segments of {seq_len} need "
-            f"{(samples or 1) * seq_len:,}; {remedy}"
-        )
-    n = samples or n
-    return tokens[: n * seq_len].view(n, seq_len)
 
 
 def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:

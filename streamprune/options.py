@@ -8,11 +8,9 @@ from typing import Any
 
 import click
 
-from streamprune.config import DTYPES
+from streamprune import values
+from streamprune.config import CHOICES, DTYPES
 from streamprune.errors import UsageError
-
-SIZE_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-SIZE_UNITS |= {"TB": 10**12, "": 1}
 
 
 class LayerRange(click.ParamType):
@@ -22,12 +20,9 @@ class LayerRange(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
         """Two integers, or a usage error."""
-        if isinstance(value, tuple):
-            return value
         try:
-            start, stop = value.split(":")
-            return int(start), int(stop)
-        except ValueError:
+            return values.layer_range("", value)
+        except UsageError:
             self.fail(f"{value!r} is not A:B, such as 4:28", param, ctx)
 
 
@@ -38,13 +33,9 @@ class ByteSize(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         """A number of bytes, or a usage error."""
-        if isinstance(value, int):
-            return value
-        unit = next(unit for unit in SIZE_UNITS if value.upper().endswith(unit))
-        number = value[: len(value) - len(unit)]
         try:
-            return int(float(number) * SIZE_UNITS[unit]) if unit else int(value)
-        except (ValueError, OverflowError):
+            return values.size("", value)
+        except UsageError:
             self.fail(f"{value!r} is not a size such as 5GB", param, ctx)
 
 
@@ -99,19 +90,19 @@ PRUNE_OPTIONS = (
     click.option("--emit", type=click.Choice(["mistral"]), help="Write a bias-free Llama as Mistral (any head count)."),
     click.option("--compress", is_flag=True, help="Store 2:4 as sparse-24-bitmask, which only older readers know."),
     click.option(
-        "--calibration", help="FILE (.txt, .jsonl, .parquet) or hub data set NAME[:SPLIT]; else embedded prose."
+        "--calibration", help="FILE, directory, - or hub data set NAME[/CONFIG][:SPLIT]; else embedded prose."
     ),
-    click.option("--field", default="text", help="Column of the text in jsonl, parquet and data sets."),
+    click.option("--field", default="text", help="Of the text, or of conversations, in records and tables."),
     click.option(
         "--samples", type=int, help="Calibration sequences; as in the method's paper, 10 of the embedded prose."
     ),
     click.option("--seq-len", type=int, help="Tokens of each; as in the method's paper, 128 of the embedded prose."),
     click.option(
         "--sampling",
-        type=click.Choice(["random", "first"]),
+        type=click.Choice(CHOICES["sampling"]),
         default="random",
         show_default=True,
-        help="Seeded windows of the text, or consecutive ones from its start.",
+        help="Seeded windows of the text, consecutive ones from its start, or the starts of seeded records.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, noise and random scores."),
     click.option("--evaluate", type=click.Path(path_type=Path), help="Text for perplexity before and after."),
@@ -131,6 +122,13 @@ PRUNE_OPTIONS = (
     click.option("--read-threads", type=int, help="Threads that read: 2 to 8; by default 2, and 4 beside a GPU."),
 )
 COMPUTE_OPTIONS = (
+    click.option(
+        "--bos",
+        type=click.Choice(CHOICES["bos"]),
+        default="auto",
+        show_default=True,
+        help="Begin each sequence with BOS: where the tokenizer begins texts with it, always, or never.",
+    ),
     click.option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one."),
     click.option(
         "--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."

@@ -23,7 +23,7 @@ from streamprune.devices import PlannedDevice, paging_device
 from streamprune.errors import CheckpointError, OutputError, UsageError
 from streamprune.footprint import Work
 from streamprune.job import Done, Job
-from streamprune.methods import METHODS, resolve_settings
+from streamprune.methods import resolve_settings
 from streamprune.paging import GPU_READERS, READERS, Pager
 from streamprune.plan import Plan, describe, make_plan, removed_parameters
 from streamprune.progress import Progress
@@ -165,7 +165,6 @@ def _score_and_write(
     config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
 ) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
-    method = METHODS[config.method]
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
@@ -176,11 +175,11 @@ def _score_and_write(
         there = resume.already_there(journal_directory)
         check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
         progress.say(describe(config, skeleton, plan))
-        tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
-        ids = texts.calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
-        repair_ids = texts.repair_ids(config, skeleton, tokens) if config.compensate and tokens is not None else None
+        tokens = texts.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
+        ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
         sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
-        segments = texts.evaluation_segments(config, skeleton)
+        if tokens.said:
+            progress.say(tokens.said)
         journal = None
         if journal_directory is not None:
             journal = resume.open_journal(config, skeleton, ids, repair_ids, journal_directory, progress)
@@ -214,7 +213,7 @@ def _score_and_write(
             )
         )
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
-        facts = _facts(job, placement, done, segments)
+        facts = _facts(job, placement, done, tokens)
         if segments is not None:
             facts["perplexity"]["before"] = saved["before"][1]
     return directory, facts, done.kept, segments
@@ -269,6 +268,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
+        texts.open_texts(config, sweeper.skeleton, planned=True)
         work = texts.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
@@ -301,7 +301,7 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         return _perplexity(pruned, segments, "after", progress)
 
 
-def _facts(job: Job, placement: planner.Placement, done: Done, segments: Tensor | None) -> dict[str, Any]:
+def _facts(job: Job, placement: planner.Placement, done: Done, tokens: texts.Tokens) -> dict[str, Any]:
     """What streamprune.json says of a run up to its writing."""
     config, sweeper, plan, ids = job.config, job.sweeper, job.plan, job.ids
     skeleton, checkpoint = sweeper.skeleton, sweeper.skeleton.checkpoint
@@ -334,9 +334,11 @@ def _facts(job: Job, placement: planner.Placement, done: Done, segments: Tensor 
     facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
     facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}
     if job.repair_ids is not None:
-        tokens = {"tokens": list(job.repair_ids.shape), "sha256_of_ids": resume.hash_ids(job.repair_ids)}
-        facts["compensation"] = tokens
-    if segments is not None:
+        repair = {"tokens": list(job.repair_ids.shape), "sha256_of_ids": resume.hash_ids(job.repair_ids)}
+        facts["compensation"] = repair
+    if tokens.said:
+        facts["sequences_begin_with"] = [{"id": number, "token": name} for number, name in tokens.beginning]
+    if (segments := tokens.evaluation) is not None:
         text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
         facts["perplexity"] = {
             "text": text,

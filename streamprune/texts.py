@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from torch import Tensor
 
-from streamprune import calibration, evaluate
+from streamprune import calibration, documents
+from streamprune.calibration import Corpus
 from streamprune.config import PruneConfig
 from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.footprint import Work
@@ -18,77 +25,144 @@ EMBEDDED_TOKENS = 5000  # of it: 4,600 by the tokenizer of SmolLM2
 REPAIR_SEQ_LEN = 512
 
 
+def positions(skeleton: Skeleton) -> int:
+    """The longest sequence that the model takes."""
+    return getattr(skeleton.config, "max_position_embeddings", None) or 10**9
+
+
+def calibration_shape(config: PruneConfig, skeleton: Skeleton) -> tuple[int, int]:
+    """Sequences of the method and tokens of each: as asked, or as its paper has it where a text is given."""
+    samples, seq_len = METHODS[config.method].calibration if config.calibration else EMBEDDED_CALIBRATION
+    return config.samples or samples, config.seq_len or min(seq_len, positions(skeleton))
+
+
 def expected_work(config: PruneConfig, skeleton: Skeleton) -> Work:
     """Sequences of each part of a run, as far as they are known without reading texts."""
-    method = METHODS[config.method]
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or 10**9
-    samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
-    given = (config.samples or samples, config.seq_len or min(seq_len, limit))
+    limit = positions(skeleton)
     repair_tokens = min(config.compensate_tokens, 10**9 if config.calibration else EMBEDDED_TOKENS)
     repair_len = min(REPAIR_SEQ_LEN, limit, repair_tokens)
     return Work(
-        given if method.needs_text else None,
+        calibration_shape(config, skeleton) if METHODS[config.method].needs_text else None,
         (repair_tokens // repair_len, repair_len) if config.compensate else None,
         None if config.evaluate is False else (EVALUATION_SEGMENTS, min(EVALUATION_SEQ_LEN, limit)),
     )
 
 
-def calibration_tokens(config: PruneConfig, skeleton: Skeleton) -> Tensor:
-    """All tokens of the calibration text."""
-    if config.calibration is None:
-        text = calibration.embedded_text("calibration")
-    else:
-        text = calibration.read_text(config.calibration, config.field)
-    path = skeleton.checkpoint.path
-    tokenizer = calibration.load_tokenizer(path, trust_remote_code=config.trust_remote_code)
-    return calibration.tokenize(tokenizer, text)
+@dataclass(frozen=True)
+class Tokens:
+    """What a run computes on, int64.
+
+    Attributes:
+        calibration: of the method [n, seq]. repair: of the least squares [n, seq]. evaluation: of the perplexity before
+            and after [n, seq]. None where there is none.
+        beginning: the tokens that begin each sequence, and what they are called.
+        said: all of it in words.
+    """
+
+    calibration: Tensor | None = None
+    repair: Tensor | None = None
+    evaluation: Tensor | None = None
+    beginning: tuple[tuple[int, str], ...] = ()
+    said: str = ""
 
 
-def calibration_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tensor:
-    """What the method's scores are taken on: as asked, or as its paper has it where a text is given."""
-    samples, seq_len = METHODS[config.method].calibration if config.calibration else EMBEDDED_CALIBRATION
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or seq_len
-    samples, seq_len = config.samples or samples, config.seq_len or min(seq_len, limit)
-    check_tokens(tokens, seq_len, skeleton)
-    return calibration.sample_sequences(tokens, samples, seq_len, config.sampling, config.seed)
+@dataclass(frozen=True)
+class Texts:
+    """The opened texts of a run: what can be wrong with them is known, but little was read."""
+
+    tokenizer: Any = None
+    calibration: Corpus | None = None
+    evaluation: Corpus | None = None
+
+    def tokens(self, config: PruneConfig, skeleton: Skeleton) -> Tokens:
+        """Read and tokenise what is needed.
+
+        Raises:
+            CalibrationError: a text is too short or damaged.
+            CheckpointError: the tokenizer is another model's.
+        """
+        found: dict[str, tuple[Corpus, Tensor]] = {}
+        if self.calibration is not None and METHODS[config.method].needs_text:
+            samples, seq_len = calibration_shape(config, skeleton)
+            check_length(seq_len, skeleton)
+            ids = self.calibration.sequences(samples, seq_len, config.sampling, config.seed)
+            found["calibration"] = self.calibration, ids
+        if self.calibration is not None and config.compensate:
+            found["repair"] = self.calibration, _repair_ids(config, skeleton, self.calibration)
+        if self.evaluation is not None:
+            seq_len = min(EVALUATION_SEQ_LEN, positions(skeleton))
+            found["evaluation"] = self.evaluation, self.evaluation.segments(seq_len, None, EVALUATION_SEGMENTS)
+        for corpus, ids in found.values():
+            check_tokens(ids, skeleton)
+            begins = corpus.beginning
+        if not found:
+            return Tokens()
+        named = zip(begins, self.tokenizer.convert_ids_to_tokens(list(begins)), strict=True)
+        said = "; ".join(f"{name} on {corpus.describe(ids)}" for name, (corpus, ids) in found.items())
+        return Tokens(**{name: ids for name, (_, ids) in found.items()}, beginning=tuple(named), said=said)
 
 
-def repair_ids(config: PruneConfig, skeleton: Skeleton, tokens: Tensor) -> Tensor:
+def open_texts(
+    config: PruneConfig, skeleton: Skeleton, say: Callable[[str], None] = lambda line: None, *, planned: bool = False
+) -> Texts:
+    """Load the tokenizer and open the texts, where the run needs any.
+
+    Args:
+        say: told while much is read.
+        planned: leave a pipe to the run that will read it.
+
+    Raises:
+        CheckpointError: no usable tokenizer.
+        CalibrationError: a text is missing, or not of a kind that is read.
+    """
+    calibrated = METHODS[config.method].needs_text or config.compensate
+    if not calibrated and config.evaluate is False:
+        return Texts()
+    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.path, trust_remote_code=config.trust_remote_code)
+    start = calibration.beginning(tokenizer, config.bos)
+    render = calibration.chat_renderer(tokenizer)
+
+    def corpus(source: str | Path | None, prose: str) -> Corpus | None:
+        if source is None:
+            return Corpus(documents.embedded(prose), tokenizer, start)
+        if planned and _is_pipe(str(source)):
+            return None
+        return Corpus(documents.open_documents(source, config.field, render), tokenizer, start, say)
+
+    return Texts(
+        tokenizer,
+        corpus(config.calibration, "calibration") if calibrated else None,
+        None if config.evaluate is False else corpus(config.evaluate, "heldout"),
+    )
+
+
+def _is_pipe(source: str) -> bool:
+    path = Path(source)
+    return source == "-" or (path.exists() and stat.S_ISFIFO(path.stat().st_mode))
+
+
+def _repair_ids(config: PruneConfig, skeleton: Skeleton, corpus: Corpus) -> Tensor:
     """`compensate_tokens` tokens for the least squares, or as many as the text has."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or REPAIR_SEQ_LEN
-    count = min(config.compensate_tokens, len(tokens))
+    count = min(config.compensate_tokens, corpus.count(config.compensate_tokens))
     if count < 1:
         raise CalibrationError(f"--calibration {config.calibration}: the text has no tokens; give a longer one")
-    seq_len = min(REPAIR_SEQ_LEN, limit, count)
-    check_tokens(tokens, seq_len, skeleton)
-    return calibration.sample_sequences(tokens, count // seq_len, seq_len, config.sampling, config.seed)
+    seq_len = min(REPAIR_SEQ_LEN, positions(skeleton), count)
+    # Few records are as long as these sequences.
+    sampling = "random" if config.sampling == "records" else config.sampling
+    return corpus.sequences(count // seq_len, seq_len, sampling, config.seed)
 
 
-def check_tokens(tokens: Tensor, seq_len: int, skeleton: Skeleton) -> None:
-    """Refuse sequences longer than the model's positions, and the tokens of another model's tokenizer."""
-    limit = getattr(skeleton.config, "max_position_embeddings", None)
-    if limit is not None and seq_len > limit:
-        raise UsageError(f"--seq-len {seq_len}: the model takes at most {limit} positions; lower it")
+def check_length(seq_len: int, skeleton: Skeleton) -> None:
+    """Refuse sequences longer than the model's positions."""
+    if seq_len > positions(skeleton):
+        raise UsageError(f"--seq-len {seq_len}: the model takes at most {positions(skeleton)} positions; lower it")
+
+
+def check_tokens(ids: Tensor, skeleton: Skeleton) -> None:
+    """Refuse the tokens [n, seq] of another model's tokenizer."""
     vocabulary = skeleton.config.vocab_size
-    if len(tokens) and int(tokens.max()) >= vocabulary:
+    if int(ids.max()) >= vocabulary:
         raise CheckpointError(
-            f"{skeleton.checkpoint.path}: its tokenizer gives token {int(tokens.max())}, the model knows {vocabulary}; "
+            f"{skeleton.checkpoint.path}: its tokenizer gives token {int(ids.max())}, the model knows {vocabulary}; "
             "copy the tokenizer files of this model there"
         )
-
-
-def evaluation_segments(config: PruneConfig, skeleton: Skeleton) -> Tensor | None:
-    """What perplexity is measured on [n, seq], before and after; None for none."""
-    if config.evaluate is False:
-        return None
-    text = (
-        calibration.embedded_text("heldout")
-        if config.evaluate is None
-        else calibration.read_text(config.evaluate, config.field)
-    )
-    tokenizer = calibration.load_tokenizer(skeleton.checkpoint.path, trust_remote_code=config.trust_remote_code)
-    limit = getattr(skeleton.config, "max_position_embeddings", None) or EVALUATION_SEQ_LEN
-    tokens = calibration.tokenize(tokenizer, text)
-    seq_len = min(EVALUATION_SEQ_LEN, limit)
-    check_tokens(tokens, seq_len, skeleton)
-    return evaluate.segment(tokens, seq_len)[:EVALUATION_SEGMENTS]

@@ -22,9 +22,10 @@ from torch import Tensor
 from streamprune import compressed, slim
 from streamprune.activations import States, whole
 from streamprune.allocation import KeptUnits, all_units
-from streamprune.calibration import embedded_text, load_tokenizer, tokenize
+from streamprune.calibration import load_tokenizer, tokenize
 from streamprune.capture import module_of
 from streamprune.checkpoint import Checkpoint, read_config, read_json
+from streamprune.documents import embedded_text
 from streamprune.errors import CheckpointError, StreampruneError
 from streamprune.families import RAGGED_PREFIX, kept_lines
 from streamprune.ragged import modeling_source

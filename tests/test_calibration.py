@@ -16,7 +16,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from streamprune import evaluate
-from streamprune.calibration import embedded_text, load_tokenizer, read_text, sample_sequences, tokenize
+from streamprune.calibration import Corpus, joined, load_tokenizer, sample_sequences, tokenize
+from streamprune.documents import Documents, embedded_text, open_documents
 from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.run import open_model
 

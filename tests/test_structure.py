@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 # Bottom to top; a module may import what is in an earlier row.
 ROWS = (
     ("errors", "kernels"),
-    ("readers",),
-    ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
+    ("readers", "values", "records"),
+    ("documents",),
+    ("windows", "config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
     ("skeleton", "calibration", "devices", "writer", "capture"),
     ("paging", "activations"),
     ("binding", "inputs", "compressed"),
