@@ -87,9 +87,8 @@ def perplexity(model: str, data: Path) -> float:
     from streamprune.run import open_model
 
     with open_model(model) as sweeper:
-        tokenizer = calibration.load_tokenizer(sweeper.skeleton.checkpoint.path)
-        tokens = calibration.tokenize(tokenizer, calibration.read_text(data / "wikitext2-test.txt"))
-        return evaluate.perplexity(sweeper, evaluate.segment(tokens, 128, 100)).perplexity
+        corpus = calibration.open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-test.txt")
+        return evaluate.perplexity(sweeper, corpus.segments(128, 100)).perplexity
 
 
 def measure(python: str, job: dict[str, Any], data: Path) -> dict[str, Any]:
@@ -154,10 +153,8 @@ def main(
     from streamprune.progress import Progress
 
     path = str(model or demo.fetch(demo.default_cache(), Progress()))
-    tokens = calibration.tokenize(
-        calibration.load_tokenizer(Path(path)), calibration.read_text(data / "wikitext2-valid.txt")
-    )
-    sequences = calibration.sample_sequences(tokens, draws * SAMPLES, SEQ_LEN, "first", 0).split(SAMPLES)
+    corpus = calibration.open_corpus(Path(path), data / "wikitext2-valid.txt")
+    sequences = corpus.sequences(draws * SAMPLES, SEQ_LEN, "first", 0).split(SAMPLES)
     sides = {"streamprune": sys.executable}
     if subprocess.run([peer_python, "-c", "import llmcompressor"], capture_output=True, check=False).returncode == 0:
         sides["llmcompressor"] = peer_python

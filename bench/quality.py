@@ -110,10 +110,9 @@ def measure(job: dict[str, Any]) -> None:
     first = next(iter(job["settings"].values()))
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
     with open_model(job["model"], dtype=DTYPE, scope=scope) as sweeper:
-        tokenizer = calibration.load_tokenizer(sweeper.skeleton.checkpoint.path)
-        tokens = calibration.tokenize(tokenizer, calibration.read_text(data / "wikitext2-valid.txt"))
+        corpus = calibration.open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
         samples, seq_len = (10, 128) if "inputs" not in method.needs else (128, 512)
-        ids = calibration.sample_sequences(tokens, samples, seq_len, "first", 0)
+        ids = corpus.sequences(samples, seq_len, "first", 0)
         for name, options in job["settings"].items():
             options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
             config = PruneConfig(
@@ -122,7 +121,7 @@ def measure(job: dict[str, Any]) -> None:
             settings = resolve_settings(method.name, {}, config.target)
             plan = make_plan(config, sweeper.skeleton, settings)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
-            repair_ids = calibration.sample_sequences(tokens, count, REPAIR_SEQ_LEN, "first", 0)
+            repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0)
             run = Job(
                 config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids if config.compensate else None
             )
@@ -161,10 +160,9 @@ def perplexities(directory: str, data: Path) -> dict[str, float]:
 
     values = {}
     with open_model(directory, dtype=DTYPE, pruned=True) as pruned:
-        tokenizer = calibration.load_tokenizer(pruned.skeleton.checkpoint.path)
         for name, (file, seq_len, samples) in TEXTS.items():
-            tokens = calibration.tokenize(tokenizer, calibration.read_text(data / f"{file}.txt"))
-            values[name] = evaluate.perplexity(pruned, evaluate.segment(tokens, seq_len, samples)).perplexity
+            corpus = calibration.open_corpus(pruned.skeleton.checkpoint.path, data / f"{file}.txt")
+            values[name] = evaluate.perplexity(pruned, corpus.segments(seq_len, samples)).perplexity
     return values
 
 

@@ -6,8 +6,9 @@ Importing it also lets transformers load checkpoints whose layers have different
 from streamprune import ragged
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
+from streamprune.progress import Progress
 from streamprune.run import PruneResult, prune
 
-__all__ = ["PruneConfig", "PruneResult", "StreampruneError", "prune"]
+__all__ = ["Progress", "PruneConfig", "PruneResult", "StreampruneError", "prune"]
 
 ragged.register()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from streamprune.documents import Documents
 from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.records import Messages
+from streamprune.sources import open_documents
 from streamprune.windows import Windows, at_places, of_stream
 
 # Characters tokenised at once: a whole book in one call makes some tokenizers quadratic, and takes 300 bytes each.
@@ -110,13 +111,16 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _end_of_block(text: str, start: int, stop: int) -> int:
+    """After a line where its end makes a token of its own, else after any line, else before a word."""
     line = text.rfind("\n", start, stop)
     while line > start:
         if LINE_END.match(text, line):
             return line + 1
         line = text.rfind("\n", start, line)
-    line = text.rfind("\n", start, stop)
-    return line + 1 if line > start else stop
+    line, word = text.rfind("\n", start, stop), text.rfind(" ", start, stop)
+    if line > start:
+        return line + 1
+    return word if word > start else stop
 
 
 def joined(documents: Documents) -> Iterator[str]:
@@ -155,7 +159,7 @@ def _too_short(tokens: str, samples: int, seq_len: int) -> str:
     )
 
 
-@dataclass
+@dataclasses.dataclass
 class Corpus:
     """The token sequences of a text.
 
@@ -167,7 +171,7 @@ class Corpus:
     documents: Documents
     tokenizer: Any
     beginning: tuple[int, ...] = ()
-    say: Callable[[str], None] = field(default=lambda line: None)
+    say: Callable[[str], None] = dataclasses.field(default=lambda line: None)
     clock: Callable[[], float] = time.perf_counter
 
     def count(self, most: int) -> int:
@@ -290,6 +294,23 @@ class Corpus:
 
     def _encode(self, text: str) -> Tensor:
         return tokenize(self.tokenizer, text)
+
+
+def open_corpus(
+    model: Path,
+    source: str | Path | Documents,
+    *,
+    field: str = "text",
+    bos: str = "auto",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Corpus:
+    """A text for the tokenizer of a model directory."""
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    begins = beginning(tokenizer, bos)
+    if not isinstance(source, Documents):
+        source = open_documents(source, field, chat_renderer(tokenizer))
+    return Corpus(source, tokenizer, begins, say)
 
 
 def _too_few_records(where: str, found: int, samples: int, length: int) -> str:

@@ -18,9 +18,9 @@ from click.core import ParameterSource
 from huggingface_hub.utils import disable_progress_bars
 
 from streamprune import compressed, demo, evaluate, report
-from streamprune.calibration import Corpus, beginning, chat_renderer, load_tokenizer
+from streamprune.calibration import open_corpus
 from streamprune.config import PruneConfig
-from streamprune.documents import embedded, open_documents
+from streamprune.documents import embedded
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import METHODS
 from streamprune.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, parse_settings, with_options
@@ -163,10 +163,14 @@ def evaluate_command(
             progress=progress,
         ) as sweeper,
     ):
-        path = sweeper.skeleton.checkpoint.path
-        tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        source = embedded("heldout") if text is None else open_documents(text, field, chat_renderer(tokenizer))
-        corpus = Corpus(source, tokenizer, beginning(tokenizer, bos), progress.say)
+        corpus = open_corpus(
+            sweeper.skeleton.checkpoint.path,
+            embedded("heldout") if text is None else text,
+            field=field,
+            bos=bos,
+            trust_remote_code=trust_remote_code,
+            say=progress.say,
+        )
         check_length(seq_len, sweeper.skeleton)
         segments = corpus.segments(seq_len, samples)
         check_tokens(segments, sweeper.skeleton)

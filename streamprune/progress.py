@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from streamprune.errors import UsageError
 from streamprune.report import human, peaks, say_peaks
 
 LINE_SECONDS = 15.0  # between lines for people
@@ -25,6 +26,7 @@ class Progress:
         stream: to write to, by default stderr.
         quiet: say nothing.
         as_json: one JSON object per line, told apart by its "event", instead of bars and lines.
+        bars: a class of bars, such as `tqdm.notebook.tqdm`; by default tqdm's own where the stream is a terminal.
         clock: seconds.
     """
 
@@ -34,10 +36,28 @@ class Progress:
         *,
         quiet: bool = False,
         as_json: bool = False,
+        bars: type[tqdm[Any]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.stream, self.quiet, self.as_json, self._clock = stream or sys.stderr, quiet, as_json, clock
+        self._bars = bars or tqdm
+        self._shows_bars = not quiet and not as_json and (bars is not None or self.stream.isatty())
         self._stage: _Stage | None = None
+
+    @classmethod
+    def of(cls, given: Any) -> Progress:
+        """What `prune` may be given as its progress: one of these, True, a class of bars, or nothing for silence.
+
+        Raises:
+            UsageError: anything else.
+        """
+        if isinstance(given, Progress):
+            return given
+        if given is None or isinstance(given, bool):
+            return cls(quiet=not given)
+        if isinstance(given, type) and issubclass(given, tqdm):
+            return cls(bars=given)
+        raise UsageError(f"progress {given!r}: give True, a class of bars such as tqdm, or a Progress")
 
     def say(self, text: str) -> None:
         """A few lines about the run, unless quiet."""
@@ -47,13 +67,13 @@ class Progress:
     def stage(self, name: str, total: int, seconds: float | None = None) -> Iterator[None]:
         """A step that passes `total` bytes of layers, for which a plan predicted `seconds`."""
         self._tell("stage", {"stage": name, "total_bytes": total, "predicted_seconds": seconds}, None)
-        bar = tqdm(
+        bar = self._bars(
             total=total,
             desc=name,
             bar_format="{l_bar}{bar}|{postfix}",
             file=self.stream,
             leave=False,
-            disable=self.quiet or self.as_json or not self.stream.isatty(),
+            disable=not self._shows_bars,
         )
         start = self._clock()
         stage = self._stage = _Stage(name, total, seconds, bar, start=start, said=start)

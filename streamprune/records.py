@@ -36,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = ", ".join(suffix for suffix in KINDS if suffix)
 CHUNK_BYTES = 1 << 20
+HEAD_CHARACTERS = 1 << 16  # that show what a file is
 MOST_FIELDS = 12  # that a message names
 BETWEEN_VALUES = re.compile(r"[\s,]*")
 LONGEST_WORD = 16  # of JSON outside of strings: what may be cut off where the text read so far ends
@@ -139,7 +140,7 @@ def kind_of(path: Path, where: object) -> Kind:
     if kind not in ("prose", "values"):
         return kind
     with opened(path, where) as stream:
-        head = next(decoded(stream, where), "")
+        head = _gathered(decoded(stream, where), HEAD_CHARACTERS)
     return _kind_of_json(head) or _kind_of_other(head, kind, where)
 
 

@@ -70,7 +70,6 @@ def model_card(facts: Mapping[str, Any]) -> str:
     if facts.get("license"):
         head.append(f"license: {json.dumps(facts['license'])}")
     head += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]
-    options = facts["options"]
     lines = [
         f"# {facts['base_model']}, pruned",
         "",
@@ -84,7 +83,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"Layers {facts['layers'][0]}:{facts['layers'][1]}, with these options; `streamprune.json` also holds the "
         "units that stayed, the versions and hashes of the source and of the token ids.",
         "",
-        *(f"- `{name}`: {value}" for name, value in _recipe(options).items()),
+        *(f"- `{name}`: {value}" for name, value in _recipe(facts).items()),
         "",
         "## Loading",
         "",
@@ -160,12 +159,12 @@ _UNSAID = (
     "layers",
 )
 MACHINE = ("gpu_memory", "host_memory", "scratch", "reader", "read_threads")  # change no byte
-_ALWAYS = ("method", "granularity", "ratio", "settings", "calibration", "samples", "seq_len", "sampling", "seed")
+_ALWAYS = ("method", "granularity", "ratio", "settings", "calibration", "samples", "seq_len", "sampling", "bos", "seed")
 
 
-def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
+def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The options that decide the result and were given, or say something in any case, one line each."""
-    defaults = {field.name: field.default for field in fields(PruneConfig)}
+    options, defaults = facts["options"], {field.name: field.default for field in fields(PruneConfig)}
     recipe = {
         name: value
         for name, value in options.items()
@@ -176,5 +175,7 @@ def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     recipe["settings"] = ", ".join(
         f"{name}={value}" for name, value in options["settings"].items() if value is not None
     )
+    if begins := "".join(mark["token"] for mark in facts.get("sequences_begin_with", ())):
+        recipe["bos"] = f"{options['bos']}, each sequence begins with `{begins}`"
     recipe["calibration"] = Path(options["calibration"]).name if options["calibration"] else "embedded prose"
     return {name: value for name, value in recipe.items() if value != ""}

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import psutil
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from streamprune import allocation, compressed, evaluate, planner, rates, report, resume, state, texts
 from streamprune.checkpoint import Checkpoint, resolve_model
@@ -132,14 +133,18 @@ def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
-def prune(config: PruneConfig, progress: Progress | None = None) -> PruneResult:
+def prune(config: PruneConfig, progress: Progress | type[tqdm[Any]] | bool | None = None) -> PruneResult:
     """Prune a model as `config` says and write the result.
+
+    Args:
+        progress: True for lines or bars on stderr, a class of bars such as `tqdm.notebook.tqdm`, or a `Progress`; by
+            default nothing is said.
 
     Raises:
         StreampruneError: anything that cannot be done, with the remedy; nothing is left at the output then.
     """
     started = time.perf_counter()
-    progress = progress or Progress(quiet=True)
+    progress = Progress.of(progress)
     settings = resolve_settings(config.method, config.settings, config.target)
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamprune import calibration, documents
+from streamprune import calibration, documents, sources
 from streamprune.calibration import Corpus
 from streamprune.config import PruneConfig
 from streamprune.errors import CalibrationError, CheckpointError, UsageError
@@ -127,7 +127,10 @@ def open_texts(
             return Corpus(documents.embedded(prose), tokenizer, start)
         if planned and _is_pipe(str(source)):
             return None
-        return Corpus(documents.open_documents(source, config.field, render), tokenizer, start, say)
+        found = sources.open_documents(source, config.field, render)
+        if planned:
+            next(found.records(), None)  # the first is as good or bad as the others
+        return Corpus(found, tokenizer, start, say)
 
     return Texts(
         tokenizer,

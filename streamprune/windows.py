@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
-from streamprune.documents import Documents, Place, from_word
+from streamprune.documents import Documents, Place, from_word, whole_words
 
 Encode = Callable[[str], Tensor]
 CHARACTERS = 8  # of text that are read for a token, at first; of English a token has four
@@ -79,7 +79,7 @@ def _growing(place: Place, separator: str, length: int, *, whole_records: bool) 
     share, rest = place
     text = next(rest, "")
     if whole_records:
-        yield text[: MOST_CHARACTERS * length]
+        yield whole_words(text, MOST_CHARACTERS * length)
         return
     text = from_word(text[int(share * len(text)) :])
     wanted = CHARACTERS * length
@@ -90,7 +90,7 @@ def _growing(place: Place, separator: str, length: int, *, whole_records: bool) 
                 yield text
                 return
             text += separator + more
-        yield text[:wanted]
+        yield whole_words(text, wanted)
         wanted *= 2
 
 
@@ -122,7 +122,7 @@ def of_stream(
         missing = samples - len(windows.found)
         slots, windows.passed = _one_pass(pieces(), missing, wanted, draw, whole_records=whole_records)
         for slot in slots:
-            any(map(windows.add, (slot.text, slot.complete)))
+            any(windows.add(whole_words(text, wanted - 1)) for text in (slot.text, slot.complete))
         if len(windows.found) == samples:
             return
         wanted = min(4 * wanted, MOST_CHARACTERS * windows.length)

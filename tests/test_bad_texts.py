@@ -28,13 +28,14 @@ def test_evaluation_text_too_short_is_refused(refused, model, tmp_path):
     refused(model, "--evaluate", text, code=1, names=("63", "64"))
 
 
-@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "gone.parquet", "gone"])
+@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "gone.parquet", "gone", "gone.json.gz"])
 def test_missing_calibration_is_refused(name, refused, model, tmp_path):
     refused(model, "--calibration", tmp_path / name, code=1, names=(name, "does not exist"))
 
 
-def test_calibration_that_is_a_directory_is_refused(refused, model, tmp_path):
-    refused(model, "--calibration", tmp_path, code=1, names=(str(tmp_path), "directory"))
+def test_a_directory_without_texts_is_refused(refused, model, tmp_path):
+    (tmp_path / "texts").mkdir()
+    refused(model, "--calibration", tmp_path / "texts", code=1, names=(str(tmp_path / "texts"), "directory"))
 
 
 @pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
@@ -76,3 +77,40 @@ def test_damaged_parquet_is_refused(refused, model, tmp_path):
 
 def test_sequences_longer_than_the_positions_of_the_model_are_refused(refused, model):
     refused(model, "--seq-len", 65, code=2, names=("--seq-len 65",), remedy="at most 64")
+
+
+def test_standard_input_for_both_texts_is_refused(refused, model):
+    refused(model, "--calibration", "-", "--evaluate", "-", code=2, names=("standard input",))
+
+
+BAD_TEXTS = {
+    "page.html": "<html>",
+    "page.txt": "<!doctype html>",
+    "pointer.txt": "version https://git-lfs.github.com/spec/v1\n",
+    "other.jsonl": '{"body": "words"}\n',
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_plan_and_eval_refuse_texts_as_a_run_does(name, refused, streamprune, model, tmp_path):
+    file = tmp_path / name
+    file.write_text(BAD_TEXTS[name])
+    message = refused(model, "--method", "taylor", "--calibration", file, code=1, names=(name,))
+    for command in (("plan", "--method", "taylor", "--calibration"), ("plan", "--evaluate"), ("eval", "--text")):
+        result = streamprune(*command, file, "--model", model)
+        assert (result.code, result.err) == (1, message), command
+
+
+def test_plan_and_eval_refuse_a_tokenizer_that_cannot_be_loaded(refused, streamprune, model):
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    message = refused(model, "--method", "taylor", code=1, names=(str(model), "tokenizer"))
+    for command in ("plan", "eval"):
+        assert streamprune(command, "--model", model).err == message
+    assert streamprune("plan", "--model", model, "--method", "random", "--no-evaluate").code == 0
+
+
+def test_plan_leaves_a_pipe_to_the_run(streamprune, model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("-", tmp_path / "pipe"):
+        assert streamprune("plan", "--model", model, "--method", "taylor", "--calibration", source).code == 0

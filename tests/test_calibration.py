@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +12,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from streamprune import evaluate
-from streamprune.calibration import Corpus, joined, load_tokenizer, sample_sequences, tokenize
-from streamprune.documents import Documents, embedded_text, open_documents
+from streamprune.calibration import Corpus, load_tokenizer, sample_sequences, tokenize
+from streamprune.documents import Documents, embedded_text
 from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.run import open_model
 
@@ -66,15 +62,27 @@ def test_a_text_one_token_too_short_is_refused_with_the_counts(sampling):
     assert sample_sequences(torch.arange(1600), 100, 16, sampling, 0).shape == (100, 16)
 
 
+def corpus_of(tokens, **options):
+    """A corpus whose text has these tokens."""
+
+    def tokenizer(text, add_special_tokens, verbose):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    text = " ".join(map(str, tokens))
+    return Corpus(Documents("the text", "", lambda: iter([text]), prose=True), tokenizer, **options)
+
+
 def test_segments_are_the_text_from_its_start_without_the_rest():
-    assert torch.equal(evaluate.segment(torch.arange(37), 8), torch.arange(32).view(4, 8))
-    assert torch.equal(evaluate.segment(torch.arange(37), 8, 2), torch.arange(16).view(2, 8))
+    corpus = corpus_of(range(37))
+    assert torch.equal(corpus.segments(8, None), torch.arange(32).view(4, 8))
+    assert torch.equal(corpus.segments(8, 2), torch.arange(16).view(2, 8))
+    assert torch.equal(corpus.segments(8, None, most=3), torch.arange(24).view(3, 8))
 
 
 @pytest.mark.parametrize(("length", "samples", "named"), [(7, None, "1 segments of 8"), (31, 4, "4 segments of 8")])
 def test_too_few_tokens_for_the_segments_are_refused(length, samples, named):
     with pytest.raises(CalibrationError, match=rf"{length} tokens, {named} need .*longer text"):
-        evaluate.segment(torch.arange(length), 8, samples)
+        corpus_of(range(length)).segments(8, samples)
 
 
 # Tokens.
@@ -123,72 +131,6 @@ def test_an_empty_text_has_no_tokens(tokenizer):
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"no usable tokenizer.*copy the tokenizer files"):
         load_tokenizer(tmp_path)
-
-
-# Reading text.
-
-
-def test_a_text_file_is_read_as_it_is(tmp_path):
-    text = "a\n\nb ☂\n"
-    (tmp_path / "text").write_text(text, encoding="utf-8")
-    assert read_text(tmp_path / "text") == text
-    assert read_text(str(tmp_path / "text")) == text
-
-
-def test_jsonl_records_are_joined_by_blank_lines(tmp_path):
-    file = tmp_path / "data.jsonl"
-    file.write_text('{"text": "a\\nb", "n": 1}\n\n{"text": "c"}')
-    assert read_text(file) == "a\nb\n\nc"
-    file.write_text('{"body": "a"}\n{"body": ""}\n')
-    assert read_text(file, "body").strip() == "a"
-
-
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=["line", "paragraph", "next-line"])
-def test_line_separators_of_unicode_do_not_end_a_json_line(separator, tmp_path):
-    """JSON strings may hold them as they are, and common text does."""
-    file = tmp_path / "data.jsonl"
-    text = f"before{separator}after"
-    file.write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_text(file) == text
-
-
-def test_parquet_rows_are_joined_by_blank_lines_and_nulls_left_out(tmp_path):
-    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    file = tmp_path / "data.parquet"
-    writer.write_table(pyarrow.table({"text": ["a", None, "", "b ☂"], "n": [1, 2, 3, 4]}), file)
-    assert read_text(file) == "a\n\nb ☂"
-    with pytest.raises(CalibrationError, match=r"columns text, n; name one with --field"):
-        read_text(file, "body")
-
-
-@pytest.mark.parametrize("name", ["gone.txt", "gone.jsonl", "./gone", "/nowhere/at/all"])
-def test_a_missing_file_is_refused(name):
-    with pytest.raises(CalibrationError, match=rf"{re.escape(str(Path(name)))} does not exist"):
-        read_text(name)
-
-
-def test_a_name_that_is_no_file_needs_the_datasets_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CalibrationError, match=r"pip install 'streamprune\[datasets\]'"):
-        read_text("wikitext")
-
-
-def test_a_data_set_is_read_by_name_and_split(monkeypatch):
-    asked = []
-
-    class Rows(dict):
-        column_names = ("text",)
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return Rows(text=["a", "", "b"])
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    assert read_text("org/corpus:validation") == "a\n\nb"
-    assert read_text("org/corpus") == "a\n\nb"
-    assert asked == [("org/corpus", "validation"), ("org/corpus", "train")]
-    with pytest.raises(CalibrationError, match=r"columns text; name one with --field"):
-        read_text("org/corpus", "body")
 
 
 # The prose in the package.

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from whole_models import down_name, load, mask_unit_kind, matrix, mean_loss, out_name, run, skip_layers, stack
 
 from streamprune import PruneConfig, prune
-from streamprune.calibration import embedded_text
+from streamprune.documents import embedded_text
 from streamprune.errors import StreampruneError, UsageError
 
 TOKENS, SEQ = 640, 64  # as many as a tiny model has positions

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from whole_models import load, mask_unit_kind, matrix, out_name, run, stack
 
 from streamprune import PruneConfig, prune
-from streamprune.calibration import embedded_text
+from streamprune.documents import embedded_text
 from streamprune.errors import UsageError
 
 FIELDS = {"olmo2": {"rms_norm_eps": 1e-12}}

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from whole_models import load, matrix, out_name, run, stack
 
 from streamprune.allocation import GlobalRule, allocate_globally, check_global
-from streamprune.calibration import embedded_text
+from streamprune.documents import embedded_text
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.families import Geometry
 

@@ -1,0 +1,96 @@
+"""Where a text comes from, by its name: a file, a directory, a pipe, or a data set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import IO
+
+from streamprune import data_sets, records
+from streamprune.documents import Documents, no_messages
+from streamprune.errors import CalibrationError
+from streamprune.records import Render
+from streamprune.text_files import TextFile, from_files
+
+
+def open_documents(source: str | Path, field: str = "text", render: Render = no_messages) -> Documents:
+    """The text of a file, a directory, standard input ("-"), or a hub data set "name[/configuration][:split]".
+
+    Args:
+        field: of the text in records.
+        render: the text of a conversation.
+
+    Raises:
+        CalibrationError: it is not there, or not of a kind that is read.
+    """
+    path, name = Path(source), str(source)
+    if name == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+        return _from_pipe(name, field, render)
+    if path.is_file():
+        return _open_file(path, field, render)
+    directory, _, split = (name, "", "") if path.is_dir() else name.rpartition(":")
+    if directory and Path(directory).is_dir():
+        return _from_directory(Path(directory), split, field, render)
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in (*filter(None, records.KINDS), *records.COMPRESSIONS):
+        raise CalibrationError(f"{path} does not exist; give a text file, or leave the option out")
+    return data_sets.from_hub(name, field, render)
+
+
+def _open_file(path: Path, field: str, render: Render) -> Documents:
+    return from_files([TextFile(path, str(path), records.kind_of(path, path), field, render)], str(path))
+
+
+class _Kept:
+    """What came out of a pipe, in a file without a name that goes with this object."""
+
+    descriptor = -1
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        with tempfile.TemporaryFile(prefix="streamprune-text-") as file:
+            shutil.copyfileobj(pipe, file)
+            file.flush()
+            self.descriptor = os.dup(file.fileno())
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _from_pipe(source: str, field: str, render: Render) -> Documents:
+    """Standard input, or what a shell passes as /dev/fd/N."""
+    if source == "-" and sys.stdin.isatty():
+        raise CalibrationError("-: standard input is a terminal; pass a text through a pipe, or give a file")
+    where = "standard input" if source == "-" else source
+    try:
+        with open(sys.stdin.fileno() if source == "-" else source, "rb", closefd=source != "-") as pipe:
+            kept = _Kept(pipe)
+    except OSError as error:
+        raise CalibrationError(f"{where} cannot be read ({error.strerror or error}); give a file") from error
+    path = Path(f"/proc/self/fd/{kept.descriptor}")
+    return from_files([TextFile(path, where, records.kind_of(path, where), field, render, kept)], where)
+
+
+def _from_directory(path: Path, split: str, field: str, render: Render) -> Documents:
+    """A data set that was saved to disk, or all files of records below the directory, or else all prose."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        return data_sets.saved_to_disk(path, split, field, render)
+    if split:
+        raise CalibrationError(f"{path} is no data set that was saved to disk; leave :{split} out")
+    found = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+        and records.suffix_of(file) in records.KINDS
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    of_records = [file for file in found if records.KINDS[records.suffix_of(file)] != "prose"]
+    files = [
+        TextFile(file, str(file), records.kind_of(file, file), field, render)
+        for file in of_records or [file for file in found if file.suffix]
+    ]
+    if not files:
+        raise CalibrationError(f"{path} is a directory without texts; give one of {records.SUFFIXES} files")
+    return from_files(files, str(path))

@@ -1,0 +1,205 @@
+"""Sequences begin as the tokenizer begins a text; the references are `tokenizer(text)` and transformers' own loss."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_runner import SHORT
+from conftest import save_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from streamprune.calibration import Corpus, beginning, chat_renderer, load_tokenizer
+from streamprune.config import PruneConfig
+from streamprune.documents import Documents, embedded_text
+from streamprune.errors import CalibrationError, UsageError
+from streamprune.run import prune
+
+BOS, EOS, PAD = 256, 257, 258
+# How families' tokenizers mark a text: (post-processor of a text, first tokens that every text is given).
+MARKS = {
+    "none, as SmolLM2 and Qwen": (None, ()),
+    "bos, as Llama and Gemma": ("<s> $A", (BOS,)),
+    "bos and eos, as T5": ("<s> $A </s>", (BOS,)),
+    "two, as GLM": ("<s> <pad> $A", (BOS, PAD)),
+    "eos alone": ("$A </s>", ()),
+}
+
+
+def save_marked(path, template, **options):
+    """A tokenizer of a token per byte whose texts are marked as `template` says."""
+    vocabulary = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    vocabulary |= {"<s>": BOS, "</s>": EOS, "<pad>": PAD}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if template is not None:
+        specials = [("<s>", BOS), ("</s>", EOS), ("<pad>", PAD)]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=specials)
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | options
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options).save_pretrained(path)
+
+
+@pytest.fixture(params=MARKS)
+def marked(request, tmp_path):
+    """A directory with such a tokenizer, and what its texts begin with."""
+    template, begins = MARKS[request.param]
+    save_marked(tmp_path, template)
+    return tmp_path, begins
+
+
+def corpus_of(path, text, bos="auto"):
+    tokenizer = load_tokenizer(path)
+    documents = Documents("the text", "", lambda: iter([text]), prose=True)
+    return Corpus(documents, tokenizer, beginning(tokenizer, bos))
+
+
+def test_auto_is_what_the_tokenizer_puts_before_a_text(marked):
+    path, begins = marked
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert beginning(tokenizer, "auto") == begins
+    assert beginning(tokenizer, "always") == (BOS,)
+    assert beginning(tokenizer, "never") == ()
+    encoded = tokenizer("some words")["input_ids"]
+    plain = tokenizer("some words", add_special_tokens=False)["input_ids"]
+    assert encoded[: len(begins) + len(plain)] == [*begins, *plain]
+
+
+@pytest.mark.parametrize("sampling", ["first", "random"])
+@pytest.mark.parametrize("bos", ["auto", "always", "never"])
+def test_each_sequence_is_the_encoding_of_its_own_text(bos, sampling, marked):
+    path, begins = marked
+    begins = {"auto": begins, "always": (BOS,), "never": ()}[bos]
+    text = embedded_text("heldout")[:3000]
+    ids = corpus_of(path, text, bos).sequences(5, 32, sampling, seed=0)
+    assert ids.shape == (5, 32)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    for row in ids.tolist():
+        assert tuple(row[: len(begins)]) == begins
+        words = tokenizer.decode(row[len(begins) :], skip_special_tokens=False)
+        assert words in text or "�" in words
+        if bos == "auto" and "�" not in words:
+            assert tokenizer(words)["input_ids"][:32] == row
+    if sampling == "first":
+        real = 32 - len(begins)
+        plain = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert torch.equal(ids[:, len(begins) :], plain[: 5 * real].view(5, real)), "no token is lost in between"
+
+
+def test_segments_lose_no_token_between_them(marked):
+    path, begins = marked
+    text = embedded_text("heldout")[:1000]
+    segments = corpus_of(path, text).segments(16, None)
+    real = 16 - len(begins)
+    assert len(segments) == len(text.encode()) // real
+    assert segments[:, : len(begins)].tolist() == [list(begins)] * len(segments)
+
+
+def test_without_a_bos_nothing_is_as_it_was_not(tmp_path):
+    """Tokenizers that add none give the sequences that they gave before there was a choice."""
+    save_marked(tmp_path, None)
+    text = embedded_text("calibration")
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"])
+    starts = torch.randint(0, len(tokens) - 64 + 1, (7,), generator=generator)
+    expected = torch.stack([tokens[start : start + 64] for start in starts])
+    assert torch.equal(corpus_of(tmp_path, text).sequences(7, 64, "random", seed=5), expected)
+
+
+def test_always_without_a_bos_token_is_refused(tmp_path):
+    save_marked(tmp_path, None, bos_token=None)
+    with pytest.raises(UsageError, match=r"--bos always: .* has no BOS token"):
+        beginning(load_tokenizer(tmp_path), "always")
+    assert beginning(load_tokenizer(tmp_path), "auto") == ()
+
+
+def test_a_sequence_of_marks_alone_is_refused(tmp_path):
+    save_marked(tmp_path, "<s> <pad> $A")
+    with pytest.raises(UsageError, match="--seq-len 2: leaves no token"):
+        corpus_of(tmp_path, "words").sequences(1, 2, "first", seed=0)
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+
+
+def test_a_conversation_is_the_template_s_text_with_one_bos(tmp_path):
+    save_marked(tmp_path, "<s> $A", chat_template=TEMPLATE)
+    tokenizer = load_tokenizer(tmp_path)
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    text = chat_renderer(tokenizer)(messages)
+    assert text == "[user]Hello[assistant]Hi"
+    ids = corpus_of(tmp_path, text).sequences(1, 25, "first", seed=0)[0].tolist()
+    assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+
+
+def test_a_tokenizer_without_a_template_refuses_conversations(tmp_path):
+    save_marked(tmp_path, None)
+    with pytest.raises(CalibrationError, match=r"chat template cannot take a conversation .*--field"):
+        chat_renderer(load_tokenizer(tmp_path))([{"role": "user", "content": "Hello"}])
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A saved gemma3_text whose tokenizer begins texts with BOS."""
+    path = tmp_path_factory.mktemp("gemma")
+    save_tiny(path, "gemma3_text", dtype=torch.float32)
+    save_marked(path, "<s> $A")
+    return path
+
+
+def transformers_loss(path, ids):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+    with torch.no_grad():
+        return torch.stack([model(row[None], labels=row[None]).loss for row in ids]).mean().item()
+
+
+@pytest.mark.parametrize(("bos", "begins"), [("auto", (BOS,)), ("never", ())])
+def test_eval_is_transformers_loss_on_encoded_segments(bos, begins, gemma, streamprune, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(embedded_text("heldout")[:400])
+    result = streamprune("eval", "--model", gemma, "--text", file, "--seq-len", 20, "--bos", bos, "--dtype", "float64")
+    assert result.code == 0, result.err
+    plain = AutoTokenizer.from_pretrained(gemma)(file.read_text(), add_special_tokens=False)["input_ids"]
+    real = 20 - len(begins)
+    ids = torch.tensor([[*begins, *plain[n : n + real]] for n in range(0, len(plain) - real + 1, real)])
+    loss = float(result.out.split("loss ")[1].split()[0])
+    assert loss == pytest.approx(transformers_loss(gemma, ids), abs=2e-6)
+    assert ("each <s> and 19 of the text" in result.out) == bool(begins)
+
+
+def test_calibration_repair_and_evaluation_all_begin_with_it(gemma, tmp_path):
+    said = []
+    for bos in ("auto", "never"):
+        options = {"samples": 2, "seq_len": 16, "compensate": True, "compensate_tokens": 300, "layers": (1, 3)}
+        config = PruneConfig(model=gemma, output=tmp_path / bos, method="taylor", bos=bos, **options)
+        facts = prune(config).facts
+        said.append([facts["scoring"], facts["compensation"], facts["perplexity"]])
+        assert facts["options"]["bos"] == bos
+        assert facts["sequences_begin_with"] == ([{"id": BOS, "token": "<s>"}] if bos == "auto" else [])
+        card = (tmp_path / bos / "README.md").read_text()
+        assert f"`bos`: {bos}" in card
+        assert json.loads((tmp_path / bos / "streamprune.json").read_text())["options"]["bos"] == bos
+    for with_bos, without in zip(*said, strict=True):
+        hashes = [next(value for key, value in facts.items() if "sha256" in key) for facts in (with_bos, without)]
+        assert hashes[0] != hashes[1]
+
+
+def test_the_number_of_real_tokens_is_said(gemma, streamprune, output):
+    done = streamprune("--model", gemma, "--output", output, "--method", "taylor", *SHORT, "--layers", "1:3")
+    assert done.code == 0, done.err
+    assert "calibration on 2 x 16 tokens, each <s> and 15 of the text; evaluation on 100 x 64 tokens, each" in done.err
+
+
+def test_a_journal_of_another_beginning_is_refused(gemma, streamprune, output, monkeypatch):
+    options = ("--model", gemma, "--output", output, "--method", "taylor", *SHORT, "--layers", "1:3", "--no-evaluate")
+    monkeypatch.setattr("streamprune.job.Job.cut", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert streamprune(*options, "--resume").code == 1
+    monkeypatch.undo()
+    result = streamprune(*options, "--resume", "--bos", "never")
+    assert result.code == 2
+    assert "was begun with --bos auto, this run has never" in result.err
