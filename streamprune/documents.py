@@ -25,7 +25,7 @@ class Documents:
         records: all of them, from the start.
         places: endless random places; None where only a pass through the whole text would find one.
         prose: whether there is no telling one record from the next.
-        nbytes: of the text, where they are known.
+        nbytes: of the text, where they are known. stored: of its files, which may be compressed.
     """
 
     where: str
@@ -34,6 +34,7 @@ class Documents:
     places: Callable[[random.Random], Iterator[Place]] | None = None
     prose: bool = False
     nbytes: int | None = None
+    stored: int | None = None
 
 
 def embedded_text(name: str) -> str:

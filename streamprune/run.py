@@ -273,7 +273,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
-        texts.open_texts(config, sweeper.skeleton, planned=True)
+        reading = texts.open_texts(config, sweeper.skeleton, planned=True).plan(config, sweeper.skeleton)
         work = texts.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
@@ -283,7 +283,8 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
             found = rates.measured(sweeper, seq_len, rates.default_cache())
         elif assume is not None:
             found = rates.assumed(assume)
-        text = f"{describe(config, sweeper.skeleton, plan)}\n{planner.table(placement, sweeper, found)}"
+        parts = (describe(config, sweeper.skeleton, plan), reading, planner.table(placement, sweeper, found))
+        text = "\n".join(part for part in parts if part)
         taken = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
         return Forecast(text, placement, taken)
 

@@ -158,4 +158,5 @@ def from_files(files: Sequence[TextFile], where: str) -> Documents:
 
     can_seek = sizes[-1] > 0 and all(file.can_seek for file in files)
     nbytes = sizes[-1] if can_seek and not any(file.kind == "parquet" for file in files) else None
-    return Documents(where, "" if prose else BLANK_LINE, all_records, places if can_seek else None, prose, nbytes)
+    separator = "" if prose else BLANK_LINE
+    return Documents(where, separator, all_records, places if can_seek else None, prose, nbytes, sizes[-1])

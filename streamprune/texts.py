@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from streamprune import calibration, documents, sources
+from streamprune import calibration, documents, report, sources
 from streamprune.calibration import Corpus
 from streamprune.config import PruneConfig
 from streamprune.errors import CalibrationError, CheckpointError, UsageError
@@ -23,6 +23,8 @@ EVALUATION_SEGMENTS = 100  # at most
 EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
 EMBEDDED_TOKENS = 5000  # of it: 4,600 by the tokenizer of SmolLM2
 REPAIR_SEQ_LEN = 512
+# Bytes of a compressed text, an array or a table: the least that two cores were measured to pass.
+PASSED_A_SECOND = 50e6
 
 
 def positions(skeleton: Skeleton) -> int:
@@ -73,6 +75,17 @@ class Texts:
     tokenizer: Any = None
     calibration: Corpus | None = None
     evaluation: Corpus | None = None
+
+    def plan(self, config: PruneConfig, skeleton: Skeleton) -> str:
+        """What will be read of texts that are given, a line for each."""
+        lines = []
+        if self.calibration is not None and config.calibration is not None:
+            work = expected_work(config, skeleton)
+            samples = sum(shape[0] for shape in (work.calibration, work.repair) if shape is not None)
+            lines.append(f"calibration reads {_what_is_read(self.calibration, samples, config.sampling)}")
+        if self.evaluation is not None and config.evaluate is not None:
+            lines.append(f"evaluation reads {_what_is_read(self.evaluation, EVALUATION_SEGMENTS, 'first')}")
+        return "\n".join(lines)
 
     def tokens(self, config: PruneConfig, skeleton: Skeleton) -> Tokens:
         """Read and tokenise what is needed.
@@ -137,6 +150,18 @@ def open_texts(
         corpus(config.calibration, "calibration") if calibrated else None,
         None if config.evaluate is False else corpus(config.evaluate, "heldout"),
     )
+
+
+def _what_is_read(corpus: Corpus, samples: int, sampling: str) -> str:
+    """Of a text, for so many sequences, in words."""
+    stored, where = corpus.documents.stored, corpus.documents.where
+    if sampling == "first":
+        return f"the beginning of {where}"
+    if stored is None or stored <= calibration.WHOLE_CHARACTERS:
+        return f"all of {where}" if stored is not None else f"{samples} places in {where}"
+    if corpus.documents.places is not None:
+        return f"{samples} places in {report.human(stored)} of {where}"
+    return f"all {report.human(stored)} of {where}, about {stored / PASSED_A_SECOND:,.0f} s"
 
 
 def _is_pipe(source: str) -> bool:
