@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from streamprune import PruneConfig, evaluate, prune
-from streamprune.calibration import open_corpus
+from streamprune.corpus import open_corpus
 from streamprune.documents import embedded
 from streamprune.report import table
 from streamprune.run import open_model

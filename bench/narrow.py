@@ -22,7 +22,8 @@ import click
 import torch
 from torch import Tensor
 
-from streamprune import calibration, demo
+from streamprune import demo
+from streamprune.corpus import open_corpus
 from streamprune.documents import embedded
 from streamprune.methods import METHODS, UnitScores, resolve_settings
 from streamprune.progress import Progress
@@ -78,7 +79,7 @@ def scores_of(model: str, method: str, given: dict[str, Any], dtype: str) -> tup
     """Scores of units, and seconds."""
     settings = resolve_settings(method, given, "units")
     with open_model(model, device="cpu", micro_batch=default_micro_batch(128)) as sweeper:
-        corpus = calibration.open_corpus(sweeper.skeleton.checkpoint.path, embedded("calibration"))
+        corpus = open_corpus(sweeper.skeleton.checkpoint.path, embedded("calibration"))
         ids = corpus.sequences(10, 128, "first", 0)
         store = (lambda name: RowScaled()) if dtype == "int8" else partial(make_store, dtype=dtype)
         statistics_of = Statistics(sweeper, ids, range(4, 28), 0, store=store)

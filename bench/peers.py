@@ -83,11 +83,12 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def perplexity(model: str, data: Path) -> float:
     """Streamed, of the test split."""
-    from streamprune import calibration, evaluate
+    from streamprune import evaluate
+    from streamprune.corpus import open_corpus
     from streamprune.run import open_model
 
     with open_model(model) as sweeper:
-        corpus = calibration.open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-test.txt")
+        corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-test.txt")
         return evaluate.perplexity(sweeper, corpus.segments(128, 100)).perplexity
 
 
@@ -149,11 +150,12 @@ def main(
         return
     if data is None:
         raise click.UsageError("--data is needed")
-    from streamprune import calibration, demo
+    from streamprune import demo
+    from streamprune.corpus import open_corpus
     from streamprune.progress import Progress
 
     path = str(model or demo.fetch(demo.default_cache(), Progress()))
-    corpus = calibration.open_corpus(Path(path), data / "wikitext2-valid.txt")
+    corpus = open_corpus(Path(path), data / "wikitext2-valid.txt")
     sequences = corpus.sequences(draws * SAMPLES, SEQ_LEN, "first", 0).split(SAMPLES)
     sides = {"streamprune": sys.executable}
     if subprocess.run([peer_python, "-c", "import llmcompressor"], capture_output=True, check=False).returncode == 0:

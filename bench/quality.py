@@ -94,8 +94,8 @@ TEXTS = {
 
 def measure(job: dict[str, Any]) -> None:
     """Score once and measure all settings of a job; one line of JSON each, as they are done."""
-    from streamprune import calibration
     from streamprune.config import PruneConfig
+    from streamprune.corpus import open_corpus
     from streamprune.job import Job
     from streamprune.methods import METHODS, resolve_settings
     from streamprune.plan import make_plan
@@ -110,7 +110,7 @@ def measure(job: dict[str, Any]) -> None:
     first = next(iter(job["settings"].values()))
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
     with open_model(job["model"], dtype=DTYPE, scope=scope) as sweeper:
-        corpus = calibration.open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
+        corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
         samples, seq_len = (10, 128) if "inputs" not in method.needs else (128, 512)
         ids = corpus.sequences(samples, seq_len, "first", 0)
         for name, options in job["settings"].items():
@@ -155,13 +155,14 @@ def device_name(device: Any) -> str:
 
 def perplexities(directory: str, data: Path) -> dict[str, float]:
     """Of the three texts, streamed."""
-    from streamprune import calibration, evaluate
+    from streamprune import evaluate
+    from streamprune.corpus import open_corpus
     from streamprune.run import open_model
 
     values = {}
     with open_model(directory, dtype=DTYPE, pruned=True) as pruned:
         for name, (file, seq_len, samples) in TEXTS.items():
-            corpus = calibration.open_corpus(pruned.skeleton.checkpoint.path, data / f"{file}.txt")
+            corpus = open_corpus(pruned.skeleton.checkpoint.path, data / f"{file}.txt")
             values[name] = evaluate.perplexity(pruned, corpus.segments(seq_len, samples)).perplexity
     return values
 

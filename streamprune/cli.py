@@ -18,8 +18,8 @@ from click.core import ParameterSource
 from huggingface_hub.utils import disable_progress_bars
 
 from streamprune import compressed, demo, evaluate, report
-from streamprune.calibration import open_corpus
 from streamprune.config import PruneConfig
+from streamprune.corpus import open_corpus
 from streamprune.documents import embedded
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods import METHODS

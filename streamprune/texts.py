@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from streamprune import calibration, documents, report, sources
-from streamprune.calibration import Corpus
 from streamprune.config import PruneConfig
+from streamprune.corpus import WHOLE_CHARACTERS, Corpus
 from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.footprint import Work
 from streamprune.methods import METHODS
@@ -157,7 +157,7 @@ def _what_is_read(corpus: Corpus, samples: int, sampling: str) -> str:
     stored, where = corpus.documents.stored, corpus.documents.where
     if sampling == "first":
         return f"the beginning of {where}"
-    if stored is None or stored <= calibration.WHOLE_CHARACTERS:
+    if stored is None or stored <= WHOLE_CHARACTERS:
         return f"all of {where}" if stored is not None else f"{samples} places in {where}"
     if corpus.documents.places is not None:
         return f"{samples} places in {report.human(stored)} of {where}"

@@ -96,7 +96,11 @@ def test_plan_and_eval_refuse_texts_as_a_run_does(name, refused, streamprune, mo
     file = tmp_path / name
     file.write_text(BAD_TEXTS[name])
     message = refused(model, "--method", "taylor", "--calibration", file, code=1, names=(name,))
-    for command in (("plan", "--method", "taylor", "--calibration"), ("plan", "--evaluate"), ("eval", "--seq-len", 16, "--text")):
+    for command in (
+        ("plan", "--method", "taylor", "--calibration"),
+        ("plan", "--evaluate"),
+        ("eval", "--seq-len", 16, "--text"),
+    ):
         result = streamprune(*command, file, "--model", model)
         assert (result.code, result.err) == (1, message), command
 

@@ -11,8 +11,9 @@ from conftest import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from streamprune.calibration import Corpus, beginning, chat_renderer, load_tokenizer
+from streamprune.calibration import beginning, chat_renderer, load_tokenizer
 from streamprune.config import PruneConfig
+from streamprune.corpus import Corpus, open_corpus, sample_sequences
 from streamprune.documents import Documents, embedded_text
 from streamprune.errors import CalibrationError, UsageError
 from streamprune.run import prune
@@ -124,14 +125,26 @@ def test_a_sequence_of_marks_alone_is_refused(tmp_path):
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
 
 
-def test_a_conversation_is_the_template_s_text_with_one_bos(tmp_path):
-    save_marked(tmp_path, "<s> $A", chat_template=TEMPLATE)
-    tokenizer = load_tokenizer(tmp_path)
+@pytest.mark.parametrize("sampling", ["first", "random", "records"])
+@pytest.mark.parametrize(
+    ("template", "bos"), [("<s> $A", "auto"), (None, "auto"), (None, "always"), ("<s> $A", "never")]
+)
+def test_a_conversation_is_what_the_template_makes_of_it_with_one_bos(template, bos, sampling, tmp_path):
+    save_marked(tmp_path, template, chat_template=TEMPLATE)
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-    text = chat_renderer(tokenizer)(messages)
-    assert text == "[user]Hello[assistant]Hi"
-    ids = corpus_of(tmp_path, text).sequences(1, 25, "first", seed=0)[0].tolist()
-    assert ids == tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    corpus = open_corpus(tmp_path, tmp_path / "chat.jsonl", field="messages", bos=bos)
+    expected = corpus.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert expected[0] == BOS
+    assert corpus.sequences(1, len(expected), sampling, seed=0).tolist() == [expected]
+    assert corpus.segments(len(expected), None).tolist() == [expected]
+
+
+def test_a_window_that_begins_with_a_conversation_has_one_bos_too():
+    tokens = torch.tensor([BOS, 1, 2, 3, 4] * 200)
+    windows = sample_sequences(tokens, 100, 9, "random", 0, (BOS,))
+    assert BOS not in windows[:, 0].tolist()
+    assert all(row[row.index(1) : row.index(1) + 4] == [1, 2, 3, 4] for row in windows.tolist() if row.index(1) <= 5)
 
 
 def test_a_tokenizer_without_a_template_refuses_conversations(tmp_path):

@@ -12,7 +12,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from streamprune import evaluate
-from streamprune.calibration import Corpus, load_tokenizer, sample_sequences, tokenize
+from streamprune.calibration import load_tokenizer, tokenize
+from streamprune.corpus import Corpus, sample_sequences
 from streamprune.documents import Documents, embedded_text
 from streamprune.errors import CalibrationError, CheckpointError
 from streamprune.run import open_model

@@ -18,7 +18,7 @@ import pytest
 from cli_runner import parquet
 
 from streamprune import records
-from streamprune.calibration import joined
+from streamprune.corpus import joined
 from streamprune.errors import CalibrationError
 from streamprune.sources import open_documents
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from streamprune import calibration
-from streamprune.calibration import Corpus
+from streamprune.corpus import Corpus
 from streamprune.errors import CalibrationError, UsageError
 from streamprune.sources import open_documents
 
@@ -72,7 +72,7 @@ PASSING = ("a.txt.gz", "a.jsonl.gz", "a.json", "a.csv")
 @pytest.fixture
 def long(tmp_path, monkeypatch):
     """Opens a file of the text as one that is too long to be tokenised as a whole."""
-    monkeypatch.setattr(calibration, "WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
 
     def corpus(name, **options):
         return Corpus(open_documents(write(name, tmp_path)), Numbers(), **options)
@@ -135,7 +135,7 @@ def test_a_long_text_that_is_too_short_all_the_same_is_refused(name, long):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz", "a.json", "a.csv"])
 def test_sampling_records_takes_their_starts_each_once(name, whole, long, monkeypatch):
     if whole:
-        monkeypatch.setattr(calibration, "WHOLE_CHARACTERS", 1 << 30)
+        monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1 << 30)
     windows = long(name, beginning=(7,)).sequences(30, PER_RECORD, "records", seed=0)
     assert windows.shape == (30, PER_RECORD)
     assert set(windows[:, 0].tolist()) == {7}
@@ -152,7 +152,7 @@ def test_prose_has_no_records_to_sample(name, long):
 
 
 def test_texts_of_many_characters_to_a_token_are_read_as_far_as_it_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
     text = "".join(f"w{number:06d}" + " " * 40 for number in range(5000))
     for name, data in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(text.encode()))):
         (tmp_path / name).write_bytes(data)
@@ -185,7 +185,7 @@ def test_rows_of_parquet_are_found_across_groups_and_batches(tmp_path):
 
 
 def test_a_directory_is_sampled_by_the_bytes_of_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
     for number, (start, stop) in enumerate([(0, 10_000), (10_000, 20_000), (20_000, 80_000)]):
         (tmp_path / f"{number}.txt").write_text(numbered(start, stop) + " ")
     starts = Corpus(open_documents(tmp_path), Numbers()).sequences(400, 8, "random", seed=0)[:, 0]
