@@ -94,7 +94,7 @@ TEXTS = {
 
 def measure(job: dict[str, Any]) -> None:
     """Score once and measure all settings of a job; one line of JSON each, as they are done."""
-    from streamprune import calibration
+    from streamprune import calibration, companions
     from streamprune.config import PruneConfig
     from streamprune.job import Job
     from streamprune.methods import METHODS, resolve_settings
@@ -123,9 +123,10 @@ def measure(job: dict[str, Any]) -> None:
             plan = make_plan(config, sweeper.skeleton, settings)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
             repair_ids = calibration.sample_sequences(tokens, count, REPAIR_SEQ_LEN, "first", 0)
-            run = Job(
-                config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids if config.compensate else None
-            )
+            repair_ids = repair_ids if config.compensate else None
+            widths, biases = plan.choice.widths, plan.new_biases
+            beside = companions.prepare(sweeper.skeleton, widths, config.emit, biases=biases)
+            run = Job(config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
             with tempfile.TemporaryDirectory() as directory:
                 start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read

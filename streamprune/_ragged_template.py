@@ -206,8 +206,8 @@ class StreampruneLlamaModel(LlamaModel):
         self.kv_heads = [0 if "attention" in skipped(c) else c.num_key_value_heads for c in config.per_layer_config]
         self.post_init()
 
-    @functools.wraps(LlamaModel.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(LlamaModel.forward)  # transformers reads its signature
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As the dense model. A prefix for its KV heads, as PEFT makes it, is cut to the heads of each layer."""
         given = kwargs.get("past_key_values")
         if given is not None and self._is_too_wide(given):
@@ -246,11 +246,11 @@ class StreampruneLlamaForSequenceClassification(GenericForSequenceClassification
 
     config_class = StreampruneLlamaConfig
 
-    def __init__(self, config: StreampruneLlamaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = StreampruneLlamaModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -259,14 +259,14 @@ class StreampruneLlamaForTokenClassification(GenericForTokenClassification, Llam
 
     config_class = StreampruneLlamaConfig
 
-    def __init__(self, config: StreampruneLlamaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels
         self.model = StreampruneLlamaModel(config)
         rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
         self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
         bias = getattr(config, "token_classification_bias", True)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=bias)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=bias)
         self.post_init()
 
 
@@ -275,7 +275,7 @@ class StreampruneLlamaForQuestionAnswering(GenericForQuestionAnswering, LlamaPre
 
     config_class = StreampruneLlamaConfig
 
-    def __init__(self, config: StreampruneLlamaConfig) -> None:
+    def __init__(self, config: Any) -> None:
         LlamaPreTrainedModel.__init__(self, config)
         self.model = StreampruneLlamaModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from streamprune import allocation, compressed, evaluate, planner, rates, report, resume, state, texts
+from streamprune import allocation, companions, compressed, evaluate, planner, rates, report, resume, state, texts
 from streamprune.checkpoint import Checkpoint, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.devices import PlannedDevice, paging_device
@@ -176,6 +176,15 @@ def _score_and_write(
         there = resume.already_there(journal_directory)
         check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
         progress.say(describe(config, skeleton, plan))
+        beside = companions.prepare(
+            skeleton,
+            plan.choice.widths,
+            config.emit,
+            biases=plan.new_biases,
+            trust_remote_code=config.trust_remote_code,
+        )
+        for note in beside.notes:
+            progress.say(note)
         tokens = texts.calibration_tokens(config, skeleton) if method.needs_text or config.compensate else None
         ids = texts.calibration_ids(config, skeleton, tokens) if method.needs_text and tokens is not None else None
         repair_ids = texts.repair_ids(config, skeleton, tokens) if config.compensate and tokens is not None else None
@@ -204,7 +213,9 @@ def _score_and_write(
             journal.save()
         found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
         predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
-        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal, predicted=predicted)
+        job = Job(
+            config, settings, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted
+        )
         job.state_scratch = config.scratch if placement.state == "scratch" else None
         directory = output.enter_context(
             atomic_directory(
@@ -295,6 +306,7 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         device=config.device,
         dtype=config.dtype,
         pruned=True,
+        trust_remote_code=config.trust_remote_code,
         progress=progress,
         read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
     ) as pruned:
@@ -316,7 +328,7 @@ def _facts(job: Job, placement: planner.Placement, done: Done, segments: Tensor 
     after = skeleton.parameters - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
     facts: dict[str, Any] = {
         "base_model": _base_name(config.model),
-        "license": _license(checkpoint.path),
+        "license": job.companions.license,
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()}
         | ({compressed.PACKAGE: compressed.version()} if config.compress else {}),
@@ -353,19 +365,6 @@ def _source_name(model: str) -> str:
 def _base_name(model: str) -> str:
     """What the card calls the source: a hub id as it is, a directory by its name."""
     return Path(model).absolute().name if Path(model).is_dir() else model
-
-
-def _license(path: Path) -> str | None:
-    """The licence from the source's model card, if it has one."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    from huggingface_hub import ModelCardData, metadata_load
-
-    try:
-        return ModelCardData(**(metadata_load(card) or {})).license
-    except (ValueError, TypeError):
-        return None
 
 
 def _refuse_in_place(config: PruneConfig, source: Path) -> None:

@@ -125,8 +125,10 @@ def _say_rope_in_full(fields: dict[str, Any], config: Any) -> None:
     for parameters in by_layer_type or [rope]:
         parameters.pop("type", None)
     fields["rope_parameters"] = rope
-    # What scaled rope is checked against.
+    # What scaled rope is checked against; of longrope also the number of heads, which differs by layer.
     fields.setdefault("max_position_embeddings", config.max_position_embeddings)
+    if any(parameters.get("rope_type") == "longrope" for parameters in by_layer_type or [rope]):
+        fields["allow_global_per_layer_attribute_access"] = True
     if by_layer_type:
         fields.setdefault("layer_types", list(config.layer_types))
 
