@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,13 +67,14 @@ class Companions:
     license: Any = None
     notes: tuple[str, ...] = ()
 
-    def write(
-        self, config: Mapping[str, Any], directory: Path, place: Callable[[Path, Path], Any] = shutil.copyfile
-    ) -> None:
-        """Write everything beside the weights, with the given contents of config.json; `place` makes the copies."""
+    def write(self, config: Mapping[str, Any], directory: Path, *, link: bool = False) -> None:
+        """Write everything beside the weights, with these contents of config.json; with `link`, links for copies."""
         for name in self.copied:
             (directory / name).parent.mkdir(exist_ok=True)
-            place(self.source / name, directory / name)
+            if link:
+                (directory / name).symlink_to((self.source / name).absolute())
+            else:
+                shutil.copyfile(self.source / name, directory / name)
         for name, contents in self.edited.items():
             write_json(directory / name, contents)
         fields = dict(config)
@@ -271,7 +272,7 @@ def _keep_tokenizer_class(found: Companions, config: Mapping[str, Any], trust_re
     try:
         dense = type(load_tokenizer(found.source, trust_remote_code=trust_remote_code)).__name__
         with tempfile.TemporaryDirectory(prefix="streamprune-tokenizer-") as scratch:
-            found.write(config, Path(scratch), lambda file, link: link.symlink_to(file.absolute()))
+            found.write(config, Path(scratch), link=True)
             pruned = type(load_tokenizer(Path(scratch), trust_remote_code=trust_remote_code)).__name__
         contents = found.edited.get(TOKENIZER_CONFIG) or read_json(found.source / TOKENIZER_CONFIG)
     except CheckpointError as error:
