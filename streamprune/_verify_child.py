@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 PROMPT, NEW_TOKENS, PADDING = 12, 16, 5
 
@@ -25,7 +25,9 @@ def load(directory: str, remote_code: bool) -> tuple[Any, dict[str, Any]]:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(directory, **options)
     except (ImportError, ValueError):  # config.json may name an attention implementation that is not installed
-        loaded = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="sdpa", **options)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=remote_code)
+        config._attn_implementation = "sdpa"
+        loaded = AutoModelForCausalLM.from_pretrained(directory, config=config, **options)
     model, info = loaded
     return model.eval(), info
 
@@ -72,6 +74,8 @@ def generation(model: Any, ids: Tensor) -> dict[str, list[float]]:
 
 def main(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> None:
     """Write the findings into `scratch`."""
+    # The dense model runs at the same time; more threads than cores wait for each other at every small product.
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     model, info = load(directory, model_code == "1")
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=tokenizer_code == "1")
     sys.stdin.readline()
@@ -82,7 +86,9 @@ def main(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> 
         findings = {
             "missing": sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])]),
             "unexpected": sorted(info["unexpected_keys"]),
-            "tokens": [tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True)],
+            "tokens": [
+                tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
+            ],
             "steps": len(ids) * NEW_TOKENS,
             **generation(model, ids),
         }

@@ -166,7 +166,7 @@ def _compare(model: str, directory: Path, change: Change, is_ragged: bool, trust
         if change.kept is not None and max(change.kept, default=0) >= len(skeleton.layers):
             raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from more")
         tokenizer, text = load_tokenizer(skeleton.checkpoint.path, trust_remote_code=trust_remote_code), held_out()
-        tokens = [tokenizer(text, add_special_tokens=special)["input_ids"] for special in (False, True)]
+        tokens = [tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)]
         ids = torch.tensor(tokens[0][: SEQUENCES * SEQ_LEN]).view(SEQUENCES, SEQ_LEN)
         pruned.ask(ids)
         with Checkpoint(directory) as output, torch.no_grad():
