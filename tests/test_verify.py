@@ -8,8 +8,8 @@ import json
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,12 +44,10 @@ class CalledProcess:
 
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(subprocess, "Popen", CalledProcess)
+    called = SimpleNamespace(Popen=CalledProcess, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("streamprune.verify.subprocess", called)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * 9))
-
-
-Verify = Callable[..., dict[str, Check]]
 
 
 @pytest.fixture
