@@ -177,10 +177,10 @@ class _Search:
                     self.notes.append(f"{error}; it is copied as it is")
                     continue
                 self.take(self._there(value for value in contents.values() if isinstance(value, str)))
-                if "auto_map" in contents:
-                    entries = self.code(name, contents.pop("auto_map"))
-                    if entries != read_json(self.source / name)["auto_map"]:
-                        self.edited[name] = contents | ({"auto_map": entries} if entries else {})
+                named = contents.pop("auto_map", None)
+                entries = self.code(name, named)
+                if entries != named:
+                    self.edited[name] = contents | ({"auto_map": entries} if entries else {})
         if self.trusted and (self.source / CODE_DIRECTORY).is_dir():
             code = [file for file in (self.source / CODE_DIRECTORY).iterdir() if file.suffix in (".py", ".txt")]
             self.take(f"{CODE_DIRECTORY}/{file.name}" for file in sorted(code))
@@ -254,7 +254,8 @@ class _Search:
 
         try:
             license = (metadata_load(card) or {}).get("license")
-            return license if isinstance(license, str | list) else None
+            names = license if isinstance(license, list) else [license]
+            return license if all(isinstance(name, str) for name in names) else None
         except (OSError, ValueError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())[:100]
             self.notes.append(f"README.md cannot be read ({reason}); the new card names no licence")

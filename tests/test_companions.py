@@ -213,6 +213,7 @@ FRONT = {
     "broken": "license: [mit\nbase_model: : x",
     "no-mapping": "- a\n- b",
     "a-date": "license: 2024-01-01",
+    "a-list-of-dates": "license: [mit, 2024-01-01]",
     "keys-of-other-kinds": "1: 2\nnull: mit",
     "tags": "license: !!python/object:os.system mit",
 }
