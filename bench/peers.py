@@ -29,6 +29,7 @@ RUNS = [(method, pattern) for method in ("wanda", "sparsegpt") for pattern in ("
 
 def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     """One pruning by streamprune, as `streamprune --no-evaluate` does it."""
+    from streamprune import companions
     from streamprune.config import PruneConfig
     from streamprune.job import Job
     from streamprune.methods import resolve_settings
@@ -42,7 +43,8 @@ def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     with open_model(model, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices") as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         Path(output).mkdir()
-        Job(config, settings, plan, sweeper, Progress(quiet=True), ids, None).prune_weights(Path(output))
+        beside = companions.prepare(sweeper.skeleton, plan.choice.widths, None)
+        Job(config, settings, plan, sweeper, Progress(quiet=True), ids, None, beside).prune_weights(Path(output))
 
 
 def peer(model: str, method: str, pattern: str, ids: Any, output: str) -> None:

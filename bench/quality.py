@@ -94,6 +94,7 @@ TEXTS = {
 
 def measure(job: dict[str, Any]) -> None:
     """Score once and measure all settings of a job; one line of JSON each, as they are done."""
+    from streamprune import companions
     from streamprune.config import PruneConfig
     from streamprune.corpus import open_corpus
     from streamprune.job import Job
@@ -121,10 +122,10 @@ def measure(job: dict[str, Any]) -> None:
             settings = resolve_settings(method.name, {}, config.target)
             plan = make_plan(config, sweeper.skeleton, settings)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
-            repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0)
-            run = Job(
-                config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids if config.compensate else None
-            )
+            repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0) if config.compensate else None
+            widths, biases = plan.choice.widths, plan.new_biases
+            beside = companions.prepare(sweeper.skeleton, widths, config.emit, biases=biases)
+            run = Job(config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
             with tempfile.TemporaryDirectory() as directory:
                 start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read

@@ -6,12 +6,14 @@ attention or no MLP at all (`skip`; such a block has neither weights nor norm). 
 and MLP end with a bias. All else is the transformers model.
 
 Written by streamprune, which pruned the checkpoint. Load it with
-`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`, transformers 5.15 or later.
+`AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)`, transformers 5.15 or later. So load the
+classifiers for sequences and tokens, and the one for question answering, with heads yet to be trained.
 
 SPDX-License-Identifier: Apache-2.0
 """
 
 import copy
+import functools
 import inspect
 import os
 import sys
@@ -19,11 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig
+
+if Version(transformers.__version__).release < (5, 15):
+    raise ImportError(f"layers of different widths need transformers 5.15 or later, this is {transformers.__version__}")
+
+from huggingface_hub.dataclasses import strict
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
 
 # The norms that serve one block only, before or after it.
 ATTENTION_NORMS: tuple[str, ...] = ("input_layernorm",)
@@ -47,10 +65,14 @@ class StreampruneLlamaConfig(LlamaConfig):
         if getattr(dense, "head_dim", None) is None:
             # A layer with fewer heads would otherwise divide the hidden size into larger ones.
             self.head_dim = dense.hidden_size // dense.num_attention_heads
+        file = f"modeling_{self.model_type}"
         self.auto_map = {
-            "AutoConfig": "modeling_streamprune_llama.StreampruneLlamaConfig",
-            "AutoModel": "modeling_streamprune_llama.StreampruneLlamaModel",
-            "AutoModelForCausalLM": "modeling_streamprune_llama.StreampruneLlamaForCausalLM",
+            "AutoConfig": f"{file}.StreampruneLlamaConfig",
+            "AutoModel": f"{file}.StreampruneLlamaModel",
+            "AutoModelForCausalLM": f"{file}.StreampruneLlamaForCausalLM",
+            "AutoModelForSequenceClassification": f"{file}.StreampruneLlamaForSequenceClassification",
+            "AutoModelForTokenClassification": f"{file}.StreampruneLlamaForTokenClassification",
+            "AutoModelForQuestionAnswering": f"{file}.StreampruneLlamaForQuestionAnswering",
         }
 
     # The comparison that a dataclass generates reads every field, those that differ by layer too, and raises.
@@ -103,9 +125,27 @@ class StreampruneLlamaConfig(LlamaConfig):
         source = inspect.getsource(sys.modules[__name__])
         Path(save_directory, f"modeling_{self.model_type}.py").write_text(source, encoding="utf-8")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers has it. PEFT asks for it before it looks up what to adapt."""
+        name_default_targets()
+        return super().to_dict()
+
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
         d.pop("_shared_with_copies", None)
+
+
+def name_default_targets() -> None:
+    """Lets PEFT, where it is imported, adapt by default the modules that it would adapt in the dense model.
+
+    Its public tables go by model_type, and there is no other way to enter one. LoRA has a default for every family.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, table in vars(constants).items() if constants is not None else ():
+        if name.endswith("_MODULES_MAPPING") and LlamaConfig.model_type in table:
+            table.setdefault(StreampruneLlamaConfig.model_type, table[LlamaConfig.model_type])
+        elif name == "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING":
+            table.setdefault(StreampruneLlamaConfig.model_type, ["q_proj", "v_proj", "qkv_proj"])
 
 
 def skipped(layer_config: PreTrainedConfig) -> list[str]:
@@ -163,7 +203,27 @@ class StreampruneLlamaModel(LlamaModel):
         super().__init__(without_layers(config))
         self.config = config
         self.layers = nn.ModuleList(ragged_layer(config, i) for i in range(config.num_hidden_layers))
+        self.kv_heads = [0 if "attention" in skipped(c) else c.num_key_value_heads for c in config.per_layer_config]
         self.post_init()
+
+    @functools.wraps(LlamaModel.forward)  # transformers reads its signature
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As the dense model. A prefix for its KV heads, as PEFT makes it, is cut to the heads of each layer."""
+        given = kwargs.get("past_key_values")
+        if given is not None and self._is_too_wide(given):
+            kwargs["past_key_values"] = self._cut_cache(given)
+        return super().forward(*args, **kwargs)
+
+    def _is_too_wide(self, cache: Any) -> bool:
+        keys = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+        return any(k is not None and k.ndim == 4 and k.shape[1] > n for k, n in zip(keys, self.kv_heads, strict=False))
+
+    def _cut_cache(self, cache: Any) -> DynamicCache:
+        cut = DynamicCache(config=self.config)
+        for layer_idx, (layer, heads) in enumerate(zip(cache.layers, self.kv_heads, strict=True)):
+            if heads:
+                cut.update(layer.keys[:, :heads], layer.values[:, :heads], layer_idx)
+        return cut
 
 
 # GenerationMixin stands among the bases, though inherited: with remote code transformers looks for it there,
@@ -177,4 +237,46 @@ class StreampruneLlamaForCausalLM(LlamaForCausalLM, GenerationMixin):
         super().__init__(without_layers(config))
         self.config = config
         self.model = StreampruneLlamaModel(config)
+        self.post_init()
+
+
+# The heads of transformers ask AutoModel for the body, which knows none of ours where remote code is trusted.
+class StreampruneLlamaForSequenceClassification(GenericForSequenceClassification, LlamaPreTrainedModel):
+    """A label for a sequence, from its last token."""
+
+    config_class = StreampruneLlamaConfig
+
+    def __init__(self, config: Any) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = StreampruneLlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
+
+
+class StreampruneLlamaForTokenClassification(GenericForTokenClassification, LlamaPreTrainedModel):
+    """A label for every token."""
+
+    config_class = StreampruneLlamaConfig
+
+    def __init__(self, config: Any) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = StreampruneLlamaModel(config)
+        rates = [getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout")]
+        self.dropout = nn.Dropout(next((rate for rate in rates if rate is not None), 0.1))
+        bias = getattr(config, "token_classification_bias", True)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=bias)
+        self.post_init()
+
+
+class StreampruneLlamaForQuestionAnswering(GenericForQuestionAnswering, LlamaPreTrainedModel):
+    """Where an answer begins and ends."""
+
+    config_class = StreampruneLlamaConfig
+
+    def __init__(self, config: Any) -> None:
+        LlamaPreTrainedModel.__init__(self, config)
+        self.model = StreampruneLlamaModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()

@@ -146,7 +146,8 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model*", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes"]
+    patterns += ["README.md", "*LICENSE*", "*NOTICE*", "*USE_POLICY*"]
     if trust_remote_code:
         patterns.append("*.py")
     try:

@@ -29,6 +29,7 @@ from streamprune.rates import CARDS
 from streamprune.run import foretell, open_model, prune
 from streamprune.sweep import default_micro_batch
 from streamprune.texts import check_length, check_tokens
+from streamprune.verify import complaint
 from streamprune.verify import verify as verify_output
 
 
@@ -196,8 +197,8 @@ def verify(directory: Path, source: str | None, trust_remote_code: bool, debug: 
             ]
         )
     )
-    if not all(check.passed for check in checks):
-        raise StreampruneError(f"{directory} does not behave as the masked dense model; prune it again and report this")
+    if (wrong := complaint(directory, checks)) is not None:
+        raise StreampruneError(wrong)
 
 
 @cli.command()

@@ -16,11 +16,11 @@ from torch import Tensor
 from streamprune import compressed, report, slim
 from streamprune.allocation import KeptUnits
 from streamprune.capture import TensorRef
-from streamprune.checkpoint import read_config
+from streamprune.companions import Companions
 from streamprune.compensate import compensate, passes
 from streamprune.config import PruneConfig
 from streamprune.methods import METHODS, LayerScores, UnitScores, WeightPruner
-from streamprune.output import OutputWriter, write_companions
+from streamprune.output import OutputWriter
 from streamprune.paging import Page
 from streamprune.plan import Plan
 from streamprune.progress import Progress
@@ -28,7 +28,6 @@ from streamprune.state import Journal
 from streamprune.statistics import Statistics
 from streamprune.stores import make_store
 from streamprune.sweep import Sweeper, default_micro_batch
-from streamprune.writer import write_json
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Job:
         ids: calibration tokens [n, seq] of the method, if it needs any.
         repair_ids: those of the least squares after units or layers are gone.
         costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
+        companions: what comes along beside the tensors.
         journal: of a run that can be resumed.
         state_scratch: directory of what the method keeps between sweeps, where it is not in memory or the journal.
         predicted: seconds of the stages, where rates of this machine are known.
@@ -72,6 +72,7 @@ class Job:
     progress: Progress
     ids: Tensor | None
     repair_ids: Tensor | None
+    companions: Companions
     costs: dict[str, float] = field(default_factory=dict)
     journal: Journal | None = None
     state_scratch: Path | None = None
@@ -116,7 +117,7 @@ class Job:
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager, biases, save)
         added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
-        write_companions(skeleton, kept, directory, self.config.emit, biases=plan.new_biases)
+        self.companions.write(slim.patched_config(skeleton, kept, self.config.emit, biases=plan.new_biases), directory)
         layout = slim.layout(skeleton, kept, self.config.emit, biases=plan.new_biases)
         nbytes = sum(spec.nbytes for spec in specs)
         return Done(kept, layout, nbytes, added, (0, 0), source_hash)
@@ -148,10 +149,10 @@ class Job:
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)
         zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))
-        write_companions(skeleton, kept, directory, None)
+        fields = slim.patched_config(skeleton, kept)
         if plan.packed:
-            fields = compressed.config_fields(plan.packed.values(), zeros / skeleton.parameters)
-            write_json(directory / "config.json", read_config(directory) | fields)
+            fields |= compressed.config_fields(plan.packed.values(), zeros / skeleton.parameters)
+        self.companions.write(fields, directory)
         return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
 
     def _saves(self, writer: OutputWriter) -> Callable[[], None]:

@@ -1,9 +1,8 @@
-"""The output directory: pruned tensors hashed, cut and written several at a time, and the files beside them."""
+"""The tensors of the output directory: hashed, cut and written several at a time."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,22 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from streamprune import compressed, ragged
+from streamprune import compressed
 from streamprune.allocation import KeptUnits
 from streamprune.binding import check_finite
-from streamprune.calibration import load_tokenizer
-from streamprune.checkpoint import byte_view, is_finite, read_config, read_json
+from streamprune.checkpoint import byte_view, is_finite
 from streamprune.errors import CheckpointError
 from streamprune.paging import Page, Pager
 from streamprune.skeleton import Skeleton
-from streamprune.slim import Slicer, bias_of, patched_config
-from streamprune.writer import OWN_FILE, ShardedWriter, TensorSpec, write_json
+from streamprune.slim import Slicer, bias_of
+from streamprune.writer import ShardedWriter, TensorSpec
 
-# What is copied from the source: tokenizer, templates, generation config, terms of use. Never weights in any format.
-COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
-COMPANION_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_COMPANIONS = (".index.json", "adapter_config.json")
-OWN_FILES = ("config.json", "README.md", OWN_FILE)
 WRITERS = 4  # tensors of a layer that are cut and written at the same time
 
 
@@ -139,37 +132,3 @@ class OutputWriter:
                 self.put(name, tensor)
         digests = self._digests
         return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()
-
-
-def write_companions(
-    skeleton: Skeleton, kept: KeptUnits, directory: Path, emit: str | None, *, biases: bool = False
-) -> None:
-    """Everything beside the weights: config.json, the modelling file of ragged layers, tokenizer and so on."""
-    source = skeleton.checkpoint.path
-    for file in sorted(source.iterdir()):
-        if file.is_file() and _is_companion(file.name):
-            shutil.copyfile(file, directory / file.name)
-    config = patched_config(skeleton, kept, emit, biases=biases)
-    write_json(directory / "config.json", config)
-    if "per_layer_config" in config:
-        text = ragged.modeling_source(skeleton.family.model_type)
-        (directory / f"modeling_{config['model_type']}.py").write_text(text, encoding="utf-8")
-    keep_tokenizer_class(source, directory)
-
-
-def _is_companion(name: str) -> bool:
-    known = name.endswith(COMPANION_SUFFIXES) or name.startswith(COMPANION_NAMES)
-    return known and not name.startswith(".") and not name.endswith(NOT_COMPANIONS) and name not in OWN_FILES
-
-
-def keep_tokenizer_class(source: Path, directory: Path) -> None:
-    """Name the tokenizer's class where the output's model_type would make AutoTokenizer choose another one.
-
-    That choice goes by model_type for some families, and another class can split the same text differently.
-    """
-    file = directory / "tokenizer_config.json"
-    if not file.is_file() or read_config(source).get("model_type") == read_config(directory).get("model_type"):
-        return
-    dense = type(load_tokenizer(source)).__name__
-    if type(load_tokenizer(directory)).__name__ != dense:
-        write_json(file, read_json(file) | {"tokenizer_class": dense})

@@ -21,6 +21,8 @@ from typing import Any
 
 from streamprune.errors import UsageError
 
+TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
+
 
 @dataclass(frozen=True)
 class RaggedFamily:
@@ -29,7 +31,7 @@ class RaggedFamily:
     Attributes:
         model_type: of the dense model.
         module: package of the family in `transformers.models`.
-        prefix: of `<prefix>ForCausalLM` and `<prefix>DecoderLayer`.
+        prefix: of `<prefix>ForCausalLM`, `<prefix>DecoderLayer` and `<prefix>PreTrainedModel`.
         text_prefix: of `<text_prefix>Config` and `<text_prefix>Model`.
         attention_norms: norms of the decoder layer that only the attention block uses.
         mlp_norms: norms of the decoder layer that only the MLP uses.
@@ -53,7 +55,7 @@ class RaggedFamily:
         return {
             "AutoConfig": f"Streamprune{self.text_prefix}Config",
             "AutoModel": f"Streamprune{self.text_prefix}Model",
-            "AutoModelForCausalLM": f"Streamprune{self.prefix}ForCausalLM",
+            **{f"AutoModelFor{task}": f"Streamprune{self.prefix}For{task}" for task in TASKS},
         }
 
     @property
@@ -66,8 +68,9 @@ class RaggedFamily:
             f"transformers.models.{self.module}.modeling_{self.module}",
             f"{self.text_prefix}Config",
             f"{self.text_prefix}Model",
-            f"{self.prefix}ForCausalLM",
+            *(f"{self.prefix}For{task}" for task in TASKS),
             f"{self.prefix}DecoderLayer",
+            f"{self.prefix}PreTrainedModel",
             f"ATTENTION_NORMS: tuple[str, ...] = {_literal(self.attention_norms)}",
             f"MLP_NORMS: tuple[str, ...] = {_literal(self.mlp_norms)}",
         )
@@ -165,7 +168,7 @@ def _load_modeling(model_type: str) -> ModuleType:
 
 
 def register() -> None:
-    """Makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know the ragged form of every family.
+    """Makes `AutoConfig`, `AutoModel` and `AutoModelFor…` know the ragged form of every family.
 
     Safe to call again. Imports torch and transformers.
     """
@@ -175,6 +178,6 @@ def register() -> None:
         module = _load_modeling(family.model_type)
         config_class = getattr(module, family.auto_map["AutoConfig"])
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto in ("AutoModel", "AutoModelForCausalLM"):
+        for auto in family.auto_map.keys() - {"AutoConfig"}:
             model_class = getattr(module, family.auto_map[auto])
             getattr(transformers, auto).register(config_class, model_class, exist_ok=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from streamprune import allocation, compressed, evaluate, planner, rates, report, resume, state, texts
+from streamprune import allocation, companions, compressed, evaluate, planner, rates, report, resume, state, texts
 from streamprune.checkpoint import Checkpoint, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.devices import PlannedDevice, paging_device
@@ -180,6 +180,15 @@ def _score_and_write(
         there = resume.already_there(journal_directory)
         check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
         progress.say(describe(config, skeleton, plan))
+        beside = companions.prepare(
+            skeleton,
+            plan.choice.widths,
+            config.emit,
+            biases=plan.new_biases,
+            trust_remote_code=config.trust_remote_code,
+        )
+        for note in beside.notes:
+            progress.say(note)
         tokens = texts.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
         ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
         sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
@@ -208,7 +217,9 @@ def _score_and_write(
             journal.save()
         found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
         predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
-        job = Job(config, settings, plan, sweeper, progress, ids, repair_ids, journal=journal, predicted=predicted)
+        job = Job(
+            config, settings, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted
+        )
         job.state_scratch = config.scratch if placement.state == "scratch" else None
         directory = output.enter_context(
             atomic_directory(
@@ -301,6 +312,7 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         device=config.device,
         dtype=config.dtype,
         pruned=True,
+        trust_remote_code=config.trust_remote_code,
         progress=progress,
         read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
     ) as pruned:
@@ -322,7 +334,7 @@ def _facts(job: Job, placement: planner.Placement, done: Done, tokens: texts.Tok
     after = skeleton.parameters - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
     facts: dict[str, Any] = {
         "base_model": _base_name(config.model),
-        "license": _license(checkpoint.path),
+        "license": job.companions.license,
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()}
         | ({compressed.PACKAGE: compressed.version()} if config.compress else {}),
@@ -361,19 +373,6 @@ def _source_name(model: str) -> str:
 def _base_name(model: str) -> str:
     """What the card calls the source: a hub id as it is, a directory by its name."""
     return Path(model).absolute().name if Path(model).is_dir() else model
-
-
-def _license(path: Path) -> str | None:
-    """The licence from the source's model card, if it has one."""
-    card = path / "README.md"
-    if not card.is_file():
-        return None
-    from huggingface_hub import ModelCardData, metadata_load
-
-    try:
-        return ModelCardData(**(metadata_load(card) or {})).license
-    except (ValueError, TypeError):
-        return None
 
 
 def _refuse_in_place(config: PruneConfig, source: Path) -> None:

@@ -22,6 +22,7 @@ from streamprune.writer import TensorSpec
 
 # Where a Llama's config.json leaves these out, a Mistral would fill in other values.
 LLAMA_DEFAULTS = ("vocab_size", "hidden_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+OLDER_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")  # all in rope_parameters now
 Means = Mapping[tuple[int, str], Tensor]  # x̄ [d_in] of the inputs of (layer, tensor)
 
 
@@ -94,6 +95,7 @@ def patched_config(
         config.update(_width_fields(family, geometry, all_units(geometry, family.kinds)))
         config["per_layer_config"] = _per_layer(family, geometry, kept)
         config.update(ragged.ragged_config_fields(family.model_type))
+        _say_rope_in_full(config, skeleton.config)
         if biases:
             config["output_biases"] = True
     elif shape == "stock" or emit:
@@ -107,6 +109,28 @@ def patched_config(
             config.setdefault(name, getattr(skeleton.config, name))
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=None)
     return config
+
+
+def _say_rope_in_full(fields: dict[str, Any], config: Any) -> None:
+    """Scaled rope as transformers 5 wants it of model types that it does not know, in place; others stay as they are.
+
+    AutoTokenizer reads the config without the modelling file: it then fills in nothing and knows no older spelling.
+    """
+    if not (fields.get("rope_scaling") or fields.get("rope_parameters")):
+        return
+    for name in OLDER_ROPE_FIELDS:
+        fields.pop(name, None)
+    rope = copy.deepcopy(config.rope_parameters)
+    by_layer_type = [value for value in rope.values() if isinstance(value, dict)]
+    for parameters in by_layer_type or [rope]:
+        parameters.pop("type", None)
+    fields["rope_parameters"] = rope
+    # What scaled rope is checked against; of longrope also the number of heads, which differs by layer.
+    fields.setdefault("max_position_embeddings", config.max_position_embeddings)
+    if any(parameters.get("rope_type") == "longrope" for parameters in by_layer_type or [rope]):
+        fields["allow_global_per_layer_attribute_access"] = True
+    if by_layer_type:
+        fields.setdefault("layer_types", list(config.layer_types))
 
 
 def _layer_fields(skeleton: Skeleton, kept: KeptUnits) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`streamprune verify`: a pruned directory against the masked dense model.
 
 The masked dense model is streamed from the source; the pruned one is loaded whole by plain transformers in a
-fresh process (`_verify_child.py`), which imports nothing of streamprune.
+fresh process (`_verify_child.py`) at the same time, which imports nothing of streamprune.
 """
 
 from __future__ import annotations
@@ -10,30 +10,39 @@ import json
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from streamprune import compressed, slim
 from streamprune.activations import States, whole
 from streamprune.allocation import KeptUnits, all_units
-from streamprune.calibration import load_tokenizer, tokenize
+from streamprune.calibration import load_tokenizer
 from streamprune.capture import module_of
 from streamprune.checkpoint import Checkpoint, read_config, read_json
 from streamprune.documents import embedded_text
 from streamprune.errors import CheckpointError, StreampruneError
 from streamprune.families import RAGGED_PREFIX, kept_lines
-from streamprune.ragged import modeling_source
+from streamprune.ragged import modeling_source, ragged_config_fields
 from streamprune.run import open_model
 from streamprune.skeleton import Skeleton
 from streamprune.sweep import Visit
 
 SEQUENCES, SEQ_LEN = 4, 48
+# Two float32 computations of the same sums in another order; a wrong mask or width is off by the logits' size.
+TOLERANCE = 1e-3
+WEIGHTS, TOKENS = "weights", "tokens of a text"
+
+
+def held_out() -> str:
+    """The text whose tokens are compared and given to both models."""
+    return embedded_text("heldout")
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
     Args:
         directory: written by streamprune.
         source: the dense model, where it has moved.
-        trust_remote_code: also run modelling code that is not as streamprune writes it.
+        trust_remote_code: also run code that streamprune did not write: of the modelling, of the tokenizer.
 
     Returns:
         Checks of the weights' names, the tokens of a text, the logits, generation with and without the KV cache,
@@ -86,20 +95,38 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
     if source is None and model.startswith("/") and not Path(model).is_dir():
         raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
     with compressed.decompressed(directory) as dense:
-        ids, logits, checks = expected_logits(model, dense, change)
+        checks = _compare(model, dense, change, is_ragged, trust_remote_code)
         if dense != directory:
             detail = f"by {compressed.PACKAGE} {compressed.version()}; transformers loads that copy"
             checks.insert(0, Check("weights decompressed", True, detail))
-        return checks + [Check(**check) for check in _fresh_process(dense, ids, logits, is_ragged)]
+        return checks
+
+
+def complaint(directory: Path, checks: Sequence[Check]) -> str | None:
+    """What is wrong and what to do about it, in a line; None if all checks passed."""
+    failed = {check.name: check.detail for check in checks if not check.passed}
+    if not failed:
+        return None
+    for name in (WEIGHTS, TOKENS):  # where these differ, the rest does too
+        if name in failed:
+            return f"{directory}: {name}: {failed[name]}; download or copy it again, or prune again"
+    return (
+        f"{directory} does not behave as the masked dense model ({', '.join(failed)}); prune it again and report this"
+    )
 
 
 def _refuse_foreign_code(directory: Path) -> None:
-    """The modelling file will be run: it must be the one that streamprune writes."""
-    model_type = str(read_config(directory).get("model_type"))
-    file = directory / f"modeling_{model_type}.py"
-    if not file.is_file() or file.read_text(encoding="utf-8") != modeling_source(
-        model_type.removeprefix(RAGGED_PREFIX)
-    ):
+    """The modelling file will be run: it must be the one that streamprune writes, and the only one."""
+    config = read_config(directory)
+    dense_type = str(config.get("model_type")).removeprefix(RAGGED_PREFIX)
+    fields = ragged_config_fields(dense_type)
+    if config.get("auto_map") != fields["auto_map"]:
+        raise CheckpointError(
+            f"{directory / 'config.json'} names other code than this streamprune writes; "
+            "read it, then pass --trust-remote-code"
+        )
+    file = directory / f"modeling_{fields['model_type']}.py"
+    if not file.is_file() or file.read_text(encoding="utf-8") != modeling_source(dense_type):
         raise CheckpointError(f"{file} is not as this streamprune writes it; read it, then pass --trust-remote-code")
 
 
@@ -124,23 +151,56 @@ class Change:
     zeros: int
 
 
-def expected_logits(model: str, directory: Path, change: Change) -> tuple[Tensor, Tensor, list[Check]]:
-    """Token ids [n, seq], and float32 logits [n, seq, vocabulary] of the dense model with what went masked.
+def _compare(model: str, directory: Path, change: Change, is_ragged: bool, trust_remote_code: bool) -> list[Check]:
+    """Both models at the same time: the pruned one in a process of its own, the dense one with what went masked.
 
     Weights that the run made itself (fitted ones, biases, those of pruned rows) are taken from `directory` and put
     where they belong in the dense model. For pruned rows there is also a check that what is not zero is as it was.
     """
-    with open_model(model, device="cpu", dtype="float32", micro_batch=SEQUENCES) as sweeper:
+    with (
+        _FreshProcess(directory, is_ragged or trust_remote_code, trust_remote_code) as pruned,
+        open_model(
+            model, device="cpu", dtype="float32", micro_batch=SEQUENCES, trust_remote_code=trust_remote_code
+        ) as sweeper,
+    ):
         skeleton = sweeper.skeleton
         if change.kept is not None and max(change.kept, default=0) >= len(skeleton.layers):
             raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from more")
-        tokens = tokenize(load_tokenizer(skeleton.checkpoint.path), embedded_text("heldout"))
-        ids = tokens[: SEQUENCES * SEQ_LEN].view(SEQUENCES, SEQ_LEN)
-        with Checkpoint(directory) as output:
+        tokenizer, text = load_tokenizer(skeleton.checkpoint.path, trust_remote_code=trust_remote_code), held_out()
+        tokens = [tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)]
+        ids = torch.tensor(tokens[0][: SEQUENCES * SEQ_LEN]).view(SEQUENCES, SEQ_LEN)
+        pruned.ask(ids)
+        with Checkpoint(directory) as output, torch.no_grad():
             masking = _Masking(skeleton, output, change)
-            hidden = sweeper.forward(ids, visit=masking.visit)
-        with torch.no_grad():
-            return ids, skeleton.head(whole(hidden)).float(), masking.checks()
+            logits = skeleton.head(whole(sweeper.forward(ids, visit=masking.visit))).float()
+        return masking.checks() + _checks(pruned.answer(), tokens, logits)
+
+
+def _checks(found: dict[str, Any], tokens: list[list[int]], expected: Tensor) -> list[Check]:
+    """What the fresh process found, against the dense model's tokens and logits [n, seq, vocabulary]."""
+    missing, unexpected = found["missing"], found["unexpected"]
+    unused = f"; {len(unexpected)} more that the model does not use, as {unexpected[0]}" if unexpected else ""
+    weights = f"{len(missing)} missing or of another shape, as {missing[0]}" if missing else f"all matched{unused}"
+    same = found["tokens"] == tokens
+    said = f"{len(tokens[0])} compared"
+    if not same:
+        only = "the special ones " if found["tokens"][0] == tokens[0] else ""
+        said = f"{only}differ from the dense model's"
+    deviation = float((found["logits"] - expected).abs().max())
+    steps = f" over {found['steps']} steps"
+    return [
+        Check(WEIGHTS, not missing, weights),
+        Check(TOKENS, same, said),
+        _close("logits of the masked dense model", deviation, float(expected.abs().max())),
+        _close("generation with and without KV cache", *found["cache"], more=steps),
+        _close("generation with left padding", *found["padding"], more=steps),
+    ]
+
+
+def _close(name: str, deviation: float, scale: float, *, more: str = "") -> Check:
+    """Passed if `deviation` is within TOLERANCE of `scale`, both maximum absolute values."""
+    passed = bool(deviation <= TOLERANCE * max(scale, 1e-6))
+    return Check(name, passed, f"off by {deviation:.1e} of {scale:.1f}{more}")
 
 
 class _Masking:
@@ -210,15 +270,47 @@ class _Masking:
                     self.crowded += int((groups.count_nonzero(dim=1) > n).sum())
 
 
-def _fresh_process(directory: Path, ids: Tensor, logits: Tensor, remote_code: bool) -> list[dict[str, Any]]:
-    child = Path(__file__).with_name("_verify_child.py")
-    with tempfile.TemporaryDirectory(prefix="streamprune-verify-") as scratch:
-        save_file({"ids": ids.contiguous(), "logits": logits.contiguous()}, Path(scratch) / "expected.safetensors")
-        (Path(scratch) / "text.txt").write_text(embedded_text("heldout"), encoding="utf-8")
+class _FreshProcess:
+    """Plain transformers with the pruned model, begun at once: it loads while the dense model is opened.
+
+    Args:
+        model_code, tokenizer_code: run the code that the directory brings for them.
+    """
+
+    def __init__(self, directory: Path, model_code: bool, tokenizer_code: bool) -> None:
+        self.directory = directory
+        self._scratch = tempfile.TemporaryDirectory(prefix="streamprune-verify-")
+        self.path = Path(self._scratch.name)
+        (self.path / "text.txt").write_text(held_out(), encoding="utf-8")
+        child = Path(__file__).with_name("_verify_child.py")
+        flags = [str(int(flag)) for flag in (model_code, tokenizer_code)]
         # -P: the package's own directory must not come first on the path, its module names are common words.
-        command = [sys.executable, "-P", str(child), str(directory), scratch, str(int(remote_code))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise StreampruneError(f"{directory} does not load in plain transformers: {last}")
-        return json.loads((Path(scratch) / "checks.json").read_text())
+        command = [sys.executable, "-P", str(child), str(directory), str(self.path), *flags]
+        with (self.path / "said.txt").open("w") as said:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said)
+
+    def __enter__(self) -> _FreshProcess:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._scratch.cleanup()
+
+    def ask(self, ids: Tensor) -> None:
+        """Hand over token ids [n, seq]."""
+        save_file({"ids": ids.contiguous()}, self.path / "ids.safetensors")
+        with suppress(BrokenPipeError):  # it has failed; `answer` says how
+            assert self._process.stdin is not None, "it is a pipe"
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """The findings, with the "logits" [n, seq, vocabulary], float32."""
+        if self._process.wait() != 0:
+            lines = (self.path / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise StreampruneError(
+                f"{self.directory} does not load in plain transformers: {(lines or ['no message'])[-1]}"
+            )
+        logits = load_file(self.path / "logits.safetensors")["logits"]
+        return json.loads((self.path / "findings.json").read_text()) | {"logits": logits}

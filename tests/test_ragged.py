@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from streamprune.errors import UsageError
-from streamprune.ragged import RAGGED_FAMILIES, modeling_source, ragged_config_fields, register
+from streamprune.ragged import RAGGED_FAMILIES, TASKS, modeling_source, ragged_config_fields, register
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -206,12 +206,13 @@ def test_trap_a_head_size_left_unsaid_is_that_of_the_dense_model() -> None:
     assert [layer.self_attn.head_dim for layer in model.model.layers] == [8] * 4
 
 
-def test_trap_the_auto_map_names_all_three_auto_classes() -> None:
+def test_trap_the_auto_map_names_all_auto_classes() -> None:
     for model_type in FAMILIES:
         fields = ragged_config_fields(model_type)
         config = AutoConfig.for_model(fields["model_type"], **(BASE | EXTRA[model_type]))
         assert config.auto_map == fields["auto_map"]
-        assert sorted(fields["auto_map"]) == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"]
+        heads = {f"AutoModelFor{task}" for task in TASKS}
+        assert fields["auto_map"].keys() == {"AutoConfig", "AutoModel"} | heads and len(heads) == 4
         assert fields["auto_map"]["AutoModelForCausalLM"].split(".")[1] == fields["architectures"][0]
     assert ragged_config_fields("llama")["architectures"] == ["StreampruneLlamaForCausalLM"]
 

@@ -31,7 +31,7 @@ ROWS = (
     ("statistics",),
     ("methods",),
     ("slim", "evaluate", "report"),
-    ("compensate", "output", "progress"),
+    ("compensate", "output", "companions", "progress"),
     ("plan",),
     ("footprint",),
     ("texts",),
