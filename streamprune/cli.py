@@ -161,6 +161,8 @@ def evaluate_command(
             progress=progress,
         ) as sweeper,
     ):
+        for note in sweeper.skeleton.notes:
+            progress.say(note)
         words = embedded_text("heldout") if text is None else read_text(text, field)
         tokenizer = load_tokenizer(sweeper.skeleton.checkpoint.path, trust_remote_code=trust_remote_code)
         tokens = tokenize(tokenizer, words)

@@ -8,9 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Bottom to top; a module may import what is in an earlier row.
 ROWS = (
-    ("errors", "kernels"),
-    ("readers",),
+    ("errors", "figures", "kernels"),
+    ("readers", "file_kinds", "tensor_names"),
     ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
+    ("model_config", "quantisation"),
+    ("contents",),
     ("skeleton", "calibration", "devices", "writer", "capture"),
     ("paging", "activations"),
     ("binding", "inputs", "compressed"),
