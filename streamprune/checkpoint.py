@@ -254,8 +254,13 @@ def _locate_shards(path: Path, named: object = None) -> tuple[list[Path], dict[s
         named: config.json's own name for the file or the index (`transformers_weights`).
     """
     single, index_file = path / SINGLE_FILE, path / INDEX_FILE
-    if isinstance(named, str) and PurePosixPath(named).name == named:
-        single = index_file = path / named
+    if named is not None:
+        single = index_file = path / PurePosixPath(str(named)).name
+        if str(named) != single.name or not single.is_file():
+            raise CheckpointError(
+                f"{path / 'config.json'} names the weights as {named!r}, which is no file of the directory; download "
+                "it, or leave transformers_weights out"
+            )
     if single.is_file() and single.suffix == ".safetensors":
         return [single], {}
     if not index_file.is_file():

@@ -5,6 +5,7 @@ A field is to blame if the same step succeeds without it. Those that the excepti
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,14 @@ def load_config(path: Path, fields: Mapping[str, Any], *, trust_remote_code: boo
         raise _blame(file, fields, error, "read it", _config_of) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # whether weights are quantised is seen in the weights
+    config.return_dict = True  # the skeleton asks outputs by name
+    if (
+        "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        and getattr(config, "sliding_window", 0) is None
+    ):
+        raise CheckpointError(
+            f"{file}: layers of sliding_attention need a sliding_window, which is null; give its width"
+        )
     return config
 
 
@@ -137,19 +146,41 @@ def _check_counts(file: Path, fields: Mapping[str, Any]) -> None:
 
 
 def _config_of(fields: Mapping[str, Any]) -> Any:
-    return CONFIG_MAPPING[str(fields["model_type"])].from_dict(dict(fields))
+    return CONFIG_MAPPING[str(fields["model_type"])].from_dict(copy.deepcopy(dict(fields)))
+
+
+@contextmanager
+def naming_the_field(path: Path, fields: Mapping[str, Any], step: str) -> Iterator[None]:
+    """What transformers throws inside names the field of config.json that it speaks of; lack of memory passes.
+
+    Raises:
+        CheckpointError: in the place of other exceptions.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # as above
+        if "DefaultCPUAllocator" in str(error):
+            raise
+        raise _blame(path / "config.json", fields, error, step, None) from error
 
 
 def _blame(
-    file: Path, fields: Mapping[str, Any], error: Exception, step: str, again: Callable[[Mapping[str, Any]], object]
+    file: Path,
+    fields: Mapping[str, Any],
+    error: Exception,
+    step: str,
+    again: Callable[[Mapping[str, Any]], object] | None,
 ) -> CheckpointError:
-    """The error that names the field without which `again` succeeds, if there is one."""
+    """The error that names the field without which `again` succeeds; without an `again` the one that is spoken of."""
     what = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    reason = " ".join(what.split()) if " " in what else f"{type(error).__name__}: {what}"
-    reason = _short(reason, SHOWN_REASON)
+    reason = _short(" ".join(what.split()) if " " in what else f"{type(error).__name__}: {what}", SHOWN_REASON)
+    suspects = _suspects(fields, what)
     with _quiet():
-        for name in _suspects(fields, what):
-            if _succeeds(again, {key: value for key, value in fields.items() if key != name}):
+        for name, spoken_of in suspects.items():
+            rest = {key: value for key, value in fields.items() if key != name}
+            if spoken_of if again is None else _succeeds(again, rest):
                 value = _short(repr(fields[name]), SHOWN_VALUE)
                 return CheckpointError(
                     f"{file}: transformers cannot {step} with {name} {value} ({reason}); give it another value, or "
@@ -158,14 +189,16 @@ def _blame(
     return CheckpointError(f"{file}: transformers cannot {step} ({reason}); download it again")
 
 
-def _suspects(fields: Mapping[str, Any], message: str) -> list[str]:
-    """All fields but the model's kind: first those whose name, then those whose value is in the message."""
+def _suspects(fields: Mapping[str, Any], message: str) -> dict[str, bool]:
+    """All fields but the model's kind, and whether the message is about their name or their value; these first."""
     words = set(re.findall(r"\w+", message))
 
-    def rank(name: str) -> int:
-        return 0 if name in words else 1 if str(fields[name]) in words else 2
+    def about(name: str) -> bool:
+        value = fields[name]
+        return name in words or str(value) in words or (isinstance(value, dict) and repr(message) in repr(value))
 
-    return sorted((name for name in fields if name not in IDENTITY), key=rank)
+    names = sorted((name for name in fields if name not in IDENTITY), key=about, reverse=True)
+    return {name: about(name) for name in names}
 
 
 def _succeeds(attempt: Callable[[Mapping[str, Any]], object], fields: Mapping[str, Any]) -> bool:

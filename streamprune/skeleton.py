@@ -22,7 +22,7 @@ from streamprune import contents
 from streamprune.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, is_finite
 from streamprune.errors import CheckpointError
 from streamprune.families import Family, Geometry, Piece, family_of, geometry_of
-from streamprune.model_config import empty_model, load_config
+from streamprune.model_config import empty_model, load_config, naming_the_field
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Skeleton:
         self.loaded, self.untied = load, False
         if load:
             self._load_rest()
+            with naming_the_field(checkpoint.path, checkpoint.config, "call a layer"):
+                self.record(torch.zeros(1, 2, dtype=torch.int64))
         elif self.config.tie_word_embeddings:
             self.model.tie_weights()
 
