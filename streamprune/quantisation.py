@@ -114,7 +114,7 @@ def _evidence(checkpoint: Checkpoint, unusable: Sequence[str], named: bool) -> t
     for entry in near.values():
         if isinstance(entry, OtherEntry) or not entry.dtype.is_floating_point:
             return entry, ""
-    in_place = [entry for name, entry in near.items() if not name.endswith("bias")]
+    in_place = [entry for name, entry in near.items() if name not in unusable and not name.endswith("bias")]
     return (in_place[0], "") if named and in_place else None
 
 

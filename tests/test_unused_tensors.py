@@ -72,7 +72,14 @@ def test_an_infinite_tensor_that_transformers_ignores_changes_nothing_but_a_line
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("options", [("--granularity", "layers"), ("--granularity", "weights"), ("--layers", "1:3")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--granularity", "layers", "--layers", "1:3", "--ratio", "0.5"),
+        ("--granularity", "weights"),
+        ("--layers", "1:3"),
+    ],
+)
 def test_other_granularities_leave_them_out_too(options, tied, streamprune: Streamprune, tmp_path):
     model, output = tmp_path / "model", tmp_path / "out"
     save_tiny(model, "llama", dtype=torch.float32, tied=tied)
@@ -85,7 +92,7 @@ def test_other_granularities_leave_them_out_too(options, tied, streamprune: Stre
 @pytest.mark.parametrize("command", ["plan", "eval"])
 def test_a_plan_and_an_evaluation_say_it(command, streamprune: Streamprune, model):
     names = [f"v_head.{number}" for number in range(5)]
-    edit_tensors(model, lambda tensors: tensors.update(dict.fromkeys(names, INFINITE)))
+    edit_tensors(model, lambda tensors: tensors.update({name: INFINITE.clone() for name in names}))
     options = ("--method", "random") if command == "plan" else ("--seq-len", "16", "--samples", "2")
     done = streamprune(command, "--model", model, *options)
     assert done.code == 0
