@@ -37,8 +37,9 @@ def mistaken(file: Path) -> str | None:
         return "begins with zeros alone, its download was not finished; download it again"
     if (partial := unfinished(file)) is not None:
         return f"is part of an unfinished download ({partial.name} lies beside it); download it again"
-    if size <= SHORT_TEXT_BYTES and head.isascii() and head.decode().isprintable() and not head.startswith(b"{"):
-        return f"holds the text {head.decode()[:80]!r}; download it again" if head else None
+    text = " ".join(head.decode("latin-1").split())
+    if text and size <= SHORT_TEXT_BYTES and head.isascii() and text.isprintable() and not text.startswith(("{", "[")):
+        return f"holds the text {text[:80]!r}; download it again"
     return None
 
 

@@ -55,7 +55,7 @@ Entry = TensorEntry | OtherEntry
 
 def declared(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config.json by which its weights are quantised."""
-    return {name: config[name] for name in CONFIG_FIELDS if config.get(name)}
+    return {name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None}
 
 
 def quantised(checkpoint: Checkpoint, unusable: Sequence[str]) -> str | None:

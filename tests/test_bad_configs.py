@@ -136,7 +136,7 @@ def test_fields_that_are_tried_are_left_as_they_are(tmp_path):
         assert json.dumps(checkpoint.config) == before
 
 
-ATTENTION = ("flash_attention_2", "flash_attention_3", "kernels-community/flash-attn", "nonsense")
+ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention", "kernels-community/flash-attn", "nonsense")
 
 
 @pytest.mark.parametrize("asked", ATTENTION)

@@ -38,7 +38,7 @@ def pickled(tmp_path: Path) -> bytes:
         (PAGE, "is a web page"),
         (b"\xef\xbb\xbf\n <HTML>" + bytes(20), "is a web page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "is a web page"),
-        (b"Entry not found", "'Entry not found'"),
+        (b"Entry not found\n", "'Entry not found'"),
         (b"GGUF" + bytes(range(1, 200)), "is a GGUF file"),
         (bytes(5000), "begins with zeros"),
         (b"\x80\x02}q\x00.", "is a pickle"),
