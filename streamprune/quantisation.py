@@ -40,9 +40,11 @@ SIGNS = (
 )
 _WRITTEN = "call save_pretrained(...) and give the directory that it writes"
 _LOAD = "load it with transformers' from_pretrained"
+# By default the weights are quantised again as they are saved.
+_WRITTEN_AS_THEY_ARE = "call save_pretrained(..., save_original_format=False) and give the directory that it writes"
 # What makes float weights of them again.
 REMEDIES = {"bitsandbytes": f"{_LOAD}(...), call dequantize() on the model, then {_WRITTEN}"} | {
-    method: f"{_LOAD}(..., quantization_config={kind}(dequantize=True)), {_WRITTEN}"
+    method: f"{_LOAD}(..., quantization_config={kind}(dequantize=True)), {_WRITTEN_AS_THEY_ARE}"
     for method, kind in (
         ("compressed-tensors", "CompressedTensorsConfig"),
         ("fp8", "FineGrainedFP8Config"),

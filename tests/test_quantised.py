@@ -12,7 +12,7 @@ import torch
 from cli_runner import Streamprune, edit_tensors
 from conftest import save_tiny
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 Tensors = dict[str, torch.Tensor]
 Parts = Callable[[str, torch.Tensor], Tensors]
@@ -136,6 +136,21 @@ def test_plain_eight_bit_floats_are_refused_with_what_widens_them_and_that_does(
     AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
     assert all(tensor.dtype == torch.bfloat16 for tensor in load_file(model / "model.safetensors").values())
     assert streamprune("--model", model, "--output", output, "--method", "random", "--no-evaluate").code == 0
+
+
+def test_the_remedy_for_fp8_gives_floats_that_are_pruned(refused, streamprune: Streamprune, tmp_path, output):
+    model = tmp_path / "model"
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
+    save_tiny(model, "llama", dtype=torch.bfloat16, head_dim=32, **sizes)
+    one = torch.ones(1, 1)
+    fields = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    quantise(model, stored_as(F8, weight_scale_inv=one), {"quantization_config": fields})
+    told = ("FineGrainedFP8Config(dequantize=True)", "save_original_format=False")
+    refused(model, code=1, names=told)
+    loaded = AutoModelForCausalLM.from_pretrained(model, quantization_config=FineGrainedFP8Config(dequantize=True))
+    loaded.save_pretrained(model, save_original_format=False)
+    done = streamprune("--model", model, "--output", output, "--method", "magnitude", "--no-evaluate", "--stock")
+    assert done.code == 0 and "left out" not in done.err
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool])
