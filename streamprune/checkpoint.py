@@ -11,8 +11,8 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +21,14 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import CheckpointError
+from streamprune.file_kinds import (
+    mistaken,
+    refuse_adapter,
+    refuse_placeholders,
+    refuse_unfinished,
+    refuse_without_weights,
+    unfinished,
+)
 from streamprune.readers import Reader, ReaderKind, retried
 
 SINGLE_FILE = "model.safetensors"
@@ -41,6 +49,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# The format's other dtypes, with the bits of an element: what has them is known, and never read.
+OTHER_DTYPES = {
+    **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
+    **{"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "U16": 16, "U32": 32, "U64": 64, "C64": 64},
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +68,27 @@ class TensorEntry:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class OtherEntry:
+    """A tensor of a dtype that is not read: its dtype as the file has it, and its bytes in `files[file]`."""
+
+    name: str
+    dtype: str
+    file: int
+    nbytes: int
+
+
 class Checkpoint:
     """A directory of safetensors shards, opened once. Usable from several threads; close when done.
 
     Args:
         path: a directory with config.json and model.safetensors or its index.
         reader: how shards are read: "buffered", or "direct", around the page cache.
+
+    Attributes:
+        config: config.json.
+        tensors: what can be read, by name, in the order of the headers. others: what is of another dtype.
+        misplaced: the shards in which the index places tensors that they do not hold.
 
     Raises:
         CheckpointError: anything missing, truncated, malformed or pointing outside the directory.
@@ -69,19 +97,19 @@ class Checkpoint:
     def __init__(self, path: Path, reader: ReaderKind = "buffered") -> None:
         self.path = path
         self.config = read_config(path)
-        self.files, expected = _locate_shards(path)
+        refuse_placeholders(path)
+        # An output has its weights under the usual names.
+        self.files, expected = _locate_shards(path, self.config.pop("transformers_weights", None))
+        refuse_unfinished(self.files)
         self.tensors: dict[str, TensorEntry] = {}
+        self.others: dict[str, OtherEntry] = {}
         for number, file in enumerate(self.files):
             for entry in read_header(file, number):
-                if entry.name in self.tensors:
-                    raise CheckpointError(f"{file}: tensor {entry.name} is also in another shard; re-export it")
-                self.tensors[entry.name] = entry
-        for name, file in expected.items():
-            if name not in self.tensors or self.files[self.tensors[name].file] != file:
-                raise CheckpointError(
-                    f"{path / INDEX_FILE} places {name} in {file.name}, which does not hold it; "
-                    "download or export the checkpoint again"
-                )
+                self._place(entry, expected.get(entry.name, file) == file)
+        self.misplaced = {name: file for name, file in expected.items() if self._file_of(name) != file}
+        for name in self.misplaced:
+            self.tensors.pop(name, None)
+            self.others.pop(name, None)
         self.bytes_read = 0
         self._reader = Reader(self.files, reader)
         self._lock = threading.Lock()
@@ -114,6 +142,35 @@ class Checkpoint:
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         self.read_into(entry.file, entry.offset, byte_view(raw))
         return raw.view(entry.dtype).view(entry.shape)
+
+    def _place(self, entry: TensorEntry | OtherEntry, expected: bool) -> None:
+        """Enter a tensor; of those in two shards the one that the index means, without a word of it the last."""
+        if expected or (entry.name not in self.tensors and entry.name not in self.others):
+            for entries in (self.tensors, self.others):
+                entries.pop(entry.name, None)
+            if isinstance(entry, TensorEntry):
+                self.tensors[entry.name] = entry
+            else:
+                self.others[entry.name] = entry
+
+    def _file_of(self, name: str) -> Path | None:
+        entry = self.tensors.get(name) or self.others.get(name)
+        return None if entry is None else self.files[entry.file]
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors otherwise from now on: new names by those in the files."""
+        self.tensors = {
+            (new := names.get(name, name)): replace(entry, name=new) for name, entry in self.tensors.items()
+        }
+        self.others = {(new := names.get(name, name)): replace(entry, name=new) for name, entry in self.others.items()}
+        self.misplaced = {names.get(name, name): file for name, file in self.misplaced.items()}
+
+    def keep(self, names: Container[str]) -> list[TensorEntry | OtherEntry]:
+        """Forget all tensors but these; returns the forgotten ones."""
+        entries: list[TensorEntry | OtherEntry] = [*self.tensors.values(), *self.others.values()]
+        self.tensors = {name: entry for name, entry in self.tensors.items() if name in names}
+        self.others = {}
+        return [entry for entry in entries if entry.name not in names]
 
     @property
     def nbytes(self) -> int:
@@ -164,9 +221,12 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
 def read_config(path: Path) -> dict[str, Any]:
     """config.json of a model directory."""
     file = path / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no config.json; give the directory of a transformers checkpoint")
-    return read_json(file)
+    if file.is_file():
+        return read_json(file)
+    refuse_adapter(path)
+    below = [each.parent for pattern in ("*/config.json", "snapshots/*/config.json") for each in path.glob(pattern)]
+    where = f"give {min(below)}, which has one" if below else "give the directory of a transformers checkpoint"
+    raise CheckpointError(f"{path} has no config.json; {where}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -174,28 +234,38 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(retried(partial(file.read_text, encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not readable JSON ({error}); download it again") from error
+        raise CheckpointError(_say(file, f"is not readable JSON ({error}); download it again", error)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__} where an object is expected")
     return value
 
 
-def _locate_shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The shard files in order, and where the index says each tensor lies (empty without an index)."""
-    if (path / SINGLE_FILE).is_file():
-        return [path / SINGLE_FILE], {}
-    index_file = path / INDEX_FILE
-    if not index_file.is_file():
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-        if pickles:
+def _say(file: Path, otherwise: str, error: Exception | None = None) -> str:
+    """What is wrong with a file: what it is instead, where it can be read and that can be told."""
+    try:
+        return f"{file} {(not isinstance(error, OSError) and mistaken(file)) or otherwise}"
+    except OSError:
+        return f"{file} {otherwise}"
+
+
+def _locate_shards(path: Path, named: object = None) -> tuple[list[Path], dict[str, Path]]:
+    """The shard files in order, and where the index says each tensor lies (empty without an index).
+
+    Args:
+        named: config.json's own name for the file or the index (`transformers_weights`).
+    """
+    single, index_file = path / SINGLE_FILE, path / INDEX_FILE
+    if named is not None:
+        single = index_file = path / PurePosixPath(str(named)).name
+        if str(named) != single.name or not single.is_file():
             raise CheckpointError(
-                f"{path} holds pickled weights only ({pickles[0]}), which can run code when opened; "
-                "convert it with save_pretrained(...) in transformers, which writes safetensors"
+                f"{path / 'config.json'} names the weights as {named!r}, which is no file of the directory; download "
+                "it, or leave transformers_weights out"
             )
-        raise CheckpointError(
-            f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}; download the weights, or where they are published as "
-            "pickles only, convert them with save_pretrained(...) in transformers"
-        )
+    if single.is_file() and single.suffix == ".safetensors":
+        return [single], {}
+    if not index_file.is_file():
+        refuse_without_weights(path, SINGLE_FILE, INDEX_FILE)
     weight_map = read_json(index_file).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CheckpointError(f"{index_file} has no weight_map; download it again")
@@ -212,11 +282,13 @@ def _locate_shards(path: Path) -> tuple[list[Path], dict[str, Path]]:
     shards = sorted(set(expected.values()))
     for shard in shards:
         if not shard.is_file():
-            raise CheckpointError(f"{index_file} names the shard {shard.name}, which is missing; download it")
+            partial = unfinished(shard)
+            what = "missing" if partial is None else f"an unfinished download ({partial.name})"
+            raise CheckpointError(f"{index_file} names the shard {shard.name}, which is {what}; download it")
     return shards, expected
 
 
-def read_header(file: Path, number: int = 0) -> list[TensorEntry]:
+def read_header(file: Path, number: int = 0) -> list[TensorEntry | OtherEntry]:
     """The tensor entries of one safetensors file, in the order of its header.
 
     Raises:
@@ -226,7 +298,7 @@ def read_header(file: Path, number: int = 0) -> list[TensorEntry]:
         size, text = retried(partial(_header_text, file))
         header = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not a safetensors file ({error}); download it again") from error
+        raise CheckpointError(_say(file, f"is not a safetensors file ({error}); download it again", error)) from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} is not a safetensors file (header is no object); download it again")
     metadata = header.pop("__metadata__", None) or {}
@@ -242,31 +314,33 @@ def _header_text(file: Path) -> tuple[int, bytes]:
         prefix = stream.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if header_size > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{file}: its header claims {header_size} bytes, the file has {size}; download it again"
-            )
+            raise CheckpointError(_say(file, f"has {size} bytes, its header claims {header_size}; download it again"))
         return size, stream.read(header_size)
 
 
-def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any) -> TensorEntry:
+def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any) -> TensorEntry | OtherEntry:
     try:
         dtype_name, shape = str(fields["dtype"]), tuple(int(extent) for extent in fields["shape"])
         begin, end = (int(offset) for offset in fields["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file}: malformed header entry for {name}; download it again") from error
-    if dtype_name not in DTYPES:
+    if dtype_name not in DTYPES and dtype_name not in OTHER_DTYPES:
         raise CheckpointError(
-            f"{file}: {name} is stored as {dtype_name}, which cannot be pruned; "
+            f"{file}: {name} is stored as {dtype_name}, which is no dtype of safetensors; "
             f"use a checkpoint in one of {', '.join(DTYPES)}"
         )
     if base + end > size:
+        partial = unfinished(file)
         raise CheckpointError(
-            f"{file} is truncated: {name} ends at byte {base + end}, the file at {size}; download it again"
+            f"{file} is truncated: {name} ends at byte {base + end}, the file at {size}"
+            f"{f', and {partial.name} lies beside it' if partial else ''}; download it again"
         )
-    dtype = DTYPES[dtype_name]
-    nbytes = math.prod(shape) * dtype.itemsize
+    bits = DTYPES[dtype_name].itemsize * 8 if dtype_name in DTYPES else OTHER_DTYPES[dtype_name]
+    nbytes = math.prod(shape) * bits // 8
     if begin < 0 or min(shape, default=1) < 0 or end - begin != nbytes:
         raise CheckpointError(
             f"{file}: {name} {list(shape)} {dtype_name} needs {nbytes} bytes, its header gives {end - begin}"
         )
-    return TensorEntry(name, dtype, shape, number, base + begin, nbytes)
+    if dtype_name in OTHER_DTYPES:
+        return OtherEntry(name, dtype_name, number, nbytes)
+    return TensorEntry(name, DTYPES[dtype_name], shape, number, base + begin, nbytes)

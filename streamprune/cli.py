@@ -164,6 +164,8 @@ def evaluate_command(
             progress=progress,
         ) as sweeper,
     ):
+        for note in sweeper.skeleton.notes:
+            progress.say(note)
         corpus = open_corpus(
             sweeper.skeleton.checkpoint.path,
             embedded("heldout") if text is None else text,

@@ -7,12 +7,15 @@ a unit through one of its dimensions, the lines of that dimension being shared o
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_NAMES
 
 from streamprune.errors import CheckpointError
 
@@ -208,6 +211,8 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 RAGGED_PREFIX = "streamprune_"
+# The text models of others, by model_type, where their text_config leaves out its own.
+TEXT_FAMILIES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "mllama": "llama"}
 
 
 def family_of(config: Mapping[str, Any], where: object, *, pruned: bool = False) -> Family:
@@ -229,7 +234,39 @@ def family_of(config: Mapping[str, Any], where: object, *, pruned: bool = False)
         raise CheckpointError(
             f"{where} already has layers of different widths; prune the dense model it came from with a higher ratio"
         )
-    raise CheckpointError(f"{where}: unknown family {model_type!r}; known are {', '.join(FAMILIES)}")
+    kind = f"unknown family {model_type!r}" if config.get("model_type") else "config.json has no model_type"
+    raise CheckpointError(f"{where}: {kind}; {_advice(config, where)}known are {', '.join(FAMILIES)}")
+
+
+def _advice(config: Mapping[str, Any], where: object) -> str:
+    """What to do about a family that is not known: its part that is, or the one that may be meant."""
+    model_type, part = str(config.get("model_type") or ""), config.get("text_config")
+    text = part.get("model_type", TEXT_FAMILIES.get(model_type)) if isinstance(part, Mapping) else None
+    if text in FAMILIES:
+        return (
+            f"its text model is of the family {text}: copy {where} and write the text_config of its config.json there "
+            f'as the whole config.json, with "model_type": "{text}"; its other tensors are left out then; '
+        )
+    if not model_type:
+        written = [name for name in FAMILIES if CAUSAL_NAMES.get(name) in (config.get("architectures") or ())]
+        return f'write "model_type": "{written[0]}" into it; ' if written else "write its family there; "
+    nearest, known = _nearest(model_type), model_type in CONFIG_MAPPING_NAMES
+    if nearest is None:
+        return ""
+    if known:
+        return f"the nearest is {nearest}, whose layers are others: choose a model of that family; "
+    return f'write "model_type": "{nearest}" into config.json if that is what is meant; '
+
+
+def _nearest(model_type: str) -> str | None:
+    """The family whose name is most like another's, if any is; one that transformers knows must begin alike."""
+    if model_type in TEXT_FAMILIES:
+        return TEXT_FAMILIES[model_type]
+    start = model_type[:2] if model_type in CONFIG_MAPPING_NAMES else ""
+    plain = {family.replace("_", ""): family for family in FAMILIES if family.startswith(start)}
+    wanted = "".join(filter(str.isalnum, model_type.lower()))
+    close = difflib.get_close_matches(wanted, plain, n=1, cutoff=0.5)
+    return plain[close[0]] if close else None
 
 
 def geometry_of(family: Family, config: Any) -> Geometry:

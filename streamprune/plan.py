@@ -234,6 +234,7 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     lines = [
         f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters",
         f"layers {plan.layers.start}:{plan.layers.stop} {what}",
+        *skeleton.notes,
     ]
     if plan.repair is not None:
         goal = "the dense model's residual stream" if plan.repair == "stream" else "the layer's own output"

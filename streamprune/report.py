@@ -12,6 +12,7 @@ import torch
 
 from streamprune import compressed
 from streamprune.config import PruneConfig
+from streamprune.figures import human as human
 
 
 def peak_rss() -> int:
@@ -32,15 +33,6 @@ def say_peaks(peaks: Mapping[str, float]) -> str:
     """Of `peaks()`: 1.23 GB, or 1.23 GB (GPU 2.34 GB)."""
     gpu = f" (GPU {human(peaks['peak_gpu'])})" if "peak_gpu" in peaks else ""
     return human(peaks["peak_rss"]) + gpu
-
-
-def human(nbytes: float) -> str:
-    """Bytes in decimal units: 1.23 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 999.5:
-            return f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"
 
 
 def table(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:

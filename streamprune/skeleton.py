@@ -10,20 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from streamprune.checkpoint import Checkpoint, TensorEntry, is_finite
+from streamprune import contents
+from streamprune.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, is_finite
 from streamprune.errors import CheckpointError
 from streamprune.families import Family, Geometry, Piece, family_of, geometry_of
+from streamprune.model_config import empty_model, load_config, naming_the_field
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,12 @@ class Skeleton:
         entries: for each layer, its tensors in the checkpoint by their names inside the layer, the checkpoint's.
         places: for tensors that are named otherwise in the model: the parameter's name inside the layer, and where in
             it the tensor lies; None for all of it.
+        notes: what of the checkpoint is not taken as it is, a line each. From then on its `tensors` are those that the
+            model uses, by the model's names, and its `config` says nothing of quantisation.
 
     Raises:
-        CheckpointError: unknown family, a tensor that is missing or of another shape.
+        CheckpointError: unknown family, a config that no model can be built from, quantised weights, a tensor that is
+            missing or of another shape.
     """
 
     def __init__(
@@ -81,20 +83,30 @@ class Skeleton:
     ) -> None:
         self.family: Family = family_of(checkpoint.config, checkpoint.path, pruned=pruned)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
-        self.config = load_config(checkpoint.path, trust_remote_code=trust_remote_code)
-        self.model = _empty_model(self.config, dtype, trust_remote_code)
-        prefix = self.model.base_model_prefix + "."
-        self._strip = prefix if not any(name.startswith(prefix) for name in checkpoint.tensors) else ""
-        layers = self.model.get_submodule(self.family.layers)
-        self.layers: list[nn.Module] = list(layers)
+        self.config = load_config(checkpoint.path, checkpoint.config, trust_remote_code=trust_remote_code)
+        self.model, self.notes = empty_model(
+            self.config,
+            checkpoint.path,
+            checkpoint.config,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.layers))
         self.places = self._find_places()
-        self.entries = [self._layer_entries(index) for index in range(len(self.layers))]
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
+        self._strip, said = contents.settle(checkpoint, self._wanted(), f"{self.model.base_model_prefix}.")
+        self.entries = [self._layer_entries(index) for index in range(len(self.layers))]
+        self._rest = self._rest_entries()
+        used = {entry.name for entries in (*self.entries, self._rest) for entry in entries.values()}
+        self.notes += said + contents.leave_out(checkpoint, used)
         self.loaded, self.untied = load, False
         if load:
             self._load_rest()
+            with naming_the_field(checkpoint.path, checkpoint.config, "call a layer"):
+                self.record(torch.zeros(1, 2, dtype=torch.int64))
         elif self.config.tie_word_embeddings:
             self.model.tie_weights()
 
@@ -196,23 +208,24 @@ class Skeleton:
                 port.handler = None
 
     def _entry(self, name: str, shape: torch.Size) -> TensorEntry:
-        stored = self.stored_name(name)
+        path, stored = self.checkpoint.path, self.stored_name(name)
         entry = self.checkpoint.tensors.get(stored)
         if entry is None:
+            if stored in self.checkpoint.misplaced:
+                file = self.checkpoint.misplaced[stored]
+                raise CheckpointError(
+                    f"{path / INDEX_FILE} places {stored} in {file.name}, which does not hold it; download or export "
+                    "the checkpoint again"
+                )
             raise CheckpointError(
-                f"{self.checkpoint.path} has no tensor {stored}, which its config.json calls for; "
-                "download or export it again"
+                f"{path} has no tensor {stored}, which its config.json calls for; download or export it again"
             )
         if entry.shape != tuple(shape):
             raise CheckpointError(
-                f"{self.checkpoint.path}: {stored} is {list(entry.shape)}, its config.json calls for {list(shape)}; "
-                "download or export it again"
+                f"{path}: {stored} is {list(entry.shape)}, its config.json calls for {list(shape)}; download or export "
+                "it again"
             )
-        if not entry.dtype.is_floating_point:
-            raise CheckpointError(
-                f"{self.checkpoint.path}: {stored} is stored as {entry.dtype}; quantised weights cannot be pruned, "
-                "use the float checkpoint"
-            )
+        assert entry.dtype.is_floating_point, "what is not has been called quantised"
         return entry
 
     def _find_places(self) -> dict[str, tuple[str, Piece | None]]:
@@ -225,31 +238,58 @@ class Skeleton:
                 places[renamed[name]] = (name, None)
         return places
 
-    def _layer_entries(self, index: int) -> dict[str, TensorEntry]:
-        prefix, parameters = f"{self.family.layers}.{index}.", dict(self.layers[index].named_parameters())
+    def _layer_shapes(self, index: int) -> dict[str, torch.Size]:
+        """Shapes of what is stored of layer `index`, by the names inside the layer."""
+        parameters = dict(self.layers[index].named_parameters())
         moved = {name for name, _ in self.places.values()}
         shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in moved}
         for stored, (name, place) in self.places.items():
             shapes[stored] = (parameters[name] if place is None else parameters[name][place]).shape
-        return {name: self._entry(prefix + name, shape) for name, shape in shapes.items()}
+        return shapes
+
+    def _layer_entries(self, index: int) -> dict[str, TensorEntry]:
+        prefix = f"{self.family.layers}.{index}."
+        return {name: self._entry(prefix + name, shape) for name, shape in self._layer_shapes(index).items()}
+
+    @property
+    def _tied(self) -> dict[str, str]:
+        """Names of parameters that the config ties, by each other's: a shared tensor is stored under either."""
+        if not self.config.tie_word_embeddings:
+            return {}
+        tied: dict[str, str] = dict(getattr(self.model, "_tied_weights_keys", None) or {})
+        return tied | {source: name for name, source in tied.items()}
+
+    def _wanted(self) -> dict[tuple[str, ...], torch.Size]:
+        """Shape of every tensor of the model, by the names that it may have in a file, the model's own first."""
+        renamed = dict(self.family.stored_as)
+        wanted: dict[tuple[str, ...], torch.Size] = {
+            (f"{self.family.layers}.{index}.{name}",): shape
+            for index in range(len(self.layers))
+            for name, shape in self._layer_shapes(index).items()
+        }
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names = (name, self._tied[name]) if name in self._tied else (name,)
+            wanted[(*names, *(renamed[each] for each in names if each in renamed))] = parameter.shape
+        return wanted
+
+    def _rest_entries(self) -> dict[str, TensorEntry]:
+        """What is stored of everything outside the layers, by the parameters' names."""
+        entries = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            stored = name if self.stored_name(name) in self.checkpoint.tensors else self._tied.get(name, name)
+            entries[name] = self._entry(stored, parameter.shape)
+        return entries
 
     def _load_rest(self) -> None:
         """Fill in everything outside the layers, and tie the head where the config says so."""
-        tied: dict[str, str] = dict(getattr(self.model, "_tied_weights_keys", None) or {})
-        # A shared tensor is stored under either name.
-        other = tied | {source: name for name, source in tied.items()}
-        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            stored = name
-            if self.config.tie_word_embeddings and self.stored_name(name) not in self.checkpoint.tensors:
-                stored = other.get(name, name)
-            entry = self._entry(stored, parameter.shape)
+        for name, entry in self._rest.items():
             value = self.checkpoint.read(entry.name)
             if not is_finite(value):
                 raise CheckpointError(
                     f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values; download or export it again"
                 )
             set_module_tensor_to_device(self.model, name, self.device, value, dtype=self.dtype)
-        self.untied = bool(self.config.tie_word_embeddings) and self._own_head(tied)
+        self.untied = self._own_head()
         if not self.untied:
             self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
@@ -260,31 +300,8 @@ class Skeleton:
             parameter.requires_grad_(False)
         self.model.to(self.device)
 
-    def _own_head(self, tied: Mapping[str, str]) -> bool:
+    def _own_head(self) -> bool:
         """Whether both of a tied pair are stored and differ."""
-        own = [pair for pair in tied.items() if all(self.stored_name(n) in self.checkpoint.tensors for n in pair)]
+        pairs = [(name, other) for name, other in self._tied.items() if name < other]
+        own = [pair for pair in pairs if all(self.stored_name(n) in self.checkpoint.tensors for n in pair)]
         return any(not torch.equal(*map(self.model.get_parameter, pair)) for pair in own)
-
-
-def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a model directory; its complaints become a CheckpointError."""
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises many kinds for a bad config.json
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path / 'config.json'}: transformers cannot read it: {reason}") from error
-
-
-def _empty_model(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    with init_empty_weights(include_buffers=False):
-        # Experts one after another: the grouped product that transformers prefers has no float64, and takes only
-        # widths of whole 16 bytes. Other families do not look at it.
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
-        )
-    return model.eval()
-
-
-def meta_model(config: Any) -> Any:
-    """The whole model on meta, for counting parameters from a config alone."""
-    return _empty_model(config, torch.float32, trust_remote_code=False)

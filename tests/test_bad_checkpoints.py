@@ -12,6 +12,7 @@ import pytest
 import torch
 from cli_runner import edit_tensors
 from conftest import save_tiny, save_tokenizer, tiny_model
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from streamprune.families import FAMILIES
 
@@ -193,10 +194,31 @@ def test_pickled_weights_are_refused_unopened(name, refused, model):
     refused(model, code=1, names=(name, "pickle"), remedy="convert.*safetensors")
 
 
-@pytest.mark.parametrize("model_type", ["mamba", None])
-def test_unknown_family_is_refused_and_the_known_ones_listed(model_type, refused, model):
+@pytest.mark.parametrize(
+    "model_type, advice",
+    [
+        ("bloom", ""),
+        ("qwen2_vl", "the nearest is qwen2"),
+        ("gemma", "the nearest is gemma2"),
+        ("gemma3", "the nearest is gemma3_text"),
+        ("LLaMA", 'write "model_type": "llama"'),
+        ("gpt-neox", 'write "model_type": "gpt_neox"'),
+    ],
+)
+def test_unknown_family_is_refused_with_the_nearest_and_the_known_ones(model_type, advice, refused, model):
     edit_json(model / "config.json", lambda config: config.update(model_type=model_type))
-    refused(model, code=1, names=(str(model), str(model_type), *FAMILIES), remedy="known are")
+    refused(model, code=1, names=(str(model), repr(model_type), advice, *FAMILIES), remedy="known are")
+
+
+@pytest.mark.parametrize(
+    "architectures, advice",
+    [(None, "write its family there"), *((name, f'write "model_type": "{name}"') for name in FAMILIES)],
+)
+def test_a_config_without_a_family_is_refused_with_the_one_of_its_architecture(architectures, advice, refused, model):
+    names = None if architectures is None else [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[architectures]]
+    edit_json(model / "config.json", lambda config: config.pop("model_type"))
+    edit_json(model / "config.json", lambda config: config.update(architectures=names))
+    refused(model, code=1, names=(str(model), "has no model_type", advice))
 
 
 def test_a_model_with_layers_of_different_widths_is_refused(streamprune, refused, model, tmp_path):

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_model
 from kernel_inputs import largest_allocation
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
+from transformers import AutoModelForCausalLM
 
 from streamprune import checkpoint as module
-from streamprune.checkpoint import DTYPES, Checkpoint, byte_view, is_finite
+from streamprune.checkpoint import DTYPES, OTHER_DTYPES, Checkpoint, OtherEntry, byte_view, is_finite
 from streamprune.errors import CheckpointError
 from streamprune.readers import PAUSES, retried
 
@@ -141,12 +143,52 @@ def test_a_shard_is_opened_once_and_closed(tmp_path):
     checkpoint.close()
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path):
-    path = save(tmp_path / "model", {"a": torch.zeros(5)}, {"a": torch.zeros(5), "b": torch.zeros(1)})
+@pytest.mark.parametrize("meant", [1, 2])
+def test_of_a_tensor_in_two_shards_the_index_decides(meant, tmp_path):
+    path = save(tmp_path / "model", {"a": torch.full((5,), 1.0)}, {"a": torch.full((5,), 2.0), "b": torch.zeros(1)})
     index = path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {f"{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}}))
-    with pytest.raises(CheckpointError, match="a is also in another shard"):
-        Checkpoint(path)
+    places = {"a": f"model-0000{meant}-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    index.write_text(json.dumps({"weight_map": places | {"c": "model-00001-of-00002.safetensors"}}))
+    with Checkpoint(path) as checkpoint:
+        assert torch.equal(checkpoint.read("a"), torch.full((5,), float(meant)))
+        assert list(checkpoint.misplaced) == ["c"], "which no shard holds"
+
+
+def test_of_a_tensor_in_two_shards_that_the_index_leaves_out_the_last_counts_as_in_transformers(tmp_path):
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    tensors = tiny_model("llama", tied=True, seed=1).state_dict()
+    norms = [{"model.norm.weight": torch.full((48,), value, dtype=torch.float64)} for value in (3.0, 4.0)]
+    del tensors["model.norm.weight"], tensors["lm_head.weight"]
+    save_file(tensors | norms[0], tmp_path / "a.safetensors", metadata={"format": "pt"})
+    save_file(norms[1] | {"x": torch.zeros(1)}, tmp_path / "b.safetensors", metadata={"format": "pt"})
+    places = dict.fromkeys(tensors, "a.safetensors") | {"x": "b.safetensors"}
+    content = {"metadata": {}, "weight_map": places}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.read("model.norm.weight"), loaded.model.norm.weight)
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_DTYPES))
+def test_a_dtype_that_is_not_read_is_known_by_its_bytes(name, tmp_path):
+    path = save(tmp_path / "model", {"a": torch.zeros(24, dtype=torch.uint8)})
+    nbytes = 24 * OTHER_DTYPES[name] // 8
+    header = {"a": {"dtype": name, "shape": [4, 6], "data_offsets": [0, nbytes]}}
+    encoded = json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(nbytes))
+    with Checkpoint(path) as checkpoint:
+        assert not checkpoint.tensors
+        assert checkpoint.others == {"a": OtherEntry("a", name, 0, nbytes)}
+        assert checkpoint.keep(()) == [OtherEntry("a", name, 0, nbytes)]
+
+
+def test_renamed_tensors_are_read_by_their_new_names(tmp_path):
+    with Checkpoint(save(tmp_path / "model", {"x.a": torch.arange(3), "b": torch.zeros(1)})) as checkpoint:
+        checkpoint.rename({"x.a": "a"})
+        assert torch.equal(checkpoint.read("a"), torch.arange(3)) and list(checkpoint.tensors) == ["a", "b"]
+        assert [entry.name for entry in checkpoint.keep({"a"})] == ["b"]
+        assert checkpoint.nbytes == 24
 
 
 def test_shards_may_be_links_to_files_elsewhere(tmp_path):

@@ -8,21 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Bottom to top; a module may import what is in an earlier row.
 ROWS = (
-    ("errors", "kernels"),
-    ("readers", "values", "records"),
+    ("errors", "figures", "kernels"),
+    ("readers", "values", "records", "file_kinds", "tensor_names"),
     ("documents",),
     ("text_files", "data_sets"),
-    (
-        "windows",
-        "sources",
-        "calibration",
-        "config",
-        "checkpoint",
-        "families",
-        "ragged",
-        "_ragged_template",
-        "_verify_child",
-    ),
+    ("windows", "sources", "calibration"),
+    ("config", "checkpoint", "families", "ragged", "_ragged_template", "_verify_child"),
+    ("model_config", "quantisation"),
+    ("contents",),
     ("skeleton", "corpus", "devices", "writer", "capture"),
     ("paging", "activations"),
     ("binding", "inputs", "compressed"),
