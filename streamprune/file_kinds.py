@@ -27,7 +27,7 @@ def mistaken(file: Path) -> str | None:
     """The rest of "FILE ...": what it is instead of weights or JSON, with the remedy; None if it cannot be told."""
     with file.open("rb") as stream:
         head, size = stream.read(HEAD_BYTES), file.stat().st_size
-    if (placeholder := _placeholder(head)) is not None:
+    if (placeholder := placeholder_of(head)) is not None:
         return placeholder
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
         return "is a pickle under another name; convert it with save_pretrained(...) in transformers"
@@ -43,7 +43,8 @@ def mistaken(file: Path) -> str | None:
     return None
 
 
-def _placeholder(head: bytes) -> str | None:
+def placeholder_of(head: bytes) -> str | None:
+    """The rest of "FILE ...", with the remedy, where these first bytes are a pointer's or a web page's."""
     if head.startswith(POINTER):
         return "is a Git LFS pointer, not the file itself; download it with git lfs pull"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(PAGES):
@@ -77,7 +78,7 @@ def refuse_placeholders(directory: Path) -> None:
     for file in sorted(directory.iterdir()):
         if file.is_file() and (file.name.startswith(OF_TOKENIZERS) or file.name.endswith((".model", ".tiktoken"))):
             with suppress(OSError), file.open("rb") as stream:  # who needs the file says that it cannot be read
-                placeholder = _placeholder(stream.read(HEAD_BYTES))
+                placeholder = placeholder_of(stream.read(HEAD_BYTES))
                 if placeholder is not None:
                     raise CheckpointError(f"{file} {placeholder}")
 

@@ -77,9 +77,13 @@ def empty_model(
     Raises:
         CheckpointError: what transformers cannot build a model from, by the field.
     """
-    asked, replaced = config._attn_implementation, False
-    if asked not in (None, "eager") and not _attends(config, dtype, device, trust_remote_code):
-        config._attn_implementation, replaced = None, True
+    asked = config._attn_implementation
+    if asked in (None, "eager") or _may_attend(asked, dtype, device):
+        try:
+            return _build(config, dtype, trust_remote_code).eval(), []
+        except Exception:  # transformers raises many kinds; if it is not the attention, so does what follows
+            pass
+    config._attn_implementation = None if asked != "eager" else asked
     try:
         model = _build(config, dtype, trust_remote_code).eval()
     except Exception as error:  # as above
@@ -87,7 +91,7 @@ def empty_model(
             path / "config.json", fields, error, "build a model", lambda rest: _build(_config_of(rest), dtype, False)
         ) from error
     used = model.config._attn_implementation
-    return model, [f"attention {asked!r} of its config.json cannot run here; {used} computes it"] if replaced else []
+    return model, [f"attention {asked!r} of its config.json cannot run here; {used} computes it"]
 
 
 def meta_model(config: Any) -> Any:
@@ -104,17 +108,12 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         )
 
 
-def _attends(config: Any, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> bool:
-    """Whether the attention that the config asks for is there, and takes this dtype on this device."""
-    asked = config._attn_implementation
-    # On a CPU flex_attention has no backward, and the kernels of others take half precision only.
-    if asked != "sdpa" and (device.type == "cpu" or (asked != "flex_attention" and dtype.itemsize != 2)):
-        return False
-    try:
-        _build(config, dtype, trust_remote_code)
-    except Exception:  # what else is wrong shows when the model is built without it
-        return False
-    return True
+def _may_attend(asked: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an attention that transformers may have takes this dtype on this device.
+
+    On a CPU flex_attention has no backward, and the kernels of others take half precision only.
+    """
+    return asked == "sdpa" or (device.type != "cpu" and (asked == "flex_attention" or dtype.itemsize == 2))
 
 
 def _check_counts(file: Path, fields: Mapping[str, Any]) -> None:

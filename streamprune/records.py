@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from streamprune.errors import CalibrationError
+from streamprune.file_kinds import HEAD_BYTES, placeholder_of
 
 Kind = Literal["prose", "lines", "values", "csv", "tsv", "parquet"]
 Messages = list[dict[str, Any]]
@@ -163,13 +164,10 @@ def _parsed(text: str) -> Any:
 
 
 def _kind_of_other(head: str, kind: Kind, where: object) -> Kind:
-    start = head.lstrip()[:64].lower()
+    if (placeholder := placeholder_of(head[:HEAD_BYTES].encode())) is not None:
+        raise CalibrationError(f"{where} {placeholder}")
     if kind == "values":
         raise CalibrationError(f"{where} is not JSON, it begins with {head[:20]!r}; give .txt where it is prose")
-    if start.startswith(("<!doctype", "<html", "<?xml")):
-        raise CalibrationError(f"{where} is a page of HTML or XML; give the text alone")
-    if start.startswith("version https://git-lfs"):
-        raise CalibrationError(f"{where} is a Git LFS pointer, not the text; download it with git lfs pull")
     return kind
 
 

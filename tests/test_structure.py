@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 # Bottom to top; a module may import what is in an earlier row.
 ROWS = (
     ("errors", "figures", "kernels"),
-    ("readers", "values", "records", "file_kinds", "tensor_names"),
+    ("readers", "values", "file_kinds", "tensor_names"),
+    ("records",),
     ("documents",),
     ("text_files", "data_sets"),
     ("windows", "sources", "calibration"),
