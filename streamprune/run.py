@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +20,12 @@ from streamprune.checkpoint import Checkpoint, resolve_model
 from streamprune.config import PruneConfig
 from streamprune.devices import PlannedDevice, paging_device
 from streamprune.errors import CheckpointError, OutputError, UsageError
+from streamprune.facts import run_facts
 from streamprune.footprint import Work
-from streamprune.job import Done, Job
+from streamprune.job import Job
 from streamprune.methods import resolve_settings
 from streamprune.paging import GPU_READERS, READERS, Pager
-from streamprune.plan import Plan, describe, make_plan, removed_parameters
+from streamprune.plan import Plan, describe, make_plan
 from streamprune.progress import Progress
 from streamprune.readers import ReaderKind
 from streamprune.skeleton import Skeleton
@@ -174,21 +173,9 @@ def _score_and_write(
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
         plan = make_plan(config, skeleton, settings)
-        # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
-        copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
-        kept_on_disk = plan.state_bytes if config.resume else 0
-        there = resume.already_there(journal_directory)
-        check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
+        _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
-        beside = companions.prepare(
-            skeleton,
-            plan.choice.widths,
-            config.emit,
-            biases=plan.new_biases,
-            trust_remote_code=config.trust_remote_code,
-        )
-        for note in beside.notes:
-            progress.say(note)
+        beside = _prepare_companions(config, plan, skeleton, progress)
         tokens = texts.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
         ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
         sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
@@ -205,10 +192,8 @@ def _score_and_write(
         planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
         placement = _place(planned, settings, plan, sweeper, work)
         if config.resume:
-            # What the last commit carries, and what the next one does.
-            kept_on_disk += 2 * max(stage.carried for stage in placement.stages)
-            there = resume.already_there(journal_directory)
-            check_space(config.output.parent, plan.output_bytes + copied + kept_on_disk - there)
+            carried = max(stage.carried for stage in placement.stages)
+            _check_output_space(config, plan, skeleton, journal_directory, carried)
         progress.say(planner.say(placement, sweeper))
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
@@ -229,10 +214,37 @@ def _score_and_write(
             )
         )
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
-        facts = _facts(job, placement, done, tokens)
+        facts = run_facts(job, placement, done, tokens)
         if segments is not None:
             facts["perplexity"]["before"] = saved["before"][1]
     return directory, facts, done.kept, segments
+
+
+def _check_output_space(
+    config: PruneConfig, plan: Plan, skeleton: Skeleton, journal_directory: Path | None, carried: int = 0
+) -> None:
+    """Refuse a disk that is too small; `carried` are the bytes of hidden states of a journal's commit."""
+    # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
+    copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
+    # What the last commit carries, and what the next one does.
+    kept = plan.state_bytes + 2 * carried if config.resume else 0
+    check_space(config.output.parent, plan.output_bytes + copied + kept - resume.already_there(journal_directory))
+
+
+def _prepare_companions(
+    config: PruneConfig, plan: Plan, skeleton: Skeleton, progress: Progress
+) -> companions.Companions:
+    """What comes along beside the tensors; what does not is said."""
+    found = companions.prepare(
+        skeleton,
+        plan.choice.widths,
+        config.emit,
+        biases=plan.new_biases,
+        trust_remote_code=config.trust_remote_code,
+    )
+    for note in found.notes:
+        progress.say(note)
+    return found
 
 
 def _source(
@@ -317,62 +329,6 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
     ) as pruned:
         return _perplexity(pruned, segments, "after", progress)
-
-
-def _facts(job: Job, placement: planner.Placement, done: Done, tokens: texts.Tokens) -> dict[str, Any]:
-    """What streamprune.json says of a run up to its writing."""
-    config, sweeper, plan, ids = job.config, job.sweeper, job.plan, job.ids
-    skeleton, checkpoint = sweeper.skeleton, sweeper.skeleton.checkpoint
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    options |= {"settings": job.settings, "micro_batch": sweeper.micro_batch}
-    # What was decided for the user stands beside what they said.
-    options |= {"allocation": plan.choice.allocation, "compensate_target": plan.repair}
-    if ids is not None:
-        options |= {"samples": len(ids), "seq_len": ids.shape[1]}
-    options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
-    packages = ("streamprune", "torch", "transformers", "safetensors")
-    after = skeleton.parameters - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
-    facts: dict[str, Any] = {
-        "base_model": _base_name(config.model),
-        "license": job.companions.license,
-        "versions": {name: importlib.metadata.version(name) for name in packages}
-        | {"python": platform.python_version()}
-        | ({compressed.PACKAGE: compressed.version()} if config.compress else {}),
-        "options": options,
-        "layout": done.layout,
-        "layers": [plan.layers.start, plan.layers.stop],
-        "parameters": {"before": skeleton.parameters, "after": after},
-        "bytes": {"before": checkpoint.nbytes, "after": done.output_bytes},
-    }
-    if plan.sparsity is not None:
-        facts["zeros"] = dict(zip(("weights", "of"), done.zeros, strict=True))
-    else:
-        facts |= {"kept": allocation.describe(done.kept), "output_biases": plan.biases}
-    facts["memory"] = planner.facts(placement)
-    facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
-    facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}
-    if job.repair_ids is not None:
-        repair = {"tokens": list(job.repair_ids.shape), "sha256_of_ids": resume.hash_ids(job.repair_ids)}
-        facts["compensation"] = repair
-    if tokens.said:
-        facts["sequences_begin_with"] = [{"id": number, "token": name} for number, name in tokens.beginning]
-    if (segments := tokens.evaluation) is not None:
-        text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
-        facts["perplexity"] = {
-            "text": text,
-            "segments": list(segments.shape),
-            "sha256_of_ids": resume.hash_ids(segments),
-        }
-    return facts
-
-
-def _source_name(model: str) -> str:
-    return str(Path(model).absolute()) if Path(model).is_dir() else model
-
-
-def _base_name(model: str) -> str:
-    """What the card calls the source: a hub id as it is, a directory by its name."""
-    return Path(model).absolute().name if Path(model).is_dir() else model
 
 
 def _refuse_in_place(config: PruneConfig, source: Path) -> None:

@@ -32,6 +32,7 @@ ROWS = (
     ("rates",),
     ("planner", "resume"),
     ("job",),
+    ("facts",),
     ("run",),
     ("verify", "demo", "options"),
     ("cli",),
