@@ -16,9 +16,11 @@ from streamprune.records import Messages
 
 # Characters tokenised at once: a whole book in one call makes some tokenizers quadratic, and takes 300 bytes each.
 BLOCK_CHARACTERS = 1 << 17
-# A line that a block may end with: what follows it is no more of the same white space, which makes one token.
-LINE_END = re.compile(r"\n(?= ?\S)")
-PROBE = "a"  # a text that shows what a tokenizer adds
+# A line that a block may end with: its end is no part of more white space, of which tokenizers make one token.
+LINE_END = re.compile(r"\n(?= \S)|(?<=\S)\n(?=\S)")
+BEFORE_WORD = re.compile(r"(?<=\S) (?=\S)")
+ANYWHERE = re.compile("")
+PROBES = ("a", "A", "1", ".")  # texts that show what a tokenizer adds, if it has a token for them
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -48,12 +50,13 @@ def beginning(tokenizer: Any, bos: str) -> tuple[int, ...]:
         if tokenizer.bos_token_id is None:
             raise UsageError(f"--bos always: {type(tokenizer).__name__} has no BOS token; leave it out")
         return (int(tokenizer.bos_token_id),)
-    plain = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    encoded = tokenizer(PROBE)["input_ids"]
+    probe = next((each for each in PROBES if tokenizer(each, add_special_tokens=False)["input_ids"]), PROBES[0])
+    plain, encoded = tokenizer(probe, add_special_tokens=False)["input_ids"], tokenizer(probe)["input_ids"]
     starts = (n for n in range(len(encoded) - len(plain) + 1) if encoded[n : n + len(plain)] == plain)
     before = encoded[: next(starts, 0)]
     # Only what is no text: some tokenizers mark a beginning in the first word itself.
-    return tuple(before) if set(before) <= set(tokenizer.all_special_ids) else ()
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return tuple(before) if set(before) <= special | set(tokenizer.all_special_ids) else ()
 
 
 def chat_renderer(tokenizer: Any) -> Callable[[Messages], str]:
@@ -77,9 +80,17 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
 
 
 def token_blocks(tokenizer: Any, pieces: Iterable[str]) -> Iterator[Tensor]:
-    """Token ids of a text that comes in pieces, a block of it at a time."""
+    """Token ids of a text that comes in pieces, a block of it at a time: those of the whole text."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    before = ""
     for block in _blocks(pieces):
-        ids = tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+        # Some tokenizers put something before a text, which in the middle of one is not there.
+        known, ids = encode(before) if before else [], encode(before + block)
+        ids = ids[len(known) :] if ids[: len(known)] == known else encode(block)
+        before = block[-1]
         yield torch.tensor(ids, dtype=torch.int64)
 
 
@@ -99,13 +110,11 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _end_of_block(text: str, start: int, stop: int) -> int:
-    """After a line where its end makes a token of its own, else after any line, else before a word."""
-    line = text.rfind("\n", start, stop)
-    while line > start:
-        if LINE_END.match(text, line):
-            return line + 1
-        line = text.rfind("\n", start, line)
-    line, word = text.rfind("\n", start, stop), text.rfind(" ", start, stop)
-    if line > start:
-        return line + 1
-    return word if word > start else stop
+    """After a line whose end is a token of its own, else before a word, else after any line."""
+    for letter, allowed, after in (("\n", LINE_END, 1), (" ", BEFORE_WORD, 0), ("\n", ANYWHERE, 1)):
+        at = text.rfind(letter, start + 1, stop)
+        while at > start:
+            if allowed.match(text, at):
+                return at + after
+            at = text.rfind(letter, start + 1, at)
+    return stop

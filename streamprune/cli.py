@@ -29,6 +29,7 @@ from streamprune.rates import CARDS
 from streamprune.run import foretell, open_model, prune
 from streamprune.sweep import default_micro_batch
 from streamprune.texts import check_length, check_tokens
+from streamprune.values import source
 from streamprune.verify import complaint
 from streamprune.verify import verify as verify_output
 
@@ -126,7 +127,7 @@ def plan_command(measure: bool, assume: str | None, debug: bool, **options: Any)
 
 @cli.command(name="eval")
 @click.option("--model", required=True, help="Model directory (dense or pruned) or hub id.")
-@click.option("--text", type=click.Path(path_type=Path), help="Text, as --calibration; else embedded held-out prose.")
+@click.option("--text", help="Text, as --calibration; else embedded held-out prose.")
 @click.option("--field", default="text", help="Of the text in records and tables.")
 @click.option("--seq-len", type=int, default=128, show_default=True, help="Tokens of a segment.")
 @click.option("--samples", type=int, help="Segments from the start of the text; all by default.")
@@ -136,7 +137,7 @@ def plan_command(measure: bool, assume: str | None, debug: bool, **options: Any)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def evaluate_command(
     model: str,
-    text: Path | None,
+    text: str | None,
     field: str,
     seq_len: int,
     samples: int | None,
@@ -168,7 +169,7 @@ def evaluate_command(
             progress.say(note)
         corpus = open_corpus(
             sweeper.skeleton.checkpoint.path,
-            embedded("heldout") if text is None else text,
+            embedded("heldout") if text is None else source("--text", text),
             field=field,
             bos=bos,
             trust_remote_code=trust_remote_code,

@@ -17,7 +17,8 @@ STATE_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 MOST_M = 64  # of N:M; beyond, weights of a row are as good
-N_OF_M = re.compile(r"([0-9]+):([0-9]+)")
+STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
+N_OF_M = re.compile(r"([0-9]{1,3}):([0-9]{1,3})")
 CHOICES = {
     "sampling": ("random", "first", "records"),
     "bos": ("auto", "always", "never"),
@@ -44,8 +45,8 @@ TYPES: Mapping[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("max_shard_size", "gpu_memory", "host_memory"), values.size),
     **dict.fromkeys(("dtype", "state_dtype"), values.dtype),
     "device": values.device,
-    **dict.fromkeys(("contiguous", "stock", "compress", "compensate"), values.flag),
-    **dict.fromkeys(("resume", "overwrite", "trust_remote_code"), values.flag),
+    **dict.fromkeys(("contiguous", "stock", "compress", "compensate"), values.switch),
+    **dict.fromkeys(("resume", "overwrite", "trust_remote_code"), values.switch),
 }
 # Options that mean something for some of what can be removed only.
 ONLY_FOR: Mapping[str, tuple[Target, ...]] = {
@@ -149,7 +150,7 @@ class PruneConfig:
     micro_batch: int | None = None
     dtype: str | None = None
     device: str | None = None
-    evaluate: Path | Literal[False] | None = None
+    evaluate: str | Literal[False] | None = None
     max_shard_size: int = 5_000_000_000
     gpu_memory: int | None = None
     host_memory: int | None = None
@@ -228,7 +229,7 @@ class PruneConfig:
             raise UsageError(f"--seq-len {self.seq_len}: must be at least 2, one token predicts the next")
 
     def _check_combinations(self) -> None:
-        if self.calibration == "-" and str(self.evaluate) == "-":
+        if self.calibration in STANDARD_INPUT and self.evaluate in STANDARD_INPUT:
             raise UsageError("--calibration - and --evaluate -: standard input can be read once; give a file for one")
         if self.emit is not None and not self.stock:
             raise UsageError(f"--emit {self.emit} writes one width for all layers: pass --stock with it")

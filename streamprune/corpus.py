@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from streamprune.calibration import beginning, chat_renderer, load_tokenizer, to
 from streamprune.documents import Documents
 from streamprune.errors import CalibrationError, UsageError
 from streamprune.sources import open_documents
-from streamprune.windows import Windows, at_places, of_stream
+from streamprune.windows import Windows, at_places, of_stream, starts_of_records
 
 # Of a text up to this long all tokens are known, and any of them may begin a random sequence. Of a longer one places in
 # the text are drawn, and only what follows them is read.
@@ -96,7 +97,7 @@ class Corpus:
 
         Args:
             sampling: "random" draws windows, "first" takes consecutive ones from the start of the text, "records" the
-                starts of records, drawn in proportion to their length.
+                starts of records, each that is long enough as likely as any other.
 
         Raises:
             CalibrationError: the text is too short for as many, or has no records.
@@ -176,36 +177,42 @@ class Corpus:
                 return None
         return torch.cat([torch.empty(0, dtype=torch.int64), *token_blocks(self.tokenizer, pieces)])
 
-    def _from_places(self, samples: int, length: int, seed: int, *, whole_records: bool = False) -> Tensor:
+    def _from_places(self, samples: int, length: int, seed: int) -> Tensor:
         """Windows [samples, length] of a text that is too long to be tokenised as a whole."""
-        documents, draw = self.documents, random.Random(seed)
-        windows = Windows(self._encode, length, distinct=whole_records)
+        documents, draw, windows = self.documents, random.Random(seed), Windows(self._encode, length)
         if documents.places is not None:
-            at_places(documents, windows, samples, draw, whole_records=whole_records)
+            at_places(documents, windows, samples, draw)
         else:
             told = _Told(self)
-            pieces = documents.records if whole_records else lambda: joined(documents)
-            of_stream(lambda: told.passing(pieces()), windows, samples, draw, whole_records=whole_records)
+            of_stream(lambda: told.passing(joined(documents)), windows, samples, draw)
         if len(windows.found) < samples:
-            raise CalibrationError(_too_few_records(documents.where, len(windows.found), samples, length))
+            raise CalibrationError(self._too_few("places", len(windows.found), samples, length))
         characters = windows.passed or documents.nbytes
-        if characters and not whole_records and characters / windows.characters_per_token < samples * length:
+        if characters and characters / windows.characters_per_token < samples * length:
             about = f"about {int(characters / windows.characters_per_token):,}"
             raise CalibrationError(_too_short(about, samples, length))
         return torch.stack(windows.found)
 
     def _from_records(self, samples: int, length: int, seed: int) -> Tensor:
         """The starts [samples, length] of as many records."""
-        if self.documents.prose:
-            raise UsageError(
-                f"--sampling records: {self.documents.where} is prose without records; use random or first"
-            )
-        if self._whole is None:
-            return self._from_places(samples, length, seed, whole_records=True)
-        starts = [tokens[:length] for tokens in map(self._encode, self.documents.records()) if len(tokens) >= length]
+        documents, draw = self.documents, random.Random(seed)
+        if documents.prose:
+            raise UsageError(f"--sampling records: {documents.where} is prose without records; use random or first")
+        if documents.shuffled is not None:
+            tokens = map(self._encode, documents.shuffled(draw))
+            starts = list(islice((ids[:length] for ids in tokens if len(ids) >= length), samples))
+        else:
+            told = _Told(self).passing(documents.records())
+            starts = starts_of_records(told, self._encode, samples, length, draw)
         if len(starts) < samples:
-            raise CalibrationError(_too_few_records(self.documents.where, len(starts), samples, length))
-        return torch.stack(random.Random(seed).sample(starts, samples))
+            raise CalibrationError(self._too_few("records", len(starts), samples, length))
+        return torch.stack(starts)
+
+    def _too_few(self, what: str, found: int, samples: int, length: int) -> str:
+        return (
+            f"{self.documents.where}: {found} {what} with {length} tokens of text were found for {samples} samples; "
+            "give a longer --calibration, or lower --samples or --seq-len"
+        )
 
     def _encode(self, text: str) -> Tensor:
         return without_marks(tokenize(self.tokenizer, text), self.beginning)
@@ -226,13 +233,6 @@ def open_corpus(
     if not isinstance(source, Documents):
         source = open_documents(source, field, chat_renderer(tokenizer))
     return Corpus(source, tokenizer, begins, say)
-
-
-def _too_few_records(where: str, found: int, samples: int, length: int) -> str:
-    return (
-        f"{where}: {found} places with {length} tokens of text after them were found for {samples} samples; give a "
-        "longer --calibration, or lower --samples or --seq-len"
-    )
 
 
 class _Told:

@@ -12,6 +12,7 @@ from streamprune.documents import BLANK_LINE, Documents, Place
 from streamprune.errors import CalibrationError
 from streamprune.records import Render, text_of
 
+ROWS = 256  # that are in memory at a time
 SHUFFLED = 100  # rows that a stream of a data set draws from
 
 
@@ -36,20 +37,16 @@ def saved_to_disk(path: Path, split: str, field: str, render: Render) -> Documen
         if (split or "train") not in data:
             raise CalibrationError(f"{path} has the splits {', '.join(data)}; name one as {path}:SPLIT")
         data = data[split or "train"]
+    elif split:
+        raise CalibrationError(f"{path} has no splits; leave :{split} out")
     where = f"data set {path}"
     _check_column(data, field, where)
 
-    def rows(first: int) -> Iterator[str]:
-        for number in range(first, len(data)):
-            if text := text_of(data[number], field, f"{where}, row {number + 1}", render):
-                yield text
+    def texts() -> Iterator[str]:
+        rows = (value for batch in data.select_columns([field]).iter(ROWS) for value in batch[field])
+        return _texts(({field: value} for value in rows), field, where, render)
 
-    def places(draw: random.Random) -> Iterator[Place]:
-        while True:
-            row = draw.random() * len(data)
-            yield row - int(row), rows(int(row))
-
-    return Documents(where, BLANK_LINE, lambda: rows(0), places)
+    return Documents(where, BLANK_LINE, texts)
 
 
 def from_hub(source: str, field: str, render: Render) -> Documents:
@@ -68,17 +65,31 @@ def from_hub(source: str, field: str, render: Render) -> Documents:
         raise CalibrationError(f"{where} cannot be loaded: {'; '.join(reasons)}; give a file, or NAME/CONFIG:SPLIT")
     _check_column(data, field, where)
 
-    def texts(rows: Iterable[Any]) -> Iterator[str]:
-        return (text for row in rows if (text := text_of(row, field, where, render)))
+    def shuffled(draw: random.Random) -> Iterator[str]:
+        rows = data.shuffle(seed=draw.randrange(2**32), buffer_size=SHUFFLED)
+        return _texts(rows, field, where, render)
 
     def places(draw: random.Random) -> Iterator[Place]:
-        shuffled = data.shuffle(seed=draw.randrange(2**32), buffer_size=SHUFFLED)
+        longest = 0
         while True:
-            rest = texts(shuffled)
+            rest = shuffled(draw)
             for text in rest:
-                yield draw.random(), chain([text], rest)
+                # By its length, as far as lengths are known: for those of all, all records would have to be fetched.
+                longest = max(longest, len(text))
+                if draw.random() * longest < len(text):
+                    yield draw.random(), chain([text], rest)
 
-    return Documents(where, BLANK_LINE, lambda: texts(data), places)
+    return Documents(where, BLANK_LINE, lambda: _texts(data, field, where, render), places, shuffled)
+
+
+def _texts(rows: Iterable[Any], field: str, where: str, render: Render) -> Iterator[str]:
+    """The texts that are not empty."""
+    try:
+        for number, row in enumerate(rows, 1):
+            if text := text_of(row, field, f"{where}, row {number}", render):
+                yield text
+    except (OSError, RuntimeError, ValueError) as error:  # what a fetch or a damaged file ends with
+        raise CalibrationError(f"{where} cannot be read to its end: {_one_line(error)}; give a file") from error
 
 
 def _hub_names(name: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A text as records: from its start, or from a random place on. Knows nothing of where it comes from."""
+"""A text as records: from its start, or from random places. Knows nothing of where it comes from."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ class Documents:
         where: its name, for messages.
         separator: what stands between two records of the text that they are joined to.
         records: all of them, from the start.
-        places: endless random places; None where only a pass through the whole text would find one.
+        places: endless random places, any character of the text as likely as any other; None where only a pass through
+            the whole text would find one.
+        shuffled: of a source without an end in reach: its records in random order.
         prose: whether there is no telling one record from the next.
-        nbytes: of the text, where they are known. stored: of its files, which may be compressed.
+        nbytes: of the text at the most, where they are known. stored: of its files, which may be compressed.
     """
 
     where: str
     separator: str
     records: Callable[[], Iterator[str]]
     places: Callable[[random.Random], Iterator[Place]] | None = None
+    shuffled: Callable[[random.Random], Iterator[str]] | None = None
     prose: bool = False
     nbytes: int | None = None
     stored: int | None = None
@@ -53,9 +56,11 @@ def no_messages(messages: Messages) -> str:
 
 
 def from_word(text: str) -> str:
-    """A text from the first word that begins in it, where there is one near."""
+    """A text from the first word that begins in it, where there is one near; "" where it ends with the one it is in."""
     gap = next((n for n, letter in enumerate(text[:WORD]) if letter.isspace()), None)
-    return text if gap is None else text[gap:].lstrip()
+    if gap is None:
+        return "" if len(text) < WORD else text
+    return text[gap:].lstrip()
 
 
 def whole_words(text: str, most: int) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from streamprune import allocation, compressed, planner, resume, texts
+from streamprune import allocation, compressed, planner, resume, sources, texts
 from streamprune.job import Done, Job
 from streamprune.plan import removed_parameters
 
@@ -52,7 +52,7 @@ def run_facts(job: Job, placement: planner.Placement, done: Done, tokens: texts.
     if tokens.said:
         facts["sequences_begin_with"] = [{"id": number, "token": name} for number, name in tokens.beginning]
     if (segments := tokens.evaluation) is not None:
-        text = config.evaluate.name if isinstance(config.evaluate, Path) else "embedded held-out prose"
+        text = sources.shown(config.evaluate) if config.evaluate else "embedded held-out prose"
         facts["perplexity"] = {
             "text": text,
             "segments": list(segments.shape),

@@ -105,7 +105,7 @@ PRUNE_OPTIONS = (
         help="Seeded windows of the text, consecutive ones from its start, or the starts of seeded records.",
     ),
     click.option("--seed", type=int, default=0, show_default=True, help="Of sampling, noise and random scores."),
-    click.option("--evaluate", type=click.Path(path_type=Path), help="Text for perplexity before and after."),
+    click.option("--evaluate", help="Text for perplexity before and after."),
     click.option("--no-evaluate", is_flag=True, help="Measure no perplexity."),
     click.option("--max-shard-size", type=ByteSize(), default=5_000_000_000, help="Of output files; 5GB by default."),
     click.option("--overwrite", is_flag=True, help="Replace the output directory."),

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 from streamprune.errors import CalibrationError
 from streamprune.file_kinds import HEAD_BYTES, placeholder_of
@@ -38,12 +38,21 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = ", ".join(suffix for suffix in KINDS if suffix)
 CHUNK_BYTES = 1 << 20
 HEAD_CHARACTERS = 1 << 16  # that show what a file is
+LONGEST_COLUMN = 64  # characters of the name of one
 MOST_FIELDS = 12  # that a message names
-BETWEEN_VALUES = re.compile(r"[\s,]*")
+BETWEEN_VALUES = re.compile(r"[\s,\ufeff]*")
 LONGEST_WORD = 16  # of JSON outside of strings: what may be cut off where the text read so far ends
 # What other tools call the parties of a conversation.
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant"}
-ROLES |= {"system": "system", "tool": "tool", "observation": "tool", "function": "tool"}
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES |= {"observation": "tool", "function": "tool"}
+
+
+class Readable(Protocol):
+    """What bytes are read from."""
+
+    def read(self, count: int, /) -> bytes:
+        """The next bytes, `count` at the most; none at the end."""
+        ...
 
 
 def suffix_of(path: Path) -> str:
@@ -57,6 +66,8 @@ def compression_of(path: Path) -> str:
     marks = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
     with path.open("rb") as stream:
         head = stream.read(max(map(len, marks)))
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:  # a frame to be skipped, as pzstd begins with
+        return ".zst"
     return next((name for mark, name in marks.items() if head.startswith(mark)), "")
 
 
@@ -73,7 +84,9 @@ def opened(path: Path, where: object) -> Iterator[IO[bytes]]:
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise CalibrationError(f"{where} is damaged or cut short ({error}); download it again") from error
     except OSError as error:
-        raise CalibrationError(f"{where} cannot be read ({error.strerror or error}); give a readable file") from error
+        if error.errno is None:  # pyarrow's own, of what cannot be decompressed
+            raise CalibrationError(f"{where} is damaged or cut short ({error}); download it again") from error
+        raise CalibrationError(f"{where} cannot be read ({error.strerror}); give a readable file") from error
 
 
 def _stream(path: Path, where: object) -> Any:
@@ -88,7 +101,7 @@ def _stream(path: Path, where: object) -> Any:
     return openers[compression](path) if compression else path.open("rb")
 
 
-def decoded(stream: IO[bytes], where: object, at: int = 0) -> Iterator[str]:
+def decoded(stream: Readable, where: object, at: int = 0) -> Iterator[str]:
     """The text of a stream, of which byte `at` is the next, in pieces; lines end with "\\n", a byte order mark goes.
 
     Raises:
@@ -97,8 +110,7 @@ def decoded(stream: IO[bytes], where: object, at: int = 0) -> Iterator[str]:
     codec = "utf-8" if at else "utf-8-sig"
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(codec)(), translate=True)
     while chunk := stream.read(CHUNK_BYTES):
-        if not at:
-            _refuse_other_encodings(chunk, where)
+        _refuse_other_encodings(chunk, where, at)
         try:
             yield decoder.decode(chunk)
         except UnicodeDecodeError as error:
@@ -115,45 +127,80 @@ def decoded(stream: IO[bytes], where: object, at: int = 0) -> Iterator[str]:
         raise CalibrationError(f"{where} ends within a UTF-8 character; download it again") from error
 
 
-def _refuse_other_encodings(head: bytes, where: object) -> None:
-    """By what a file begins with."""
+def _refuse_other_encodings(chunk: bytes, where: object, at: int) -> None:
+    """By the mark that a file begins with, and by bytes that no text in UTF-8 has."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
     marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-    for mark, name in marks.items():
-        if head.startswith(mark):
-            raise CalibrationError(f"{where} is {name} (byte {head[0]:#04x} at 0); convert it with iconv -t UTF-8")
-    if (position := head.find(0)) >= 0:
+    for mark, name in marks.items() if at == 0 else ():
+        if chunk.startswith(mark):
+            raise CalibrationError(f"{where} is {name} (byte {chunk[0]:#04x} at 0); convert it with iconv -t UTF-8")
+    if (position := chunk.find(0)) >= 0:
         raise CalibrationError(
-            f"{where} holds the byte 0x00 at {position:,}: UTF-16, or no text; give a text in UTF-8, or convert it"
+            f"{where} holds the byte 0x00 at {at + position:,}: UTF-16, or no text; give a text in UTF-8, or convert it"
         )
 
 
-def kind_of(path: Path, where: object) -> Kind:
+def kind_of(path: Path, where: object, field: str) -> Kind:
     """The format of a file, by its suffix and by what it begins with: syntax is never taken for prose.
 
+    Args:
+        field: of the text; a first line of columns that has it makes a table.
+
     Raises:
-        CalibrationError: a format that is not read.
+        CalibrationError: a format that is not read, or what is no text at all.
     """
     suffix = suffix_of(path)
     kind = KINDS.get(suffix)
     if kind is None:
         raise CalibrationError(f"{where}: {suffix} is no format of texts; give {SUFFIXES}, or .txt where it is prose")
-    if kind not in ("prose", "values"):
-        return kind
     with opened(path, where) as stream:
-        head = _gathered(decoded(stream, where), HEAD_CHARACTERS)
-    return _kind_of_json(head) or _kind_of_other(head, kind, where)
+        start = stream.read(HEAD_BYTES)
+        if (placeholder := placeholder_of(start)) is not None:
+            raise CalibrationError(f"{where} {placeholder}")
+        if kind not in ("prose", "values"):
+            return kind
+        # Not from its start again: what is compressed has no way back.
+        head = _gathered(decoded(_Again(start, stream), where), HEAD_CHARACTERS)
+    found = _kind_of_json(head, sure=kind == "values") or _kind_of_table(head, field)
+    if kind == "values" and found is None:
+        raise CalibrationError(f"{where} is not JSON, it begins with {head[:20]!r}; give .txt where it is prose")
+    return found or kind
 
 
-def _kind_of_json(head: str) -> Kind | None:
-    """Of a text that begins as JSON records do: one in a line, or values over many lines, or in an array."""
+class _Again:
+    """A stream of which the start was read already."""
+
+    def __init__(self, start: bytes, stream: IO[bytes]) -> None:
+        self._start, self._stream = start, stream
+
+    def read(self, count: int) -> bytes:
+        """The start, then what follows it."""
+        start, self._start = self._start, b""
+        return start or self._stream.read(count)
+
+
+def _kind_of_json(head: str, *, sure: bool) -> Kind | None:
+    """Of a text that begins as JSON records do: one in a line, or values over many lines, or in an array.
+
+    Args:
+        sure: its name says that it is JSON; else prose may begin with brackets too.
+    """
     head = head.lstrip()
     if head.startswith("{"):
         if _parsed(head.partition("\n")[0]) is not None:
             return "lines"
         # Not the braces of a template: the first thing in an object is a name.
-        return "values" if head[1:].lstrip()[:1] in ('"', "}") else None
-    return "values" if head.startswith("[") and head[1:].lstrip()[:1] in ("{", '"', "]") else None
+        return "values" if sure or head[1:].lstrip()[:1] in ('"', "}") else None
+    if not head.startswith("["):
+        return None
+    inner = head[1:].lstrip()
+    if sure or inner.startswith("{"):
+        return "values"
+    try:
+        _, end = json.JSONDecoder().raw_decode(inner)
+    except (ValueError, RecursionError):
+        return None
+    return "values" if inner[end:].lstrip()[:1] in (",", "]") and inner[:1] in ('"', "[") else None
 
 
 def _parsed(text: str) -> Any:
@@ -163,12 +210,14 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _kind_of_other(head: str, kind: Kind, where: object) -> Kind:
-    if (placeholder := placeholder_of(head[:HEAD_BYTES].encode())) is not None:
-        raise CalibrationError(f"{where} {placeholder}")
-    if kind == "values":
-        raise CalibrationError(f"{where} is not JSON, it begins with {head[:20]!r}; give .txt where it is prose")
-    return kind
+def _kind_of_table(head: str, field: str) -> Kind | None:
+    """Of a text whose first line names columns, the field of the text among them."""
+    line = head.partition("\n")[0].rstrip("\r")
+    for delimiter, kind in ((",", "csv"), ("\t", "tsv")):
+        columns = [column.strip().strip('"') for column in line.split(delimiter)]
+        if field in columns and all(0 < len(column) <= LONGEST_COLUMN for column in columns):
+            return "csv" if kind == "csv" else "tsv"
+    return None
 
 
 def text_of(record: Any, field: str, where: str, render: Render) -> str:
@@ -197,12 +246,12 @@ def _message(message: Mapping[str, Any], field: str, where: str) -> dict[str, An
     content = message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         content = "".join(str(part.get("text") or "") for part in content)
-    if role not in ROLES or not isinstance(content, str | None):
+    if not isinstance(role, str) or not isinstance(content, str | None):
         raise CalibrationError(
-            f"{where}: {field!r} holds no messages with a role (user, assistant, system, tool) and a content; name the "
-            "field of the text with --field"
+            f"{where}: {field!r} holds no messages with a role and a content; name the field of the text with --field"
         )
-    return {"role": ROLES[role], "content": content or ""}
+    others = {name: value for name, value in message.items() if name not in ("from", "value") and value is not None}
+    return others | {"role": ROLES.get(role, role), "content": content or ""}
 
 
 def _repaired(text: str) -> str:
@@ -216,16 +265,21 @@ def _repaired(text: str) -> str:
 
 def lines_of(pieces: Iterable[str]) -> Iterator[str]:
     """The lines of a text that comes in pieces. Unlike str.splitlines not at U+2028, which JSON strings may hold."""
-    rest = ""
+    rest: list[str] = []  # joined at the line's end: a line may be longer than all pieces
     for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from lines
-    yield rest
+        first, *others = piece.split("\n")
+        rest.append(first)
+        if others:
+            yield "".join(rest)
+            yield from others[:-1]
+            rest = [others[-1]]
+    yield "".join(rest)
 
 
 def json_line(line: str, where: str) -> Any:
     """The value in a line, None in an empty one."""
-    if not line.strip():
+    line = line.strip("\ufeff \t\r")  # files with marks of their own may have been put together
+    if not line:
         return None
     try:
         return json.loads(line)
@@ -241,16 +295,14 @@ def json_lines(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any]
 
 
 def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value) of each item of an array, or of each of several values, a value in memory at a time."""
-    decoder, source, text, position, number, in_array = json.JSONDecoder(), iter(pieces), "", 0, 0, False
-    wanted = CHUNK_BYTES
+    """(where it stands, value) of each item of arrays, or of several values, a value in memory at a time."""
+    decoder, source, text, position, number = json.JSONDecoder(), iter(pieces), "", 0, 0
+    in_array, arrays, wanted = False, 0, CHUNK_BYTES
     while True:
         position = BETWEEN_VALUES.match(text, position).end()  # type: ignore[union-attr]
-        if number == 0 and not in_array and text.startswith("[", position):
-            position, in_array = position + 1, True
+        if text.startswith("]" if in_array else "[", position):
+            position, in_array, arrays = position + 1, not in_array, arrays + 1
             continue
-        if in_array and text.startswith("]", position):
-            return
         error: Exception | None = None
         try:
             value, end = decoder.raw_decode(text, position)
@@ -267,7 +319,7 @@ def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any
             continue
         if error is None and not in_array:
             yield f"{where}, record {number + 1}", value
-        elif text or in_array or not number:
+        elif text or in_array or not (number or arrays):
             reason = error or "it ends within its array"
             raise CalibrationError(f"{where}, record {number + 1} is not JSON ({reason}); download it again") from error
         return

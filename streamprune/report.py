@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from streamprune import compressed
+from streamprune import compressed, sources
 from streamprune.config import PruneConfig
 from streamprune.figures import human as human
 
@@ -169,5 +169,5 @@ def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
     )
     if begins := "".join(mark["token"] for mark in facts.get("sequences_begin_with", ())):
         recipe["bos"] = f"{options['bos']}, each sequence begins with `{begins}`"
-    recipe["calibration"] = Path(options["calibration"]).name if options["calibration"] else "embedded prose"
+    recipe["calibration"] = sources.shown(options["calibration"]) if options["calibration"] else "embedded prose"
     return {name: value for name, value in recipe.items() if value != ""}

@@ -159,7 +159,7 @@ def prune(config: PruneConfig, progress: Progress | type[tqdm[Any]] | bool | Non
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts["peak_rss"] = report.peak_rss()
         write_json(directory / OWN_FILE, facts)
-        (directory / "README.md").write_text(report.model_card(facts), encoding="utf-8")
+        (directory / "README.md").write_text(report.model_card(facts), encoding="utf-8", errors="backslashreplace")
     if journal_directory is not None:
         state.remove(journal_directory)
     return PruneResult(config.output, facts["layout"], kept, facts)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from streamprune import data_sets, records
+from streamprune.config import STANDARD_INPUT
 from streamprune.documents import Documents, no_messages
 from streamprune.errors import CalibrationError
 from streamprune.records import Render
@@ -27,20 +28,38 @@ def open_documents(source: str | Path, field: str = "text", render: Render = no_
         CalibrationError: it is not there, or not of a kind that is read.
     """
     path, name = Path(source), str(source)
-    if name == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
-        return _from_pipe(name, field, render)
-    if path.is_file():
-        return _open_file(path, field, render)
-    directory, _, split = (name, "", "") if path.is_dir() else name.rpartition(":")
-    if directory and Path(directory).is_dir():
-        return _from_directory(Path(directory), split, field, render)
+    try:
+        if name == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+            return _from_pipe(name, field, render)
+        if path.is_file():
+            return _open_file(path, field, render)
+        directory, split = _directory_of(name)
+    except OSError as error:  # such as of a name that is too long
+        raise CalibrationError(f"{name[:100]} cannot be read ({error.strerror}); give a text file") from error
+    if directory is not None:
+        return _from_directory(directory, split, field, render)
     if name.startswith((".", "/", "~")) or path.suffix.lower() in (*filter(None, records.KINDS), *records.COMPRESSIONS):
         raise CalibrationError(f"{path} does not exist; give a text file, or leave the option out")
     return data_sets.from_hub(name, field, render)
 
 
+def shown(source: str) -> str:
+    """What a card calls a text: a file by its name, a data set as it is."""
+    if source in STANDARD_INPUT or source.startswith("/dev/fd/"):
+        return "standard input" if source in STANDARD_INPUT else "a pipe"
+    return Path(source).name if Path(source).exists() else source
+
+
+def _directory_of(name: str) -> tuple[Path | None, str]:
+    """A directory and a split, of "DIRECTORY[:SPLIT]"; None if it is no directory's name."""
+    if Path(name).is_dir():
+        return Path(name), ""
+    ends = [at for at, letter in enumerate(name) if at and letter == ":" and Path(name[:at]).is_dir()]
+    return (Path(name[: ends[-1]]), name[ends[-1] + 1 :]) if ends else (None, "")
+
+
 def _open_file(path: Path, field: str, render: Render) -> Documents:
-    return from_files([TextFile(path, str(path), records.kind_of(path, path), field, render)], str(path))
+    return from_files([TextFile(path, str(path), records.kind_of(path, path, field), field, render)], str(path))
 
 
 class _Kept:
@@ -61,8 +80,8 @@ class _Kept:
 
 def _from_pipe(source: str, field: str, render: Render) -> Documents:
     """Standard input, or what a shell passes as /dev/fd/N."""
-    if source == "-" and sys.stdin.isatty():
-        raise CalibrationError("-: standard input is a terminal; pass a text through a pipe, or give a file")
+    if source == "-" and (sys.stdin is None or sys.stdin.isatty()):
+        raise CalibrationError("-: standard input is a terminal or closed; pass a text through a pipe, or give a file")
     where = "standard input" if source == "-" else source
     try:
         with open(sys.stdin.fileno() if source == "-" else source, "rb", closefd=source != "-") as pipe:
@@ -70,12 +89,13 @@ def _from_pipe(source: str, field: str, render: Render) -> Documents:
     except OSError as error:
         raise CalibrationError(f"{where} cannot be read ({error.strerror or error}); give a file") from error
     path = Path(f"/proc/self/fd/{kept.descriptor}")
-    return from_files([TextFile(path, where, records.kind_of(path, where), field, render, kept)], where)
+    return from_files([TextFile(path, where, records.kind_of(path, where, field), field, render, kept)], where)
 
 
 def _from_directory(path: Path, split: str, field: str, render: Render) -> Documents:
-    """A data set that was saved to disk, or all files of records below the directory, or else all prose."""
-    if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+    """A data set that was saved to disk, or the files below a directory: those of records, or without any, of prose."""
+    saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
+    if saved or (path / "dataset_dict.json").is_file():
         return data_sets.saved_to_disk(path, split, field, render)
     if split:
         raise CalibrationError(f"{path} is no data set that was saved to disk; leave :{split} out")
@@ -86,11 +106,10 @@ def _from_directory(path: Path, split: str, field: str, render: Render) -> Docum
         and records.suffix_of(file) in records.KINDS
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
-    of_records = [file for file in found if records.KINDS[records.suffix_of(file)] != "prose"]
-    files = [
-        TextFile(file, str(file), records.kind_of(file, file), field, render)
-        for file in of_records or [file for file in found if file.suffix]
-    ]
+    # Without a suffix are licences, and the parts of a text where there is nothing else.
+    named = [file for file in found if records.suffix_of(file)] or found
+    files = [TextFile(file, str(file), records.kind_of(file, file, field), field, render) for file in named]
+    files = [file for file in files if file.kind != "prose"] or files
     if not files:
         raise CalibrationError(f"{path} is a directory without texts; give one of {records.SUFFIXES} files")
     return from_files(files, str(path))

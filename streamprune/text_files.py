@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ from streamprune.errors import CalibrationError
 from streamprune.records import Kind, Render, text_of
 
 LINE_BLOCK = 1 << 16  # bytes that are read at a time to find where a line begins
-ROWS = 64  # of a parquet file that are in memory at a time
+ROWS = 256  # of a parquet file that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class TextFile:
     def records(self) -> Iterator[str]:
         """All records."""
         if self.kind == "parquet":
-            yield from self._texts(self._rows(0))
+            yield from self._texts(self._rows())
             return
         with records.opened(self.path, self.where) as stream:
             pieces = records.decoded(stream, self.where)
@@ -54,26 +55,30 @@ class TextFile:
     @property
     def can_seek(self) -> bool:
         """Whether reading can begin anywhere."""
-        return self.kind == "parquet" or (self.kind in ("prose", "lines") and not records.compression_of(self.path))
+        return self.kind in ("prose", "lines") and not records.compression_of(self.path)
 
-    def at(self, part: float) -> Place:
-        """The place before which this part of the file lies, in [0, 1)."""
-        if self.kind == "parquet":
-            row = part * self._parquet().metadata.num_rows
-            return row - int(row), self._texts(self._rows(int(row)))
+    def at(self, part: float) -> tuple[float, Place]:
+        """The place before which this part of the file lies, in [0, 1), and the part of the file there that is text."""
         size = self.path.stat().st_size
         offset = int(part * size)
         if self.kind == "prose":
-            return 0.0, self._pieces(offset)
+            return 1.0, (0.0, self._pieces(offset))
         start, stop = self._line_around(offset, size)
         lines = records.lines_of(self._pieces(start))
-        named = ((f"{self.where}, byte {start:,} or after", line) for line in lines)
-        values = ((where, records.json_line(line, where)) for where, line in named)
-        return (offset - start) / max(1, stop - start), self._texts(pair for pair in values if pair[1] is not None)
+        line, where = next(lines), f"{self.where}, byte {start:,} or after"
+        first = self._text(records.json_line(line, where), where)
+        # A line has names, marks and other fields beside the text.
+        share = len(json.dumps(first, ensure_ascii=line.isascii())) / max(1, len(line))
+        rest = (self._text(records.json_line(line, where), where) for line in lines)
+        texts = chain([first], (text for text in rest if text))
+        return (min(1.0, share) if first else 0.0), ((offset - start) / max(1, stop - start), texts)
+
+    def _text(self, value: Any, where: str) -> str:
+        return text_of(value, self.field, where, self.render)
 
     def _texts(self, values: Iterable[tuple[str, Any]]) -> Iterator[str]:
         """The texts that are not empty."""
-        return (text for where, value in values if (text := text_of(value, self.field, where, self.render)))
+        return (text for where, value in values if (text := self._text(value, where)))
 
     def _pieces(self, offset: int) -> Iterator[str]:
         """The text from the first character that begins at `offset` or after."""
@@ -118,22 +123,17 @@ class TextFile:
             raise CalibrationError(f"{self.where} has the columns {', '.join(columns)}; name one with --field")
         return file
 
-    def _rows(self, first: int) -> Iterator[tuple[str, Any]]:
-        """(where it stands, value of the field) of the rows from `first` on, a batch of them in memory at a time."""
-        file = self._parquet()
+    def _rows(self) -> Iterator[tuple[str, Any]]:
+        """(where it stands, value of the field) of each row, a batch of them in memory at a time."""
+        file, row = self._parquet(), 0
         import pyarrow
 
-        ends = list(accumulate(file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)))
-        group = bisect(ends, first)
-        row = ends[group - 1] if group else 0
-        groups = list(range(group, file.num_row_groups))
         try:
-            for batch in file.iter_batches(ROWS, row_groups=groups, columns=[self.field]):
-                skipped = min(max(0, first - row), len(batch))
-                for number, value in enumerate(batch.column(0)[skipped:].to_pylist(), row + skipped + 1):
-                    yield f"{self.where}, row {number}", value
-                row += len(batch)
-        except (pyarrow.ArrowException, OSError) as error:
+            for batch in file.iter_batches(ROWS, columns=[self.field]):
+                for value in batch.column(0).to_pylist():
+                    row += 1
+                    yield f"{self.where}, row {row}", value
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CalibrationError(f"{self.where} is not a readable parquet file ({error})") from error
 
 
@@ -142,21 +142,28 @@ def from_files(files: Sequence[TextFile], where: str) -> Documents:
     prose = all(file.kind == "prose" for file in files)
     sizes = list(accumulate(file.path.stat().st_size for file in files))
 
-    def all_records() -> Iterator[str]:
-        return chain.from_iterable(file.records() for file in files)
-
-    def at(part: float) -> Place:
-        position = part * sizes[-1]
-        number = bisect(sizes, position)
-        before = sizes[number - 1] if number else 0
-        share, first = files[number].at((position - before) / max(1, sizes[number] - before))
-        return share, chain(first, chain.from_iterable(file.records() for file in files[number + 1 :]))
+    def from_file(number: int) -> Iterator[str]:
+        for file in files[number:]:
+            if prose and file is not files[0]:
+                yield BLANK_LINE
+            yield from file.records()
 
     def places(draw: random.Random) -> Iterator[Place]:
         while True:
-            yield at(draw.random())
+            position = draw.random() * sizes[-1]
+            number = bisect(sizes, position)
+            before = sizes[number - 1] if number else 0
+            likely, (share, first) = files[number].at((position - before) / max(1, sizes[number] - before))
+            if draw.random() < likely:
+                yield share, chain(first, from_file(number + 1))
 
     can_seek = sizes[-1] > 0 and all(file.can_seek for file in files)
-    nbytes = sizes[-1] if can_seek and not any(file.kind == "parquet" for file in files) else None
-    separator = "" if prose else BLANK_LINE
-    return Documents(where, separator, all_records, places if can_seek else None, prose, nbytes, sizes[-1])
+    return Documents(
+        where,
+        "" if prose else BLANK_LINE,
+        lambda: from_file(0),
+        places if can_seek else None,
+        prose=prose,
+        nbytes=sizes[-1] if can_seek else None,
+        stored=sizes[-1],
+    )

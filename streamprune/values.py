@@ -7,7 +7,8 @@ UsageError that names both. numpy's and torch's scalars count as the numbers the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +16,18 @@ from streamprune.errors import UsageError
 
 SIZE_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SIZE_UNITS |= {"TB": 10**12, "": 1}
+MOST = 2**63
+SHOWN = 100  # characters of a value in a message
 
 
 def plain(value: Any) -> Any:
     """A scalar of numpy or torch as Python's own; anything else as it is."""
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
+    if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
+        return value
+    try:
+        return value.item()
+    except RuntimeError:  # a tensor on meta has none
+        return value
 
 
 def text(flag: str, value: Any) -> str:
@@ -29,7 +37,9 @@ def text(flag: str, value: Any) -> str:
 
 def source(flag: str, value: Any) -> str:
     """A path or a name as a string."""
-    return os.fspath(value) if isinstance(value, str | os.PathLike) else _refuse(flag, value, "give a path or a name")
+    name = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    good = isinstance(name, str) and name and "\0" not in name
+    return str(name) if good else _refuse(flag, value, "give a path or a name")
 
 
 def path(flag: str, value: Any) -> Path:
@@ -37,15 +47,15 @@ def path(flag: str, value: Any) -> Path:
     return Path(source(flag, value))
 
 
-def source_or_off(flag: str, value: Any) -> Path | bool | None:
+def source_or_off(flag: str, value: Any) -> str | bool | None:
     """A path or a name, False for none, or True for what is taken by default."""
     value = plain(value)
     if isinstance(value, bool):
         return None if value else False
-    return path(flag, value)
+    return source(flag, value)
 
 
-def flag(flag: str, value: Any) -> bool:
+def switch(flag: str, value: Any) -> bool:
     """True or False."""
     value = plain(value)
     return value if isinstance(value, bool) else _refuse(flag, value, "give True or False")
@@ -54,12 +64,14 @@ def flag(flag: str, value: Any) -> bool:
 def whole(flag: str, value: Any) -> int:
     """A whole number."""
     value = plain(value)
-    if isinstance(value, str) and value.strip().lstrip("+-").isdecimal():
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    found = number(flag, value)
-    return int(found) if found.is_integer() else _refuse(flag, value, "give a whole number")
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
+        found = int(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        found = value
+    else:
+        real = number(flag, value)
+        found = int(real) if real.is_integer() else _refuse(flag, value, "give a whole number")
+    return found if abs(found) < MOST else _refuse(flag, value, "give a number below 2^63")
 
 
 def number(flag: str, value: Any) -> float:
@@ -87,8 +99,12 @@ def size(flag: str, value: Any) -> int:
 
 def layer_range(flag: str, value: Any) -> tuple[int, int]:
     """Two layers (A, B), end-exclusive, or "A:B"."""
+    if isinstance(value, range) and value.step == 1:
+        return value.start, value.stop
     ends = value.split(":") if isinstance(value, str) else value
     try:
+        if isinstance(ends, range | Mapping | Set):
+            raise TypeError
         start, stop = ends
     except (TypeError, ValueError):
         _refuse(flag, value, "give A:B, such as 4:28")
@@ -112,8 +128,13 @@ def settings(flag: str, value: Any) -> dict[str, Any]:
     """A method's own numbers by name."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         _refuse(flag, value, 'give a dictionary such as {"rho": 0.2}')
-    return {name: plain(each) for name, each in value.items()}
+    found = {name: plain(each) for name, each in value.items()}
+    for name, each in found.items():
+        if isinstance(each, bool) or not isinstance(each, str | int | float | None):
+            _refuse(f"{flag} {name}", each, "give a number or a name")
+    return found
 
 
 def _refuse(flag: str, value: Any, remedy: str) -> NoReturn:
-    raise UsageError(f"{flag} {value!r}: {remedy}")
+    shown = repr(value)
+    raise UsageError(f"{flag} {shown if len(shown) <= SHOWN else shown[:SHOWN] + '...'}: {remedy}")

@@ -155,8 +155,9 @@ def _split(specs: Sequence[TensorSpec], max_shard_size: int) -> list[list[Tensor
 
 
 def write_json(file: Path, value: object) -> None:
-    """Indented JSON with a final newline, as transformers writes it."""
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Indented JSON with a final newline, as transformers writes it; file names that are no UTF-8 are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

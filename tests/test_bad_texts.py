@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import pytest
@@ -118,3 +119,25 @@ def test_plan_leaves_a_pipe_to_the_run(streamprune, model, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for source in ("-", tmp_path / "pipe"):
         assert streamprune("plan", "--model", model, "--method", "taylor", "--calibration", source).code == 0
+
+
+def test_names_that_are_no_utf8_cost_nothing(streamprune, model, output, tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("x" * 200)
+    options = ("--method", "taylor", "--calibration", tmp_path / name, "--evaluate", tmp_path / name, "--quiet", *SHORT)
+    result = streamprune("--model", model, "--output", output, *options)
+    assert result.code == 0, result.err
+    assert "caf\\udce9.txt" in (output / "README.md").read_text()
+    assert json.loads((output / "streamprune.json").read_text())["options"]["calibration"].endswith(name)
+
+
+@pytest.mark.parametrize("command", [("eval", "--text"), ("plan", "--evaluate"), ("plan", "--calibration")])
+def test_an_empty_name_is_refused(command, streamprune, model):
+    result = streamprune(*command, "", "--model", model)
+    assert result.code == 2
+    assert f"{command[1]} '': give a path or a name" in result.err
+
+
+def test_a_missing_text_beside_the_working_directory_is_no_data_set(streamprune, model):
+    for command in (("eval", "--text"), ("plan", "--evaluate")):
+        assert "gone does not exist" in streamprune(*command, "./gone", "--model", model).err

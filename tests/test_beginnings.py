@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from cli_runner import SHORT
 from conftest import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -98,8 +99,7 @@ def test_segments_lose_no_token_between_them(marked):
     assert segments[:, : len(begins)].tolist() == [list(begins)] * len(segments)
 
 
-def test_without_a_bos_nothing_is_as_it_was_not(tmp_path):
-    """Tokenizers that add none give the sequences that they gave before there was a choice."""
+def test_tokenizers_without_a_bos_give_the_sequences_that_they_gave_before(tmp_path):
     save_marked(tmp_path, None)
     text = embedded_text("calibration")
     generator = torch.Generator().manual_seed(5)
@@ -114,6 +114,32 @@ def test_always_without_a_bos_token_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"--bos always: .* has no BOS token"):
         beginning(load_tokenizer(tmp_path), "always")
     assert beginning(load_tokenizer(tmp_path), "auto") == ()
+
+
+def test_a_bos_that_the_config_does_not_name_is_taken_too(tmp_path):
+    save_marked(tmp_path, "<s> $A", bos_token=None)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>"]})
+    assert tokenizer("a")["input_ids"][0] == BOS
+    assert beginning(tokenizer, "auto") == (BOS,)
+
+
+def test_a_tokenizer_that_knows_few_letters_shows_its_bos(tmp_path):
+    vocabulary = {"<s>": 0, "A": 1, "C": 2, "G": 3, "T": 4}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert beginning(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"), "auto") == (0,)
+
+
+@pytest.mark.parametrize("mark", [True, False, None], ids=["bos", "no-bos", "default"])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GemmaTokenizer"])
+def test_classes_of_transformers_begin_as_they_encode(name, mark):
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "<bos>": 4, "<eos>": 5, "▁a": 6, "a": 7, "▁": 8}
+    options = {} if mark is None else {"add_bos_token": mark}
+    tokenizer = getattr(transformers, name)(vocab=vocabulary, merges=[], **options)
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert [*beginning(tokenizer, "auto"), *plain] == tokenizer("a")["input_ids"]
+    assert bool(beginning(tokenizer, "auto")) == bool(mark)
 
 
 def test_a_sequence_of_marks_alone_is_refused(tmp_path):

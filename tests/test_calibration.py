@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 from conftest import VOCABULARY, save_tiny, save_tokenizer, token_ids
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamprune import evaluate
 from streamprune.calibration import load_tokenizer, tokenize
@@ -110,6 +110,31 @@ def test_tokenising_in_blocks_loses_and_repeats_nothing(size, tokenizer, monkeyp
     whole = tokenize(tokenizer, text)
     monkeypatch.setattr("streamprune.calibration.BLOCK_CHARACTERS", size)
     assert torch.equal(tokenize(tokenizer, text), whole)
+
+
+def marked_words(kind):
+    """A tokenizer that puts something before a text, or makes one token of white space."""
+    letters = [chr(number) for number in range(33, 127)]
+    vocabulary = {token: number for number, token in enumerate(["▁", "\n", "\n\n", "Ġ", "Ċ", "ĊĊ", *letters])}
+    merges = [("\n", "\n"), ("Ċ", "Ċ")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    if kind == "metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    elif kind == "prepend":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix-space")
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("size", [5, 40, 100])
+@pytest.mark.parametrize("kind", ["metaspace", "prepend", "prefix-space", "byte-level"])
+def test_blocks_have_the_tokens_of_the_whole_text(kind, size, monkeypatch):
+    text = "A line of words\n\nThe next one, and\n = more = \n \n of it\nthe last. " * 7
+    tokenizer = marked_words(kind)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr("streamprune.calibration.BLOCK_CHARACTERS", size if size > 5 else 60)
+    assert tokenize(tokenizer, text).tolist() == whole
 
 
 def test_no_special_tokens_are_added(tokenizer, tmp_path):

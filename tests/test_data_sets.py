@@ -22,6 +22,14 @@ class Rows(list):
 
     column_names = ("text",)
 
+    def select_columns(self, names):
+        return Rows({name: row[name] for name in names} for row in self)
+
+    def iter(self, size):
+        for start in range(0, len(self), size):
+            part = self[start : start + size]
+            yield {name: [row[name] for row in part] for name in part[0]}
+
     def shuffle(self, seed, buffer_size):
         return Rows(random.Random(seed).sample(self, len(self)))
 
@@ -80,7 +88,42 @@ def test_a_data_set_saved_to_disk_is_read_by_its_split(tmp_path, monkeypatch):
     assert opened(f"{tmp_path}:test") == ["b"]
     with pytest.raises(CalibrationError, match=r"has the splits train, test; name one as .*:SPLIT"):
         opened(f"{tmp_path}:validation")
-    assert next(open_documents(tmp_path).places(random.Random(0)))[1].__next__() == "a"
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_from_disk=lambda path: splits["test"]))
+    assert opened(tmp_path) == ["b"]
+    with pytest.raises(CalibrationError, match=r"has no splits; leave :test out"):
+        opened(f"{tmp_path}:test")
+
+
+def test_rows_of_a_stream_are_drawn_by_their_length(hub, monkeypatch):
+    rows = Rows([{"text": "a" * 10}] * 50 + [{"text": "b" * 90}] * 50)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *names, **options: rows))
+    places = open_documents("org/corpus").places(random.Random(0))
+    drawn = [next(next(places)[1])[0] for _ in range(400)]
+    assert abs(drawn.count("b") / 400 - 0.9) < 0.07
+    shuffled = list(open_documents("org/corpus").shuffled(random.Random(0)))
+    assert sorted(shuffled) == sorted(row["text"] for row in rows)
+    assert shuffled != [row["text"] for row in rows]
+
+
+def test_a_stream_that_breaks_off_is_refused(monkeypatch):
+    class Broken(Rows):
+        def __iter__(self):
+            yield {"text": "a"}
+            raise ConnectionError("gone")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *names, **options: Broken()))
+    with pytest.raises(CalibrationError, match=r"cannot be read to its end: gone; give a file"):
+        opened("org/corpus")
+
+
+def test_a_directory_s_name_may_have_colons(tmp_path):
+    directory = tmp_path / "a:b"
+    directory.mkdir()
+    (directory / "a.txt").write_text("words")
+    assert "".join(opened(directory)) == "words"
+    with pytest.raises(CalibrationError, match=r"leave :c out"):
+        opened(f"{directory}:c")
 
 
 def test_a_split_of_a_directory_of_files_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import lzma
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -47,6 +48,7 @@ FORMATS: dict[str, Callable[[list[str]], str]] = {
     "pretty.json": lambda texts: json.dumps(rows(texts), indent=2),
     "values.json": lambda texts: "\n".join(json.dumps(row, indent=2) for row in rows(texts)),
     "strings.json": json.dumps,
+    "two-arrays.json": lambda texts: json.dumps(rows(texts)[:1]) + "\n" + json.dumps(rows(texts)[1:]),
     "a.csv": lambda texts: table(texts, ","),
     "a.tsv": lambda texts: table(texts, "\t"),
     "lines.txt": lines,  # records are not prose, whatever the file is called
@@ -154,9 +156,10 @@ def test_a_byte_order_mark_and_carriage_returns_go(tmp_path):
         ("text".encode("utf-32"), r"UTF-32"),
         ("text".encode("utf-16-le"), r"byte 0x00 at 1"),
         (b"PAR1\x15\x00\x15", r"byte 0x00 at 5"),
+        (b"x" * (1 << 20) + b"\0", r"byte 0x00 at 1,048,576"),
         ("☂".encode()[:2], r"ends within a UTF-8 character"),
     ],
-    ids=["latin", "late", "utf-16", "utf-32", "utf-16-no-mark", "binary", "cut"],
+    ids=["latin", "late", "utf-16", "utf-32", "utf-16-no-mark", "binary", "late-nul", "cut"],
 )
 def test_other_encodings_are_refused_with_the_byte(data, named, tmp_path):
     (tmp_path / "a.txt").write_bytes(data)
@@ -173,6 +176,10 @@ def test_other_encodings_are_refused_with_the_byte(data, named, tmp_path):
         ("a.txt", "<!DOCTYPE html><p>words", r"is a web page, not the file itself; download it again"),
         ("a.txt", "\n<?xml version='1.0'?>", r"is a web page, not the file itself; download it again"),
         ("a.txt", "version https://git-lfs.github.com/spec/v1\noid", r"Git LFS pointer.*git lfs pull"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\noid", r"Git LFS pointer"),
+        ("a.csv.gz", "<html>", r"is a web page"),
+        ("a.parquet", "version https://git-lfs.github.com/spec/v1\noid", r"Git LFS pointer"),
+        ("a.json", '[{"text": "a"}] and more', r"record 2 is not JSON"),
         ("a.json", "words", r"a\.json is not JSON, it begins with 'words'"),
         ("a.json", "", r"is not JSON"),
         (
@@ -266,9 +273,20 @@ def test_conversations_in_parquet_go_through_the_template(tmp_path):
     assert opened(file, field="messages", render=render) == ["<user>Hello<assistant>Hi"] * 2
 
 
-def test_messages_without_a_known_role_are_refused(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [{"speaker": "A", "says": "x"}]}))
-    with pytest.raises(CalibrationError, match=r"a\.jsonl:1: 'messages' holds no messages with a role .*--field"):
+def test_other_roles_and_calls_of_tools_are_the_template_s_matter(tmp_path):
+    messages = [{"role": "developer", "content": None, "tool_calls": [{"name": "f"}]}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
+    seen = []
+    opened(tmp_path / "a.jsonl", field="messages", render=lambda given: seen.append(given) or "text")
+    assert seen == [[{"role": "developer", "content": "", "tool_calls": [{"name": "f"}]}]]
+
+
+@pytest.mark.parametrize(
+    "message", [{"speaker": "A"}, {"role": ["user"], "content": "x"}, {"role": "user", "content": 3}]
+)
+def test_messages_without_a_role_or_content_are_refused(message, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": [message]}))
+    with pytest.raises(CalibrationError, match=r"'messages' holds no messages with a role and a content"):
         opened(tmp_path / "a.jsonl", field="messages", render=render)
 
 
@@ -290,7 +308,7 @@ def test_a_directory_of_prose_is_its_texts(tmp_path):
     (tmp_path / "a.txt").write_text("one ")
     (tmp_path / "b.md").write_text("two")
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    assert "".join(opened(tmp_path)) == "one two"
+    assert "".join(opened(tmp_path)) == "one \n\ntwo"
 
 
 def test_a_directory_without_texts_is_refused(tmp_path):
@@ -324,7 +342,39 @@ def test_a_pipe_is_read_as_a_file_is(tmp_path):
     writer.join()
 
 
+@pytest.mark.parametrize(("delimiter", "header"), [(",", True), ("\t", True), (",", False)])
+def test_a_table_from_a_pipe_is_told_by_its_columns(delimiter, header, tmp_path):
+    (tmp_path / "given").write_text(table(TEXTS, delimiter) if header else "text\n" + '"one, two"\n')
+    assert opened(tmp_path / "given") == (TEXTS if header else ["one, two"])
+
+
+def test_files_of_other_marks_may_have_been_put_together(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + "\ufeff".encode() + b'{"text": "b"}\n')
+    assert opened(tmp_path / "a.jsonl") == ["a", "b"]
+    (tmp_path / "a.txt").write_text("prose")
+    (tmp_path / "b.txt").write_text('{"text": "c"}\n')
+    assert opened(tmp_path) == ["a", "b", "c"], "prose beside records is about them"
+
+
+def test_a_long_line_is_read_once(tmp_path, monkeypatch):
+    """A line of many pieces is put together at its end, not piece by piece."""
+    monkeypatch.setattr(records, "CHUNK_BYTES", 16)
+    text = "x" * 400_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    start = time.perf_counter()
+    assert opened(tmp_path / "a.jsonl") == [text]
+    assert time.perf_counter() - start < 2
+
+
+def test_closed_input_and_names_that_cannot_be_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(CalibrationError, match="terminal or closed"):
+        opened("-")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        opened("a" * 300)
+
+
 def test_a_terminal_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    with pytest.raises(CalibrationError, match="standard input is a terminal"):
+    with pytest.raises(CalibrationError, match="standard input is a terminal or closed"):
         opened("-")

@@ -24,7 +24,7 @@ TAKEN = [
     ("output", "o", Path("o")),
     ("output", PurePosixPath("o"), Path("o")),
     ("calibration", Path("a.txt"), "a.txt"),
-    ("evaluate", "a.txt", Path("a.txt")),
+    ("evaluate", Path("a.txt"), "a.txt"),
     ("evaluate", False, False),
     ("evaluate", True, None),
     ("evaluate", numpy.bool_(False), False),
@@ -55,6 +55,7 @@ TAKEN = [
     ("device", torch.device("cuda", 1), "cuda:1"),
     ("device", 0, "cuda:0"),
     ("stock", numpy.bool_(True), True),
+    ("layers", range(4, 28), (4, 28)),
     ("settings", {"steps": numpy.int64(2)}, {"steps": 2}),
 ]
 
@@ -108,6 +109,20 @@ REFUSED = [
     ("sampling", "last"),
     ("bos", True),
     ("evaluate", 3),
+    ("evaluate", ""),
+    ("calibration", ""),
+    ("model", ""),
+    ("output", "a\0b"),
+    ("samples", "--5"),
+    ("samples", 10**400),
+    ("seed", "1" * 5000),
+    ("granularity", "1" * 5000 + ":4"),
+    ("ratio", torch.tensor(0.2, device="meta")),
+    ("layers", {8, 4}),
+    ("layers", {4: 5, 8: 9}),
+    ("layers", range(4, 28, 2)),
+    ("settings", {"steps": True}),
+    ("settings", {"steps": [1]}),
 ]
 
 

@@ -65,8 +65,8 @@ def write(name, tmp_path):
     return file
 
 
-ANYWHERE = ("a.txt", "a.jsonl", "a.parquet")
-PASSING = ("a.txt.gz", "a.jsonl.gz", "a.json", "a.csv")
+ANYWHERE = ("a.txt", "a.jsonl")
+PASSING = ("a.txt.gz", "a.jsonl.gz", "a.json", "a.csv", "a.parquet")
 
 
 @pytest.fixture
@@ -121,8 +121,6 @@ def test_first_stops_when_it_has_enough(name, long, monkeypatch):
 
 @pytest.mark.parametrize("name", ANYWHERE + PASSING)
 def test_a_long_text_that_is_too_short_all_the_same_is_refused(name, long):
-    if name == "a.parquet":
-        return  # its bytes do not tell how long its text is
     with pytest.raises(
         CalibrationError, match=r"the text has about [56]\d,\d\d\d tokens, 700 samples of 100 need 70,000"
     ):
@@ -141,7 +139,7 @@ def test_sampling_records_takes_their_starts_each_once(name, whole, long, monkey
     assert set(windows[:, 0].tolist()) == {7}
     assert set((windows[:, 1] % PER_RECORD).tolist()) == {0}
     assert len(set(windows[:, 1].tolist())) == 30
-    with pytest.raises(CalibrationError, match=rf"0 places with {PER_RECORD + 1} tokens .*--seq-len"):
+    with pytest.raises(CalibrationError, match=rf"0 records with {PER_RECORD + 1} tokens .*--seq-len"):
         long(name).sequences(2, PER_RECORD + 1, "records", seed=0)
 
 
@@ -173,15 +171,59 @@ def test_places_within_characters_of_several_bytes_are_places_in_the_text(suffix
         assert piece[int(share * len(piece)) :].lstrip("☂é語 ") == ""
 
 
-def test_rows_of_parquet_are_found_across_groups_and_batches(tmp_path):
-    pytest.importorskip("pyarrow")
-    documents = open_documents(write("a.parquet", tmp_path))
-    for seed in range(30):
-        draw = random.Random(seed)
-        row = random.Random(seed).random() * len(RECORDS)
-        share, rest = next(documents.places(draw))
-        assert share == pytest.approx(math.modf(row)[0])
-        assert [next(rest), next(rest)] == RECORDS[int(row) : int(row) + 2] or int(row) == len(RECORDS) - 1
+def uneven(name, tmp_path):
+    """A file whose first record has half of all words; each second one of the others carries much that is no text."""
+    texts = [numbered(0, 20_000), *(numbered(start, start + 40) for start in range(20_000, 40_000, 40))]
+    rows = [{"text": text, "meta": "x" * 2000 * (number % 2)} for number, text in enumerate(texts)]
+    file = tmp_path / name
+    if name.endswith(".parquet"):
+        pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        writer.write_table(pyarrow.Table.from_pylist(rows), file)
+    elif name.endswith(".csv"):
+        file.write_text("text,meta\n" + "".join(f"{row['text']},{row['meta']}\n" for row in rows))
+    elif name.endswith(".json"):
+        file.write_text(json.dumps(rows))
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_records_count_by_the_length_of_their_text_alone(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    corpus = Corpus(open_documents(uneven(name, tmp_path)), Numbers())
+    starts = corpus.sequences(400, 8, "random", seed=1)[:, 0]
+    within = 4 * math.sqrt(0.25 / 400)
+    assert abs(float((starts < 20_000).double().mean()) - 0.5) < within
+    small = starts[starts >= 20_000]
+    with_meta = ((small - 20_000) // 40) % 2 == 0
+    assert abs(float(with_meta.double().mean()) - 0.5) < 4 * math.sqrt(0.25 / len(small))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "long"])
+def test_each_record_that_is_long_enough_is_as_likely(whole, tmp_path, monkeypatch):
+    """χ² over eight records of very different length, each of 200 seeds drawing two of them."""
+    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1 << 30 if whole else 100)
+    file = tmp_path / "a.jsonl"
+    texts = [numbered(1000 * n, 1000 * n + 10 + 90 * n) for n in range(8)] + ["w999999"]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus, counts = Corpus(open_documents(file), Numbers()), Counter()
+    for seed in range(200):
+        drawn = corpus.sequences(2, 10, "records", seed)[:, 0].tolist()
+        assert len(set(drawn)) == 2
+        counts.update(start // 1000 for start in drawn)
+    assert set(counts) == set(range(8))
+    assert sum((count - 50) ** 2 / 50 for count in counts.values()) < 24.3
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_windows_begin_with_words_not_within_them(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    texts = [f"{first:03d}{second:03d}" for first in range(100, 200) for second in range(100, 140)]
+    text = lambda record: json.dumps({"text": record}) + "\n" if name == "a.jsonl" else record + "\n"  # noqa: E731
+    (tmp_path / name).write_text(("" if name == "a.jsonl" else "text\n") + "".join(map(text, texts)))
+    windows = Corpus(open_documents(tmp_path / name), Numbers()).sequences(200, 4, "random", seed=0)
+    assert set(windows.flatten().tolist()) <= set(map(int, texts))
 
 
 def test_a_directory_is_sampled_by_the_bytes_of_its_files(tmp_path, monkeypatch):
