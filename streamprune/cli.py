@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 import torch
+import transformers
 from click.core import ParameterSource
 from huggingface_hub.utils import disable_progress_bars
 
@@ -71,6 +72,7 @@ def _progress(quiet: bool, json_progress: bool) -> Iterator[Progress]:
         raise UsageError("--quiet and --json-progress exclude each other; leave one of them out")
     if json_progress:
         disable_progress_bars()  # the hub's own, of a model that is fetched
+        transformers.logging.set_verbosity_error()  # its warnings are no JSON
     try:
         yield Progress(quiet=quiet, as_json=json_progress)
     except KeyboardInterrupt:
