@@ -78,7 +78,7 @@ def test_ctrl_c_while_the_filling_thread_starts_leaves_no_thread(streamprune, mo
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_the_middle_of_scoring_ends_a_real_process_cleanly(number, model, output, tmp_path):
     before = snapshot(tmp_path)
-    options = ["--method", "moreau", "--set", "steps=1000000", *SHORT]
+    options = ["--method", "moreau", "--set", "steps=20000", *SHORT]
     process = subprocess.Popen(
         [*COMMAND, "--model", str(model), "--output", str(output), *options],
         stdout=subprocess.PIPE,
