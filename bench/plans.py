@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from random_model import save_tokenizer
 
+from streamprune.documents import embedded_text
 from streamprune.families import FAMILIES
 
 LLAMA = {
@@ -117,8 +119,11 @@ def stored_shapes(model_type: str, model: Any) -> dict[str, list[int]]:
 def main(more: tuple[str, ...]) -> None:
     """Print the plans, with MORE options."""
     with tempfile.TemporaryDirectory() as directory:
+        # A plan loads the tokenizer and opens the text, as the run will.
+        Path(directory, "c4.txt").write_text(embedded_text("calibration"))
         for name, fields in MODELS.items():
             write_headers(Path(directory) / name, fields)
+            save_tokenizer(Path(directory) / name)
         for name, options in PLANS:
             arguments = ["plan", "--model", name, "--no-evaluate", *options.split(), *more]
             print(f"$ streamprune {' '.join(arguments)}", flush=True)

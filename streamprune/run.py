@@ -32,9 +32,9 @@ from streamprune.skeleton import Skeleton
 from streamprune.sweep import Sweeper, default_micro_batch
 from streamprune.writer import OWN_FILE, atomic_directory, check_directory, check_output, check_space, write_json
 
-# What a run holds that a plan alone does not: tokenizer and tokens (52 to 160 MB were measured, the most for a text of
-# 1.1 MB).
-TEXT_BYTES = 160_000_000
+# What a run holds that a plan does not: tokens, and what tokenising them leaves behind (1 to 3 MB of texts of 23 kB and
+# 1.1 MB, 9 MB more for a moment). The tokenizer itself, 50 to 340 MB, a plan loads too.
+TEXT_BYTES = 12_000_000
 CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
 
 
@@ -296,7 +296,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
-        reading = texts.open_texts(config, sweeper.skeleton, planned=True).plan(config, sweeper.skeleton)
+        opened = texts.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held
         work = texts.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
@@ -306,6 +306,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
             found = rates.measured(sweeper, seq_len, rates.default_cache())
         elif assume is not None:
             found = rates.assumed(assume)
+        reading = opened.plan(config, sweeper.skeleton)
         parts = (describe(config, sweeper.skeleton, plan), reading, planner.table(placement, sweeper, found))
         text = "\n".join(part for part in parts if part)
         taken = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}

@@ -12,7 +12,7 @@ from streamprune import PruneConfig, planner, prune, rates, report
 from streamprune.checkpoint import Checkpoint
 from streamprune.paging import Pager
 from streamprune.readers import BLOCK
-from streamprune.run import CACHE_SHARE, TEXT_BYTES, foretell
+from streamprune.run import CACHE_SHARE, foretell
 
 RUNS = [
     ("taylor", "units", {}),
@@ -157,4 +157,4 @@ def test_a_plan_that_measures_counts_the_texts_too(tiny_llama, tmp_path, monkeyp
         foretell(config(tiny_llama, tmp_path / "out"), measure=measure).placement.host_bytes
         for measure in (False, True)
     )
-    assert abs(plain - measuring) < TEXT_BYTES / 4
+    assert abs(plain - measuring) < 40_000_000
