@@ -204,7 +204,7 @@ def _suspects(fields: Mapping[str, Any], message: str) -> dict[str, bool]:
 def _succeeds(attempt: Callable[[Mapping[str, Any]], object], fields: Mapping[str, Any]) -> bool:
     try:
         attempt(fields)
-    except Exception:
+    except Exception:  # of whichever kind: something else is wrong, or this as well
         return False
     return True
 

@@ -136,6 +136,7 @@ def open_texts(
     render = calibration.chat_renderer(tokenizer)
 
     def corpus(source: str | Path | None, prose: str) -> Corpus | None:
+        """The text that was named, or that of the package; None for a pipe that is not to be read yet."""
         if source is None:
             return Corpus(documents.embedded(prose), tokenizer, start)
         if planned and _is_pipe(str(source)):

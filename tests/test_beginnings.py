@@ -12,12 +12,14 @@ from conftest import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from streamprune import texts
 from streamprune.calibration import beginning, chat_renderer, load_tokenizer
 from streamprune.config import PruneConfig
 from streamprune.corpus import Corpus, open_corpus, sample_sequences
 from streamprune.documents import Documents, embedded_text
 from streamprune.errors import CalibrationError, UsageError
-from streamprune.run import prune
+from streamprune.resume import hash_ids
+from streamprune.run import open_model, prune
 
 BOS, EOS, PAD = 256, 257, 258
 # How families' tokenizers mark a text: (post-processor of a text, first tokens that every text is given).
@@ -212,20 +214,24 @@ def test_eval_is_transformers_loss_on_encoded_segments(bos, begins, gemma, strea
 
 
 def test_calibration_repair_and_evaluation_all_begin_with_it(gemma, tmp_path):
-    said = []
     for bos in ("auto", "never"):
         options = {"samples": 2, "seq_len": 16, "compensate": True, "compensate_tokens": 300, "layers": (1, 3)}
         config = PruneConfig(model=gemma, output=tmp_path / bos, method="taylor", bos=bos, **options)
         facts = prune(config).facts
-        said.append([facts["scoring"], facts["compensation"], facts["perplexity"]])
         assert facts["options"]["bos"] == bos
         assert facts["sequences_begin_with"] == ([{"id": BOS, "token": "<s>"}] if bos == "auto" else [])
         card = (tmp_path / bos / "README.md").read_text()
         assert f"`bos`: {bos}" in card
         assert json.loads((tmp_path / bos / "streamprune.json").read_text())["options"]["bos"] == bos
-    for with_bos, without in zip(*said, strict=True):
-        hashes = [next(value for key, value in facts.items() if "sha256" in key) for facts in (with_bos, without)]
-        assert hashes[0] != hashes[1]
+        with open_model(str(gemma), device="cpu") as sweeper:
+            tokens = texts.open_texts(config, sweeper.skeleton).tokens(config, sweeper.skeleton)
+        parts = (tokens.calibration, tokens.repair, tokens.evaluation)
+        assert [tuple(ids.shape) for ids in parts] == [(2, 16), (4, 64), (100, 64)]
+        assert all(bool((ids[:, 0] == BOS).all()) == (bos == "auto") for ids in parts)
+        assert all(BOS not in ids[:, 1:] for ids in parts)
+        hashes = [facts["scoring"]["sha256_of_calibration_ids"]]
+        hashes += [facts[part]["sha256_of_ids"] for part in ("compensation", "perplexity")]
+        assert hashes == list(map(hash_ids, parts)), "what the run computed on"
 
 
 def test_the_number_of_real_tokens_is_said(gemma, streamprune, output):

@@ -1,4 +1,4 @@
-"""What a plan says of the texts that its run will read, and that the run then reads no more."""
+"""What a plan says of the texts that its run will read."""
 
 from __future__ import annotations
 
