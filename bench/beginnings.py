@@ -14,11 +14,12 @@ from pathlib import Path
 
 import click
 
-from streamprune import PruneConfig, evaluate, prune
-from streamprune.corpus import open_corpus
-from streamprune.documents import embedded
-from streamprune.report import table
-from streamprune.run import open_model
+from streamprune import PruneConfig, prune
+from streamprune.figures import table
+from streamprune.pipeline.source import open_model
+from streamprune.streaming.perplexity import perplexity
+from streamprune.texts.corpus import open_corpus
+from streamprune.texts.documents import embedded
 
 METHODS = ("taylor", "wanda-sp", "flap", "moreau-gs")
 BEGINNINGS = ("never", "auto")
@@ -32,7 +33,7 @@ def perplexities(model: Path, data: Path | None) -> dict[str, float]:
         for name, source in sources.items():
             for bos in BEGINNINGS:
                 segments = open_corpus(model, source, bos=bos).segments(128, None, most=100)
-                values[f"{name}, {bos}"] = evaluate.perplexity(sweeper, segments).perplexity
+                values[f"{name}, {bos}"] = perplexity(sweeper, segments).perplexity
     return values
 
 

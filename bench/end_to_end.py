@@ -77,19 +77,19 @@ def token_ids(path: Path) -> torch.Tensor:
 
 def memory(device: str) -> dict:
     """Peak memory of the process and, on a GPU, of the device."""
-    from streamprune.report import peak_rss
+    from streamprune.figures import peak_rss
 
     return {"peak_rss": peak_rss()} | ({"peak_gpu": torch.cuda.max_memory_allocated()} if device == "cuda" else {})
 
 
 def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dict:
     """Scores by sweeps; also what streamprune says it keeps in memory."""
-    from streamprune.methods import METHODS as TABLE
-    from streamprune.methods import UnitScores, resolve_settings
-    from streamprune.report import peak_rss
-    from streamprune.run import open_model
-    from streamprune.statistics import Statistics
-    from streamprune.sweep import default_micro_batch
+    from streamprune.figures import peak_rss
+    from streamprune.methods.table import METHODS as TABLE
+    from streamprune.methods.table import UnitScores, resolve_settings
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.statistics import Statistics
+    from streamprune.streaming.sweeper import default_micro_batch
 
     baseline = peak_rss()
     before = _io("rchar")
@@ -120,9 +120,9 @@ def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dic
 def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, granularity: str = "units") -> dict:
     """Bytes that streamprune says a method holds, by purpose."""
     from streamprune.config import PruneConfig
-    from streamprune.footprint import scoring
-    from streamprune.methods import resolve_settings
-    from streamprune.plan import make_plan
+    from streamprune.methods.table import resolve_settings
+    from streamprune.planning.decision import make_plan
+    from streamprune.planning.footprint import scoring
 
     config = PruneConfig(
         "random", Path("unused"), method, settings, granularity=granularity, layers=(layers.start, layers.stop)
@@ -137,7 +137,7 @@ def whole(path: Path, method: str, device: str, *, checkpointing: bool) -> dict:
     """The same scores with everything in memory: w + δ is w in the first update, so δ = −γg either way."""
     from transformers import AutoModelForCausalLM
 
-    from streamprune.report import peak_rss
+    from streamprune.figures import peak_rss
 
     baseline = peak_rss()
     # As streamprune computes by default: float32 on a CPU, the stored dtype on a GPU.
@@ -248,7 +248,7 @@ def compare(path: Path, layers: int, repeat: int, ways: tuple[str, ...], device:
 
 def show(rows: list[dict]) -> str:
     """The table that is printed."""
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     lines = [
         [

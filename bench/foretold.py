@@ -35,7 +35,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [
 def one(job: dict[str, Any]) -> dict[str, Any]:
     """A plan or a run, in this process."""
     from streamprune import PruneConfig, prune
-    from streamprune.run import foretell
+    from streamprune.pipeline.run import foretell
 
     fields = {key: tuple(value) if key == "layers" else value for key, value in job["options"].items()}
     gpu = fields["device"] == "cuda"
@@ -81,9 +81,9 @@ def main(
     from end_to_end import CONFIG
     from random_model import save_tokenizer, write_model
 
-    from streamprune import demo
-    from streamprune.progress import Progress
-    from streamprune.report import human, table
+    from streamprune.commands import demo
+    from streamprune.figures import human, table
+    from streamprune.pipeline.progress import Progress
 
     scratch.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="foretold-", dir=scratch))

@@ -34,11 +34,11 @@ def one(path: str, method: str, granularity: str) -> dict[str, Any]:
     from end_to_end import SEQ_LEN, held, token_ids
 
     from streamprune.config import PruneConfig
-    from streamprune.methods import METHODS, LayerScores, Sparsity, UnitScores, WeightPruner, resolve_settings
-    from streamprune.report import peak_rss
-    from streamprune.run import open_model
-    from streamprune.statistics import Statistics
-    from streamprune.sweep import default_micro_batch
+    from streamprune.figures import peak_rss
+    from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores, WeightPruner, resolve_settings
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.statistics import Statistics
+    from streamprune.streaming.sweeper import default_micro_batch
 
     baseline = peak_rss()
     config = PruneConfig(model=path, output=Path("unused"), method=method, granularity=granularity)
@@ -76,7 +76,7 @@ def main(scratch: Path | None, json_file: Path | None, one_run: tuple[str, str, 
         raise click.UsageError("--scratch is needed")
     from end_to_end import make_model
 
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     scratch.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="forward-", dir=scratch))

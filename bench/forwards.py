@@ -41,8 +41,8 @@ Pass = Callable[[], float]
 
 def streamed(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass, list[Path]]:
     """Our sweep."""
-    from streamprune.run import open_model
-    from streamprune.sweep import default_micro_batch
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.sweeper import default_micro_batch
 
     dtype = stored_dtype(model) if stored else "float32"
     opened = open_model(model, device="cpu", dtype=dtype, micro_batch=default_micro_batch(SEQ_LEN))
@@ -115,7 +115,7 @@ def drop(paths: list[Path]) -> None:
 
 def one(way: str, model: str, scratch: Path, repeat: int, tokens: int, stored: bool) -> dict[str, Any]:
     """All passes of a way, in this process."""
-    from streamprune.report import peak_rss
+    from streamprune.figures import peak_rss
 
     vocabulary = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     shape = (max(1, tokens // SEQ_LEN), min(tokens, SEQ_LEN))
@@ -150,7 +150,7 @@ def measure(way: str, scratch: Path, **job: Any) -> dict[str, Any] | None:
 
 def show(figures: list[dict[str, Any]]) -> str:
     """A row per way, and the targets."""
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     ours = next(row for row in figures if row["way"] == "streamprune")
     rows = [["way", "warm, s", "of streamprune's", "cold, s", "of streamprune's", "peak RSS", "on disk", "loss"]]
@@ -194,8 +194,8 @@ def main(
         return
     if scratch is None:
         raise click.UsageError("--scratch is missing")
-    from streamprune import demo
-    from streamprune.progress import Progress
+    from streamprune.commands import demo
+    from streamprune.pipeline.progress import Progress
 
     scratch.mkdir(parents=True, exist_ok=True)
     path = str(model or demo.fetch(demo.default_cache(), Progress()))

@@ -107,12 +107,14 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
     Binding a layer is widening and perturbing its weights; the rest is the layers' own forwards and backwards, the
     head, and waiting for the disk.
     """
-    from streamprune import binding, demo
-    from streamprune.methods import METHODS, UnitScores, gradient, resolve_settings, scores
-    from streamprune.progress import Progress
-    from streamprune.run import open_model
-    from streamprune.statistics import Statistics
-    from streamprune.sweep import default_micro_batch
+    from streamprune.commands import demo
+    from streamprune.methods import gradient, sinks
+    from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+    from streamprune.pipeline.progress import Progress
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming import binder
+    from streamprune.streaming.statistics import Statistics
+    from streamprune.streaming.sweeper import default_micro_batch
 
     seconds: dict[str, float] = {}
 
@@ -126,7 +128,7 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
 
         return run
 
-    watched = ((binding.Binder, "bind"), (gradient, "moreau_step"), (scores, "unit_score"))
+    watched = ((binder.Binder, "bind"), (gradient, "moreau_step"), (sinks, "unit_score"))
     originals = [getattr(owner, name) for owner, name in watched]
     model = demo.fetch(demo.default_cache(), Progress())
     with open_model(str(model), device="cpu", micro_batch=default_micro_batch(TOKENS)) as sweeper:

@@ -82,7 +82,7 @@ def main(mode: str | None, model: str, targets: tuple[str, ...], dry: bool, json
         raise click.UsageError("one of " + ", ".join(f"--{name}" for name in MODES))
     sys.path.insert(0, str(Path(__file__).parent))
     rows, figures = main_table(mode, {"model": model, "dry": dry, "targets": targets})
-    from streamprune.report import table
+    from streamprune.figures import table
 
     print(table(rows, markdown=True))
     if json_file:

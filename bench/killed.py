@@ -150,7 +150,7 @@ def main(kills: int, json_file: Path | None) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     with tempfile.TemporaryDirectory() as directory:
         rows = measure(Path(directory), kills)
-    from streamprune.report import table
+    from streamprune.figures import table
 
     lines = [["command", "undisturbed, s", "kills", "trials", "identical", "killed while", "left behind"]]
     for row in rows:

@@ -235,7 +235,7 @@ def check_output(model: Path, output: Path) -> dict[str, int]:
     Raises:
         Wrong: anything that is not as it should be.
     """
-    from streamprune.checkpoint import Checkpoint
+    from streamprune.storage.checkpoint import Checkpoint
 
     kept = json.loads((output / "streamprune.json").read_text())["kept"]
     with Checkpoint(model) as source, Checkpoint(output) as pruned:
@@ -289,7 +289,7 @@ def stage_seconds(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def show(figures: Mapping[str, Any]) -> str:
     """The table that is printed."""
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     gpu = figures["gpu_limit"] is not None and "scoring" in figures
 

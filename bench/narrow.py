@@ -22,17 +22,17 @@ import click
 import torch
 from torch import Tensor
 
-from streamprune import demo
-from streamprune.corpus import open_corpus
-from streamprune.documents import embedded
-from streamprune.methods import METHODS, UnitScores, resolve_settings
-from streamprune.progress import Progress
-from streamprune.report import table
-from streamprune.run import open_model
-from streamprune.state import Key
-from streamprune.statistics import Statistics
-from streamprune.stores import Memory, make_store
-from streamprune.sweep import default_micro_batch
+from streamprune.commands import demo
+from streamprune.figures import table
+from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import open_model
+from streamprune.storage.journal import Key
+from streamprune.storage.tensor_store import Memory, make_store
+from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.sweeper import default_micro_batch
+from streamprune.texts.corpus import open_corpus
+from streamprune.texts.documents import embedded
 
 RUNS = [
     ("gblm", {}),

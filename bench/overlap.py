@@ -19,10 +19,10 @@ from pathlib import Path
 import click
 import torch
 
-from streamprune.paging import Page, Pager, Turn
-from streamprune.readers import ReaderKind
-from streamprune.report import table
-from streamprune.run import open_model
+from streamprune.figures import table
+from streamprune.pipeline.source import open_model
+from streamprune.storage.reader import ReaderKind
+from streamprune.streaming.pager import Page, Pager, Turn
 
 SEQ_LEN = 128
 

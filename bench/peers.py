@@ -29,14 +29,14 @@ RUNS = [(method, pattern) for method in ("wanda", "sparsegpt") for pattern in ("
 
 def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     """One pruning by streamprune, as `streamprune --no-evaluate` does it."""
-    from streamprune import companions
     from streamprune.config import PruneConfig
-    from streamprune.job import Job
-    from streamprune.methods import resolve_settings
-    from streamprune.plan import make_plan
-    from streamprune.progress import Progress
-    from streamprune.run import open_model
-    from streamprune.sweep import default_micro_batch
+    from streamprune.methods.table import resolve_settings
+    from streamprune.output import companions
+    from streamprune.pipeline.job import Job
+    from streamprune.pipeline.progress import Progress
+    from streamprune.pipeline.source import open_model
+    from streamprune.planning.decision import make_plan
+    from streamprune.streaming.sweeper import default_micro_batch
 
     config = PruneConfig(model=model, output=Path(output), method=method, granularity=pattern)
     settings = resolve_settings(method, {}, "weights")
@@ -85,13 +85,13 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def perplexity(model: str, data: Path) -> float:
     """Streamed, of the test split."""
-    from streamprune import evaluate
-    from streamprune.corpus import open_corpus
-    from streamprune.run import open_model
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.perplexity import perplexity
+    from streamprune.texts.corpus import open_corpus
 
     with open_model(model) as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-test.txt")
-        return evaluate.perplexity(sweeper, corpus.segments(128, 100)).perplexity
+        return perplexity(sweeper, corpus.segments(128, 100)).perplexity
 
 
 def measure(python: str, job: dict[str, Any], data: Path) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def measure(python: str, job: dict[str, Any], data: Path) -> dict[str, Any]:
 
 def show(results: dict[str, list[dict[str, Any]]]) -> str:
     """A row per method, pattern and side."""
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     rows = [["method", "pattern", "by", "perplexity", "seconds", "of the peer's", "peak RSS"]]
     for key, runs in results.items():
@@ -152,9 +152,9 @@ def main(
         return
     if data is None:
         raise click.UsageError("--data is needed")
-    from streamprune import demo
-    from streamprune.corpus import open_corpus
-    from streamprune.progress import Progress
+    from streamprune.commands import demo
+    from streamprune.pipeline.progress import Progress
+    from streamprune.texts.corpus import open_corpus
 
     path = str(model or demo.fetch(demo.default_cache(), Progress()))
     corpus = open_corpus(Path(path), data / "wikitext2-valid.txt")

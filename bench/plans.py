@@ -20,8 +20,8 @@ from typing import Any
 import click
 from random_model import save_tokenizer
 
-from streamprune.documents import embedded_text
-from streamprune.families import FAMILIES
+from streamprune.model.families import FAMILIES
+from streamprune.texts.documents import embedded_text
 
 LLAMA = {
     "model_type": "llama",

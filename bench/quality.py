@@ -94,17 +94,17 @@ TEXTS = {
 
 def measure(job: dict[str, Any]) -> None:
     """Score once and measure all settings of a job; one line of JSON each, as they are done."""
-    from streamprune import companions
     from streamprune.config import PruneConfig
-    from streamprune.corpus import open_corpus
-    from streamprune.job import Job
-    from streamprune.methods import METHODS, resolve_settings
-    from streamprune.plan import make_plan
-    from streamprune.progress import Progress
-    from streamprune.report import peaks
-    from streamprune.run import open_model
-    from streamprune.sweep import default_micro_batch
-    from streamprune.texts import REPAIR_SEQ_LEN
+    from streamprune.methods.table import METHODS, resolve_settings
+    from streamprune.output import companions
+    from streamprune.pipeline.batches import REPAIR_SEQ_LEN
+    from streamprune.pipeline.job import Job
+    from streamprune.pipeline.progress import Progress
+    from streamprune.pipeline.source import open_model
+    from streamprune.planning.decision import make_plan
+    from streamprune.streaming.device import peaks
+    from streamprune.streaming.sweeper import default_micro_batch
+    from streamprune.texts.corpus import open_corpus
 
     data, method = Path(job["data"]), METHODS[job["method"]]
     scores = None
@@ -156,15 +156,15 @@ def device_name(device: Any) -> str:
 
 def perplexities(directory: str, data: Path) -> dict[str, float]:
     """Of the three texts, streamed."""
-    from streamprune import evaluate
-    from streamprune.corpus import open_corpus
-    from streamprune.run import open_model
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.perplexity import perplexity
+    from streamprune.texts.corpus import open_corpus
 
     values = {}
     with open_model(directory, dtype=DTYPE, pruned=True) as pruned:
         for name, (file, seq_len, samples) in TEXTS.items():
             corpus = open_corpus(pruned.skeleton.checkpoint.path, data / f"{file}.txt")
-            values[name] = evaluate.perplexity(pruned, corpus.segments(seq_len, samples)).perplexity
+            values[name] = perplexity(pruned, corpus.segments(seq_len, samples)).perplexity
     return values
 
 
@@ -181,8 +181,8 @@ def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dic
 
 def show(table: str, results: dict[str, Any]) -> str:
     """A row per method and variant, a column per amount: perplexities of the three texts."""
-    from streamprune.report import human, say_peaks
-    from streamprune.report import table as aligned
+    from streamprune.figures import human, say_peaks
+    from streamprune.figures import table as aligned
 
     runs: dict[str, list[dict[str, Any]]] = {}
     for key, run in results.items():
@@ -261,8 +261,8 @@ def main(
         return
     results: dict[str, Any] = json.loads(json_file.read_text()) if json_file and json_file.exists() else {}
     if data is not None:
-        from streamprune import demo
-        from streamprune.progress import Progress
+        from streamprune.commands import demo
+        from streamprune.pipeline.progress import Progress
 
         path = str(model or demo.fetch(demo.default_cache(), Progress()))
         methods, settings = TABLES[table]

@@ -21,7 +21,7 @@ def write_model(path: Path, config: Mapping[str, Any], *, max_shard_size: int = 
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from streamprune.writer import ShardedWriter, TensorSpec
+    from streamprune.storage.shards import ShardedWriter, TensorSpec
 
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))

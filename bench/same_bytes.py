@@ -25,8 +25,8 @@ import transformers
 from conftest import FAMILY_FIELDS, RAGGED, save_tiny
 
 from streamprune import Progress, PruneConfig, prune
-from streamprune.methods import METHODS
-from streamprune.run import foretell
+from streamprune.methods.table import METHODS
+from streamprune.pipeline.run import foretell
 
 SMALL: dict[str, Any] = {"samples": 5, "seq_len": 16, "micro_batch": 2}
 QUICK: dict[str, dict[str, Any]] = {
@@ -109,7 +109,7 @@ def runs(models: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 what = {"method": method, "settings": QUICK.get(method, {}), "granularity": granularity}
                 yield f"{method}/{granularity}", llama | what
     for name, options in LAYOUTS.items():
-        more = {"layers": None} if options.get("stock") or options.get("compress") and "layers" not in options else {}
+        more = {"layers": None} if options.get("stock") or (options.get("compress") and "layers" not in options) else {}
         yield f"layout/{name}", llama | more | options
     for name in RESUMED:
         more = {"layers": None} if LAYOUTS[name].get("stock") else {}

@@ -53,11 +53,11 @@ MEMORY_SLOPE, R_SQUARED, PER_LAYER, READ = 0.02, 0.99, 1.10, 2.02
 
 def one(path: Path, place: Literal["device", "scratch"]) -> dict[str, Any]:
     """A pair of sweeps in this process."""
-    from streamprune.methods import METHODS, UnitScores, resolve_settings
-    from streamprune.report import peak_rss
-    from streamprune.run import open_model
-    from streamprune.statistics import Statistics
-    from streamprune.sweep import default_micro_batch
+    from streamprune.figures import peak_rss
+    from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.statistics import Statistics
+    from streamprune.streaming.sweeper import default_micro_batch
 
     with open_model(str(path), device="cpu", micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
         sweeper.place, sweeper.scratch = place, path.parent
@@ -107,7 +107,7 @@ def measure(path: Path, layers: int, repeat: int) -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The table that is printed."""
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     lines = [["layers", "checkpoint", "hidden states", "peak RSS", "seconds", "per layer", "read/layers' bytes"]]
     for row in rows:
@@ -152,7 +152,7 @@ def fits(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def verdicts(lines: dict[str, dict[str, float]]) -> str:
     """The lines, the targets, and whether they are met."""
-    from streamprune.report import human
+    from streamprune.figures import human
 
     said = []
     for place, line in lines.items():

@@ -32,9 +32,9 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     """All sweeps with hidden states in one place, in this process."""
     from end_to_end import memory
 
-    from streamprune.methods import METHODS, UnitScores, resolve_settings
-    from streamprune.run import open_model
-    from streamprune.statistics import Statistics
+    from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+    from streamprune.pipeline.source import open_model
+    from streamprune.streaming.statistics import Statistics
 
     device, taken, runs = job["device"], [], []
     with open_model(job["model"], device=device, micro_batch=2) as sweeper:
@@ -86,7 +86,7 @@ def main(
         raise click.UsageError("--scratch is missing")
     from end_to_end import make_model
 
-    from streamprune.report import human, table
+    from streamprune.figures import human, table
 
     scratch.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="spill-", dir=scratch.absolute()))

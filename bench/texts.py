@@ -27,7 +27,7 @@ SAMPLES, SEQ_LEN = 128, 2048
 
 def paragraphs(nbytes: int) -> Iterator[str]:
     """Prose of so many bytes."""
-    from streamprune.documents import embedded_text
+    from streamprune.texts.documents import embedded_text
 
     parts = [part for part in embedded_text("calibration").split("\n\n") if len(part) > 100]
     choose, written = random.Random(0), 0
@@ -77,9 +77,9 @@ def memory(name: str) -> int:
 
 def one(model: str, file: str, sampling: str) -> dict[str, float]:
     """Seconds, and bytes beyond what there was before, of one text in this process."""
-    from streamprune.calibration import beginning, load_tokenizer
-    from streamprune.corpus import Corpus
-    from streamprune.sources import open_documents
+    from streamprune.texts.corpus import Corpus
+    from streamprune.texts.sources import open_documents
+    from streamprune.texts.tokenizer import beginning, load_tokenizer
 
     tokenizer = load_tokenizer(Path(model))
     tokenizer("its first call takes memory of its own")
@@ -104,9 +104,9 @@ def main(scratch: Path | None, nbytes: int, model: Path | None, json_file: Path 
         return
     if scratch is None:
         raise click.UsageError("--scratch is needed")
-    from streamprune import demo
-    from streamprune.progress import Progress
-    from streamprune.report import human, table
+    from streamprune.commands import demo
+    from streamprune.figures import human, table
+    from streamprune.pipeline.progress import Progress
 
     path = str(model or demo.fetch(demo.default_cache(), Progress()))
     figures, rows = [], [["file", "size", "sampling", "seconds", "memory"]]

@@ -3,11 +3,11 @@
 Importing it also lets transformers load checkpoints whose layers have different widths (`AutoModelForCausalLM`).
 """
 
-from streamprune import ragged
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
-from streamprune.progress import Progress
-from streamprune.run import PruneResult, prune
+from streamprune.output import ragged
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.run import PruneResult, prune
 
 __all__ = ["Progress", "PruneConfig", "PruneResult", "StreampruneError", "prune"]
 

@@ -18,21 +18,26 @@ import transformers
 from click.core import ParameterSource
 from huggingface_hub.utils import disable_progress_bars
 
-from streamprune import compressed, demo, evaluate, report
+from streamprune.commands import demo
+from streamprune.commands.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, parse_settings, with_options
+from streamprune.commands.verify import complaint
+from streamprune.commands.verify import verify as verify_output
 from streamprune.config import PruneConfig
-from streamprune.corpus import open_corpus
-from streamprune.documents import embedded
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.methods import METHODS
-from streamprune.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, parse_settings, with_options
-from streamprune.progress import Progress
-from streamprune.rates import CARDS
-from streamprune.run import foretell, open_model, prune
-from streamprune.sweep import default_micro_batch
-from streamprune.texts import check_length, check_tokens
+from streamprune.figures import human, table
+from streamprune.methods.table import METHODS
+from streamprune.output import sparse24
+from streamprune.output.card import perplexity_cells, sizes
+from streamprune.pipeline.batches import check_length, check_tokens
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.run import foretell, prune
+from streamprune.pipeline.source import open_model
+from streamprune.planning.rates import CARDS
+from streamprune.streaming.perplexity import perplexity, sweeps_needed
+from streamprune.streaming.sweeper import default_micro_batch
+from streamprune.texts.corpus import open_corpus
+from streamprune.texts.documents import embedded
 from streamprune.values import source
-from streamprune.verify import complaint
-from streamprune.verify import verify as verify_output
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
@@ -100,16 +105,16 @@ def _run_prune(options: dict[str, Any], progress: Progress) -> None:
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
     if result.facts["options"]["compress"]:
-        click.echo(compressed.READERS)
+        click.echo(sparse24.READERS)
 
 
 def _summary(facts: dict[str, Any]) -> str:
     rows = [["", "before", "after"]]
-    rows += report.sizes(facts)
+    rows += sizes(facts)
     if "perplexity" in facts:
-        rows.append(["perplexity", *report.perplexity_cells(facts["perplexity"])])
-    seconds, peak = facts["seconds"], report.human(facts["peak_rss"])
-    return f"{report.table(rows)}\nscoring {seconds['scoring']:.1f} s, all {seconds['total']:.1f} s, peak memory {peak}"
+        rows.append(["perplexity", *perplexity_cells(facts["perplexity"])])
+    seconds, peak = facts["seconds"], human(facts["peak_rss"])
+    return f"{table(rows)}\nscoring {seconds['scoring']:.1f} s, all {seconds['total']:.1f} s, peak memory {peak}"
 
 
 @cli.command(name="plan")
@@ -180,9 +185,9 @@ def evaluate_command(
         check_length(seq_len, sweeper.skeleton)
         segments = corpus.segments(seq_len, samples)
         check_tokens(segments, sweeper.skeleton)
-        sweeps = evaluate.sweeps_needed(sweeper, segments)
+        sweeps = sweeps_needed(sweeper, segments)
         with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
-            result = evaluate.perplexity(sweeper, segments)
+            result = perplexity(sweeper, segments)
     click.echo(f"perplexity {result.perplexity:.4f} (loss {result.loss:.6f} nats, {corpus.describe(segments)})")
 
 
@@ -195,7 +200,7 @@ def verify(directory: Path, source: str | None, trust_remote_code: bool, debug: 
     """Load a pruned DIRECTORY in a fresh process and compare it with the masked dense model."""
     checks = verify_output(directory, source, trust_remote_code=trust_remote_code)
     click.echo(
-        report.table(
+        table(
             [
                 ["check", "result", "detail"],
                 *([c.name, "ok" if c.passed else "FAILED", c.detail] for c in checks),
@@ -220,7 +225,7 @@ def methods(debug: bool) -> None:
             meaning = setting.meaning + (f": {', '.join(setting.choices)}" if setting.choices else "")
             default = "-" if setting.default is None else str(setting.default)
             settings.append([method.name, name, default, meaning])
-    click.echo(f"{report.table(rows)}\n\n{report.table(settings)}")
+    click.echo(f"{table(rows)}\n\n{table(settings)}")
 
 
 @cli.command(name="demo")

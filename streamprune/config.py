@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 from streamprune import values
 from streamprune.errors import UsageError
+from streamprune.values import STANDARD_INPUT
 
 Target = Literal["units", "layers", "weights"]
 STATE_DTYPES = ("float32", "bfloat16")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 MOST_M = 64  # of N:M; beyond, weights of a row are as good
-STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 N_OF_M = re.compile(r"([0-9]{1,3}):([0-9]{1,3})")
 CHOICES = {
     "sampling": ("random", "first", "records"),

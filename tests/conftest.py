@@ -20,16 +20,16 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from streamprune.checkpoint import Checkpoint
 from streamprune.cli import main
-from streamprune.devices import HostDevice
-from streamprune.families import FAMILIES
 from streamprune.kernels import noise_seed, perturb
-from streamprune.paging import Pager
-from streamprune.readers import BLOCK
-from streamprune.skeleton import Skeleton
-from streamprune.statistics import Statistics
-from streamprune.sweep import Sweeper
+from streamprune.model.families import FAMILIES
+from streamprune.model.skeleton import Skeleton
+from streamprune.storage.checkpoint import Checkpoint
+from streamprune.storage.reader import BLOCK
+from streamprune.streaming.device import HostDevice
+from streamprune.streaming.pager import Pager
+from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.sweeper import Sweeper
 
 pytest.register_assert_rewrite("cli_runner", "plain_methods")
 from cli_runner import REMEDY, SHORT, Outcome, Streamprune, check_refusal, snapshot  # noqa: E402

@@ -3,9 +3,9 @@
 import torch
 from plain_methods import unit_totals
 
-from streamprune.capture import TensorRef
-from streamprune.families import FAMILIES, Geometry
 from streamprune.kernels import noise_seed, perturb
+from streamprune.model.families import FAMILIES
+from streamprune.model.units import Geometry, TensorRef
 
 HIDDEN = 7
 GEOMETRY = Geometry(kv_groups=2, n_rep=2, head_dim=3, channels=5)

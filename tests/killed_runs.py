@@ -6,7 +6,7 @@ import pytest
 from cli_runner import snapshot
 
 from streamprune import PruneConfig, prune
-from streamprune.state import Journal
+from streamprune.storage.journal import Journal
 
 RUNS = [
     ("taylor", "units", {}, {}),

@@ -8,9 +8,9 @@ from conftest import make_sweeper, save_tiny, token_ids, whole_model_gradients
 from plain_methods import LAYERS, SEED
 from transformers.pytorch_utils import Conv1D
 
-from streamprune.methods import METHODS, WeightPruner, resolve_settings
-from streamprune.statistics import Statistics
-from streamprune.sweep import Sweeper
+from streamprune.methods.table import METHODS, WeightPruner, resolve_settings
+from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.sweeper import Sweeper
 
 # GPT-2 stores [d_in, d_out]; granite has biases everywhere; OPT's and GPT-2's attention cannot be cut into units.
 FAMILIES = ("llama", "qwen2", "phi3", "granite", "gpt_neox", "opt", "gpt2")

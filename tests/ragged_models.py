@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from streamprune.ragged import modeling_source, ragged_config_fields
+from streamprune.output.ragged import modeling_source, ragged_config_fields
 
 HEADS, GROUPS, HEAD_DIM, CHANNELS = 8, 4, 16, 37
 N_REP = HEADS // GROUPS

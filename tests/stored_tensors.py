@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from streamprune.checkpoint import DTYPES, byte_view
+from streamprune.storage.checkpoint import DTYPES, byte_view
 
 GENERATOR_SEED = 7
 

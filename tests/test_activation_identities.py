@@ -5,9 +5,9 @@ import torch
 from plain_methods import LAYERS, assert_scores, run
 from plain_weights import FAMILIES, TinyWeights, assert_same_weights, input_squares, set_matrix
 
-from streamprune import slim
-from streamprune.inputs import Gram, Moments
-from streamprune.methods import METHODS, Sparsity, UnitScores, resolve_settings
+from streamprune.methods.table import METHODS, Sparsity, UnitScores, resolve_settings
+from streamprune.output.layers import mean_biases
+from streamprune.streaming.inputs import Gram, Moments
 
 HALF = Sparsity(0.5)
 # How many Linears of a layer are given the same tensor: q, k, v; gate, up.
@@ -262,7 +262,7 @@ def test_29_flaps_biases_keep_the_mean_output_of_the_linear(family, models):
     kept = {layer: {kind: [0, 2] if kind == "kv_group" else [*range(3, 30, 2)] for kind in kinds} for layer in range(4)}
     with statistics.sweeper.pager.pages([0, *LAYERS]) as pages:
         for page in pages:
-            biases = slim.mean_biases(skeleton, kept, sink.means, page)
+            biases = mean_biases(skeleton, kept, sink.means, page)
             assert len(biases) == len(kinds), "o and down"
             for name, bias in biases.items():
                 check_bias(tiny, page.layer, name, bias, kept[page.layer])

@@ -15,10 +15,9 @@ from plain_weights import (
     without_lowest,
 )
 
-from streamprune.capture import TensorRef
-from streamprune.families import Geometry
 from streamprune.kernels import noise_seed, perturb
-from streamprune.methods import METHODS, LayerScores, Sparsity, WeightPruner, resolve_settings
+from streamprune.methods.table import METHODS, LayerScores, Sparsity, WeightPruner, resolve_settings
+from streamprune.model.units import Geometry, TensorRef
 
 HALF = Sparsity(0.5)
 PUBLISHED = 128  # samples of GBLM-Pruner

@@ -7,11 +7,11 @@ import torch
 from conftest import N_LAYERS, make_sweeper, save_tiny, token_ids
 from test_paging import FakeDevice
 
-from streamprune.activations import Activations, ahead, whole
-from streamprune.binding import Perturbation
-from streamprune.devices import HostDevice
 from streamprune.errors import OutputError
-from streamprune.statistics import Statistics
+from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.device import HostDevice
+from streamprune.streaming.hidden_states import Activations, ahead, whole
+from streamprune.streaming.statistics import Statistics
 
 N = 7  # sequences
 

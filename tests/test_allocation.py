@@ -7,10 +7,11 @@ import torch
 from conftest import FAMILY_NAMES, tiny_model
 from transformers import AutoConfig
 
-from streamprune.allocation import Ratios, keep_highest, prunable_layers, removed_parameters, select, uniform
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.families import FAMILIES, Geometry, geometry_of, unit_costs
-from streamprune.model_config import meta_model
+from streamprune.model.families import FAMILIES, geometry_of, unit_costs
+from streamprune.model.model_config import meta_model
+from streamprune.model.units import Geometry
+from streamprune.planning.allocation import Ratios, keep_highest, prunable_layers, removed_parameters, select, uniform
 
 LLAMA_7B = {"model_type": "llama"}  # transformers' defaults are LLaMA-7B
 LLAMA_3_8B = LLAMA_7B | {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}

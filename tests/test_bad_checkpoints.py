@@ -14,7 +14,7 @@ from cli_runner import edit_tensors
 from conftest import save_tiny, save_tokenizer, tiny_model
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from streamprune.families import FAMILIES
+from streamprune.model.families import FAMILIES
 
 
 def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -11,10 +11,10 @@ import torch
 from cli_runner import Streamprune, check_refusal
 from conftest import FAMILY_FIELDS, save_tiny, tiny_model, token_ids
 
-from streamprune import model_config
-from streamprune.checkpoint import Checkpoint
 from streamprune.errors import CheckpointError
-from streamprune.skeleton import Skeleton
+from streamprune.model import model_config
+from streamprune.model.skeleton import Skeleton
+from streamprune.storage.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 

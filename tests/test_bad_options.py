@@ -7,7 +7,7 @@ import torch
 from cli_runner import SHORT, Outcome, check_refusal, edit_tensors
 from conftest import save_tiny
 
-from streamprune.methods import METHODS
+from streamprune.methods.table import METHODS
 
 
 def check_usage_error(result: Outcome, *names: str) -> None:

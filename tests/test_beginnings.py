@@ -12,14 +12,15 @@ from conftest import save_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from streamprune import texts
-from streamprune.calibration import beginning, chat_renderer, load_tokenizer
 from streamprune.config import PruneConfig
-from streamprune.corpus import Corpus, open_corpus, sample_sequences
-from streamprune.documents import Documents, embedded_text
 from streamprune.errors import CalibrationError, UsageError
-from streamprune.resume import hash_ids
-from streamprune.run import open_model, prune
+from streamprune.pipeline import batches
+from streamprune.pipeline.resume import hash_ids
+from streamprune.pipeline.run import prune
+from streamprune.pipeline.source import open_model
+from streamprune.texts.corpus import Corpus, open_corpus, sample_sequences
+from streamprune.texts.documents import Documents, embedded_text
+from streamprune.texts.tokenizer import beginning, chat_renderer, load_tokenizer
 
 BOS, EOS, PAD = 256, 257, 258
 # How families' tokenizers mark a text: (post-processor of a text, first tokens that every text is given).
@@ -224,7 +225,7 @@ def test_calibration_repair_and_evaluation_all_begin_with_it(gemma, tmp_path):
         assert f"`bos`: {bos}" in card
         assert json.loads((tmp_path / bos / "streamprune.json").read_text())["options"]["bos"] == bos
         with open_model(str(gemma), device="cpu") as sweeper:
-            tokens = texts.open_texts(config, sweeper.skeleton).tokens(config, sweeper.skeleton)
+            tokens = batches.open_texts(config, sweeper.skeleton).tokens(config, sweeper.skeleton)
         parts = (tokens.calibration, tokens.repair, tokens.evaluation)
         assert [tuple(ids.shape) for ids in parts] == [(2, 16), (4, 64), (100, 64)]
         assert all(bool((ids[:, 0] == BOS).all()) == (bos == "auto") for ids in parts)
@@ -242,7 +243,7 @@ def test_the_number_of_real_tokens_is_said(gemma, streamprune, output):
 
 def test_a_journal_of_another_beginning_is_refused(gemma, streamprune, output, monkeypatch):
     options = ("--model", gemma, "--output", output, "--method", "taylor", *SHORT, "--layers", "1:3", "--no-evaluate")
-    monkeypatch.setattr("streamprune.job.Job.cut", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("streamprune.pipeline.job.Job.cut", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
     assert streamprune(*options, "--resume").code == 1
     monkeypatch.undo()
     result = streamprune(*options, "--resume", "--bos", "never")

@@ -11,12 +11,12 @@ from conftest import VOCABULARY, save_tiny, save_tokenizer, token_ids
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from streamprune import evaluate
-from streamprune.calibration import load_tokenizer, tokenize
-from streamprune.corpus import Corpus, sample_sequences
-from streamprune.documents import Documents, embedded_text
 from streamprune.errors import CalibrationError, CheckpointError
-from streamprune.run import open_model
+from streamprune.pipeline.source import open_model
+from streamprune.streaming.perplexity import perplexity, sweeps_needed
+from streamprune.texts.corpus import Corpus, sample_sequences
+from streamprune.texts.documents import Documents, embedded_text
+from streamprune.texts.tokenizer import load_tokenizer, tokenize
 
 # Sampling: tokens that are their own positions show where each window lies.
 
@@ -108,7 +108,7 @@ def test_tokens_are_those_of_the_whole_text(tokenizer):
 def test_tokenising_in_blocks_loses_and_repeats_nothing(size, tokenizer, monkeypatch):
     text = "first line\nsecond line, somewhat longer than a block\n\n\nlast without an end ☂" * 5
     whole = tokenize(tokenizer, text)
-    monkeypatch.setattr("streamprune.calibration.BLOCK_CHARACTERS", size)
+    monkeypatch.setattr("streamprune.texts.tokenizer.BLOCK_CHARACTERS", size)
     assert torch.equal(tokenize(tokenizer, text), whole)
 
 
@@ -133,7 +133,7 @@ def test_blocks_have_the_tokens_of_the_whole_text(kind, size, monkeypatch):
     text = "A line of words\n\nThe next one, and\n = more = \n \n of it\nthe last. " * 7
     tokenizer = marked_words(kind)
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    monkeypatch.setattr("streamprune.calibration.BLOCK_CHARACTERS", size if size > 5 else 60)
+    monkeypatch.setattr("streamprune.texts.tokenizer.BLOCK_CHARACTERS", size if size > 5 else 60)
     assert tokenize(tokenizer, text).tolist() == whole
 
 
@@ -214,18 +214,18 @@ def test_perplexity_equals_that_of_transformers(family, group, measured, monkeyp
     segments = token_ids(n=7, seq=21, seed=5)
     assert segments.max() < VOCABULARY
     if group is not None:
-        monkeypatch.setattr(evaluate, "HIDDEN_BYTES", group * 21 * 48 * 8 + 5)
+        monkeypatch.setattr("streamprune.streaming.perplexity.HIDDEN_BYTES", group * 21 * 48 * 8 + 5)
     with torch.no_grad():
         logits = model(segments).logits[:, :-1]
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), segments[:, 1:].flatten())
         own = torch.stack([model(s[None], labels=s[None]).loss for s in segments]).double().mean()
     assert own.item() == pytest.approx(expected.item(), rel=1e-6), "the reference is transformers' own loss"
     with open_model(str(path), device="cpu", dtype="float64", micro_batch=2) as sweeper:
-        sweeps = evaluate.sweeps_needed(sweeper, segments)
+        sweeps = sweeps_needed(sweeper, segments)
         assert sweeps == {None: 1, 1: 7, 3: 3, 100: 1}[group]
         checkpoint = sweeper.skeleton.checkpoint
         before = checkpoint.bytes_read
-        result = evaluate.perplexity(sweeper, segments)
+        result = perplexity(sweeper, segments)
         assert checkpoint.bytes_read - before == sweeps * sweeper.pager.layer_bytes()
     assert result.loss == pytest.approx(expected.item(), rel=1e-6)
     assert result.perplexity == pytest.approx(expected.exp().item(), rel=1e-6)
@@ -237,9 +237,9 @@ def test_perplexity_is_independent_of_groups_and_micro_batches(measured, monkeyp
     segments = token_ids(n=5, seq=13)
     losses = []
     for hidden, micro_batch in ((2 << 30, 5), (2 << 30, 2), (1, 1), (2 * 13 * 48 * 8, 3)):
-        monkeypatch.setattr(evaluate, "HIDDEN_BYTES", hidden)
+        monkeypatch.setattr("streamprune.streaming.perplexity.HIDDEN_BYTES", hidden)
         with open_model(str(path), device="cpu", dtype="float64", micro_batch=micro_batch) as sweeper:
-            losses.append(evaluate.perplexity(sweeper, segments).loss)
+            losses.append(perplexity(sweeper, segments).loss)
     assert max(losses) - min(losses) <= 1e-7 * losses[0]
 
 
@@ -249,7 +249,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tmp_path):
         model.lm_head.weight.zero_()
     model.save_pretrained(tmp_path)
     with open_model(str(tmp_path), device="cpu", dtype="float64") as sweeper:
-        result = evaluate.perplexity(sweeper, token_ids())
+        result = perplexity(sweeper, token_ids())
     assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-12)
 
 
@@ -259,6 +259,6 @@ def test_a_loss_beyond_the_range_of_floats_is_an_infinite_perplexity(tmp_path):
         model.lm_head.weight.mul_(1e4)
     model.save_pretrained(tmp_path)
     with open_model(str(tmp_path), device="cpu", dtype="float64") as sweeper:
-        result = evaluate.perplexity(sweeper, token_ids())
+        result = perplexity(sweeper, token_ids())
     assert result.loss > 710
     assert math.isinf(result.perplexity)

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
 from transformers import AutoModelForCausalLM
 
-from streamprune import checkpoint as module
-from streamprune.checkpoint import DTYPES, OTHER_DTYPES, Checkpoint, OtherEntry, byte_view, is_finite
 from streamprune.errors import CheckpointError
-from streamprune.readers import PAUSES, retried
+from streamprune.storage import checkpoint as module
+from streamprune.storage.checkpoint import DTYPES, OTHER_DTYPES, Checkpoint, OtherEntry, byte_view, is_finite
+from streamprune.storage.reader import PAUSES, retried
 
 
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path):

@@ -16,7 +16,7 @@ from conftest import save_tiny
 from transformers import AutoModelForCausalLM
 
 from streamprune.cli import cli as root_command
-from streamprune.methods import METHODS
+from streamprune.methods.table import METHODS
 
 # Help and the small commands.
 

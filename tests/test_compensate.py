@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from whole_models import down_name, load, mask_unit_kind, matrix, mean_loss, out_name, run, skip_layers, stack
 
 from streamprune import PruneConfig, prune
-from streamprune.documents import embedded_text
 from streamprune.errors import StreampruneError, UsageError
+from streamprune.texts.documents import embedded_text
 
 TOKENS, SEQ = 640, 64  # as many as a tiny model has positions
 FIELDS = {"olmo2": {"rms_norm_eps": 1e-12}, "granite": {"residual_multiplier": 0.22}}

@@ -12,7 +12,7 @@ from conftest import save_tiny
 from killed_runs import kill_at_any_commit
 from safetensors.torch import load_file
 
-from streamprune import compressed
+from streamprune.output import sparse24
 
 OPTIONS = ("--granularity", "2:4", "--method", "magnitude", "--layers", "1:3", *SHORT)
 PRUNED = [
@@ -82,7 +82,7 @@ def test_perplexity_config_card_and_summary(pair):
     plain, output, result = pair
     facts, same = (json.loads((path / "streamprune.json").read_text()) for path in (output, plain))
     assert facts["perplexity"] == same["perplexity"]
-    assert facts["versions"]["compressed-tensors"] == compressed.version()
+    assert facts["versions"]["compressed-tensors"] == sparse24.version()
     config, before = (json.loads((path / "config.json").read_text()) for path in (output, plain))
     fields = config.pop("quantization_config")
     assert config == before
@@ -146,7 +146,7 @@ def test_transposed_matrices_are_refused(package, refused, tmp_path):
 
 def test_a_matrix_that_is_not_2_4_is_never_stored(package):
     with pytest.raises(AssertionError, match="is not 2:4"):
-        compressed.parts("a.weight", torch.ones(4, 8))
+        sparse24.parts("a.weight", torch.ones(4, 8))
 
 
 def test_without_the_package_it_is_refused_before_any_work(monkeypatch, refused, tmp_path):
@@ -169,7 +169,7 @@ def test_only_2_4_is_compressed(granularity, refused, model):
 
 
 def test_dense_directories_are_read_as_they_are(tiny_llama):
-    with compressed.decompressed(tiny_llama) as directory:
+    with sparse24.decompressed(tiny_llama) as directory:
         assert directory == tiny_llama
 
 

@@ -8,14 +8,14 @@ from plain_methods import run as run_method
 from safetensors.torch import load_file
 
 from streamprune import PruneConfig, prune
-from streamprune.binding import Perturbation
-from streamprune.checkpoint import Checkpoint
-from streamprune.devices import paging_device
 from streamprune.kernels import perturb
-from streamprune.paging import Pager
-from streamprune.skeleton import Skeleton
-from streamprune.statistics import Statistics
-from streamprune.sweep import Sweeper
+from streamprune.model.skeleton import Skeleton
+from streamprune.storage.checkpoint import Checkpoint
+from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.device import paging_device
+from streamprune.streaming.pager import Pager
+from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.sweeper import Sweeper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")

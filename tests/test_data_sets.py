@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamprune.errors import CalibrationError
-from streamprune.sources import open_documents
+from streamprune.texts.sources import open_documents
 
 
 def opened(source, **options):

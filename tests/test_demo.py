@@ -3,9 +3,9 @@
 import pytest
 from conftest import save_tiny
 
-from streamprune import demo
+from streamprune.commands import demo
 from streamprune.errors import StreampruneError
-from streamprune.progress import Progress
+from streamprune.pipeline.progress import Progress
 
 
 def test_a_wheel_with_another_hash_is_refused(tmp_path):
@@ -38,7 +38,7 @@ def test_the_demo_prints_a_table_and_a_sentence_by_each(tmp_path, monkeypatch):
     save_tiny(
         tmp_path / demo.MODEL_NAME, "llama", dtype=torch.float32, num_hidden_layers=8, max_position_embeddings=128
     )
-    monkeypatch.setattr("streamprune.texts.EVALUATION_SEGMENTS", 4)
+    monkeypatch.setattr("streamprune.pipeline.batches.EVALUATION_SEGMENTS", 4)
     text = demo.run(tmp_path / demo.MODEL_NAME, Progress(quiet=True))
     for word in ("parameters", "bytes", "perplexity", "seconds", "peak memory", "before:", "after:"):
         assert word in text

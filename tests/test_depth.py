@@ -12,11 +12,11 @@ from whole_models import STACKS, load, mean_loss, run, skip_layers, stack
 
 import streamprune.statistics
 from streamprune import PruneConfig, prune
-from streamprune.allocation import layers_to_remove, select_layers
 from streamprune.errors import UsageError
-from streamprune.families import Geometry
-from streamprune.methods import METHODS, LayerScores, resolve_settings
-from streamprune.statistics import Statistics
+from streamprune.methods.table import METHODS, LayerScores, resolve_settings
+from streamprune.model.units import Geometry
+from streamprune.planning.allocation import layers_to_remove, select_layers
+from streamprune.streaming.statistics import Statistics
 
 SCORED = ("llama", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "gpt_neox", "opt", "gpt2")
 GEOMETRY, KINDS = Geometry(kv_groups=3, n_rep=2, head_dim=10, channels=37), ("kv_group", "channel")

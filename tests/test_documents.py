@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import pytest
 from cli_runner import parquet
 
-from streamprune import records
-from streamprune.corpus import joined
 from streamprune.errors import CalibrationError
-from streamprune.sources import open_documents
+from streamprune.texts import records
+from streamprune.texts.corpus import joined
+from streamprune.texts.sources import open_documents
 
 TEXTS = ["First, with a comma.\nAnd a line.", 'Second: "quoted" — ☂', "  third  ", "brackets ] } , [ { in it"]
 

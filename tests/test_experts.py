@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import CheckpointError, UsageError
-from streamprune.footprint import layer_flops
-from streamprune.run import foretell
-from streamprune.statistics import Statistics
+from streamprune.pipeline.run import foretell
+from streamprune.planning.footprint import layer_flops
+from streamprune.streaming.statistics import Statistics
 
 EXPERT = "block_sparse_moe.experts.2.w3.weight"
 ATTENTION = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
@@ -76,7 +76,7 @@ def test_flops_are_those_of_the_experts_that_a_token_passes(tmp_path):
 
 def test_a_gradient_sweep_holds_no_more_activations_than_are_counted(tmp_path):
     """What autograd saves of a layer, weights apart, where hidden states are wide enough for norms to be little."""
-    from streamprune.footprint import gradient_bytes
+    from streamprune.planning.footprint import gradient_bytes
 
     save_tiny(tmp_path, "mixtral", dtype=torch.float32, hidden_size=96, intermediate_size=336)
     sweeper, ids = make_sweeper(tmp_path, dtype=torch.float32), token_ids(n=2, seq=64)
@@ -102,7 +102,7 @@ def test_a_gradient_sweep_holds_no_more_activations_than_are_counted(tmp_path):
 
 @pytest.mark.parametrize("method", ["taylor", "magnitude"])
 def test_layers_are_scored_by_their_attention_matrices(method, tmp_path):
-    from streamprune.methods import METHODS, LayerScores, resolve_settings
+    from streamprune.methods.table import METHODS, LayerScores, resolve_settings
 
     model, ids = save_tiny(tmp_path, "mixtral"), token_ids()
     sweeper = make_sweeper(tmp_path)

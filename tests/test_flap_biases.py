@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from whole_models import load, mask_unit_kind, matrix, out_name, run, stack
 
 from streamprune import PruneConfig, prune
-from streamprune.documents import embedded_text
 from streamprune.errors import UsageError
+from streamprune.texts.documents import embedded_text
 
 FIELDS = {"olmo2": {"rms_norm_eps": 1e-12}}
 HEADS_FIXED = ("gpt2", "gpt_neox", "opt")

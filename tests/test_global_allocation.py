@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 from whole_models import load, matrix, out_name, run, stack
 
-from streamprune.allocation import GlobalRule, allocate_globally, check_global
-from streamprune.documents import embedded_text
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.families import Geometry
+from streamprune.model.units import Geometry
+from streamprune.planning.allocation import GlobalRule, allocate_globally, check_global
+from streamprune.texts.documents import embedded_text
 
 GEOMETRY = Geometry(kv_groups=4, n_rep=2, head_dim=3, channels=37)
 COSTS = {"kv_group": 6 * 3 * 20, "channel": 3 * 20}

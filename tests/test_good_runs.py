@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from streamprune.documents import embedded_text
+from streamprune.texts.documents import embedded_text
 
 QUICK = {
     "random": (),

@@ -23,7 +23,7 @@ def check_interrupted(result: Outcome) -> None:
 
 @pytest.mark.parametrize("writes", [0, 3, 70])
 def test_ctrl_c_while_writing_leaves_nothing(writes, streamprune, model, output, tmp_path, monkeypatch):
-    from streamprune.writer import ShardedWriter
+    from streamprune.storage.shards import ShardedWriter
 
     original, done, seen = ShardedWriter.write, [], []
 
@@ -121,5 +121,5 @@ def test_memory_that_runs_out_is_one_line(error, refused, model, monkeypatch):
     def exhausted(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("streamprune.sweep.Sweeper.forward", exhausted)
+    monkeypatch.setattr("streamprune.streaming.sweeper.Sweeper.forward", exhausted)
     refused(model, code=1, names=("memory",), remedy="lower --micro-batch")

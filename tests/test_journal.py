@@ -7,10 +7,11 @@ import pytest
 from conftest import make_sweeper, token_ids
 from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
 
-from streamprune import activations, prune, statistics
-from streamprune.activations import Activations
+from streamprune import prune
 from streamprune.errors import OutputError, StreampruneError
-from streamprune.state import JOURNAL, Journal
+from streamprune.storage.journal import JOURNAL, Journal
+from streamprune.streaming import hidden_states, statistics
+from streamprune.streaming.hidden_states import Activations
 
 
 def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, killing, monkeypatch):
@@ -31,7 +32,7 @@ IN_PIECES = [RUNS[1], with_tokens(RUNS[7], 320), with_tokens(RUNS[10], 320), RUN
 def test_hidden_states_go_into_the_journal_in_pieces(what, place, tiny_llama, tmp_path, killing, monkeypatch):
     expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
     sequence, written = 16 * 48 * 4, {}
-    monkeypatch.setattr(activations, "PIECE_BYTES", 2 * sequence)
+    monkeypatch.setattr(hidden_states, "PIECE_BYTES", 2 * sequence)
     if place == "scratch":
         original = Activations.__init__
         monkeypatch.setattr(

@@ -7,7 +7,7 @@ import torch
 from conftest import make_sweeper, save_tokenizer, tiny_model, whole_model_gradients
 from plain_methods import FAMILIES_TESTED, LAYERS, SEED, SIZES, assert_scores, line_dim, run
 
-from streamprune.statistics import Statistics
+from streamprune.streaming.statistics import Statistics
 
 
 @pytest.fixture

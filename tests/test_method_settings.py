@@ -3,7 +3,7 @@
 import pytest
 
 from streamprune.errors import UsageError
-from streamprune.methods import METHODS, resolve_settings
+from streamprune.methods.table import METHODS, resolve_settings
 
 
 def test_defaults_are_those_of_the_papers():

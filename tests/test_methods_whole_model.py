@@ -7,7 +7,7 @@ import torch
 from conftest import N_LAYERS, make_sweeper, save_tiny, token_ids, whole_model_gradients
 from plain_methods import LAYERS, SIZES, assert_scores, group_shrink, line_dim, run, unit_totals
 
-from streamprune.statistics import Statistics
+from streamprune.streaming.statistics import Statistics
 
 
 def averaged(gradients):

@@ -6,11 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamprune import PruneConfig, demo, prune
-from streamprune.methods import METHODS, UnitScores, resolve_settings
-from streamprune.run import open_model
-from streamprune.statistics import Statistics
-from streamprune.verify import verify
+from streamprune import PruneConfig, prune
+from streamprune.commands import demo
+from streamprune.commands.verify import verify
+from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+from streamprune.pipeline.source import open_model
+from streamprune.streaming.statistics import Statistics
 
 MODEL = demo.default_cache() / demo.MODEL_NAME
 pytestmark = [

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import make_sweeper, need_direct, save_tiny
 
-from streamprune import paging
-from streamprune.checkpoint import Checkpoint
-from streamprune.devices import HUGE_PAGE, HostDevice
-from streamprune.paging import Pager
-from streamprune.readers import BLOCK
+from streamprune.storage.checkpoint import Checkpoint
+from streamprune.storage.reader import BLOCK
+from streamprune.streaming import pager
+from streamprune.streaming.device import HUGE_PAGE, HostDevice
+from streamprune.streaming.pager import Pager
 
 
 class FakeDevice:
@@ -83,7 +83,7 @@ class FakeDevice:
 def checkpoint(tmp_path, monkeypatch):
     """Eight layers, read in chunks so small that each takes many turns of the ring."""
     save_tiny(tmp_path, "llama", num_hidden_layers=8)
-    monkeypatch.setattr(paging, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(pager, "CHUNK_BYTES", 4096)
     return make_sweeper(tmp_path).skeleton
 
 
@@ -168,7 +168,7 @@ def test_no_other_choice_of_slots_reads_less(slots, then):
     orders = [range(n) if then == "again" or sweep % 2 == 0 else range(n)[::-1] for sweep in range(sweeps)]
     held, reads = [None] * slots, 0
     for order in orders:
-        for step in paging.schedule(order, held, then):
+        for step in pager.schedule(order, held, then):
             assert step.read == (step.layer not in held)
             held[step.slot] = step.layer
             reads += step.read
@@ -235,7 +235,7 @@ def test_direct_reads_put_whole_blocks_in_their_place(into_slots, tmp_path, monk
     device = Remembering(into_slots)
     save_tiny(tmp_path, "llama", intermediate_size=2048)
     need_direct(tmp_path)
-    monkeypatch.setattr(paging, "CHUNK_BYTES", 4 * BLOCK)
+    monkeypatch.setattr(pager, "CHUNK_BYTES", 4 * BLOCK)
     skeleton, original, parts = make_sweeper(tmp_path).skeleton, os.preadv, []
     monkeypatch.setattr(os, "preadv", lambda *given: parts.extend(given[1]) or original(*given))
     with (

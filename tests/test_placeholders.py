@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from streamprune.checkpoint import Checkpoint
 from streamprune.errors import CheckpointError
+from streamprune.storage.checkpoint import Checkpoint
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 1347840\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n"

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from streamprune import PruneConfig, planner, prune, rates, report
-from streamprune.checkpoint import Checkpoint
-from streamprune.paging import Pager
-from streamprune.readers import BLOCK
-from streamprune.run import CACHE_SHARE, foretell
+from streamprune import PruneConfig, prune
+from streamprune.figures import peak_rss
+from streamprune.pipeline.run import CACHE_SHARE, foretell
+from streamprune.planning import placement, rates
+from streamprune.storage.checkpoint import Checkpoint
+from streamprune.storage.reader import BLOCK
+from streamprune.streaming.pager import Pager
 
 RUNS = [
     ("taylor", "units", {}),
@@ -72,7 +74,7 @@ def test_nothing_but_headers_is_read(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path, monkeypatch):
-    seen, original, place, available, planned = set(), Pager.pages, planner.place, 1 << 40, 1 << 38
+    seen, original, place, available, planned = set(), Pager.pages, placement.place, 1 << 40, 1 << 38
 
     def pages(self, *arguments):
         seen.add(self.page_cache)
@@ -80,10 +82,10 @@ def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path,
 
     monkeypatch.setattr(Pager, "pages", pages)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    monkeypatch.setattr(planner, "place", lambda *a, **more: replace(place(*a, **more), host_bytes=planned))
+    monkeypatch.setattr(placement, "place", lambda *a, **more: replace(place(*a, **more), host_bytes=planned))
     prune(config(tiny_llama, tmp_path / "out"))
     assert len(seen) == 1
-    assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= report.peak_rss()
+    assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= peak_rss()
 
 
 def test_a_card_that_is_not_there_is_planned_for(streamprune, tiny_llama):
@@ -143,7 +145,7 @@ def test_a_scratch_that_is_a_file_or_full_is_refused_before_any_sweep(tiny_llama
     from streamprune.errors import OutputError
 
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("streamprune.planner._places", lambda config, gpu: ["scratch"])
+    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["scratch"])
     with pytest.raises(OutputError, match="file"):
         prune(config(tiny_llama, tmp_path / "out", scratch=tmp_path / "file"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))

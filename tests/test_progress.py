@@ -10,7 +10,7 @@ import pytest
 from cli_runner import SHORT
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 
-from streamprune.progress import Progress
+from streamprune.pipeline.progress import Progress
 
 GB = 10**9
 STAGE_FIELDS = {"event", "stage", "total_bytes", "predicted_seconds"}
@@ -157,7 +157,9 @@ def test_lines_come_at_most_every_15_seconds():
 
 
 def test_a_line_says_where_the_stage_stands_and_the_last_what_it_took(monkeypatch):
-    monkeypatch.setattr("streamprune.progress.peaks", lambda: {"peak_rss": 2_300_000_000, "peak_gpu": 4_100_000_000})
+    monkeypatch.setattr(
+        "streamprune.pipeline.progress.peaks", lambda: {"peak_rss": 2_300_000_000, "peak_gpu": 4_100_000_000}
+    )
     run = Run()
     with run.progress.stage("scoring moreau-gs", 100 * GB):
         run.layer(35.0, nbytes=42 * GB, layer=17, waited=4.2)
@@ -288,7 +290,7 @@ def test_every_stage_passes_the_bytes_that_it_announces(options, streamprune, ti
 def test_layers_left_out_in_several_passes_take_the_bytes_that_are_announced(
     streamprune, tiny_llama, output, monkeypatch
 ):
-    monkeypatch.setattr("streamprune.statistics.STREAM_BYTES", 2 * 2 * 16 * 48 * 4)  # two layers at a time
+    monkeypatch.setattr("streamprune.streaming.statistics.STREAM_BYTES", 2 * 2 * 16 * 48 * 4)  # two layers at a time
     options = ("--method", "layer-ppl", "--granularity", "layers", "--layers", "1:6", "--no-evaluate")
     result = streamprune("--model", tiny_llama, "--output", output, *options, *SHORT, "--json-progress")
     scoring = next(event for event in parse(result.err) if event["event"] == "done")
@@ -296,7 +298,7 @@ def test_layers_left_out_in_several_passes_take_the_bytes_that_are_announced(
 
 
 def test_an_evaluation_passes_the_bytes_that_it_announces(streamprune, tiny_llama, monkeypatch):
-    monkeypatch.setattr("streamprune.evaluate.HIDDEN_BYTES", 3 * 16 * 48 * 4)  # three segments at a time
+    monkeypatch.setattr("streamprune.streaming.perplexity.HIDDEN_BYTES", 3 * 16 * 48 * 4)  # three segments at a time
     result = streamprune("eval", "--model", tiny_llama, "--seq-len", "16", "--samples", "7", "--json-progress")
     *_, done = parse(result.err)
     assert done["bytes"] == done["total_bytes"] > 0
@@ -338,7 +340,8 @@ def test_debug_puts_the_traceback_into_the_event(streamprune, tiny_llama, output
 
 def test_ctrl_c_in_a_stage_ends_in_an_error_event(streamprune, tiny_llama, output, monkeypatch):
     monkeypatch.setattr(
-        "streamprune.sweep.Sweeper.backward", lambda *arguments, **options: signal.raise_signal(signal.SIGINT)
+        "streamprune.streaming.sweeper.Sweeper.backward",
+        lambda *arguments, **options: signal.raise_signal(signal.SIGINT),
     )
     result = streamprune("--model", tiny_llama, "--output", output, "--method", "taylor", *SHORT, "--json-progress")
     assert result.code == 1

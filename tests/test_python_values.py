@@ -15,7 +15,7 @@ from tqdm import tqdm
 from streamprune import PruneConfig, prune
 from streamprune.config import TYPES
 from streamprune.errors import UsageError
-from streamprune.progress import Progress
+from streamprune.pipeline.progress import Progress
 
 REQUIRED = {"model": "m", "output": "o"}
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from streamprune.errors import UsageError
-from streamprune.ragged import RAGGED_FAMILIES, TASKS, modeling_source, ragged_config_fields, register
+from streamprune.output.ragged import RAGGED_FAMILIES, TASKS, modeling_source, ragged_config_fields, register
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from streamprune.ragged import register
+from streamprune.output.ragged import register
 
 # transformers 5.23 renames this method; peft has the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,7 +15,7 @@ from ragged_models import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from streamprune import PruneConfig, prune
-from streamprune.ragged import modeling_source
+from streamprune.output.ragged import modeling_source
 
 THETA = 5000.0
 SCALED: dict[str, dict[str, Any]] = {

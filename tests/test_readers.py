@@ -19,9 +19,9 @@ from conftest import need_direct
 from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, same_bytes, save
 
-from streamprune.checkpoint import Checkpoint
 from streamprune.errors import CheckpointError
-from streamprune.readers import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind
+from streamprune.storage.checkpoint import Checkpoint
+from streamprune.storage.reader import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind
 
 SIZE = BOUNCE_BYTES + 5001  # no multiple of any block
 SMALL = 20_003

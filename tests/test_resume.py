@@ -15,12 +15,12 @@ import torch
 from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
 from safetensors import SafetensorError
 
-from streamprune import prune, state
+from streamprune import prune
 from streamprune.errors import JournalError, OutputError, UsageError
-from streamprune.output import OutputWriter
-from streamprune.progress import Progress
-from streamprune.state import JOURNAL, Journal
-from streamprune.stores import Memory
+from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.progress import Progress
+from streamprune.storage.journal import JOURNAL, Journal, save_file
+from streamprune.storage.tensor_store import Memory
 
 
 @pytest.mark.parametrize("method,granularity,settings,options", RUNS)
@@ -149,7 +149,7 @@ def test_a_death_between_the_output_and_the_end_of_the_journal_does_no_harm(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamprune.state.remove", die)
+        patch.setattr("streamprune.storage.journal.remove", die)
         with pytest.raises(Killed):
             prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     assert weights(tmp_path / "out") == expected
@@ -193,14 +193,14 @@ def test_damage_to_what_is_kept_is_an_error(damage, tiny_llama, tmp_path, killin
 def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(tiny_llama, tmp_path, monkeypatch):
     what, count = ("moreau", "units", {"steps": 3}, {}), itertools.count()
     expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
-    original = state.save_file
+    original = save_file
 
     def full(tensors, file):
         if next(count) == 20:
             raise SafetensorError("I/O error: No space left on device")
         original(tensors, file)
 
-    monkeypatch.setattr(state, "save_file", full)
+    monkeypatch.setattr("streamprune.storage.journal.save_file", full)
     with pytest.raises(OutputError, match=r"resume: .*No space left.*go on"):
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected

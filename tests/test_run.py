@@ -12,11 +12,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from streamprune import PruneConfig, prune
-from streamprune.checkpoint import Checkpoint, resolve_model
-from streamprune.devices import CudaDevice
 from streamprune.errors import CheckpointError, UsageError
-from streamprune.paging import Pager
-from streamprune.run import compute_dtype
+from streamprune.pipeline.source import compute_dtype
+from streamprune.storage.checkpoint import Checkpoint, resolve_model
+from streamprune.streaming.device import CudaDevice
+from streamprune.streaming.pager import Pager
 
 
 def test_the_compute_dtype_of_a_gpu_is_that_of_most_bytes(tmp_path):
@@ -56,9 +56,9 @@ def test_a_hub_id_that_cannot_be_fetched_is_one_error(monkeypatch):
 
 
 def test_one_model_is_in_memory_at_a_time(tiny_llama, tmp_path, monkeypatch):
-    from streamprune import evaluate
+    from streamprune.streaming.perplexity import perplexity
 
-    original, alive = evaluate.perplexity, []
+    original, alive = perplexity, []
 
     def pagers():
         gc.collect()
@@ -70,7 +70,7 @@ def test_one_model_is_in_memory_at_a_time(tiny_llama, tmp_path, monkeypatch):
 
     others = pagers()  # of other tests
 
-    monkeypatch.setattr(evaluate, "perplexity", counted)
+    monkeypatch.setattr("streamprune.pipeline.run.perplexity", counted)
     prune(PruneConfig(model=str(tiny_llama), output=tmp_path / "out", method="magnitude"))
     assert alive == [1, 1]
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, prune
-from streamprune.verify import verify
+from streamprune.commands.verify import verify
 
 STOCK_ONLY = tuple(name for name in FAMILY_NAMES if name not in RAGGED)
 

@@ -7,7 +7,7 @@ import torch
 
 from streamprune import PruneConfig
 from streamprune.errors import OutputError, UsageError
-from streamprune.stores import Memory, Narrow, Scratch, make_store
+from streamprune.storage.tensor_store import Memory, Narrow, Scratch, make_store
 
 
 @pytest.mark.parametrize("make", [Memory, None])

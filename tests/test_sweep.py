@@ -14,8 +14,8 @@ from conftest import (
     whole_model_gradients,
 )
 
-from streamprune.binding import Perturbation
-from streamprune.statistics import Statistics
+from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.statistics import Statistics
 
 LAYERS = range(1, N_LAYERS)
 
@@ -133,7 +133,7 @@ def test_the_size_of_reads_and_their_number_change_no_bit(chunk, readers, tmp_pa
     save_tiny(tmp_path, "qwen3", dtype=torch.bfloat16)
     ids = token_ids()
     reference = collect(Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0))[1]
-    monkeypatch.setattr("streamprune.paging.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("streamprune.streaming.pager.CHUNK_BYTES", chunk)
     sweeper = make_sweeper(tmp_path, dtype=torch.float32)
     sweeper.pager.readers = readers
     grads = collect(Statistics(sweeper, ids, LAYERS, 0))[1]
@@ -183,7 +183,7 @@ def test_head_in_chunks_equals_the_whole_head(tmp_path, monkeypatch):
     hidden = sweeper.forward(ids)
     whole, whole_grad = sweeper.head_loss(hidden, ids, with_grad=True)
     for tokens in (1, 7, 20):
-        monkeypatch.setattr("streamprune.sweep.HEAD_BYTES", tokens * 4 * model.config.vocab_size)
+        monkeypatch.setattr("streamprune.streaming.sweeper.HEAD_BYTES", tokens * 4 * model.config.vocab_size)
         loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
         assert abs(loss - whole) < 1e-10
         torch.testing.assert_close(grad, whole_grad, rtol=1e-6, atol=1e-9)

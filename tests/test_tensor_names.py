@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from streamprune.checkpoint import Checkpoint
-from streamprune.skeleton import Skeleton
+from streamprune.model.skeleton import Skeleton
+from streamprune.storage.checkpoint import Checkpoint
 
 Rename = Callable[[str], str]
 WRAPPERS: dict[str, Rename] = {

@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 
-from streamprune.documents import embedded_text
+from streamprune.texts.documents import embedded_text
 
 PROSE = embedded_text("calibration")
 
@@ -22,7 +22,7 @@ PROSE = embedded_text("calibration")
     ],
 )
 def test_the_plan_says_what_is_read_of_a_text(name, options, said, streamprune, tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("streamprune.texts.WHOLE_CHARACTERS", 2000)
+    monkeypatch.setattr("streamprune.pipeline.batches.WHOLE_CHARACTERS", 2000)
     text = (PROSE * 2)[:24_100] if name != "small.txt" else PROSE[:1900]
     (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
     shape = ("--samples", 2, "--seq-len", 16, "--method", "taylor")

@@ -17,8 +17,8 @@ import torch
 from cli_runner import check_refusal, edit_tensors
 from conftest import save_tiny, tiny_model, token_ids
 
-from streamprune import _verify_child
-from streamprune.verify import Check, complaint, verify
+from streamprune.commands import _verify_child
+from streamprune.commands.verify import Check, complaint, verify
 
 
 class CalledProcess:
@@ -45,7 +45,7 @@ class CalledProcess:
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> None:
     called = SimpleNamespace(Popen=CalledProcess, PIPE=subprocess.PIPE)
-    monkeypatch.setattr("streamprune.verify.subprocess", called)
+    monkeypatch.setattr("streamprune.commands.verify.subprocess", called)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * 9))
 

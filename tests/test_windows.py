@@ -13,10 +13,9 @@ from collections import Counter
 import pytest
 import torch
 
-from streamprune import calibration
-from streamprune.corpus import Corpus
 from streamprune.errors import CalibrationError, UsageError
-from streamprune.sources import open_documents
+from streamprune.texts.corpus import Corpus
+from streamprune.texts.sources import open_documents
 
 # A text of numbered words, whose tokens are the numbers: a window shows where it lies.
 WORDS = 60_000
@@ -72,7 +71,7 @@ PASSING = ("a.txt.gz", "a.jsonl.gz", "a.json", "a.csv", "a.parquet")
 @pytest.fixture
 def long(tmp_path, monkeypatch):
     """Opens a file of the text as one that is too long to be tokenised as a whole."""
-    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1000)
 
     def corpus(name, **options):
         return Corpus(open_documents(write(name, tmp_path)), Numbers(), **options)
@@ -110,7 +109,7 @@ def test_what_is_tokenised_goes_with_the_sequences_not_with_the_text(name, long)
 
 @pytest.mark.parametrize("name", ANYWHERE + PASSING)
 def test_first_stops_when_it_has_enough(name, long, monkeypatch):
-    monkeypatch.setattr(calibration, "BLOCK_CHARACTERS", 500)
+    monkeypatch.setattr("streamprune.texts.tokenizer.BLOCK_CHARACTERS", 500)
     corpus = long(name)
     windows = corpus.sequences(5, 16, "first", seed=0)
     assert torch.equal(windows, torch.arange(80).view(5, 16))
@@ -133,7 +132,7 @@ def test_a_long_text_that_is_too_short_all_the_same_is_refused(name, long):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.jsonl.gz", "a.json", "a.csv"])
 def test_sampling_records_takes_their_starts_each_once(name, whole, long, monkeypatch):
     if whole:
-        monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1 << 30)
+        monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1 << 30)
     windows = long(name, beginning=(7,)).sequences(30, PER_RECORD, "records", seed=0)
     assert windows.shape == (30, PER_RECORD)
     assert set(windows[:, 0].tolist()) == {7}
@@ -150,7 +149,7 @@ def test_prose_has_no_records_to_sample(name, long):
 
 
 def test_texts_of_many_characters_to_a_token_are_read_as_far_as_it_takes(tmp_path, monkeypatch):
-    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1000)
     text = "".join(f"w{number:06d}" + " " * 40 for number in range(5000))
     for name, data in (("a.txt", text.encode()), ("a.txt.gz", gzip.compress(text.encode()))):
         (tmp_path / name).write_bytes(data)
@@ -190,7 +189,7 @@ def uneven(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_records_count_by_the_length_of_their_text_alone(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1000)
     corpus = Corpus(open_documents(uneven(name, tmp_path)), Numbers())
     starts = corpus.sequences(400, 8, "random", seed=1)[:, 0]
     within = 4 * math.sqrt(0.25 / 400)
@@ -203,7 +202,7 @@ def test_records_count_by_the_length_of_their_text_alone(name, tmp_path, monkeyp
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "long"])
 def test_each_record_that_is_long_enough_is_as_likely(whole, tmp_path, monkeypatch):
     """χ² over eight records of very different length, each of 200 seeds drawing two of them."""
-    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1 << 30 if whole else 100)
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1 << 30 if whole else 100)
     file = tmp_path / "a.jsonl"
     texts = [numbered(1000 * n, 1000 * n + 10 + 90 * n) for n in range(8)] + ["w999999"]
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -218,7 +217,7 @@ def test_each_record_that_is_long_enough_is_as_likely(whole, tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_windows_begin_with_words_not_within_them(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1000)
     texts = [f"{first:03d}{second:03d}" for first in range(100, 200) for second in range(100, 140)]
     text = lambda record: json.dumps({"text": record}) + "\n" if name == "a.jsonl" else record + "\n"  # noqa: E731
     (tmp_path / name).write_text(("" if name == "a.jsonl" else "text\n") + "".join(map(text, texts)))
@@ -227,7 +226,7 @@ def test_windows_begin_with_words_not_within_them(name, tmp_path, monkeypatch):
 
 
 def test_a_directory_is_sampled_by_the_bytes_of_its_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("streamprune.corpus.WHOLE_CHARACTERS", 1000)
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1000)
     for number, (start, stop) in enumerate([(0, 10_000), (10_000, 20_000), (20_000, 80_000)]):
         (tmp_path / f"{number}.txt").write_text(numbered(start, stop) + " ")
     starts = Corpus(open_documents(tmp_path), Numbers()).sequences(400, 8, "random", seed=0)[:, 0]

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
 
-from streamprune.checkpoint import DTYPES, Checkpoint, read_header
 from streamprune.errors import OutputError
-from streamprune.writer import ShardedWriter, TensorSpec, atomic_directory, check_space
+from streamprune.storage.checkpoint import DTYPES, Checkpoint, read_header
+from streamprune.storage.directory import atomic_directory, check_space
+from streamprune.storage.shards import ShardedWriter, TensorSpec
 
 
 def specs_of(tensors: Mapping[str, torch.Tensor]) -> list[TensorSpec]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.capture import TensorRef
-from streamprune.inputs import Moments
 from streamprune.kernels import unit_score
-from streamprune.methods.scores import Sink, UnitScores, WeightPruner
-from streamprune.statistics import Statistics
+from streamprune.methods.sinks import Sink, UnitScores, WeightPruner
+from streamprune.model.units import TensorRef
+from streamprune.streaming.inputs import Moments
+from streamprune.streaming.statistics import Statistics
 
 PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α is for gradient norms over so many
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamprune.methods.scores import LayerScores
-from streamprune.statistics import Statistics
+from streamprune.methods.sinks import LayerScores
+from streamprune.streaming.statistics import Statistics
 
 LARGEST_LOSS = 700.0  # its exponential is a number
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.binding import Perturbation
-from streamprune.capture import TensorRef
 from streamprune.kernels import moreau_step, soft_threshold
-from streamprune.methods.scores import Sink, WeightPruner
-from streamprune.statistics import Statistics
+from streamprune.methods.sinks import Sink, WeightPruner
+from streamprune.model.units import TensorRef
+from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.statistics import Statistics
 
 State = MutableMapping[tuple[int, str], Tensor]
 

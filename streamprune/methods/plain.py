@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.capture import TensorRef
 from streamprune.kernels import noise_seed
-from streamprune.methods.scores import Sink, WeightPruner
-from streamprune.statistics import Statistics
+from streamprune.methods.sinks import Sink, WeightPruner
+from streamprune.model.units import TensorRef
+from streamprune.streaming.statistics import Statistics
 
 SMALLEST = 2.0**-25  # between 0 and the next number that torch.rand draws
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.capture import TensorRef
 from streamprune.errors import StreampruneError
-from streamprune.inputs import Gram
-from streamprune.methods.scores import Sparsity, WeightPruner
-from streamprune.statistics import Statistics
+from streamprune.methods.sinks import Sparsity, WeightPruner
+from streamprune.model.units import TensorRef
+from streamprune.streaming.inputs import Gram
+from streamprune.streaming.statistics import Statistics
 
 BLOCK = 128  # columns whose updates are gathered before the rest of the row gets them
 MORE_DAMPING = (1, 10, 100)  # tried in turn where rounding leaves H without a Cholesky factor

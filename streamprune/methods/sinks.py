@@ -1,0 +1,217 @@
+"""Where scores go: to units, to whole layers, or straight into pruned weights.
+
+A method gives each matrix's importance to a sink and does not ask what is pruned. The elements of importance are those
+of `unit_score`'s forms, |w a|, or |w| times norms of inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import StreampruneError
+from streamprune.kernels import prune_n_of_m, prune_rows, unit_score
+from streamprune.model.units import FLOOR_SLACK, Geometry, Kind, TensorRef, fold_lines
+from streamprune.streaming.statistics import Statistics
+
+
+class _Sums:
+    """What sinks that add up scores share: everything becomes scores of a matrix's lines."""
+
+    def lines(self, ref: TensorRef, lines: Tensor) -> None:
+        """Take in a score for each line of a matrix along `ref.dim`."""
+        raise NotImplementedError
+
+    def add(
+        self,
+        ref: TensorRef,
+        weight: Tensor,
+        a: Tensor | None = None,
+        form: str = "first",
+        fisher: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Take in a matrix's importance in one of the forms of `unit_score`, times `scale`."""
+        lines = unit_score(weight, a, ref.dim, form, fisher)
+        self.lines(ref, lines if scale == 1 else lines * scale)
+
+    def add_norms(
+        self, ref: TensorRef, weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0
+    ) -> None:
+        """Take in |w|(‖x_j‖ + α‖g‖); `grad_norm` may be overwritten."""
+        if grad_norm is None:
+            assert x_norm is not None, "one of the two counts"
+            grad_norm = torch.zeros_like(weight, dtype=x_norm.dtype)
+        factor = grad_norm.mul_(alpha)
+        if x_norm is not None:
+            ref.matrix(factor).add_(x_norm)
+        self.add(ref, weight, factor)
+
+
+class UnitScores(_Sums):
+    """A float64 score for each unit of each prunable layer; the higher, the more it matters.
+
+    `values[layer][kind]` is [units]. What is added for the tensors of a unit is summed (`sum` aggregation).
+    `means[layer, tensor]` holds the mean inputs [d_in] of matrices whose pruned inputs a bias shall stand for.
+    """
+
+    def __init__(self, layers: Sequence[int], kinds: Sequence[Kind], geometry: Geometry) -> None:
+        self.values: dict[int, dict[Kind, Tensor]] = {
+            layer: {kind: torch.zeros(geometry.units(kind), dtype=torch.float64) for kind in kinds} for layer in layers
+        }
+        self.means: dict[tuple[int, str], Tensor] = {}
+
+    @classmethod
+    def zeros(cls, statistics: Statistics) -> UnitScores:
+        """Scores of 0 for what `statistics` covers."""
+        return cls(statistics.layers, statistics.kinds, statistics.geometry)
+
+    def lines(self, ref: TensorRef, lines: Tensor) -> None:
+        """Add the scores of one matrix's lines to its units. Summed in the order of the calls."""
+        assert ref.member is not None, "with units, only matrices that units cut are scored"
+        self.values[ref.layer][ref.member.kind] += fold_lines(ref.member, ref.geometry, lines).cpu()
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """All that is known of a layer, for the journal."""
+        means = {f"mean/{tensor}": mean for (of, tensor), mean in self.means.items() if of == layer}
+        return {**{str(kind): values for kind, values in self.values.get(layer, {}).items()}, **means}
+
+    def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
+        """Take back a `layer_state`."""
+        for name, tensor in state.items():
+            if name.startswith("mean/"):
+                self.means[layer, name.removeprefix("mean/")] = tensor
+            else:
+                self.values[layer][name] = tensor  # type: ignore[index]
+
+    def root(self) -> None:
+        """The square root of every score: sums of squares become ℓ2 norms."""
+        for kinds in self.values.values():
+            for values in kinds.values():
+                values.sqrt_()
+
+    def draw(self, random: Callable[..., Tensor]) -> None:
+        """`random(layer, kind, shape)` in the place of every score."""
+        for layer, kinds in self.values.items():
+            for kind, values in kinds.items():
+                values.copy_(random(layer, kind, values.shape))
+
+
+class LayerScores(_Sums):
+    """A float64 score for each prunable layer, `values[layer]`; what is added for its matrices is summed."""
+
+    def __init__(self, layers: Sequence[int]) -> None:
+        self.values = dict.fromkeys(layers, 0.0)
+
+    def lines(self, ref: TensorRef, lines: Tensor) -> None:
+        """Add the scores of one matrix's lines to its layer."""
+        self.values[ref.layer] += float(lines.sum())
+
+    def layer_state(self, layer: int) -> dict[str, Tensor]:
+        """A layer's score, for the journal."""
+        return {"score": torch.tensor(self.values[layer], dtype=torch.float64)} if layer in self.values else {}
+
+    def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
+        """Take back a `layer_state`."""
+        self.values[layer] = float(state["score"])
+
+    def root(self) -> None:
+        """The square root of every score."""
+        self.values = {layer: math.sqrt(value) for layer, value in self.values.items()}
+
+    def draw(self, random: Callable[..., Tensor]) -> None:
+        """`random(layer, kind, shape)` in the place of every score."""
+        self.values = {layer: float(random(layer, "layer", ())) for layer in self.values}
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """Which of a row's weights go: the lowest-scored fraction `ratio`, or all but `n` of every `m` in a row."""
+
+    ratio: float
+    n: int = 0
+    m: int = 0
+
+    def count(self, elements: int) -> int:
+        """How many of `elements` go."""
+        return math.floor(self.ratio * elements + FLOOR_SLACK)
+
+    def prune(
+        self,
+        matrix: Tensor,
+        x_norm: Tensor | None = None,
+        grad_norm: Tensor | None = None,
+        alpha: float = 1.0,
+    ) -> None:
+        """Zero what goes of `matrix` [d_out, d_in] by |w|(‖x_j‖ + α‖g‖), in place."""
+        if self.m:
+            prune_n_of_m(matrix, self.n, self.m, x_norm, grad_norm, alpha)
+        else:
+            prune_rows(matrix, self.count(matrix.shape[1]), x_norm, grad_norm, alpha)
+
+
+class WeightPruner:
+    """Prunes a matrix as soon as its importance is known and hands it on to `emit(ref, stored, pruned)`.
+
+    Weights are compared within an output row, whatever the method.
+    """
+
+    def __init__(self, sparsity: Sparsity, emit: Callable[[TensorRef, Tensor, Tensor], None]) -> None:
+        self.sparsity, self._emit = sparsity, emit
+
+    def add(
+        self,
+        ref: TensorRef,
+        weight: Tensor,
+        a: Tensor | None = None,
+        form: str = "first",
+        fisher: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Prune by a form of `unit_score`; `a` and `fisher` may be overwritten. Returns the pruned weight.
+
+        A `scale` changes no order, so it is not looked at.
+        """
+        if form == "second":
+            assert fisher is not None
+            a = fisher.mul_(weight).abs_()
+        elif form == "mix":
+            assert fisher is not None and a is not None
+            a = a.sub_(fisher.mul_(weight), alpha=0.5).abs_()
+        elif form == "first":
+            assert a is not None
+            a = a.abs_()
+        elif form != "square":
+            raise ValueError(f"{form} has no element-wise importance")
+        return self.add_norms(ref, weight, None, a if form != "square" else None, 1.0)
+
+    def add_norms(
+        self, ref: TensorRef, weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0
+    ) -> Tensor:
+        """Prune by |w|(‖x_j‖ + α‖g‖); returns the pruned weight."""
+        for norm in (x_norm, grad_norm):
+            if norm is not None and not torch.isfinite(norm.sum()):
+                raise StreampruneError(
+                    f"layer {ref.layer}, {ref.tensor}: a score is NaN or infinite; try --dtype float32, or with moreau "
+                    "a smaller --set gamma"
+                )
+        pruned = weight.clone()
+        self.sparsity.prune(ref.matrix(pruned), x_norm, None if grad_norm is None else ref.matrix(grad_norm), alpha)
+        return self.put(ref, weight, pruned)
+
+    def put(self, ref: TensorRef, weight: Tensor, pruned: Tensor) -> Tensor:
+        """Hand on a weight that has been pruned; returns it."""
+        if not torch.isfinite(pruned.sum(dtype=torch.float32)):
+            raise StreampruneError(f"layer {ref.layer}, {ref.tensor} became NaN or infinite; try --dtype float32")
+        self._emit(ref, weight, pruned)
+        return pruned
+
+    def root(self) -> None:
+        """Single weights are in the same order."""
+
+
+Sink = UnitScores | LayerScores | WeightPruner

@@ -1,0 +1,271 @@
+"""The table of methods: what each needs, its numbers, and the paper.
+
+A method is a function of `Statistics` (what a sweep can give), its settings, and a sink for its scores: units, layers,
+or weights to be pruned. CONTRIBUTING.md says how to add one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from streamprune.config import Target
+from streamprune.errors import UsageError
+from streamprune.methods.activation import flap, gblm, wanda, wanda_sp
+from streamprune.methods.depth import block_influence, layer_ppl
+from streamprune.methods.gradient import moreau, moreau_gs, smoothgrad, taylor
+from streamprune.methods.plain import magnitude, random
+from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores, WeightPruner
+from streamprune.methods.sparsegpt import sparsegpt
+
+__all__ = [
+    "METHODS",
+    "LayerScores",
+    "Method",
+    "Setting",
+    "Sparsity",
+    "UnitScores",
+    "WeightPruner",
+    "resolve_settings",
+]
+
+Need = Literal["weights", "gradients", "inputs", "hidden", "losses"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of a method's own numbers: its default, what it may be, and one line on it."""
+
+    default: Any
+    meaning: str
+    minimum: float | None = None
+    maximum: float | None = None
+    exclusive: bool = False  # the minimum itself is excluded
+    choices: tuple[str, ...] = ()
+
+    def parse(self, name: str, value: Any) -> Any:
+        """`value` (a string from the command line, or already typed) checked, or a UsageError."""
+        if self.choices:
+            if value not in self.choices:
+                raise UsageError(f"--set {name}={value}: choose one of {', '.join(self.choices)}")
+            return value
+        kind = int if isinstance(self.default, int) else float
+        try:
+            number = kind(value)
+            if not math.isfinite(number) or (isinstance(value, float) and number != value):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
+            wanted = "an integer" if kind is int else "a finite number"
+            raise UsageError(f"--set {name}={value}: not {wanted}") from None
+        low, high = self.minimum, self.maximum
+        if low is not None and (number < low or (self.exclusive and number == low)):
+            raise UsageError(f"--set {name}={value}: must be {'above' if self.exclusive else 'at least'} {low}")
+        if high is not None and number > high:
+            raise UsageError(f"--set {name}={value}: must be at most {high}")
+        return number
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        score: gives its scores to a sink, one of those for `targets`.
+        targets: what it can score.
+        needs: what it asks of `Statistics`; a calibration text unless that is nothing or "weights".
+        calibration: samples and tokens of each, as in its paper.
+        sweeps: forward-and-backward sweeps that it takes with given settings.
+        state_copies: float32 copies of the scored weights that it keeps between sweeps, with given settings and target.
+        stateless: what to do instead where there is no room for them.
+        allocation: its own, for units.
+    """
+
+    name: str
+    score: Callable[..., None]
+    targets: tuple[Target, ...]
+    needs: tuple[Need, ...]
+    summary: str
+    paper: str
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    calibration: tuple[int, int] = (10, 128)
+    sweeps: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    state_copies: Callable[[Mapping[str, Any], Target], int] = lambda settings, target: 0
+    stateless: str = "--method taylor, or --set steps=1 or draws=1"
+    allocation: Literal["uniform", "global"] = "uniform"
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether a calibration text is read."""
+        return bool(set(self.needs) - {"weights"})
+
+
+_SIGMA = Setting(0.05, "noise relative to each weight", minimum=0)
+_ALL: tuple[Target, ...] = ("units", "weights", "layers")
+_LONG = (128, 2048)
+
+
+def _moreau_settings(rho: float, gamma: float) -> dict[str, Setting]:
+    return {
+        "steps": Setting(10, "updates T", minimum=1),
+        "rho": Setting(rho, "weight of the Moreau pull, 1/ρ", minimum=0, exclusive=True),
+        "gamma": Setting(gamma, "step size γ", minimum=0, exclusive=True),
+        "sigma": _SIGMA,
+        "draws": Setting(1, "noisy gradients per update, m", minimum=1),
+    }
+
+
+def _moreau_sweeps(settings: Mapping[str, Any]) -> int:
+    return settings["steps"] * settings["draws"]
+
+
+def _moreau_state(settings: Mapping[str, Any], target: Target) -> int:
+    """δ, and the sum of gradients over draws."""
+    return int(settings["steps"] > 1) + int(settings["draws"] > 1)
+
+
+def _smoothgrad_state(settings: Mapping[str, Any], target: Target) -> int:
+    return int(settings["draws"] > 1 and (settings["mean"] == "gradient" or target == "weights"))
+
+
+_ROWS = (
+    Method("random", random, _ALL, (), "uniform at random, the floor to beat", "-"),
+    Method("magnitude", magnitude, _ALL, ("weights",), "|w|, or the l2 norm of the unit or layer", "-"),
+    Method(
+        "taylor",
+        taylor,
+        _ALL,
+        ("gradients",),
+        "first-order effect on the loss, |g w|",
+        "LLM-Pruner, arXiv 2305.11627",
+        {"order": Setting("first", "form", choices=("first", "second", "mix", "vectorize"))},
+    ),
+    Method(
+        "smoothgrad",
+        smoothgrad,
+        _ALL,
+        ("gradients",),
+        "|g w| with g averaged over noisy weights",
+        "MoreauPruner, arXiv 2406.07017",
+        {
+            "draws": Setting(100, "noisy copies", minimum=1),
+            "sigma": _SIGMA,
+            "mean": Setting("gradient", "what is averaged", choices=("gradient", "score")),
+        },
+        sweeps=lambda settings: settings["draws"],
+        state_copies=_smoothgrad_state,
+    ),
+    Method(
+        "moreau",
+        moreau,
+        _ALL,
+        ("gradients",),
+        "|g w| of the loss's Moreau envelope",
+        "MoreauPruner, arXiv 2406.07017",
+        _moreau_settings(rho=0.05, gamma=1e-3),
+        sweeps=_moreau_sweeps,
+        state_copies=_moreau_state,
+    ),
+    Method(
+        "moreau-gs",
+        moreau_gs,
+        _ALL,
+        ("gradients",),
+        "moreau with group soft-thresholding",
+        "MoreauPruner-GS, arXiv 2406.07017",
+        {
+            **_moreau_settings(rho=0.2, gamma=2e-4),
+            "eta": Setting(5e-6, "threshold of the group norms", minimum=0),
+            "eta_quantile": Setting(None, "eta from this quantile of them at step 0", minimum=0, maximum=1),
+        },
+        sweeps=_moreau_sweeps,
+        state_copies=_moreau_state,
+    ),
+    Method("wanda", wanda, _ALL, ("inputs",), "|w| times the norm of its input", "Wanda, arXiv 2306.11695", {}, _LONG),
+    Method(
+        "wanda-sp",
+        wanda_sp,
+        ("units",),
+        ("inputs",),
+        "wanda over the columns of o and down",
+        "arXiv 2312.11983",
+        {},
+        _LONG,
+    ),
+    Method(
+        "flap",
+        flap,
+        ("units",),
+        ("inputs",),
+        "variance of the inputs of o and down times their columns' squares, and a bias in their place",
+        "FLAP, arXiv 2312.11983",
+        {"bias": Setting("yes", "add o and down biases that keep the mean output", choices=("yes", "no"))},
+        (1024, 128),
+        allocation="global",
+    ),
+    Method(
+        "gblm",
+        gblm,
+        _ALL,
+        ("gradients", "inputs"),
+        "|w| times the norms of its input and of its gradients",
+        "GBLM-Pruner, arXiv 2311.04902",
+        {
+            "p": Setting(1, "norm over the samples' gradients", minimum=1, maximum=2),
+            "alpha": Setting(100.0, "weight of the gradient term", minimum=0),
+            "terms": Setting("both", "what counts", choices=("both", "gradient")),
+            "norm": Setting("mean", "per sample, or as the published code has it", choices=("mean", "published")),
+        },
+        _LONG,
+        state_copies=lambda settings, target: int(settings["terms"] == "both"),
+        stateless="--method wanda, or --set terms=gradient",
+    ),
+    Method(
+        "sparsegpt",
+        sparsegpt,
+        ("weights",),
+        ("inputs",),
+        "second-order error, and an update of what remains",
+        "SparseGPT, arXiv 2301.00774",
+        {"damp": Setting(0.01, "λ relative to the mean of H's diagonal", minimum=0)},
+        _LONG,
+    ),
+    Method(
+        "layer-ppl", layer_ppl, ("layers",), ("losses",), "perplexity without the layer", "Shortened LLaMA, 2402.02834"
+    ),
+    Method(
+        "block-influence",
+        block_influence,
+        ("layers",),
+        ("hidden",),
+        "1 - cos between a layer's input and output",
+        "ShortGPT, arXiv 2403.03853",
+    ),
+)
+METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}
+
+
+def resolve_settings(method: str, given: Mapping[str, Any], target: Target | None = None) -> dict[str, Any]:
+    """All of a method's numbers: `given` over the defaults.
+
+    Raises:
+        UsageError: an unknown method or name, a value out of range, or a method that has no scores for `target`.
+    """
+    if method not in METHODS:
+        raise UsageError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
+    if target is not None and target not in METHODS[method].targets:
+        able = [row.name for row in _ROWS if target in row.targets]
+        raise UsageError(f"{method} has no scores for {target}; use one of {', '.join(able)}")
+    known = METHODS[method].settings
+    for name in given:
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{method} has no setting {name!r}; {has}")
+    settings = {
+        name: setting.parse(name, given[name]) if given.get(name) is not None else setting.default
+        for name, setting in known.items()
+    }
+    if target == "weights" and settings.get("order") == "vectorize":
+        raise UsageError("--set order=vectorize sums over rows and columns, so it has no scores for weights; use first")
+    return settings

@@ -1,0 +1,44 @@
+"""A layer at full width that computes what the sliced one does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import KeptUnits, Kind, Member, kept_lines, module_of
+
+
+def output_matrices(skeleton: Skeleton, layer: int) -> list[Member]:
+    """The matrices through which a layer's units reach the residual stream: o and down."""
+    stored = skeleton.matrices(layer)
+    return [m for m in skeleton.family.members if m.tensor in stored and m.dim == (0 if stored[m.tensor] else 1)]
+
+
+def bias_of(tensor: str) -> str:
+    """Name of the bias beside a weight."""
+    return f"{module_of(tensor)}.bias"
+
+
+def mask_layer(
+    skeleton: Skeleton, kept: KeptUnits, layer: int, weights: Mapping[str, Tensor], kind: Kind | None = None
+) -> None:
+    """Turn a layer's bound weights into the masked dense layer that the sliced one must equal, in place.
+
+    The columns through which a removed unit reaches the residual stream become zero. Where a norm spans all
+    heads (OLMo 2) the removed rows become zero too and its weight is scaled by √(kept/all), since the mean
+    square is then taken over fewer elements. With `kind`, only units of that kind are masked.
+    """
+    for member in skeleton.family.members:
+        if member.tensor not in weights or kind not in (None, member.kind):
+            continue
+        units = kept[layer][member.kind]
+        lines = kept_lines(member, skeleton.geometry, units)
+        weight = weights[member.tensor]
+        removed = torch.ones(weight.shape[member.dim], dtype=torch.bool)
+        removed[lines] = False
+        weight.index_fill_(member.dim, removed.nonzero().flatten().to(weight.device), 0)
+        if member.is_norm:
+            weight.mul_((len(units) / skeleton.geometry.units(member.kind)) ** 0.5)

@@ -1,0 +1,134 @@
+"""The model card: README.md of an output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from streamprune.config import PruneConfig
+from streamprune.figures import human as human
+from streamprune.figures import table
+from streamprune.output import sparse24
+from streamprune.texts import sources
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """README.md of the output, from the contents of its streamprune.json."""
+    ragged = facts["layout"] == "ragged"
+    kind = "sparse" if "zeros" in facts else "structured-pruning"
+    tags = ["pruned", kind, "streamprune", *(["custom_code"] if ragged else [])]
+    head = ["---", "library_name: transformers", f"base_model: {json.dumps(facts['base_model'])}"]
+    if facts.get("license"):
+        head.append(f"license: {json.dumps(facts['license'])}")
+    head += ["pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    lines = [
+        f"# {facts['base_model']}, pruned",
+        "",
+        f"{_what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
+        f"{facts['versions']['streamprune']}.{_storage(facts)}",
+        "",
+        table(_card_rows(facts), markdown=True),
+        "",
+        "## Recipe",
+        "",
+        f"Layers {facts['layers'][0]}:{facts['layers'][1]}, with these options; `streamprune.json` also holds the "
+        "units that stayed, the versions and hashes of the source and of the token ids.",
+        "",
+        *(f"- `{name}`: {value}" for name, value in _recipe(facts).items()),
+        "",
+        "## Loading",
+        "",
+        *_loading(facts),
+    ]
+    return "\n".join([*head, "", *lines]) + "\n"
+
+
+def _what_was_done(facts: Mapping[str, Any]) -> str:
+    before, after = facts["parameters"]["before"], facts["parameters"]["after"]
+    if "zeros" in facts:
+        zeros, of = facts["zeros"]["weights"], facts["zeros"]["of"]
+        pattern = facts["options"]["granularity"]
+        return f"{zeros:,} of {of:,} weights ({zeros / of:.1%}, pattern `{pattern}`) were set to zero"
+    return f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed"
+
+
+def _storage(facts: Mapping[str, Any]) -> str:
+    if "zeros" not in facts:
+        return ""
+    stored = f" They are stored as `{sparse24.FORMAT}`."
+    return stored if facts["options"].get("compress") else " The files are not smaller for it."
+
+
+def _loading(facts: Mapping[str, Any]) -> list[str]:
+    """How the output is loaded: by what, in code."""
+    is_compressed, first = facts["options"].get("compress"), []
+    if facts["layout"] == "ragged":
+        first = ["import streamprune  # or pass trust_remote_code=True instead"]
+    elif is_compressed:
+        first = [f'# pip install "transformers<5" "{sparse24.PACKAGE}>=0.13,<0.15"']
+    return [
+        *([f"{sparse24.READERS}.", ""] if is_compressed else []),
+        "```python",
+        *first,
+        "from transformers import AutoModelForCausalLM",
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+        "```",
+    ]
+
+
+def sizes(facts: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of parameters, non-zero ones where weights were pruned, and bytes, before and after."""
+    rows = [[name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"] for name in ("parameters", "bytes")]
+    if "zeros" in facts:
+        before = facts["parameters"]["before"]
+        rows.insert(1, ["not pruned", f"{before:,}", f"{before - facts['zeros']['weights']:,}"])
+    return rows
+
+
+def _card_rows(facts: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", "before", "after"], *sizes(facts)]
+    if facts.get("perplexity"):
+        rows.append([f"perplexity ({facts['perplexity']['text']})", *perplexity_cells(facts["perplexity"])])
+    return rows
+
+
+def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
+    """Perplexity before and after, two decimals."""
+    return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
+
+
+# Options that do not make the result another one, and those that say something in every recipe.
+_UNSAID = (
+    "model",
+    "output",
+    "overwrite",
+    "resume",
+    "device",
+    "evaluate",
+    "max_shard_size",
+    "trust_remote_code",
+    "layers",
+)
+MACHINE = ("gpu_memory", "host_memory", "scratch", "reader", "read_threads")  # change no byte
+_ALWAYS = ("method", "granularity", "ratio", "settings", "calibration", "samples", "seq_len", "sampling", "bos", "seed")
+
+
+def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide the result and were given, or say something in any case, one line each."""
+    options, defaults = facts["options"], {field.name: field.default for field in fields(PruneConfig)}
+    recipe = {
+        name: value
+        for name, value in options.items()
+        if name not in (*_UNSAID, *MACHINE) and value is not None and (name in _ALWAYS or value != defaults.get(name))
+    }
+    if options["attention_ratio"] is not None and options["mlp_ratio"] is not None:
+        del recipe["ratio"]  # the two set everything
+    recipe["settings"] = ", ".join(
+        f"{name}={value}" for name, value in options["settings"].items() if value is not None
+    )
+    if begins := "".join(mark["token"] for mark in facts.get("sequences_begin_with", ())):
+        recipe["bos"] = f"{options['bos']}, each sequence begins with `{begins}`"
+    recipe["calibration"] = sources.shown(options["calibration"]) if options["calibration"] else "embedded prose"
+    return {name: value for name, value in recipe.items() if value != ""}

@@ -1,0 +1,185 @@
+"""2:4 weights in the sparse-24-bitmask format of compressed-tensors: two values and four bits for every four weights.
+
+The one module that knows that package, which is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import CheckpointError, StreampruneError, UsageError
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import module_of
+from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, read_config
+from streamprune.storage.directory import check_space, write_json
+from streamprune.storage.shards import ShardedWriter, TensorSpec
+
+PACKAGE, FORMAT = "compressed-tensors", "sparse-24-bitmask"
+INSTALL = "install one with pip install 'streamprune[compressed]'"
+READERS = (
+    f"{FORMAT} is read by transformers 4 with {PACKAGE} 0.13 or 0.14 (tried: 4.57), by vLLM before 0.19 on Hopper GPUs "
+    "(not tried) and by streamprune eval and verify; transformers 5 refuses it, and with "
+    f"{PACKAGE} 0.15 or newer it only warns and leaves those weights random"
+)
+MAX_SHARD_SIZE = 5_000_000_000  # of the temporary dense copy
+
+
+def library() -> Any:
+    """compressed-tensors' class of a compressed matrix.
+
+    Raises:
+        StreampruneError: no such package, or one that has lost the format (0.15).
+    """
+    try:
+        from compressed_tensors.compressors.sparse_compressors.sparse_24_bitmask import Sparse24BitMaskTensor
+    except ImportError as error:
+        raise StreampruneError(f"{FORMAT} needs {PACKAGE} from 0.13 on, before 0.15; {INSTALL}") from error
+    return Sparse24BitMaskTensor
+
+
+def check_package() -> None:
+    """Refuse `--compress` without the package.
+
+    Raises:
+        UsageError: with the remedy.
+    """
+    try:
+        library()
+    except StreampruneError as error:
+        raise UsageError(f"--compress: {error}, or leave --compress out") from error
+
+
+def version() -> str:
+    """Of the package."""
+    return importlib.metadata.version(PACKAGE)
+
+
+def matrices(skeleton: Skeleton, layers: Iterable[int]) -> dict[str, str]:
+    """What is compressed: the stored name of each matrix of `layers`, and its module's name in the model.
+
+    Raises:
+        UsageError: a matrix is stored transposed, so the format's rows are not those of 2:4.
+    """
+    names = {}
+    for layer in layers:
+        for name, transposed in skeleton.matrices(layer).items():
+            if transposed:
+                raise UsageError(
+                    f"--compress stores rows of weights, {skeleton.family.model_type} has them as columns; "
+                    "leave --compress out"
+                )
+            # The prefix of the model, also where the checkpoint's names lack it: readers look for modules.
+            names[skeleton.layer_prefix(layer) + name] = f"{skeleton.family.layers}.{layer}.{module_of(name)}"
+    return names
+
+
+def parts(name: str, matrix: Tensor) -> dict[str, Tensor]:
+    """The tensors that are stored for a 2:4 matrix [d_out, d_in], on the CPU, or on meta if it is there.
+
+    Args:
+        name: of the matrix, ends in ".weight".
+
+    Returns:
+        By name, in the place of ".weight": ".shape" int64 [2, 1], ".compressed" [d_out, d_in / 2] in the matrix's
+        dtype, ".bitmask" uint8 [d_out, ⌈d_in / 8⌉].
+    """
+    stored = library().from_dense(matrix.detach().contiguous())
+    if not matrix.is_meta:
+        # The package keeps the two largest of four, whatever the others are.
+        assert torch.count_nonzero(stored.compressed) == torch.count_nonzero(matrix).cpu(), f"{name} is not 2:4"
+    return stored.dict(name_prefix=name, device="meta" if matrix.is_meta else "cpu")
+
+
+def specs(spec: TensorSpec) -> list[TensorSpec]:
+    """What is announced to the writer in the place of a matrix."""
+    made = parts(spec.name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
+    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()]
+
+
+def names(matrix: str) -> list[str]:
+    """Of what is stored in the place of a matrix."""
+    return [matrix.removesuffix("weight") + part for part in ("shape", "compressed", "bitmask")]
+
+
+def config_fields(modules: Iterable[str], sparsity: float) -> dict[str, Any]:
+    """The fields of config.json by which readers find the compressed modules.
+
+    Every one is named: whatever else the model has, and layers that are not pruned, is stored as always.
+
+    Args:
+        sparsity: zeros over all parameters.
+    """
+    from compressed_tensors.config import Sparse24BitMaskConfig
+
+    sparse = Sparse24BitMaskConfig(targets=list(modules), ignore=[], global_sparsity=sparsity)
+    fields = {"quant_method": PACKAGE, "version": version(), "sparsity_config": sparse.model_dump()}
+    return {"quantization_config": fields}
+
+
+def is_compressed(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of compressed weights."""
+    fields = config.get("quantization_config")
+    sparse = fields.get("sparsity_config") if isinstance(fields, dict) else None
+    return isinstance(sparse, dict) and sparse.get("format") == FORMAT
+
+
+@contextmanager
+def decompressed(directory: Path) -> Iterator[Path]:
+    """`directory` itself, or a dense copy for as long as the block runs if its weights are compressed.
+
+    The copy is made one tensor at a time, beside `directory` (its disk has room for models), or in the system's
+    temporary directory where that cannot be written to. What is not weights is linked.
+
+    Raises:
+        StreampruneError: the package is missing, the disk is full.
+        CheckpointError: damaged weights.
+    """
+    config = read_config(directory)
+    if not is_compressed(config):
+        yield directory
+        return
+    matrix_class, parent = library(), directory.absolute().parent
+    place = parent if os.access(parent, os.W_OK) else None
+    with TemporaryDirectory(prefix=f".{directory.name}.dense-", dir=place) as scratch:
+        dense = Path(scratch)
+        with Checkpoint(directory) as source:
+            _write_dense(source, matrix_class, dense)
+        for file in directory.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and file.name not in ("config.json", INDEX_FILE):
+                (dense / file.name).symlink_to(file.absolute())
+        write_json(dense / "config.json", {k: v for k, v in config.items() if k != "quantization_config"})
+        yield dense
+
+
+def _write_dense(source: Checkpoint, matrix_class: Any, dense: Path) -> None:
+    """All tensors of `source`, each compressed one as the matrix that it stands for."""
+    dense_specs, prefixes = [], {}
+    for name, entry in source.tensors.items():
+        prefix, _, part = name.rpartition(".")
+        if part == "compressed" and f"{prefix}.bitmask" in source.tensors and len(entry.shape) == 2:
+            shape = (entry.shape[0], 2 * entry.shape[1])
+            dense_specs.append(TensorSpec(f"{prefix}.weight", entry.dtype, shape))
+            prefixes[f"{prefix}.weight"] = prefix
+        elif part not in ("bitmask", "shape") or f"{prefix}.compressed" not in source.tensors:
+            dense_specs.append(TensorSpec(name, entry.dtype, entry.shape))
+    check_space(dense, sum(spec.nbytes for spec in dense_specs))
+    with ShardedWriter(dense, dense_specs, MAX_SHARD_SIZE) as writer:
+        for spec in dense_specs:
+            if spec.name not in prefixes:
+                writer.write(spec.name, source.read(spec.name))
+                continue
+            stored = [source.read(f"{prefixes[spec.name]}.{part}") for part in ("compressed", "bitmask")]
+            try:
+                matrix = matrix_class.from_compressed_data(list(spec.shape), *stored).decompress()
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise CheckpointError(f"{source.path}: {spec.name} cannot be decompressed; prune again") from error
+            writer.write(spec.name, matrix)

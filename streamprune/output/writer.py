@@ -1,0 +1,135 @@
+"""The tensors of the output directory: hashed, cut and written several at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from streamprune.errors import CheckpointError
+from streamprune.model.masking import bias_of
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import KeptUnits
+from streamprune.output import sparse24
+from streamprune.output.layers import Slicer
+from streamprune.storage.checkpoint import byte_view, is_finite
+from streamprune.storage.shards import ShardedWriter, TensorSpec
+from streamprune.streaming.binder import check_finite
+from streamprune.streaming.pager import Page, Pager
+
+WRITERS = 4  # tensors of a layer that are cut and written at the same time
+
+
+class OutputWriter:
+    """Writes the pruned tensors, in any order, and hashes the source's on the way. A context manager.
+
+    Args:
+        specs: from `output_specs`.
+        packed: names of the source's matrices that are compressed.
+        digests: of source tensors that an earlier run has put there, layer by layer; filled in as tensors are put.
+
+    Raises:
+        CheckpointError: NaN or infinite weights in the source.
+        OutputError: the disk is full.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        kept: KeptUnits,
+        specs: Sequence[TensorSpec],
+        directory: Path,
+        max_shard_size: int,
+        packed: Container[str] = (),
+        digests: dict[str, str] | None = None,
+    ) -> None:
+        self.skeleton, self._slicer, self._packed = skeleton, Slicer(skeleton, kept), packed
+        self._digests: dict[str, str] = {} if digests is None else digests
+        written = [target for name in self._digests if (target := self._slicer.name(name)) is not None]
+        written += [bias_of(target) for target in written]  # those that a layer has been given
+        written += [part for name in self._digests if name in packed for part in sparse24.names(name)]
+        self._writer = ShardedWriter(directory, specs, max_shard_size, written)
+
+    def __enter__(self) -> OutputWriter:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._writer.__exit__(*exc)
+
+    def sync(self) -> None:
+        """What has been put is on the disk."""
+        self._writer.sync()
+
+    def put(self, name: str, source: Tensor, made: Tensor | None = None) -> None:
+        """Write what remains of a source tensor, or what was `made` of it."""
+        source = source.cpu().contiguous()
+        self._digests[name] = hashlib.sha256(byte_view(source)).hexdigest()
+        target = self._slicer.name(name)
+        if target is not None:
+            whole = self._slicer.cut(name, source) if made is None else made
+            parts = sparse24.parts(target, whole) if name in self._packed else {target: whole}
+            for part, tensor in parts.items():
+                self._writer.write(part, tensor)
+
+    def put_layer(self, page: Page, made: Mapping[str, Tensor]) -> None:
+        """Write what remains of a layer; `made` by names inside it: replaced tensors, and new ones."""
+        prefix = self.skeleton.layer_prefix(page.layer)
+
+        def put(name: str) -> None:
+            check_finite(self.skeleton.checkpoint.path, page.layer, name, page.tensors[name])
+            self.put(prefix + name, page.tensors[name], made.get(name))
+
+        # Hashing, cutting and writing all let other threads run, and take turns at being the slowest.
+        writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="streamprune-writer")
+        try:
+            for written in [writers.submit(put, name) for name in page.tensors]:
+                written.result()
+        finally:
+            writers.shutdown(cancel_futures=True)
+        for name in made.keys() - page.tensors.keys():
+            target = self._slicer.name(prefix + name)
+            assert target is not None, "nothing is made for layers that go"
+            self._writer.write(target, made[name])
+
+    def untouched(self) -> list[int]:
+        """The source layers of which nothing has been put yet."""
+        return [
+            layer
+            for layer, entries in enumerate(self.skeleton.entries)
+            if not any(entry.name in self._digests for entry in entries.values())
+        ]
+
+    def finish(
+        self,
+        pager: Pager,
+        make: Callable[[Page], Mapping[str, Tensor]] = lambda page: {},
+        done: Callable[[], None] = lambda: None,
+    ) -> str:
+        """Write all that has not been put yet, one source layer in memory at a time.
+
+        Args:
+            make: what is made of a layer, for `put_layer`.
+            done: called after every layer.
+
+        Returns:
+            The SHA-256 of the source's tensors: of the lines "name sha256(bytes)", sorted.
+        """
+        checkpoint = self.skeleton.checkpoint
+        with pager.pages(self.untouched()) as pages:
+            for page in pages:
+                self.put_layer(page, make(page))
+                done()
+        for name in checkpoint.tensors:
+            if name not in self._digests:
+                tensor = checkpoint.read(name)
+                if not is_finite(tensor):
+                    raise CheckpointError(
+                        f"{checkpoint.path}: {name} holds NaN or infinite values; download or export it again"
+                    )
+                self.put(name, tensor)
+        digests = self._digests
+        return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()

@@ -1,0 +1,200 @@
+"""The part of a run that scores and writes: units or layers by their scores, or weights as they are scored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.config import PruneConfig
+from streamprune.methods.table import METHODS, LayerScores, UnitScores, WeightPruner
+from streamprune.model.units import KeptUnits, TensorRef
+from streamprune.output import sparse24
+from streamprune.output.companions import Companions
+from streamprune.output.layers import layout, mean_biases, output_specs, patched_config
+from streamprune.output.writer import OutputWriter
+from streamprune.pipeline.progress import Progress
+from streamprune.planning.decision import Plan
+from streamprune.recovery.least_squares import compensate, passes
+from streamprune.storage.journal import Journal
+from streamprune.storage.tensor_store import make_store
+from streamprune.streaming.device import peaks
+from streamprune.streaming.pager import Page
+from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job has written.
+
+    Attributes:
+        kept: units per layer and kind; layers that are not in it are gone.
+        layout: "same", "stock" or "ragged".
+        output_bytes: of all tensors.
+        added_parameters: biases that the source has not.
+        zeros: how many of the pruned weights are zero, and of how many.
+        source_hash: SHA-256 of the source's tensors.
+    """
+
+    kept: KeptUnits
+    layout: str
+    output_bytes: int
+    added_parameters: int
+    zeros: tuple[int, int]
+    source_hash: str
+
+
+@dataclass
+class Job:
+    """A planned run on an open model.
+
+    Attributes:
+        ids: calibration tokens [n, seq] of the method, if it needs any.
+        repair_ids: those of the least squares after units or layers are gone.
+        costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
+        companions: what comes along beside the tensors.
+        journal: of a run that can be resumed.
+        state_scratch: directory of what the method keeps between sweeps, where it is not in memory or the journal.
+        predicted: seconds of the stages, where rates of this machine are known.
+    """
+
+    config: PruneConfig
+    settings: dict[str, Any]
+    plan: Plan
+    sweeper: Sweeper
+    progress: Progress
+    ids: Tensor | None
+    repair_ids: Tensor | None
+    companions: Companions
+    costs: dict[str, float] = field(default_factory=dict)
+    journal: Journal | None = None
+    state_scratch: Path | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+
+    def score(self) -> UnitScores | LayerScores:
+        """Scores of units or layers."""
+        statistics = self._statistics(self.journal)
+        layers = self.config.target == "layers"
+        scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
+        if self.journal is not None:
+            self.journal.watch(scores)
+            if self.journal.facts.get("scored"):
+                self.costs |= self.journal.facts["costs"]
+                return scores
+        with self._scoring(statistics):
+            METHODS[self.config.method].score(statistics, self.settings, scores)
+        self.sweeper.close()
+        if self.journal is not None:
+            self.journal.facts["costs"] = self.costs
+            self.journal.finish_scores(self.plan.layers)
+        return scores
+
+    def cut(self, scores: UnitScores | LayerScores, directory: Path) -> Done:
+        """Choose what stays, repair it if asked to, and write it."""
+        skeleton, plan = self.sweeper.skeleton, self.plan
+        kept = plan.choice.keep(scores)
+        specs = output_specs(skeleton, kept, biases=plan.biases)
+
+        def biases(page: Page) -> dict[str, Tensor]:
+            if not plan.biases:
+                return {}
+            assert isinstance(scores, UnitScores), "only units have biases in their place"
+            return mean_biases(skeleton, kept, scores.means, page)
+
+        digests = {} if self.journal is None else self.journal.facts.setdefault("digests", {})
+        shard_size = self.config.max_shard_size
+        with OutputWriter(skeleton, kept, specs, directory, shard_size, digests=digests) as writer:
+            save = self._saves(writer)
+            if self.repair_ids is not None:
+                self._repair(kept, writer)
+            with self._stage("writing", [writer.untouched()]):
+                source_hash = writer.finish(self.sweeper.pager, biases, save)
+        added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
+        self.companions.write(patched_config(skeleton, kept, self.config.emit, biases=plan.new_biases), directory)
+        shape = layout(skeleton, kept, self.config.emit, biases=plan.new_biases)
+        nbytes = sum(spec.nbytes for spec in specs)
+        return Done(kept, shape, nbytes, added, (0, 0), source_hash)
+
+    def prune_weights(self, directory: Path) -> Done:
+        """Prune each matrix as soon as it is scored, and write it at once."""
+        skeleton, plan = self.sweeper.skeleton, self.plan
+        assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
+        kept = plan.choice.widths
+        specs = output_specs(skeleton, kept, packed=plan.packed)
+        journal = self.journal
+        statistics = self._statistics(journal)
+        saved = journal.facts if journal is not None else {}
+        counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many
+        digests = saved.setdefault("digests", {})
+        shard_size = self.config.max_shard_size
+        with OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed, digests) as writer:
+            if journal is not None:
+                journal.before_commit = writer.sync
+
+            def emit(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
+                name = skeleton.layer_prefix(ref.layer) + ref.tensor
+                writer.put(name, stored, pruned)
+                counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
+
+            with self._scoring(statistics):
+                METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
+            self.sweeper.close()
+            with self._stage("writing", [writer.untouched()]):
+                source_hash = writer.finish(self.sweeper.pager)
+        zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))
+        fields = patched_config(skeleton, kept)
+        if plan.packed:
+            fields |= sparse24.config_fields(plan.packed.values(), zeros / skeleton.parameters)
+        self.companions.write(fields, directory)
+        return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
+
+    def _saves(self, writer: OutputWriter) -> Callable[[], None]:
+        """What makes all that was written so far count, where the run can be resumed."""
+        if self.journal is None:
+            return lambda: None
+        self.journal.before_commit = writer.sync
+        return self.journal.save
+
+    def _statistics(self, journal: Journal | None) -> Statistics:
+        store = partial(make_store, journal=journal, scratch=self.state_scratch, dtype=self.config.state_dtype)
+        return Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, journal, store)
+
+    def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:
+        assert self.repair_ids is not None and self.plan.repair is not None
+        config = self.config
+        with self._stage("repairing", passes(self.sweeper, kept)):
+            compensate(
+                self.sweeper,
+                self.repair_ids,
+                kept,
+                ridge=config.compensate_ridge,
+                goal=self.plan.repair,
+                micro_batch=config.micro_batch or default_micro_batch(self.repair_ids.shape[1]),
+                write=writer.put_layer,
+                journal=self.journal,
+            )
+
+    def _stage(self, name: str, orders: Iterable[Sequence[int]]) -> AbstractContextManager[None]:
+        """A stage that passes the layers in these orders."""
+        total = sum(self.sweeper.pager.bytes_of(layer) for order in orders for layer in order)
+        return self.progress.stage(name, total, self.predicted.get(name))
+
+    @contextmanager
+    def _scoring(self, statistics: Statistics) -> Iterator[None]:
+        """The stage in which the method works; its figures go into `costs`."""
+        method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
+        needs = method.needs or (("weights",) if self.config.target == "weights" else ())
+        start, read = time.perf_counter(), checkpoint.bytes_read
+        with self._stage(f"scoring {method.name}", statistics.passes(needs, method.sweeps(self.settings))):
+            yield
+        self.costs["seconds"] = time.perf_counter() - start
+        self.costs["bytes_read"] = checkpoint.bytes_read - read
+        self.costs |= peaks()

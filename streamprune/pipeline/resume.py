@@ -1,0 +1,100 @@
+"""Going on from an earlier run: what it must have in common with this one, and what it has left."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.config import PruneConfig
+from streamprune.errors import JournalError
+from streamprune.figures import human
+from streamprune.model.skeleton import Skeleton
+from streamprune.output.card import MACHINE
+from streamprune.pipeline.progress import Progress
+from streamprune.storage.checkpoint import byte_view
+from streamprune.storage.journal import JOURNAL, Journal, in_use, remove
+
+
+def open_journal(
+    config: PruneConfig,
+    skeleton: Skeleton,
+    ids: Tensor | None,
+    repair_ids: Tensor | None,
+    directory: Path,
+    progress: Progress,
+) -> Journal:
+    """The journal of this run, or of the one before that it goes on from."""
+    journal = Journal(directory, _fingerprint(config, skeleton, ids, repair_ids))
+    try:
+        _take_over(journal, directory / "output", progress)
+    except BaseException:
+        journal.release()
+        raise
+    return journal
+
+
+def _take_over(journal: Journal, partial_output: Path, progress: Progress) -> None:
+    """What of an earlier run's output counts stays, the rest goes."""
+    if journal.facts.get("digests") and not partial_output.is_dir():
+        progress.say(
+            f"{partial_output} is gone; the run begins anew{', from its scores' * bool(journal.facts.get('scored'))}"
+        )
+        journal.forget()
+    if not journal.facts.get("digests"):
+        # Begun, but nothing in it counts.
+        shutil.rmtree(partial_output, ignore_errors=True)
+    for copy in partial_output.parent.glob(f".{partial_output.name}.dense-*"):
+        shutil.rmtree(copy, ignore_errors=True)  # of compressed weights, whose perplexity was being measured
+
+
+def _fingerprint(
+    config: PruneConfig, skeleton: Skeleton, ids: Tensor | None, repair_ids: Tensor | None
+) -> dict[str, str | None]:
+    """What decides the bytes that come out: options, versions, tokens, and the source's headers, sizes and dates."""
+    elsewhere = ("model", "output", "overwrite", "resume", "evaluate", "dtype", "device", *MACHINE)
+    options = {
+        f"--{name.replace('_', '-')}": str(value) for name, value in asdict(config).items() if name not in elsewhere
+    }
+    source = hashlib.sha256(repr(sorted(skeleton.checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
+    source.update((skeleton.checkpoint.path / "config.json").read_bytes())
+    for file in skeleton.checkpoint.files:
+        source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
+    tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
+    gpu = skeleton.device.type == "cuda"
+    device = torch.cuda.get_device_name(skeleton.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
+    compute = {"compute dtype": str(skeleton.dtype), "compute device": device}
+    return {**options, **versions, **tokens, **compute, "source": source.hexdigest()}
+
+
+def hash_ids(ids: Tensor | None) -> str | None:
+    """SHA-256 of token ids, int64: the text may change or go, what was computed on is known."""
+    return None if ids is None else hashlib.sha256(byte_view(ids.contiguous())).hexdigest()
+
+
+def already_there(journal_directory: Path | None) -> int:
+    """Bytes that an earlier run has taken for its output and its state."""
+    if journal_directory is None or not journal_directory.is_dir():
+        return 0
+    return sum(file.stat().st_size for file in journal_directory.rglob("*") if file.is_file())
+
+
+def remove_finished(directory: Path) -> None:
+    """The journal of a run that was killed when its output was there already: none is under way in it any more."""
+    if (directory / JOURNAL).is_file() and not (directory / "output").exists() and not in_use(directory):
+        remove(directory)
+
+
+def say_what_stays(directory: Path, progress: Progress, kind: type[BaseException] | None, *rest: object) -> None:
+    """Of a run that did not end well: where its journal is. One that holds nothing goes."""
+    if kind is not None and not (directory / JOURNAL).is_file():
+        remove(directory)
+    elif kind is not None and not issubclass(kind, JournalError):
+        nbytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        progress.say(f"{directory} keeps {human(nbytes)} to go on from: repeat the command, or remove it")

@@ -1,0 +1,283 @@
+"""The whole pipeline on one page: from a PruneConfig to a directory that loads."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from streamprune.config import PruneConfig
+from streamprune.errors import OutputError
+from streamprune.figures import peak_rss
+from streamprune.methods.table import resolve_settings
+from streamprune.model.skeleton import Skeleton
+from streamprune.output import companions, sparse24
+from streamprune.output.card import model_card
+from streamprune.pipeline import batches, resume
+from streamprune.pipeline.facts import run_facts
+from streamprune.pipeline.job import Job
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import compute_device, open_model
+from streamprune.planning import allocation, rates
+from streamprune.planning.decision import Plan, describe, make_plan
+from streamprune.planning.placement import Placement, forecast_table, place, say
+from streamprune.planning.stage import Work
+from streamprune.storage.directory import (
+    OWN_FILE,
+    atomic_directory,
+    check_directory,
+    check_output,
+    check_space,
+    write_json,
+)
+from streamprune.storage.journal import remove
+from streamprune.streaming.perplexity import perplexity, sweeps_needed
+from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+
+# What a run holds that a plan does not: tokens, and what tokenising them leaves behind (1 to 3 MB of texts of 23 kB and
+# 1.1 MB, 9 MB more for a moment). The tokenizer itself, 50 to 340 MB, a plan loads too.
+TEXT_BYTES = 12_000_000
+CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What came of a run.
+
+    Attributes:
+        output: the directory. layout: "same", "stock" or "ragged".
+        kept: kept units per layer and kind; layers that are not in it are gone.
+        facts: the contents of streamprune.json.
+    """
+
+    output: Path
+    layout: str
+    kept: allocation.KeptUnits
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will do: in words, and where things stay; `seconds` of each stage where rates are known."""
+
+    text: str
+    placement: Placement
+    seconds: dict[str, float]
+
+
+def prune(config: PruneConfig, progress: Progress | type[tqdm[Any]] | bool | None = None) -> PruneResult:
+    """Prune a model as `config` says and write the result.
+
+    Args:
+        progress: True for lines or bars on stderr, a class of bars such as `tqdm.notebook.tqdm`, or a `Progress`; by
+            default nothing is said.
+
+    Raises:
+        StreampruneError: anything that cannot be done, with the remedy; nothing is left at the output then.
+    """
+    started = time.perf_counter()
+    progress = Progress.of(progress)
+    settings = resolve_settings(config.method, config.settings, config.target)
+    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
+    if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
+        resume.remove_finished(journal_directory)
+    check_output(config.output, overwrite=config.overwrite)
+    if config.compress:
+        sparse24.check_package()
+    with ExitStack() as output:
+        # In a function of its own: what the source keeps in memory is gone before the result is measured.
+        directory, facts, kept, segments = _score_and_write(config, settings, output, progress, journal_directory)
+        if segments is not None:
+            facts["perplexity"]["after"] = _perplexity_after(config, directory, segments, progress)
+        facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
+        facts["peak_rss"] = peak_rss()
+        write_json(directory / OWN_FILE, facts)
+        (directory / "README.md").write_text(model_card(facts), encoding="utf-8", errors="backslashreplace")
+    if journal_directory is not None:
+        remove(journal_directory)
+    return PruneResult(config.output, facts["layout"], kept, facts)
+
+
+def _score_and_write(
+    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
+) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
+    """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
+    with _source(config, progress) as sweeper:
+        skeleton = sweeper.skeleton
+        _refuse_in_place(config, skeleton.checkpoint.path)
+        plan = make_plan(config, skeleton, settings)
+        _check_output_space(config, plan, skeleton, journal_directory)
+        progress.say(describe(config, skeleton, plan))
+        beside = _prepare_companions(config, plan, skeleton, progress)
+        tokens = batches.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
+        ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
+        sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
+        if tokens.said:
+            progress.say(tokens.said)
+        journal = None
+        if journal_directory is not None:
+            journal = resume.open_journal(config, skeleton, ids, repair_ids, journal_directory, progress)
+            output.callback(journal.release)
+            output.push(partial(resume.say_what_stays, journal_directory, progress))
+        saved = {} if journal is None else journal.facts
+        work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
+        # The micro-batch is part of the arithmetic: the one that the first run was planned with.
+        planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
+        placement = _place(planned, settings, plan, sweeper, work)
+        if config.resume:
+            carried = max(stage.carried for stage in placement.stages)
+            _check_output_space(config, plan, skeleton, journal_directory, carried)
+        progress.say(say(placement, sweeper))
+        saved["micro_batch"] = placement.micro_batch
+        if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
+            saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]
+        if journal is not None:
+            journal.save()
+        found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
+        predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
+        job = Job(
+            config, settings, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted
+        )
+        job.state_scratch = config.scratch if placement.state == "scratch" else None
+        directory = output.enter_context(
+            atomic_directory(
+                config.output,
+                overwrite=config.overwrite,
+                temporary=None if journal is None else journal.directory / "output",
+            )
+        )
+        done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
+        facts = run_facts(job, placement, done, tokens)
+        if segments is not None:
+            facts["perplexity"]["before"] = saved["before"][1]
+    return directory, facts, done.kept, segments
+
+
+def _check_output_space(
+    config: PruneConfig, plan: Plan, skeleton: Skeleton, journal_directory: Path | None, carried: int = 0
+) -> None:
+    """Refuse a disk that is too small; `carried` are the bytes of hidden states of a journal's commit."""
+    # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
+    copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
+    # What the last commit carries, and what the next one does.
+    kept = plan.state_bytes + 2 * carried if config.resume else 0
+    check_space(config.output.parent, plan.output_bytes + copied + kept - resume.already_there(journal_directory))
+
+
+def _prepare_companions(
+    config: PruneConfig, plan: Plan, skeleton: Skeleton, progress: Progress
+) -> companions.Companions:
+    """What comes along beside the tensors; what does not is said."""
+    found = companions.prepare(
+        skeleton,
+        plan.choice.widths,
+        config.emit,
+        biases=plan.new_biases,
+        trust_remote_code=config.trust_remote_code,
+    )
+    for note in found.notes:
+        progress.say(note)
+    return found
+
+
+def _source(
+    config: PruneConfig, progress: Progress | None = None, *, planned: torch.device | None = None
+) -> AbstractContextManager[Sweeper]:
+    """The model that is pruned, opened as the options say."""
+    return open_model(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        scope="units" if config.target == "units" else "matrices",
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+        reader=config.reader,
+        read_threads=config.read_threads,
+        planned=planned,
+    )
+
+
+def _place(
+    config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0
+) -> Placement:
+    """Decide where things stay, and tell the sweeper; `to_come` is what the process does not hold yet, in bytes."""
+    skeleton = sweeper.skeleton
+    loaded = skeleton.resident_bytes if skeleton.loaded and skeleton.device.type == "cpu" else 0
+    baseline = psutil.Process().memory_info().rss - loaded + to_come
+    placement = place(sweeper, config, settings, plan, work, baseline=baseline)
+    if config.scratch is not None and skeleton.loaded:
+        spilled = max(stage.scratch for stage in placement.stages)
+        check_directory(config.scratch, "--scratch")
+        check_space(config.scratch, spilled, "what goes to --scratch")
+    sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
+    to_take = placement.host_bytes - psutil.Process().memory_info().rss
+    sweeper.pager.page_cache = max(0, int(CACHE_SHARE * (psutil.virtual_memory().available - to_take)))
+    sweeper.place, sweeper.scratch = placement.place, placement.scratch
+    return placement
+
+
+def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> Forecast:
+    """What `prune(config)` will hold and read, a row per stage; seconds where rates are measured or assumed.
+
+    Raises:
+        StreampruneError: as `prune` before its work begins.
+    """
+    settings = resolve_settings(config.method, config.settings, config.target)
+    planned = None if measure else compute_device(config.device)
+    if assume is not None:
+        planned = torch.device("cuda")
+        config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
+    with _source(config, planned=planned) as sweeper:
+        plan = make_plan(config, sweeper.skeleton, settings)
+        opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held
+        work = batches.expected_work(config, sweeper.skeleton)
+        seq_len = work.calibration[1] if work.calibration else 128
+        sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
+        placement = _place(config, settings, plan, sweeper, work, to_come=TEXT_BYTES)
+        found = None
+        if measure:
+            found = rates.measured(sweeper, seq_len, rates.default_cache())
+        elif assume is not None:
+            found = rates.assumed(assume)
+        reading = opened.plan(config, sweeper.skeleton)
+        parts = (describe(config, sweeper.skeleton, plan), reading, forecast_table(placement, sweeper, found))
+        text = "\n".join(part for part in parts if part)
+        taken = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
+        return Forecast(text, placement, taken)
+
+
+def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progress) -> float:
+    total = sweeper.pager.layer_bytes() * sweeps_needed(sweeper, segments)
+    with progress.stage(f"perplexity {when}", total):
+        return perplexity(sweeper, segments).perplexity
+
+
+def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, progress: Progress) -> float:
+    with open_model(
+        str(directory),
+        device=config.device,
+        dtype=config.dtype,
+        pruned=True,
+        trust_remote_code=config.trust_remote_code,
+        progress=progress,
+        read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
+    ) as pruned:
+        return _perplexity(pruned, segments, "after", progress)
+
+
+def _refuse_in_place(config: PruneConfig, source: Path) -> None:
+    """--overwrite must not remove what the run reads."""
+    output = config.output.resolve()
+    batches = [Path(text) for text in (config.calibration, config.evaluate) if text]
+    for read in (source, *batches):
+        if output in (read.resolve(), *read.resolve().parents):
+            what = "the model itself" if read == source else str(read)
+            raise OutputError(f"{config.output} is or holds {what}; choose another --output")

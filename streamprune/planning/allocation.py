@@ -1,0 +1,296 @@
+"""From scores to what is kept: how many units go from each layer, and which; or which layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import StreampruneError, UsageError
+from streamprune.model.families import Family, stock_takes
+from streamprune.model.units import FLOOR_SLACK, Geometry, KeptUnits, Kind, all_units
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """What is to be removed of each prunable layer.
+
+    Attributes:
+        total: fraction of its prunable parameters.
+        attention, mlp: fractions of its KV groups and of its channels, where the two are set apart.
+        round_to: the kept number of channels is a multiple of this.
+    """
+
+    total: float
+    attention: float | None = None
+    mlp: float | None = None
+    round_to: int = 1
+
+
+def uniform(
+    family: Family,
+    geometry: Geometry,
+    costs: Mapping[Kind, int],
+    ratios: Ratios,
+    hidden_size: int,
+    *,
+    stock: bool,
+) -> dict[Kind, int]:
+    """Units to remove from every prunable layer: whole KV groups by floor(r·groups), then channels that fill
+    the rest of the layer's parameter budget to the nearest channel. Where no channels can go, the nearest KV group.
+
+    Args:
+        costs: parameters of one unit of each kind.
+        stock: land on a head count that the family's stock class accepts; channels take the rest.
+
+    Raises:
+        UsageError: the ratio would leave a layer without KV groups or channels, or cannot be applied.
+    """
+    groups = 0
+    if "kv_group" in costs:
+        groups = _groups(family, geometry, costs, ratios, hidden_size, stock=stock)
+    elif ratios.attention:
+        raise UsageError(f"attention of {family.model_type} cannot be pruned; leave --attention-ratio out")
+    removed: dict[Kind, int] = {}
+    if "channel" in costs:
+        removed["channel"] = _channels(geometry, costs, ratios, groups)
+    elif ratios.mlp:
+        raise UsageError(f"channels of {family.model_type} cannot be pruned; leave --mlp-ratio out")
+    elif ratios.round_to > 1:
+        raise UsageError(f"--round-to is of channels, which cannot be pruned in {family.model_type}; leave it out")
+    if "kv_group" in costs:
+        removed["kv_group"] = groups
+    return removed
+
+
+def _groups(
+    family: Family, geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, hidden_size: int, *, stock: bool
+) -> int:
+    """KV groups to remove from every prunable layer."""
+    share = ratios.total if ratios.attention is None else ratios.attention
+    alone = "channel" not in costs  # nothing else makes up what rounding leaves
+    groups = math.floor(share * geometry.kv_groups + (0.5 if alone else FLOOR_SLACK))
+    if alone and share > 0 and groups == 0:
+        raise UsageError(f"a ratio of {share} is less than half of one of {geometry.kv_groups} KV groups; raise it")
+    if stock:
+        groups = _stock_groups(family, geometry, groups, hidden_size)
+    if groups >= geometry.kv_groups:
+        raise UsageError(f"a ratio of {share} leaves no KV group of {geometry.kv_groups}; lower it")
+    return groups
+
+
+def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, groups: int) -> int:
+    """Channels to remove from every prunable layer that loses so many KV groups."""
+    if ratios.mlp is not None:
+        wanted = ratios.mlp * geometry.channels
+    else:
+        prunable = sum(costs[kind] * geometry.units(kind) for kind in costs)
+        wanted = (ratios.total * prunable - groups * costs.get("kv_group", 0)) / costs["channel"]
+    if ratios.round_to > geometry.channels:
+        raise UsageError(f"--round-to {ratios.round_to}: a layer has {geometry.channels} channels; lower it")
+    kept = geometry.channels - max(0, math.floor(wanted + 0.5))
+    if ratios.round_to > 1 and kept != geometry.channels:
+        kept = min(geometry.channels, max(1, math.floor(kept / ratios.round_to + 0.5)) * ratios.round_to)
+    if kept < 1:
+        raise UsageError(
+            f"the ratio takes {wanted:.0f} channels of {geometry.channels} and leaves the MLP empty; lower --ratio"
+            + ("" if ratios.mlp is not None else ", or move some of it to attention with --attention-ratio")
+        )
+    return geometry.channels - kept
+
+
+def _stock_groups(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> int:
+    """The largest number of groups up to `groups` after which the stock class accepts the head count."""
+    while groups and not stock_takes(family, geometry, geometry.kv_groups - groups, hidden_size):
+        groups -= 1
+    return groups
+
+
+def keep_highest(scores: Tensor, removed: int) -> list[int]:
+    """Indices (ascending) that remain when exactly `removed` of `scores` [units] go, the lowest first.
+
+    Of equal scores the lowest index goes first.
+    """
+    _check_finite(scores)
+    order = torch.argsort(scores, stable=True)
+    return sorted(order[removed:].tolist())
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
+
+
+def select(
+    scores: Mapping[int, Mapping[Kind, Tensor]],
+    removed: Mapping[Kind, int],
+    geometry: Geometry,
+    n_layers: int,
+) -> KeptUnits:
+    """Kept units of every layer; layers without scores keep all."""
+    return {
+        layer: {
+            kind: keep_highest(scores[layer][kind], count) if layer in scores else list(range(geometry.units(kind)))
+            for kind, count in removed.items()
+        }
+        for layer in range(n_layers)
+    }
+
+
+def removed_parameters(kept: KeptUnits, costs: Mapping[Kind, int], geometry: Geometry, layer_sizes: list[int]) -> int:
+    """Parameters that go when `kept` remain of layers that have `layer_sizes` parameters."""
+    units = sum((geometry.units(kind) - len(u)) * costs[kind] for kinds in kept.values() for kind, u in kinds.items())
+    return units + sum(size for layer, size in enumerate(layer_sizes) if layer not in kept)
+
+
+@dataclass(frozen=True)
+class GlobalRule:
+    """How units of all prunable layers are compared.
+
+    Attributes:
+        ratio: fraction of their parameters that goes.
+        normalize: "zscore" of the scores in each layer and kind, or "raw" scores divided by the unit's parameters.
+        min_keep: fraction of each kind that every layer keeps, one unit at least.
+        round_to: the kept number of channels is a multiple of this.
+    """
+
+    ratio: float
+    normalize: str = "zscore"
+    min_keep: float = 0.1
+    round_to: int = 1
+
+    def step(self, kind: Kind) -> int:
+        """How many units of a kind go together."""
+        return self.round_to if kind == "channel" else 1
+
+    def most(self, kind: Kind, units: int) -> int:
+        """How many of `units` a layer may lose."""
+        step = self.step(kind)
+        least = max(1, math.ceil(self.min_keep * units - FLOOR_SLACK))
+        return max(0, units - -(-least // step) * step)
+
+
+def check_global(rule: GlobalRule, costs: Mapping[Kind, int], geometry: Geometry) -> None:
+    """Refuse a ratio that `min_keep` does not leave room for."""
+    all_of_them = sum(costs[kind] * geometry.units(kind) for kind in costs)
+    most = sum(costs[kind] * rule.most(kind, geometry.units(kind)) for kind in costs) / all_of_them
+    if rule.ratio > most:
+        most = math.floor(most * 1000) / 1000  # rounded up it would be refused again
+        raise UsageError(
+            f"a ratio of {rule.ratio} is more than --min-keep {rule.min_keep} leaves room for, {most:.3f}; "
+            "lower one of them"
+        )
+
+
+def allocate_globally(
+    scores: Mapping[int, Mapping[Kind, Tensor]],
+    rule: GlobalRule,
+    costs: Mapping[Kind, int],
+    geometry: Geometry,
+    n_layers: int,
+) -> KeptUnits:
+    """Kept units when the lowest of all prunable layers go, until the budget of parameters is met.
+
+    Units go in blocks of `rule.step`, in the order of their mean scores (per unit); the first block of a layer is as
+    small as makes the rest a multiple. A block that is too large for what is left of the budget is passed over, so
+    that what goes is the budget to the nearest smallest block.
+    """
+    budget = rule.ratio * sum(costs[kind] * geometry.units(kind) for kind in costs) * len(scores)
+    slack = min(costs[kind] * rule.step(kind) for kind in costs) / 2
+    blocks = []
+    for layer, kinds in scores.items():
+        for kind, values in kinds.items():
+            blocks += [(value, layer, kind, size) for value, size in _blocks(values, kind, rule, costs[kind])]
+    removed: dict[tuple[int, Kind], int] = {}
+    gone = 0
+    for _, layer, kind, size in sorted(blocks, key=lambda block: block[0]):
+        if gone + size * costs[kind] <= budget + slack:
+            gone += size * costs[kind]
+            removed[layer, kind] = removed.get((layer, kind), 0) + size
+    return {
+        layer: {
+            kind: keep_highest(scores[layer][kind], removed.get((layer, kind), 0)) if layer in scores else everything
+            for kind, everything in all_units(geometry, list(costs)).items()
+        }
+        for layer in range(n_layers)
+    }
+
+
+def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tuple[float, int]]:
+    """(mean normalised score, size) of the blocks of one layer and kind that may go, lowest first."""
+    _check_finite(values)
+    ordered = values.double().sort().values
+    if rule.normalize == "raw":
+        ordered /= cost
+    else:
+        deviation = ordered.std() if len(ordered) > 1 else torch.zeros(())
+        ordered = (ordered - ordered.mean()) / (deviation if deviation > 0 else 1)
+    step, most = rule.step(kind), rule.most(kind, len(ordered))
+    first = len(ordered) % step
+    whole = ordered[first : first + max(0, most - first) // step * step].view(-1, step).mean(dim=1)
+    head = [(float(ordered[:first].mean()), first)] if 0 < first <= most else []
+    return head + [(value, step) for value in whole.tolist()]
+
+
+def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:
+    """How many of the prunable layers go: the nearest number to the ratio.
+
+    Raises:
+        UsageError: none although the ratio is not 0, or all of the model.
+    """
+    count = math.floor(ratio * len(layers) + 0.5)
+    if ratio > 0 and count == 0:
+        raise UsageError(f"a ratio of {ratio} is less than half of one of {len(layers)} layers; raise it")
+    if count >= n_layers:
+        raise UsageError(f"a ratio of {ratio} takes all {n_layers} layers; lower it")
+    return count
+
+
+def select_layers(
+    scores: Mapping[int, float],
+    count: int,
+    geometry: Geometry,
+    kinds: Sequence[Kind],
+    n_layers: int,
+    *,
+    contiguous: bool,
+) -> KeptUnits:
+    """All units of the layers that remain when the `count` lowest-scored go, or the lowest run of `count`."""
+    prunable = list(scores)
+    values = torch.tensor([scores[layer] for layer in prunable], dtype=torch.float64)
+    if contiguous and count:
+        _check_finite(values)
+        first = int(values.unfold(0, count, 1).sum(dim=1).argmin())  # of equal ones the first
+        gone = set(prunable[first : first + count])
+    else:
+        stay = keep_highest(values, count)
+        gone = set(prunable) - {prunable[index] for index in stay}
+    return {layer: all_units(geometry, kinds) for layer in range(n_layers) if layer not in gone}
+
+
+def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool, whole: bool = False) -> range:
+    """The prunable layers: `given` as [A, B), by default [4, L − 2) as published, or the `whole` model.
+
+    Raises:
+        UsageError: a range that is empty, outside the model, or not all layers with `stock`.
+    """
+    if given is None:
+        start, stop = (0, n_layers) if whole or stock else (4, n_layers - 2)
+        if start >= stop:
+            raise UsageError(f"the default --layers 4:{n_layers - 2} is empty in a model of {n_layers} layers; give it")
+        return range(start, stop)
+    start, stop = given
+    if not 0 <= start < stop <= n_layers:
+        raise UsageError(f"--layers {start}:{stop} is not within the model's 0:{n_layers}")
+    if stock and (start, stop) != (0, n_layers):
+        raise UsageError(f"--stock gives all layers one width: use --layers 0:{n_layers} with it, or neither")
+    return range(start, stop)
+
+
+def describe(kept: KeptUnits) -> dict[str, Any]:
+    """Kept units for streamprune.json: {"4": {"kv_group": [...], "channel": [...]}, ...}."""
+    return {str(layer): dict(kinds) for layer, kinds in kept.items()}

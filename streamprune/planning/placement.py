@@ -1,0 +1,231 @@
+"""Where hidden states and layers stay in a run, so that it fits into its budget and reads least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from streamprune.config import PruneConfig
+from streamprune.errors import StreampruneError, UsageError
+from streamprune.figures import human, table
+from streamprune.methods.table import METHODS
+from streamprune.planning.decision import Plan
+from streamprune.planning.footprint import stages
+from streamprune.planning.rates import Rates, seconds
+from streamprune.planning.stage import Stage, Work
+from streamprune.streaming.hidden_states import Place
+from streamprune.streaming.pager import Turn
+from streamprune.streaming.sweeper import Sweeper
+
+MARGIN = 0.05  # of what tensors may take, for holes in the heap
+DRIFT = 32 << 20  # what the same process takes before its first tensor, more or less from run to run
+GPU_SHARE = 0.9  # of what is free, where no budget is given
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where things stay in a run.
+
+    Attributes:
+        slots: layers that the device may hold. place: where hidden states stay. state: what the method keeps does.
+        micro_batch: sequences per layer call.
+        device_bytes, host_bytes: the peaks; beside a CPU the first is 0.
+        halved: the micro-batch is smaller than by default, so sums differ in their last bits.
+    """
+
+    slots: int
+    place: Place
+    state: Place
+    scratch: Path | None
+    micro_batch: int
+    stages: Sequence[Stage]
+    device_bytes: int
+    host_bytes: int
+    halved: bool = False
+
+
+def place(
+    sweeper: Sweeper, config: PruneConfig, settings: Mapping[str, Any], plan: Plan, work: Work, *, baseline: int
+) -> Placement:
+    """The placement that reads least within the budget.
+
+    Args:
+        baseline: bytes of the process without any tensors of the model.
+
+    Raises:
+        StreampruneError: nothing fits; names the smallest budget that would do.
+    """
+    gpu = sweeper.skeleton.device.type == "cuda"
+    if config.gpu_memory is not None and not gpu:
+        raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
+    limits = _limits(config, sweeper, gpu)
+    room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
+    needed: list[tuple[int, int]] = []
+    for micro_batch in _micro_batches(config, sweeper.micro_batch):
+        options = [
+            (stages(sweeper, config, settings, plan, work, where, state, micro_batch), where, state)
+            for where in _places(config, gpu)
+            for state in _state_places(config, plan)
+        ]
+        # What spills least first.
+        options.sort(key=lambda option: max(stage.scratch for stage in option[0]))
+        for found, where, state in options:
+            device, host = _peaks(found, gpu)
+            needed.append((device, host))
+            if device > room[0] or host > room[1]:
+                continue
+            slots = _slots(sweeper, config, room[0] - device if gpu else room[1] - host, gpu)
+            grown = (slots - 2) * sweeper.pager.slot_bytes
+            device, host = (device + grown, host) if gpu else (0, host + grown)
+            read = _with_reading(sweeper, found, slots)
+            halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
+            return Placement(slots, where, state, config.scratch, micro_batch, read, device, baseline + host, halved)
+    smallest = min(needed, key=lambda both: (max(0, both[0] - room[0]) + max(0, both[1] - room[1]), sum(both)))
+    raise StreampruneError(_refusal(config, plan, baseline, smallest, limits))
+
+
+def _places(config: PruneConfig, gpu: bool) -> list[Place]:
+    """Where hidden states may stay, the fastest first."""
+    places: list[Place] = ["device"]
+    if gpu:
+        places.append("host")
+    if config.scratch is not None:
+        places.append("scratch")
+    return places
+
+
+def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
+    """Where the method's state may stay; what can be resumed has it in the journal."""
+    spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
+    return ["host", "scratch"] if spill else ["host"]
+
+
+def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]:
+    """Bytes of the device (none of its own beside a CPU) and of the process."""
+    process = psutil.Process().memory_info().rss
+    host = config.host_memory if config.host_memory is not None else psutil.virtual_memory().available + process
+    if not gpu:
+        return 0, host
+    device = config.gpu_memory
+    if device is None:
+        loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.loaded else 0
+        device = int(torch.cuda.mem_get_info(sweeper.skeleton.device)[0] * GPU_SHARE) + loaded
+    return device, host
+
+
+def _micro_batches(config: PruneConfig, default: int) -> list[int]:
+    """As the user says; else the default, and halves of it where memory is short."""
+    if config.micro_batch is not None:
+        return [config.micro_batch]
+    sizes = [default]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _peaks(found: Sequence[Stage], gpu: bool) -> tuple[int, int]:
+    """Peak bytes of tensors on the device and in the process."""
+    if gpu:
+        return max(sum(stage.device.values()) for stage in found), max(sum(stage.host.values()) for stage in found)
+    return 0, max(sum(stage.device.values()) + sum(stage.host.values()) for stage in found)
+
+
+def _slots(sweeper: Sweeper, config: PruneConfig, left: int, gpu: bool) -> int:
+    """What is left over keeps layers; beside a CPU only what is left of a budget: the page cache keeps them too."""
+    if not gpu and config.host_memory is None:
+        return 2
+    return max(2, min(sweeper.n_layers, 2 + left // sweeper.pager.slot_bytes))
+
+
+def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[Stage]:
+    """Bytes that each stage reads, all of them in turn."""
+    pager, before = sweeper.pager, 0
+    kept, pager.slots = pager.slots, slots
+    passes: list[tuple[Sequence[int], Turn]] = []
+    result = []
+    for stage in found:
+        passes += [(order, "back") for order in stage.passes]
+        total = pager.bytes_to_read(passes)
+        result.append(replace(stage, read=total - before))
+        before = total
+    pager.slots = kept
+    return result
+
+
+def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, int], limits: tuple[int, int]) -> str:
+    """One line with the smallest budget that would do."""
+    device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in needed)
+    host += baseline + DRIFT
+    lacking = []
+    if device > limits[0] > 0:
+        lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there")
+    if host > limits[1]:
+        lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
+    needs_text = METHODS[config.method].needs_text
+    remedies = ["lower --samples or --seq-len"] if needs_text else []
+    if config.scratch is None and needs_text:
+        remedies.append("give --scratch DIR")
+    if config.micro_batch is not None and not config.resume:  # a journal wants the one that it was begun with
+        remedies.append("lower --micro-batch")
+    if not remedies:
+        remedies.append("raise it")
+    if plan.state_bytes > sum(needed) / 10 and not config.resume:
+        remedies.append(f"for its {human(plan.state_bytes)} of state use {METHODS[config.method].stateless}")
+    return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
+
+
+def _mib(nbytes: int) -> str:
+    return f"{-(-nbytes // 2**20)}MiB"
+
+
+def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) -> str:
+    """A row per stage: bytes held, read and written, and seconds where rates are known."""
+    gpu = placement.device_bytes > 0
+    extra = (placement.slots - 2) * sweeper.pager.slot_bytes
+    baseline = placement.host_bytes - max(
+        sum(s.host.values()) + (not gpu) * (sum(s.device.values()) + extra) for s in placement.stages
+    )
+    rows = [["stage", *(["GPU"] if gpu else []), "memory", "scratch", "read", "written", "TFLOP", "seconds"]]
+    for stage in placement.stages:
+        device, host = sum(stage.device.values()) + extra, baseline + sum(stage.host.values())
+        held = [human(device), human(host)] if gpu else [human(device + host)]
+        taken = "-" if found is None else f"{seconds(stage, found):,.0f}"
+        moved = [human(each) for each in (stage.scratch, stage.read, stage.written)]
+        rows.append([stage.name, *held, *moved, f"{(stage.forward + stage.backward) / 1e12:,.1f}", taken])
+    lines = [table(rows), say(placement, sweeper)]
+    largest = max(placement.stages, key=lambda stage: sum(stage.device.values()))
+    parts = sorted(largest.device.items(), key=lambda item: -item[1])
+    lines.append(f"{largest.name} holds {', '.join(f'{human(size)} of {name}' for name, size in parts if size)}")
+    source = f"; {found.source}" if found else ""
+    lines.append(f"up to {placement.micro_batch} sequences are computed at once{source}")
+    return "\n".join(lines)
+
+
+def say(placement: Placement, sweeper: Sweeper) -> str:
+    """The placement in one line."""
+    where = {"device": "stay in memory", "host": "go to host memory", "scratch": f"go to {placement.scratch}"}
+    state = f", the method's state to {placement.scratch}" if placement.state == "scratch" else ""
+    gpu = f"{human(placement.device_bytes)} on the GPU and " if placement.device_bytes else ""
+    fewer = f"; {placement.micro_batch} sequences at once, fewer than by default" if placement.halved else ""
+    kept = f"{placement.slots} of {sweeper.n_layers} layers are kept" if placement.slots > 2 else "two layers at a time"
+    return (
+        f"planned: {gpu}{human(placement.host_bytes)} of memory at the most; {kept}, hidden states "
+        f"{where[placement.place]}{state}{fewer}"
+    )
+
+
+def placement_facts(placement: Placement) -> dict[str, Any]:
+    """What streamprune.json says of a placement."""
+    return {
+        "slots": placement.slots,
+        "hidden_states": placement.place,
+        "state": placement.state,
+        "planned_gpu": placement.device_bytes,
+        "planned_host": placement.host_bytes,
+        "planned_read": {stage.name: stage.read for stage in placement.stages},
+    }

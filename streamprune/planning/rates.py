@@ -1,0 +1,177 @@
+"""How fast this machine reads and computes, measured in seconds on one layer, or what a card is assumed to do."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.methods.sinks import Sparsity
+from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
+from streamprune.planning.footprint import FACTORS_OF_H, input_widths, layer_flops
+from streamprune.planning.stage import Stage
+from streamprune.streaming.binder import Binder, Perturbation
+from streamprune.streaming.pager import Page
+from streamprune.streaming.sweeper import Sweeper
+
+FILE = "rates.json"
+MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards, and the rest
+FACTOR_WIDTH = 4096  # at most, of the matrix that is factored; the rate grows with it
+# Dense bfloat16 with float32 accumulation in TFLOP/s, and GiB: NVIDIA's whitepapers on GA102, GA100, AD102 and GH100,
+# and the data sheet of the L4.
+CARDS = {
+    "rtx3090": (71.0, 24),
+    "rtx4090": (165.2, 24),
+    "a6000": (154.8, 48),
+    "l4": (121.0, 24),
+    "a100": (312.0, 80),
+    "h100": (989.4, 80),
+}
+UTILISATION = 0.4  # of that, in layers of a few thousand tokens
+DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
+WORK = ("forward", "backward", "noise", "factors", "updates")  # of a Stage, done at the Rates of the same names
+WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
+
+    `noise`, `factors` and `updates` are those of a Stage's work of that name, a second.
+    """
+
+    read: float
+    forward: float
+    backward: float
+    source: str
+    noise: float = math.inf
+    factors: float = math.inf
+    updates: float = math.inf
+
+
+def assumed(card: str) -> Rates:
+    """What a row of CARDS gives, with an NVMe drive."""
+    peak, _ = CARDS[card]
+    flops = peak * 1e12 * UTILISATION
+    return Rates(DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {peak:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s")
+
+
+def seconds(stage: Stage, rates: Rates) -> float:
+    """Of a stage: reading hides behind computing, or the other way round."""
+    computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
+    # The scratch disk is taken to be as fast as the checkpoint's, or the same.
+    return max((stage.read + stage.moved) / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
+
+
+def default_cache() -> Path:
+    """$XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
+
+
+def known(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates | None:
+    """What was measured here before for layers of these sizes."""
+    rates = _saved(cache).get(_key(sweeper, seq_len))
+    return None if rates is None else Rates(**rates)
+
+
+def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
+    """Rates of this machine with this model's layers; kept in `cache` for the next time."""
+    rates = known(sweeper, seq_len, cache)
+    if rates is None:
+        rates = Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here", *_beside(sweeper))
+        cache.mkdir(parents=True, exist_ok=True)
+        new = cache / f"{FILE}.{os.getpid()}"
+        new.write_text(json.dumps(_saved(cache) | {_key(sweeper, seq_len): asdict(rates)}, indent=1))
+        new.rename(cache / FILE)
+    return rates
+
+
+def _saved(cache: Path) -> dict[str, Any]:
+    try:
+        return json.loads((cache / FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _key(sweeper: Sweeper, seq_len: int) -> str:
+    """What rates depend on: the device, the disk, and the sizes of a layer's call."""
+    skeleton = sweeper.skeleton
+    device = torch.cuda.get_device_name(skeleton.device) if skeleton.device.type == "cuda" else platform.processor()
+    shapes = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
+    disk = os.stat(skeleton.checkpoint.path).st_dev
+    return repr((device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk))
+
+
+def _read(sweeper: Sweeper) -> float:
+    """Bytes/s of a sweep that computes nothing."""
+    checkpoint, start = sweeper.skeleton.checkpoint, time.perf_counter()
+    before = checkpoint.bytes_read
+    with sweeper.pager.pages(range(sweeper.n_layers)) as pages:
+        for _ in pages:
+            if time.perf_counter() - start > MEASURE_SECONDS:
+                break
+    return (checkpoint.bytes_read - before) / (time.perf_counter() - start)
+
+
+def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
+    """FLOP/s of a layer forwards, and backwards with its weights' gradients and the forward pass they need."""
+    skeleton, batch = sweeper.skeleton, sweeper.micro_batch
+    ids = torch.zeros((1, seq_len), dtype=torch.int64)
+    call = skeleton.record(ids)[0]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=skeleton.dtype, device=skeleton.device)
+
+    weights, matrices = {name: draw(*shape) * 0.02 for name, shape in skeleton.shapes(0).items()}, skeleton.matrices(0)
+    hidden = draw(batch, seq_len, skeleton.config.hidden_size)
+    work = layer_flops(sweeper, (batch, seq_len), 1)
+
+    def forward() -> None:
+        with torch.no_grad():
+            skeleton.run_layer(0, weights, call, hidden)
+
+    def backward() -> None:
+        leaves = {name: weight.detach().requires_grad_(name in matrices) for name, weight in weights.items()}
+        output = skeleton.run_layer(0, leaves, call, hidden.detach().requires_grad_())
+        output.backward(hidden)
+
+    return work / _seconds_of(forward, skeleton.device), 3 * work / _seconds_of(backward, skeleton.device)
+
+
+def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
+    """Rates of noise, of triangular factors, of SparseGPT's columns."""
+    skeleton, width = sweeper.skeleton, min(FACTOR_WIDTH, max(input_widths(sweeper)))
+    tensors = {name: torch.randn(entry.shape).to(entry.dtype) for name, entry in skeleton.entries[0].items()}
+    page = Page(0, {name: tensor.to(skeleton.device) for name, tensor in tensors.items()})
+    binder, scored = Binder(skeleton), sweeper.scored[0]
+    drawn = sum(page.tensors[name].numel() for name in scored)
+    noise = _seconds_of(lambda: binder.bind(page, Perturbation(0.01, (0, 0, 0)), scored), skeleton.device)
+    dtype = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
+    x = torch.randn((width, width), dtype=dtype, device=skeleton.device)
+    gram = x.T @ x
+    factors = _seconds_of(lambda: inverse_factor(gram.clone(), 0.01), skeleton.device)
+    factor, dead = inverse_factor(gram.clone(), 0.01), torch.zeros(width, dtype=torch.bool, device=skeleton.device)
+    updates = _seconds_of(lambda: prune_and_update(x, factor, dead, Sparsity(0.5)), skeleton.device)
+    return drawn / noise, FACTORS_OF_H * width**3 / factors, x.numel() / updates
+
+
+def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    taken, start = 0, time.perf_counter()
+    while time.perf_counter() - start < MEASURE_SECONDS:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken += 1
+    return (time.perf_counter() - start) / taken

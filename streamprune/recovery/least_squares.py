@@ -1,0 +1,322 @@
+"""Repair after units or layers are gone: o and down are fitted anew, by ridge least squares on calibration activations.
+
+The layers are walked in one forward sweep on the already pruned and repaired prefix. With x the input of o (or down)
+there, x_S what is left of it, H_S = Σ x_S x_Sᵀ and λ given relative to the mean of H_S's diagonal:
+
+    own      W' = W (Σ x x_Sᵀ) (H_S + λI)⁻¹            the layer's own output before pruning, from the same input
+    stream   W' = W_S + (Σ e x_Sᵀ) (H_S + λI)⁻¹        e: the dense model's hidden states after the layer, less ours
+
+`own` is W·H[:,S]·(H[S,S] + λI)⁻¹ with H = Σ x xᵀ. `stream` takes in what pruning below has changed; it fits `down`
+only, and is what mends the layer before layers that are gone: its goal is then what those would have put out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from streamprune.errors import StreampruneError, UsageError
+from streamprune.model.masking import mask_layer, output_matrices
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import KeptUnits, Member, kept_lines, module_of
+from streamprune.storage.journal import END, Journal, Key
+from streamprune.streaming.hidden_states import Spilled, States, pieces
+from streamprune.streaming.pager import Page
+from streamprune.streaming.sweeper import Sweeper, Visit
+from streamprune.streaming.watch import SeenEnough
+
+RepairGoal = Literal["own", "stream"]
+# Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): the README has the table.
+OWN_RIDGE = 0.001
+STREAM_RIDGE = 0.1
+# A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
+Write = Callable[[Page, Mapping[str, Tensor]], None]
+Goals = MutableMapping[Key, Any]  # hidden states, or pieces of them, by (layer, number of the piece)
+
+
+def repair_goal(skeleton: Skeleton, wanted: RepairGoal | None) -> RepairGoal:
+    """What to fit to: as `wanted`, else `stream` where the family allows it.
+
+    It needs a layer's output to be its residual plus `down`'s output times a constant.
+
+    Raises:
+        UsageError: `stream` is wanted, and there are experts in the place of `down`, or a norm stands between them.
+    """
+    family, layer = skeleton.family, skeleton.layers[0]
+    if family.fused:
+        if wanted == "stream":
+            raise UsageError(
+                f"layers of {family.model_type} have experts in the place of down, which cannot be fitted to the "
+                "residual stream; leave --compensate out, or with units use --compensate-target own"
+            )
+        return "own"
+    normed = any(hasattr(layer, name) for name in ("post_feedforward_layernorm", "post_mlp_layernorm"))
+    if not normed and getattr(skeleton.config, "do_layer_norm_before", True):
+        return wanted or "stream"
+    if wanted == "stream":
+        raise UsageError(
+            f"layers of {family.model_type} have a norm after their MLP, so its output cannot be fitted to "
+            "the residual stream; leave --compensate out, or with units use --compensate-target own"
+        )
+    return "own"
+
+
+def compensate(
+    sweeper: Sweeper,
+    input_ids: Tensor,
+    kept: KeptUnits,
+    *,
+    ridge: float | None,
+    goal: RepairGoal,
+    micro_batch: int,
+    write: Write,
+    journal: Journal | None = None,
+) -> None:
+    """Repair what is left of a model and write it, layer by layer as far as anything goes.
+
+    Args:
+        input_ids: calibration tokens [n, seq].
+        kept: kept units; for layers that go, the layer before them is fitted.
+        ridge: λ relative to the mean of H_S's diagonal; None for OWN_RIDGE or, with `stream`, STREAM_RIDGE,
+            and more where there are few tokens: inputs per token.
+        micro_batch: sequences per layer call.
+        journal: of a run that can be resumed.
+
+    Raises:
+        StreampruneError: H_S is singular, with λ = 0 or too few tokens.
+    """
+    skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
+    gone, goals = _gone(sweeper, kept), {} if journal is None else journal.store("goal")
+    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write, goals)
+    if gone:
+        _find_goals(sweeper, input_ids, gone, micro_batch, goals, journal)
+    cut = _cut(skeleton, kept)
+    if goal == "stream" and not gone:
+        repair.first = min(cut, default=n_layers)
+
+    def visit(each: Visit) -> dict[str, States]:
+        carry = {"hidden": repair.visit(each)}
+        return carry if repair.dense is None else carry | {"dense": repair.dense}
+
+    def resume(carry: dict[str, States]) -> None:
+        repair.dense = carry.pop("dense", None)
+
+    _walk(sweeper, input_ids, visit, len(passes(sweeper, kept)[-1]), micro_batch, journal, resume)
+
+
+def _walk(
+    sweeper: Sweeper,
+    input_ids: Tensor,
+    visit: Callable[[Visit], dict[str, States]],
+    stop: int,
+    micro_batch: int,
+    journal: Journal | None,
+    resume: Callable[[dict[str, States]], None] = lambda carry: None,
+    *,
+    change: bool = True,
+) -> None:
+    """A forward sweep up to layer `stop`, from where the journal has it; `visit` gives what it hands on, by name."""
+    point, carried = None if journal is None else journal.begin(), dict[str, States]()
+    if point is not None:
+        sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
+        if point.layer == END:
+            return
+        carried = {name: sweeper.states(found, len(input_ids)) for name, found in point.carry.items()}
+        resume(carried)
+
+    def journalled(each: Visit) -> States:
+        carry = visit(each)
+        if journal is not None:
+            journal.commit(each.layer, {name: pieces(states) for name, states in carry.items()})
+        return carry["hidden"]
+
+    sweeper.forward(
+        input_ids,
+        start=None if point is None else (point.layer + 1, [carried.pop("hidden")]),
+        visit=journalled,
+        change=change,
+        stop=stop,
+        micro_batch=micro_batch,
+    )
+    if journal is not None:
+        journal.commit(END)
+
+
+def passes(sweeper: Sweeper, kept: KeptUnits) -> list[range]:
+    """The layers that `compensate` passes: up to the last gap, then up to the last layer that is fitted."""
+    gone = _gone(sweeper, kept)
+    fitted = [*_cut(sweeper.skeleton, kept), *(_before(layer, gone) for layer in gone)]
+    return [*([range(max(gone) + 1)] if gone else []), range(max(fitted, default=-1) + 1)]
+
+
+def _gone(sweeper: Sweeper, kept: KeptUnits) -> list[int]:
+    return [layer for layer in range(sweeper.n_layers) if layer not in kept]
+
+
+def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
+    """The layers that lose units."""
+    units = skeleton.geometry.units
+    return [layer for layer, kinds in kept.items() if any(len(left) < units(kind) for kind, left in kinds.items())]
+
+
+def _find_goals(
+    sweeper: Sweeper, input_ids: Tensor, gone: list[int], micro_batch: int, goals: Goals, journal: Journal | None
+) -> None:
+    """By the layer before each run of layers that go: the dense model's hidden states after the run."""
+    ends = {end: _before(end, gone) for end in gone if end + 1 not in gone}
+
+    def keep(visit: Visit) -> dict[str, States]:
+        output = visit.run()
+        if ends.get(visit.layer, -1) >= 0:
+            # One for each gap: more than a GPU may hold.
+            here = [output if isinstance(output, Spilled) else output.detach().cpu()]
+            for index, piece in enumerate(here if journal is None else pieces(output)):
+                goals[ends[visit.layer], str(index)] = piece
+        return {"hidden": output}
+
+    _walk(sweeper, input_ids, keep, max(ends) + 1, micro_batch, journal, change=False)
+
+
+def _before(layer: int, gone: list[int]) -> int:
+    """The layer before the run of layers that ends with `layer`; −1 if it begins the model."""
+    while layer in gone:
+        layer -= 1
+    return layer
+
+
+@dataclass
+class _Repair:
+    """The visitor that fits each layer and writes it."""
+
+    sweeper: Sweeper
+    kept: KeptUnits
+    ridge: float | None
+    tokens: int
+    write: Write
+    goals: Goals  # hidden states wanted after some layers
+    first: int | None = None  # the layer from which all follow the dense model's hidden states
+    dense: States | None = None  # these
+
+    def visit(self, visit: Visit) -> States:
+        if visit.layer not in self.kept:
+            self.write(visit.page, {})
+            return visit.hidden
+        goal = self._goal(visit.layer)
+        if self.first is not None and visit.layer >= self.first:
+            # Up to there the two models are the same.
+            goal = self.dense = visit.run(visit.hidden if self.dense is None else self.dense)
+        fitted: dict[str, Tensor] = {}
+        skeleton, units = self.sweeper.skeleton, self.kept[visit.layer]
+        members = output_matrices(skeleton, visit.layer)
+        for member in members:
+            kind = member.kind
+            whole = len(units[kind]) == skeleton.geometry.units(kind)
+            wanted = goal if member is members[-1] else None
+            if whole and wanted is None:
+                continue
+            weight = visit.weights[member.tensor]
+            lines = kept_lines(member, skeleton.geometry, units[kind]).to(weight.device)
+            if wanted is not None:
+                mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
+                matrix = self._to_goal(visit, member, lines, wanted)
+            else:
+                matrix = self._to_own_output(visit, member, lines)
+                mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
+            made = (matrix if member.dim == 1 else matrix.T).to(visit.page.tensors[member.tensor].dtype)
+            if not torch.isfinite(made.sum(dtype=torch.float32)):
+                raise StreampruneError(
+                    f"layer {visit.layer}, {member.tensor} became NaN or infinite when fitted; try --dtype float32"
+                )
+            weight.index_copy_(member.dim, lines, made.to(weight.dtype))
+            fitted[member.tensor] = made
+        self.write(visit.page, fitted)
+        return visit.run()
+
+    def _goal(self, layer: int) -> States | None:
+        found = [self.goals.pop(key) for key in sorted(self.goals, key=lambda key: int(key[1])) if key[0] == layer]
+        if len(found) > 1:
+            return self.sweeper.states(found, sum(map(len, found)))
+        return found[0] if found else None
+
+    def _to_own_output(self, visit: Visit, member: Member, lines: Tensor) -> Tensor:
+        """W' [d_out, kept] that puts out from x_S what W puts out from x; the unit's other matrices are still whole."""
+        skeleton = self.sweeper.skeleton
+        weights, pruned = visit.weights, None
+        if any(m.kind == member.kind and m.is_norm for m in skeleton.family.members):
+            # A norm over all heads: what is left of x changes when some of it goes.
+            pruned = {name: weight.clone() for name, weight in weights.items()}
+            mask_layer(skeleton, self.kept, visit.layer, pruned, member.kind)
+        matrix = weights[member.tensor] if member.dim == 1 else weights[member.tensor].T
+        cross = _zeros(matrix, matrix.shape[1], len(lines))
+        gram = None if pruned is None else _zeros(matrix, len(lines), len(lines))
+        for part in visit.parts():
+            x = self._input(visit, member, weights, part)
+            left = x[:, lines] if pruned is None else self._input(visit, member, pruned, part)[:, lines]
+            cross.addmm_(x.T, left)
+            if gram is not None:
+                gram.addmm_(left.T, left)
+        right = matrix.to(cross.dtype) @ cross
+        ridge = OWN_RIDGE if self.ridge is None else self.ridge
+        return self._solve(right, cross[lines] if gram is None else gram, ridge, visit.layer)
+
+    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> Tensor:
+        """W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
+        matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
+        cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
+        scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
+        for part in visit.parts():
+            with _given(visit, member) as seen:
+                output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
+            x = seen[0]
+            error = (goal[part].to(gram) - output.to(gram)).flatten(0, -2)
+            cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
+            gram.addmm_(x[:, lines].T, x[:, lines])
+        # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
+        ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
+        return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
+
+    def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
+        """What the module of `member` is given [tokens, d_in] for some sequences; no more of the layer is computed."""
+        with _given(visit, member, enough=True) as seen:
+            self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
+        return seen[0]
+
+    def _solve(self, right: Tensor, gram: Tensor, ridge: float, layer: int) -> Tensor:
+        """right (H_S + λI)⁻¹; `gram` is overwritten."""
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            raise StreampruneError(
+                f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
+            )
+        return torch.cholesky_solve(right.T, lower).T
+
+
+@contextmanager
+def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[list[Tensor]]:
+    """What the module of `member` is given [tokens, d_in] in the block; with `enough` a pass ends where it is."""
+    seen: list[Tensor] = []
+
+    def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+        seen.append(x if x.dtype == torch.float64 else x.float())
+        if enough:
+            raise SeenEnough
+
+    module = visit.sweeper.skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
+    handle = module.register_forward_pre_hook(see)
+    try:
+        with suppress(SeenEnough):
+            yield seen
+    finally:
+        handle.remove()
+
+
+def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(rows, columns, dtype=dtype, device=like.device)

@@ -1,0 +1,160 @@
+"""A directory that appears only when it is whole, and what is asked of its place before work begins."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamprune.errors import OutputError
+
+PARTIAL = ".partial-"
+
+
+OWN_FILE = "streamprune.json"  # in every output, and the only thing that --overwrite takes for one
+
+
+def write_json(file: Path, value: object) -> None:
+    """Indented JSON with a final newline, as transformers writes it; file names that are no UTF-8 are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Refuse an output path that exists (without `overwrite`) or whose parent cannot be written to."""
+    if (output.exists() or output.is_symlink()) and not overwrite:
+        raise OutputError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
+    if (output.exists() or output.is_symlink()) and not output.is_dir():
+        what = "a file" if output.exists() else "a link to nothing"
+        raise OutputError(f"{output} is {what}; choose another --output")
+    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / OWN_FILE).is_file():
+        raise OutputError(f"{output} has no {OWN_FILE}, so it is not streamprune's; --overwrite will not remove it")
+    check_directory(output.absolute().parent, "--output")
+
+
+def check_directory(directory: Path, option: str) -> None:
+    """Refuse a directory, given by `option`, that can neither be written to nor made."""
+    existing = _existing(directory)
+    if not existing.is_dir():
+        raise OutputError(f"{existing} is no directory; choose another {option}")
+    if not os.access(existing, os.W_OK):
+        raise OutputError(f"{existing} cannot be written to; choose another {option}")
+
+
+def check_space(directory: Path, needs: int, what: str = "the output") -> None:
+    """Refuse a directory, or one that will be made, on a disk that has less than `needs` bytes free for `what`."""
+    existing = _existing(directory)
+    free = shutil.disk_usage(existing).free
+    if free < needs:
+        raise OutputError(f"{existing} has {free:,} bytes free, {what} needs {needs:,}; make room")
+
+
+@contextmanager
+def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = None) -> Iterator[Path]:
+    """A temporary sibling of `output` that takes its name when the block ends well, and goes away otherwise.
+
+    Args:
+        temporary: on the same disk; it stays if the block does not end well.
+        output: must not exist, unless `overwrite`; what is there then stays until the new one is whole.
+
+    Raises:
+        OutputError: the path is taken, or the disk is full.
+    """
+    check_output(output, overwrite=overwrite)
+    output = output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    keep = temporary is not None
+    if temporary is None:
+        _remove_dead(output)
+        temporary = output.with_name(f".{output.name}{PARTIAL}{secrets.token_hex(4)}")
+    lock = None
+    try:
+        temporary.mkdir(exist_ok=keep)
+        lock = _hold(temporary)
+        yield temporary
+        sync_directory(temporary)
+        check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
+        _replace(output, temporary)
+        sync_path(output.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            left = f"{temporary.parent} stays to go on from" if keep else "nothing was left behind"
+            raise OutputError(
+                f"{output.parent}: {error.strerror} while writing; {left}, make room and repeat"
+            ) from error
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sync_path(path: Path) -> None:
+    """A file's contents, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(directory: Path) -> Path:
+    """It, or what of its parents is there."""
+    directory = directory.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    return directory
+
+
+def _remove_dead(output: Path) -> None:
+    """What earlier runs for this output were writing when they were killed: nobody holds it."""
+    for partial in output.parent.iterdir():
+        if partial.name.startswith(f".{output.name}{PARTIAL}") and (lock := _hold(partial)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _hold(directory: Path) -> int | None:
+    """A lock that goes with the process; None where another has it, or the filesystem has none."""
+    descriptor = None
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _replace(output: Path, temporary: Path) -> None:
+    """Give `temporary` the name `output`; what had it before comes back if that fails."""
+    if not output.exists():
+        temporary.rename(output)
+        return
+    replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+    try:
+        output.rename(replaced)
+        temporary.rename(output)
+    except BaseException:
+        # Also after Ctrl-C between the two: nothing is removed until the new one has the name.
+        if not output.exists() and replaced.exists():
+            replaced.rename(output)
+        raise
+    if replaced.is_symlink():
+        replaced.unlink()
+    else:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Put the files of a directory on the disk, and their names."""
+    for path in (*directory.iterdir(), directory):
+        sync_path(path)

@@ -1,0 +1,147 @@
+"""From a page to the weights that a layer computes with: widened, perturbed, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import CheckpointError, UsageError
+from streamprune.kernels import noise_seed, perturb
+from streamprune.model.skeleton import Skeleton
+from streamprune.storage.checkpoint import is_finite
+from streamprune.streaming.pager import Page
+
+ALIGNED_ELEMENTS = 16  # bound tensors begin at multiples of this, for vector loads in any dtype
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Weights moved to w + δ + σ|w|ξ in the prunable layers.
+
+    Attributes:
+        sigma: relative standard deviation of the noise.
+        key: (seed, step, draw) of the noise.
+        delta: δ per tensor on the host, float32 (float64 in float64 runs); absent tensors have δ = 0.
+    """
+
+    sigma: float
+    key: tuple[int, ...]
+    delta: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+
+
+class Binder:
+    """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
+
+    A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot. The pieces of a
+    fused parameter are always copied, each to its place.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self._buffer: Tensor | None = None
+        self._finite: set[int] = set()
+        # torch draws normals in one thread; tensors have generators of their own, so they can be drawn together.
+        self.threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="streamprune-noise")
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the buffer, once there is one."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that the buffer takes when it is needed: the largest layer's in the compute dtype."""
+        layers = map(self.skeleton.shapes, range(len(self.skeleton.layers)))
+        elements = max(sum(_aligned(shape.numel()) for shape in shapes.values()) for shapes in layers)
+        return elements * self.skeleton.dtype.itemsize
+
+    @property
+    def copies(self) -> bool:
+        """Whether weights are copied that nothing moves: stored in another dtype than they compute in, or in pieces."""
+        skeleton = self.skeleton
+        widened = any(entry.dtype != skeleton.dtype for layer in skeleton.entries for entry in layer.values())
+        return widened or bool(skeleton.family.fused)
+
+    def bind(
+        self,
+        page: Page,
+        perturbation: Perturbation | None = None,
+        scored: Container[str] = (),
+        *,
+        own: bool = False,
+    ) -> dict[str, Tensor]:
+        """Weights by the parameters' names inside the layer; valid until the next call.
+
+        Args:
+            perturbation: moves the tensors `scored`.
+            own: copy all of them, so that they can be changed.
+        """
+        shapes, weights, position, drawing = self.skeleton.shapes(page.layer), dict[str, Tensor](), 0, []
+        for name, stored in page.tensors.items():
+            parameter, place = self.skeleton.places.get(name, (name, None))
+            moved = perturbation is not None and name in scored
+            if place is None and stored.dtype == self.skeleton.dtype and not moved and not own:
+                weights[parameter] = stored
+                continue
+            if parameter not in weights:
+                weights[parameter] = self._room(position, shapes[parameter])
+                position += _aligned(weights[parameter].numel())
+            out = self._within(weights, name)
+            if perturbation is not None and moved:
+                drawing.append(self._pool.submit(_perturb, out, stored, perturbation, page.layer, name))
+            else:
+                out.copy_(stored)
+        for draw in drawing:
+            draw.result()
+        self._check_first(page, weights)
+        self._finite.add(page.layer)
+        return weights
+
+    def _check_first(self, page: Page, weights: Mapping[str, Tensor]) -> None:
+        """At a layer's first visit: what was stored, and what became of it in a narrower dtype, is finite."""
+        if page.layer in self._finite:
+            return
+        for name, stored in page.tensors.items():
+            check_finite(self.skeleton.checkpoint.path, page.layer, name, stored)
+            if not is_finite(weight := self._within(weights, name)):
+                raise UsageError(
+                    f"layer {page.layer}, {name} does not fit into {str(weight.dtype).removeprefix('torch.')}; "
+                    "use --dtype bfloat16 or float32"
+                )
+
+    def _within(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
+        """The part of the bound weights that a stored tensor makes up."""
+        parameter, place = self.skeleton.places.get(name, (name, None))
+        return weights[parameter] if place is None else weights[parameter][place]
+
+    def _room(self, position: int, shape: torch.Size) -> Tensor:
+        if self._buffer is None:
+            elements = self.buffer_bytes // self.skeleton.dtype.itemsize
+            self._buffer = torch.empty(elements, dtype=self.skeleton.dtype, device=self.skeleton.device)
+        return self._buffer[position : position + shape.numel()].view(shape)
+
+
+def _perturb(out: Tensor, stored: Tensor, perturbation: Perturbation, layer: int, name: str) -> None:
+    """`perturb` with δ brought from where it is kept here, so that a thread has one tensor's δ at a time."""
+    delta = perturbation.delta.get((layer, name))
+    seed = noise_seed(*perturbation.key, layer, name)
+    perturb(out, stored, None if delta is None else delta.to(out.device), perturbation.sigma, seed)
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
+
+
+def check_finite(path: Path, layer: int, name: str, weight: Tensor) -> None:
+    """Refuse NaN and infinity."""
+    if is_finite(weight):
+        return
+    raise CheckpointError(
+        f"{path}: layer {layer}, {name} holds NaN or infinite values; download or export the checkpoint again"
+    )

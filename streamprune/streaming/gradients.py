@@ -1,0 +1,129 @@
+"""How a layer's backward pass hands over what a method asked for: weight gradients, or norms over samples of them.
+
+Both come tensor by tensor, as autograd reaches them, and are summed over micro-batches. For norms no weight gradient is
+ever made: a Linear's input X and its output's gradient dY are captured, and `grad_norm` makes Σ_n |dY_nᵀ X_n|^p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamprune.kernels import grad_norm
+from streamprune.model.units import TensorRef, module_of
+
+# Gradients of a mean over thousands of tokens lie below float16's smallest number; they are carried this much larger.
+FLOAT16_SCALE = 2.0**13
+
+
+# (tensor, its weight as stored, gradient of the mean loss)
+Consumer = Callable[[TensorRef, Tensor, Tensor], None]
+# (tensor, its weight as stored, {p: Σ_n |g_n|^p over the samples' own gradients, 0: gradient of the mean loss})
+PowersConsumer = Callable[[TensorRef, Tensor, dict[int, Tensor]], None]
+
+
+def gradient_scale(dtype: torch.dtype) -> float:
+    """How much larger than themselves gradients are carried in a compute dtype."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+class GradientCollector:
+    """Sums one tensor's gradient over micro-batches and hands it over with the last of them.
+
+    Called by autograd as soon as the gradient of a micro-batch is there; it frees that gradient, so that
+    a layer's gradients do not exist together unless there are several micro-batches.
+    """
+
+    def __init__(self, consume: Consumer, ref: TensorRef, stored: Tensor, parts: int) -> None:
+        self.consume, self.ref, self.stored, self.left = consume, ref, stored, parts
+        self.total: Tensor | None = None
+
+    def __call__(self, leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        assert grad is not None
+        scale = gradient_scale(grad.dtype)
+        grad = grad if grad.dtype == torch.float64 else grad.float()
+        if scale != 1:
+            grad = grad.div_(scale)
+        self.total = grad if self.total is None else self.total.add_(grad)
+        self.left -= 1
+        if self.left == 0:
+            total, self.total = self.total, None
+            self.consume(self.ref, self.stored, total)
+
+
+class PowerCollector:
+    """Sums |g_n|^p over the samples of all micro-batches, for some powers p; `shape` is (samples, seq)."""
+
+    def __init__(
+        self,
+        consume: PowersConsumer,
+        powers: Sequence[int],
+        shape: tuple[int, int],
+        ref: TensorRef,
+        stored: Tensor,
+        parts: int,
+    ) -> None:
+        self.consume, self.powers, (self.samples, self.seq_len) = consume, powers, shape
+        self.ref, self.stored, self.left = ref, stored, parts
+        self.sums: dict[int, Tensor] = {}
+
+    def __call__(self, x: Tensor, dy: Tensor) -> None:
+        dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+        for power in self.powers:
+            if power not in self.sums:
+                self.sums[power] = torch.zeros(self.stored.shape, dtype=dtype, device=dy.device)
+            # Some models flatten samples and tokens before a Linear.
+            grad_norm(self.sums[power], *(end.reshape(-1, self.seq_len, end.shape[-1]) for end in (x, dy)), power)
+        self.left -= 1
+        if self.left == 0:
+            sums, self.sums = self.sums, {}
+            # The seed of the backward pass carries 1/N, so a sample's own gradient is N times what was summed.
+            for power, value in sums.items():
+                factor = (self.samples if power else 1) / gradient_scale(dy.dtype)
+                value.mul_(factor ** max(power, 1))
+            self.consume(self.ref, self.stored, sums)
+
+
+Collector = GradientCollector | PowerCollector
+MakeCollector = Callable[[TensorRef, Tensor, int], Collector]  # from (tensor, its weight as stored, micro-batches)
+
+
+@contextmanager
+def watched(
+    layer: nn.Module, weights: Mapping[str, Tensor], collectors: Sequence[Collector]
+) -> Iterator[dict[str, Tensor]]:
+    """The weights to run `layer` with, so that its backward passes inside the block feed the collectors."""
+    bound, handles = dict(weights), []
+    for collector in collectors:
+        name = collector.ref.tensor
+        if isinstance(collector, GradientCollector):
+            bound[name] = weights[name].detach().requires_grad_()
+            bound[name].register_post_accumulate_grad_hook(collector)
+        else:
+            module = layer.get_submodule(module_of(name))
+            handles.append(module.register_forward_hook(partial(_capture, collector)))
+    try:
+        yield bound
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _capture(collector: PowerCollector, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    """A forward hook of a Linear: its X now, its dY when the backward pass has it.
+
+    The weight needs no gradient, so autograd computes none. Where it is stored as [d_in, d_out] the two ends change
+    places.
+    """
+    x = arguments[0].detach()
+
+    def hand_over(dy: Tensor) -> None:
+        collector(*((dy, x) if collector.ref.transposed else (x, dy)))
+
+    output.register_hook(hand_over)

@@ -1,0 +1,114 @@
+"""Sums over what the Linears of a layer are given: moments of each column, or the Gram matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from streamprune.model.units import module_of
+from streamprune.streaming.watch import SeenEnough
+
+
+class Moments:
+    """Per column of a Linear's input, over all tokens: Σx², the mean, and Σ(x − mean)² by Chan's update.
+
+    float32 (float64 for float64 inputs); `count` is tokens.
+    """
+
+    def __init__(self, columns: int, x: Tensor) -> None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.count = 0
+        self.squares, self.mean, self.deviations = torch.zeros(3, columns, dtype=dtype, device=x.device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in tokens [tokens, columns]."""
+        x, count = x.to(self.mean.dtype), len(x)
+        squares, mean = x.square().sum(dim=0), x.mean(dim=0)
+        shift, total = mean - self.mean, self.count + count
+        deviations = (x - mean).square_().sum(dim=0)
+        self.deviations += deviations + shift.square() * (self.count * count / total)
+        self.mean += shift * (count / total)
+        self.squares += squares
+        self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """Sample variance of each column."""
+        return self.deviations / max(1, self.count - 1)
+
+
+class Gram:
+    """Σ x xᵀ over all tokens of a Linear's input [columns, columns], float32 (float64 for float64 inputs).
+
+    `factor` is for what is made of it, once for all matrices that share the input; it goes with the last of them.
+    """
+
+    def __init__(self, columns: int, x: Tensor) -> None:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.count = 0
+        self.total = torch.zeros(columns, columns, dtype=dtype, device=x.device)
+        self.factor: Any = None
+
+    def add(self, x: Tensor) -> None:
+        """Take in tokens [tokens, columns]."""
+        x = x.to(self.total.dtype)
+        self.total.addmm_(x.T, x)
+        self.count += len(x)
+
+
+Sums = TypeVar("Sums", Moments, Gram)
+
+
+class Inputs(Generic[Sums]):
+    """Sums over the inputs of some Linears of a layer; those that are given the very same tensor share one.
+
+    Attributes:
+        sums: by the tensors' names, after the layer has run.
+    """
+
+    def __init__(self, kind: type[Sums], tensors: Sequence[str]) -> None:
+        self.kind: type[Sums] = kind
+        self.tensors = tensors
+        self.sums: dict[str, Sums] = {}
+        self._seen: list[tuple[Tensor, Sums]] = []
+        self._awaited: set[str] | None = None
+
+    @contextmanager
+    def watching(self, layer: nn.Module, *, enough: bool = False) -> Iterator[None]:
+        """Take in what the Linears are given while `layer` runs inside the block: one micro-batch.
+
+        With `enough`, the pass ends where the last of them has been given its input, and so does the block.
+        """
+        self._awaited = set(self.tensors) if enough else None
+        handles = [
+            layer.get_submodule(module_of(name)).register_forward_pre_hook(partial(self._take, name))
+            for name in self.tensors
+        ]
+        try:
+            with suppress(SeenEnough):
+                yield
+        finally:
+            self._seen.clear()
+            for handle in handles:
+                handle.remove()
+
+    def _take(self, name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        given = arguments[0]
+        shared = next((sums for tensor, sums in self._seen if tensor is given), None)  # by q, k and v; gate and up
+        if shared is not None:
+            self.sums.setdefault(name, shared)
+        else:
+            x = given.detach().reshape(-1, given.shape[-1])
+            if name not in self.sums:
+                self.sums[name] = self.kind(x.shape[-1], x)
+            self.sums[name].add(x)
+            self._seen.append((given, self.sums[name]))
+        if self._awaited is not None:
+            self._awaited.discard(name)
+            if not self._awaited:
+                raise SeenEnough

@@ -1,0 +1,278 @@
+"""What a method can ask for. It sees tensors and scores, never files, paging or devices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from streamprune.model.units import TensorRef
+from streamprune.storage.journal import END, Journal, Key, Point
+from streamprune.storage.tensor_store import MakeStore, make_store
+from streamprune.streaming.binder import Perturbation, check_finite
+from streamprune.streaming.gradients import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer
+from streamprune.streaming.hidden_states import States, pieces
+from streamprune.streaming.inputs import Inputs, Sums
+from streamprune.streaming.sweeper import Sweeper, Visit, Visitor
+
+# Hidden states of left-out layers that are carried through the layers together.
+STREAM_BYTES = 2 << 30
+
+
+class Statistics:
+    """Sweeps over one model and one calibration batch.
+
+    Attributes:
+        layers: the prunable layers.
+        samples: calibration sequences.
+        seed: of the run.
+        store: gives what a method keeps between sweeps, by name: tensors by (layer, tensor).
+    """
+
+    def __init__(
+        self,
+        sweeper: Sweeper,
+        input_ids: Tensor | None,
+        layers: Sequence[int],
+        seed: int,
+        journal: Journal | None = None,
+        store: MakeStore = make_store,
+    ) -> None:
+        self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
+        self._journal = journal
+        self.store = store
+        self._again = False  # the sweeper has kept the lowest prunable layer's input
+        self._swept = False  # a gradient sweep was asked for, though an earlier run may have made it
+        skeleton = sweeper.skeleton
+        self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
+        self.samples = 0 if input_ids is None else len(input_ids)
+
+    @property
+    def _ids(self) -> Tensor:
+        assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
+        return self.input_ids
+
+    def passes(self, needs: Sequence[str], sweeps: int) -> list[Sequence[int]]:
+        """The layers in the order in which a method passes them that needs these, with so many "gradients" sweeps."""
+        n_layers, lowest, last = self.sweeper.n_layers, self.layers[0], self.layers[-1]
+        above = range(lowest, n_layers)
+        orders: dict[str, list[Sequence[int]]] = {
+            "weights": [self.layers],
+            # Each way passes the layers from the lowest prunable one up; the first forward also those below.
+            "gradients": [range(n_layers), above[::-1], *[above, above[::-1]] * (sweeps - 1)],
+            "inputs": [range(last + 1)],
+            "hidden": [range(last + 1)],
+            "losses": [range(start, n_layers) for start in self._starts()] if "losses" in needs else [],
+        }
+        return [order for need in needs for order in orders[need]]
+
+    def _begin(self) -> Point | None:
+        """The next sweep: where an earlier run left it."""
+        return None if self._journal is None else self._journal.begin()
+
+    def _commit(self, layer: int, carry: Mapping[str, States] | None = None, loss: float | None = None) -> None:
+        if self._journal is not None:
+            self._journal.commit(layer, {name: pieces(states) for name, states in (carry or {}).items()}, loss)
+
+    def _carried(self, point: Point, name: str = "hidden") -> States:
+        """Hidden states that an earlier run's sweep handed on."""
+        return self.sweeper.states(point.carry[name], self.samples)
+
+    def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
+        """One sweep over the scored matrices of the prunable layers as they are stored."""
+        point, pager = self._begin(), self.sweeper.pager
+        if point is not None and point.layer == END:
+            pager.skip(self.layers)
+            return
+        left = [layer for layer in self.layers if point is None or layer > point.layer]
+        pager.skip(self.layers, left)
+        with pager.pages(left) as pages:
+            for page in pages:
+                for name, ref in self.sweeper.scored[page.layer].items():
+                    weight = page.tensors[name]
+                    check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, name, weight)
+                    consume(ref, weight)
+                self._commit(page.layer)
+        self._commit(END)
+
+    def gradients(self, consume: Consumer, perturbation: Perturbation | None = None) -> float:
+        """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
+        return self._sweep(partial(GradientCollector, consume), perturbation)
+
+    def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
+        """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
+        return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self._ids.shape[1])), None)
+
+    def inputs(
+        self,
+        kind: type[Sums],
+        consume: Callable[[TensorRef, Tensor, Sums], Tensor | None],
+        of: Callable[[TensorRef], bool] = lambda ref: True,
+        *,
+        prunes: bool = False,
+    ) -> None:
+        """One forward sweep that hands over sums over what each scored matrix is given.
+
+        Args:
+            kind: `Moments` or `Gram`; matrices with the same input are given the same object, one after another.
+            consume: is given (matrix, its weight as stored, sums).
+            of: the matrices that are wanted.
+            prunes: what `consume` returns, if anything, takes the place of the weight. Once a layer's matrices are
+                through, the layer runs with the new ones, and that output goes on.
+        """
+        last = self.layers[-1]
+
+        def collect(visit: Visit) -> States:
+            if visit.layer not in self.layers:
+                return visit.run()
+            refs = {name: ref for name, ref in self.sweeper.scored[visit.layer].items() if of(ref)}
+            inputs, output = Inputs(kind, list(refs)), visit.hidden
+            if prunes or visit.layer == last:
+                visit.give(inputs)
+            else:
+                output = visit.run(inputs=inputs)
+            for name, ref in refs.items():
+                weight = consume(ref, visit.page.tensors[name], inputs.sums.pop(name))
+                if prunes and weight is not None:
+                    visit.weights[name].copy_(weight)
+            return visit.run() if prunes and visit.layer != last else output
+
+        self._visit(collect, change=prunes)
+
+    def hidden(self, consume: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None]) -> None:
+        """One forward sweep that hands over (layer, its inputs and outputs [., seq, d]) for each prunable layer."""
+
+        def show(visit: Visit) -> States:
+            output = visit.run()
+            if visit.layer in self.layers:
+                consume(visit.layer, ((visit.hidden[part], output[part]) for part in visit.parts()))
+            return output
+
+        self._visit(show, change=False)
+
+    def _visit(self, visit: Visitor, *, change: bool = True) -> None:
+        """A forward sweep up to the last prunable layer."""
+        point, stop = self._begin(), self.layers[-1] + 1
+        self._again = False  # the boundaries go
+        if point is not None:
+            self.sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
+            if point.layer == END:
+                return
+
+        def journalled(each: Visit) -> States:
+            output = visit(each)
+            self._commit(each.layer, {"hidden": output})
+            return output
+
+        self.sweeper.forward(
+            self._ids,
+            start=None if point is None else (point.layer + 1, [self._carried(point)]),
+            visit=journalled,
+            change=change,
+            stop=stop,
+        )
+        self._commit(END)
+
+    def losses_without(self) -> dict[int, float]:
+        """Mean loss in nats with each prunable layer left out.
+
+        All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
+        """
+        size, dense = self.streams_at_once, list[States]()  # the whole model's: one, or none at first
+        losses: MutableMapping[Key, Tensor] = {} if self._journal is None else self._journal.store("losses")
+        for first, begin in zip(range(0, len(self.layers), size), self._starts(), strict=True):
+            layers, point = self.layers[first : first + size], self._begin()
+            if point is not None and point.layer == END:
+                self.sweeper.pager.skip(range(begin, self.sweeper.n_layers))
+                # Of the last pass that is through: the next one begins there.
+                dense = [self._carried(point, "dense")] if point.carry else []
+                continue
+            streams = self._without(layers, begin, dense, point)
+            for layer in layers:
+                loss, _ = self.sweeper.head_loss(streams.pop(layer), self._ids, with_grad=False)
+                losses[layer, "loss"] = torch.tensor(loss, dtype=torch.float64)
+            self._commit(END, {"dense": dense[0]})
+        return {layer: float(losses[layer, "loss"]) for layer in self.layers}
+
+    @property
+    def streams_at_once(self) -> int:
+        """Layers left out in one pass."""
+        skeleton = self.sweeper.skeleton
+        return max(1, STREAM_BYTES // (self._ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize))
+
+    def _starts(self) -> list[int]:
+        """Where the passes of `losses_without` begin: all but the first above the layers of the one before."""
+        size = self.streams_at_once
+        return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
+
+    def _without(
+        self, layers: Sequence[int], begin: int, dense: list[States], point: Point | None
+    ) -> dict[int, States]:
+        """Hidden states at the end without each of `layers`.
+
+        `dense` holds what layer `begin` is given in the whole model, and then what the layer above `layers` is.
+        """
+        streams: dict[int, States] = {}
+        if point is not None:
+            self.sweeper.pager.skip(range(begin, point.layer + 1))
+            streams = {int(name): self._carried(point, name) for name in point.carry if name != "dense"}
+            begin, dense[:] = point.layer + 1, [self._carried(point, "dense")]
+
+        def carry(visit: Visit) -> States:
+            for layer, hidden in streams.items():
+                streams[layer] = visit.run(hidden)
+            if visit.layer in layers:
+                streams[visit.layer] = visit.hidden
+            if visit.layer <= layers[-1]:  # above them the whole model is not needed any more
+                dense[:] = [visit.run()]
+            self._commit(visit.layer, {"dense": dense[0]} | {str(layer): hidden for layer, hidden in streams.items()})
+            return dense[0]
+
+        given = dense if begin <= layers[-1] else list(dense)  # above them it stays
+        self.sweeper.forward(self._ids, start=(begin, given) if given else None, visit=carry, change=False)
+        return streams
+
+    def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:
+        """What a sweep passes: forwards to layer `stop`, `again` from the lowest prunable one, and back."""
+        layers = range(self.sweeper.n_layers if stop is None else stop)
+        return [*layers[self.layers[0] if again else 0 :], *layers[self.layers[0] :]]
+
+    def _sweep(self, collector: MakeCollector, perturbation: Perturbation | None) -> float:
+        sweeper, lowest, ids = self.sweeper, self.layers[0], self._ids
+        point, planned = self._begin(), self._sweep_layers(self._swept)
+        self._swept = True
+        if point is not None and point.layer in (END, lowest):
+            sweeper.pager.skip(planned)
+            return math.nan if point.loss is None else point.loss  # no method asks for an earlier sweep's
+        # Below the first prunable layer nothing ever moves: later sweeps start from its input.
+        sweeper.pager.skip(planned, self._sweep_layers(self._again, None if point is None else point.layer))
+        hidden = sweeper.forward(
+            ids,
+            keep_from=lowest,
+            again=self._again,
+            perturbation=perturbation,
+            perturbed=self.layers,
+            stop=None if point is None else point.layer,
+        )
+        self._again = True
+        if point is None:
+            loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
+        else:
+            # What was forwards of the layers above is through; of those below, the inputs are made again.
+            assert point.loss is not None, "the forward half was through"
+            loss, grad = point.loss, self._carried(point)
+        assert grad is not None
+        sweeper.backward(
+            ids,
+            grad,
+            self.layers,
+            collector,
+            perturbation=perturbation,
+            below=None if point is None else point.layer,
+            done=lambda layer, grad: self._commit(layer, {"hidden": grad}, loss),
+        )
+        self._commit(END, loss=loss)
+        return loss

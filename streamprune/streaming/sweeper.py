@@ -1,0 +1,341 @@
+"""Forward and backward sweeps: every sequence goes through one layer before the next layer is touched.
+
+A forward sweep keeps each prunable layer's input (a boundary), or lets a visitor see and change the layers on the way;
+the backward sweep recomputes a layer from its boundary with gradients, so that one layer's activations and gradients
+exist at a time. Methods receive the gradients tensor by tensor, as autograd finishes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from streamprune.model.skeleton import LayerCall, Skeleton
+from streamprune.model.units import TensorRef
+from streamprune.streaming.binder import Binder, Perturbation
+from streamprune.streaming.device import paging_device
+from streamprune.streaming.gradients import MakeCollector, PowerCollector, gradient_scale, watched
+from streamprune.streaming.hidden_states import Activations, Place, States, ahead
+from streamprune.streaming.inputs import Inputs
+from streamprune.streaming.pager import Page, Pager, Turn
+
+HEAD_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
+DEFAULT_MICRO_BATCH_TOKENS = 2048
+
+
+def default_micro_batch(seq_len: int) -> int:
+    """Sequences computed at once where the user does not say."""
+    return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
+
+
+@dataclass
+class Visit:
+    """A layer in a forward sweep, before its output is made: its Linears can be watched, its weights changed.
+
+    Attributes:
+        page: the layer as it is stored.
+        weights: in the compute dtype, by their names inside the layer; of a sweep that may change them, copies: what is
+            changed here takes effect.
+        hidden: the layer's input [n, seq, d].
+    """
+
+    sweeper: Sweeper
+    page: Page
+    weights: dict[str, Tensor]
+    hidden: States
+    call: LayerCall
+    micro_batch: int
+
+    @property
+    def layer(self) -> int:
+        """Index of the layer."""
+        return self.page.layer
+
+    def parts(self) -> Iterator[slice]:
+        """The sequences in micro-batches."""
+        return self.sweeper.micro_batches(len(self.hidden), self.micro_batch)
+
+    def run(self, hidden: States | None = None, *, inputs: Inputs[Any] | None = None) -> States:
+        """The layer's output [n, seq, d] with the weights as they are now.
+
+        Args:
+            hidden: instead of the layer's own input.
+            inputs: takes in what the Linears are given.
+        """
+        hidden = self.hidden if hidden is None else hidden
+        output, skeleton = self.sweeper.states_like(hidden), self.sweeper.skeleton
+        for part in self.parts():
+            with inputs.watching(skeleton.layers[self.layer]) if inputs is not None else nullcontext():
+                output[part] = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
+        return output
+
+    def give(self, inputs: Inputs[Any]) -> None:
+        """Let `inputs` take in what the Linears are given, without the layer's output: its last product is not made."""
+        skeleton = self.sweeper.skeleton
+        for part in self.parts():
+            with inputs.watching(skeleton.layers[self.layer], enough=True):
+                skeleton.run_layer(self.layer, self.weights, self.call, self.hidden[part])
+
+
+Visitor = Callable[[Visit], States]  # returns the hidden states that go on
+
+
+class Sweeper:
+    """Runs sweeps of one model.
+
+    Args:
+        skeleton: embeddings, head and layer functions.
+        pager: brings the layers' weights.
+        micro_batch: sequences per layer call; part of the arithmetic, since sums depend on it.
+        scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
+
+    Attributes:
+        place, scratch: where hidden states stay, to be set before the sweeps.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, pager: Pager, micro_batch: int, scope: Literal["units", "matrices"] = "units"
+    ) -> None:
+        self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
+        self.scope = scope
+        self.binder = Binder(skeleton)
+        self._calls: dict[int, list[LayerCall]] = {}
+        self.place: Place = "device"
+        self.scratch: Path | None = None
+        self._activations: Activations | None = None
+        self._kept: list[States] = []  # inputs of the layers from `_kept_from` up, and the last one's output
+        self._kept_from = 0
+
+    @cached_property
+    def scored(self) -> list[dict[str, TensorRef]]:
+        """The scored matrices of each layer, by their names inside it."""
+        return [_refs(self.skeleton, layer, self.scope) for layer in range(self.n_layers)]
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.skeleton.layers)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that stay allocated: slots, chunks, the bound layer, embeddings and head."""
+        return self.pager.resident_bytes + self.binder.resident_bytes + self.skeleton.resident_bytes
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        start: tuple[int, list[States]] | None = None,
+        keep_from: int | None = None,
+        again: bool = False,
+        perturbation: Perturbation | None = None,
+        perturbed: Sequence[int] = (),
+        visit: Visitor | None = None,
+        change: bool = True,
+        stop: int | None = None,
+        micro_batch: int | None = None,
+        then: Turn = "back",
+    ) -> States:
+        """Hidden states after the last layer (or before layer `stop`) [n, seq, d].
+
+        Args:
+            input_ids: [n, seq].
+            start: with `visit`: (layer, [its input]) where an earlier sweep had the same weights below that layer. The
+                input is taken out, and is gone with that layer if nobody else has it.
+            keep_from: keep the inputs of this layer and of those above for `backward`.
+            again: begin at `keep_from` with the input that the last sweep kept.
+            perturbation: applied in the layers `perturbed`.
+            visit: makes each layer's output instead, with no boundaries kept. change: it may change weights.
+            stop: the first layer that is not run.
+            micro_batch: sequences per layer call, where not the sweeper's.
+            then: the next sweep comes "back", or goes the same way "again".
+        """
+        if keep_from is None:
+            self._kept = []
+        size = micro_batch or self.micro_batch
+        first, given = start or (0, [])
+        hidden = given.pop() if given else None
+        if again:
+            assert keep_from == self._kept_from and self._kept, "the sweep before kept the same"
+            first, hidden = keep_from, self._kept[0]
+        if hidden is None:
+            hidden = self._embed(input_ids, size, keep_from)
+        calls = self._recorded(input_ids)
+        with self.pager.pages(range(first, self.n_layers if stop is None else stop), then) as pages:
+            for page in pages:
+                moved = perturbation if page.layer in perturbed else None
+                scored = self.scored[page.layer] if moved is not None else ()
+                weights = self.binder.bind(page, moved, scored, own=visit is not None and change)
+                if visit is not None:
+                    hidden = visit(Visit(self, page, weights, hidden, calls[page.layer], size))
+                    continue
+                kept = keep_from is not None and page.layer >= keep_from
+                # Where nothing is kept, a layer works in place.
+                output = self._kept[page.layer - self._kept_from + 1] if kept else hidden
+                for part in self.micro_batches(len(hidden), size):
+                    output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
+                hidden = output
+        return hidden
+
+    def backward(
+        self,
+        input_ids: Tensor,
+        grad: States,
+        prunable: Sequence[int],
+        collector: MakeCollector,
+        *,
+        perturbation: Perturbation | None = None,
+        below: int | None = None,
+        done: Callable[[int, States], None] = lambda layer, grad: None,
+    ) -> None:
+        """From dL/dh after the last layer down to the lowest boundary that `forward` kept, feeding collectors.
+
+        Args:
+            input_ids: [n, seq], as in the forward sweep.
+            grad: dL/dh [n, seq, d] after the last layer; overwritten.
+            prunable: layers whose weight gradients are wanted.
+            collector: makes the collector of a scored tensor of those layers, given the number of micro-batches.
+            perturbation: as in the forward sweep.
+            below: begin below this layer; `grad` is then dL/dh before it.
+            done: is given each layer when it is through, and dL/dh before it.
+        """
+        kept, first = self._kept, self._kept_from
+        assert kept, "a forward sweep kept boundaries"
+        call = self._recorded(input_ids)
+        parts = list(self.micro_batches(len(grad)))
+        top = self.n_layers if below is None else below
+        with self.pager.pages(range(top - 1, first - 1, -1)) as pages:
+            for page in pages:
+                layer, hidden = page.layer, kept[page.layer - first]
+                scored = self.scored[layer] if layer in prunable else {}
+                weights = self.binder.bind(page, perturbation if scored else None, scored)
+                collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
+                # Nothing is wanted below `first`; but captured ends need a graph, which then begins at the boundary.
+                graph = layer > first or any(isinstance(each, PowerCollector) for each in collectors)
+                with watched(self.skeleton.layers[layer], weights, collectors) as bound:
+                    for part in parts:
+                        boundary = hidden[part].detach().requires_grad_(graph)
+                        if layer > first and part.stop == len(grad):
+                            ahead(kept[layer - first - 1], parts[0])
+                        with torch.enable_grad():
+                            output = self.skeleton.run_layer(layer, bound, call[layer], boundary)
+                        output.backward(grad[part])
+                        if layer > first and boundary.grad is not None:
+                            grad[part] = boundary.grad
+                done(layer, grad)
+
+    def head_loss(self, hidden: States, input_ids: Tensor, *, with_grad: bool) -> tuple[float, States | None]:
+        """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].
+
+        The gradient is `gradient_scale(dtype)` times as large; what `backward` hands over is not.
+        """
+        n, seq, _ = hidden.shape
+        targets = input_ids.to(self.skeleton.device)
+        total = torch.zeros((), dtype=torch.float64, device=targets.device)
+        grad = self.states_like(hidden) if with_grad else None
+        count = n * (seq - 1)
+        tokens = max(1, HEAD_BYTES // (4 * self.skeleton.config.vocab_size))
+        for rows, blocks in _token_blocks(n, seq - 1, tokens):
+            states = hidden[rows].detach()
+            grads = torch.zeros_like(states) if with_grad else None
+            for columns in blocks:
+                block = states[:, columns].requires_grad_(with_grad)
+                with torch.set_grad_enabled(with_grad):
+                    logits = self.skeleton.head(block)
+                    logits = logits if logits.dtype == torch.float64 else logits.float()
+                    following = targets[rows, columns.start + 1 : columns.stop + 1]
+                    loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+                total += loss.detach().double()
+                if grads is not None:
+                    scaled = loss * (gradient_scale(block.dtype) / count)
+                    (grads[:, columns],) = torch.autograd.grad(scaled, block)
+            if grad is not None and grads is not None:
+                grad[rows] = grads
+        return float(total) / count, grad
+
+    def states(self, pieces: Iterable[Tensor], count: int) -> States:
+        """Hidden states [count, seq, d] where those of this sweeper stay, of pieces of them on the CPU."""
+        states, start = None, 0
+        for piece in pieces:
+            if states is None:
+                (states,) = self._new_states(1, (count, *piece.shape[1:]), piece.dtype)
+            for part in self.micro_batches(len(piece)):
+                states[start + part.start : start + part.stop] = piece[part].to(self.skeleton.device, copy=True)
+            start += len(piece)
+        assert states is not None and start == count, "a journal holds all of them"
+        return states
+
+    def states_like(self, states: States) -> States:
+        """New ones of the same shape, with anything in them."""
+        return self._new_states(1, tuple(states.shape), states.dtype)[0]
+
+    def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
+        if self._activations is None:
+            device = self.skeleton.device
+            self._activations = Activations(device, self.place, paging_device(device), self.scratch)
+        return self._activations.several(count, shape, dtype)
+
+    def _embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None) -> States:
+        """The first layer's input; where boundaries will be kept, in the place of the lowest one."""
+        hidden: States | None = None
+        for part in self.micro_batches(len(input_ids), micro_batch):
+            embedded = self.skeleton.embed(input_ids[part])
+            if hidden is None:
+                shape = (len(input_ids), *embedded.shape[1:])
+                hidden = self._lowest_boundary(shape, embedded.dtype, keep_from)
+            hidden[part] = embedded
+        assert hidden is not None, "there are sequences"
+        return hidden
+
+    def _lowest_boundary(self, shape: tuple[int, ...], dtype: torch.dtype, keep_from: int | None) -> States:
+        if keep_from is None:
+            return self._new_states(1, shape, dtype)[0]
+        if not self._kept or self._kept_from != keep_from or self._kept[0].shape != shape:
+            self._kept = []
+            self._kept = self._new_states(self.n_layers - keep_from + 1, shape, dtype)
+            self._kept_from = keep_from
+        return self._kept[0]
+
+    def close(self) -> None:
+        """No sweep comes: hidden states that were kept can go."""
+        self._kept = []
+        if self._activations is not None:
+            self._activations.close()
+            self._activations = None
+
+    def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
+        """The recorded calls for this sequence length; they do not depend on the tokens."""
+        seq = input_ids.shape[1]
+        if seq not in self._calls:
+            self._calls[seq] = self.skeleton.record(input_ids)
+        return self._calls[seq]
+
+    def micro_batches(self, n: int, size: int | None = None) -> Iterator[slice]:
+        """`n` sequences in parts of `size`, by default the sweeper's own."""
+        size = size or self.micro_batch
+        for start in range(0, n, size):
+            yield slice(start, min(start + size, n))
+
+
+def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -> dict[str, TensorRef]:
+    """The scored matrices of a layer by their names inside it."""
+    geometry, stored = skeleton.geometry, skeleton.matrices(layer)
+    members = {m.tensor: m for m in skeleton.family.members if m.scored}
+    names = stored if scope == "matrices" else [name for name in members if name in stored]
+    return {name: TensorRef(layer, name, geometry, members.get(name), stored[name]) for name in names}
+
+
+def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
+    """Blocks of at most about `tokens` tokens of [n, seq]: rows, and the columns of each block in them."""
+    rows, columns = max(1, tokens // seq), min(seq, tokens)
+    for top in range(0, n, rows):
+        yield slice(top, min(top + rows, n)), [slice(x, min(x + columns, seq)) for x in range(0, seq, columns)]
