@@ -105,7 +105,7 @@ def _run_prune(options: dict[str, Any], progress: Progress) -> None:
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
     if result.facts["options"]["compress"]:
-        click.echo(sparse24.READERS)
+        click.echo(sparse24.READ_BY)
 
 
 def _summary(facts: dict[str, Any]) -> str:

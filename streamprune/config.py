@@ -15,7 +15,7 @@ from streamprune.values import STANDARD_INPUT
 
 Target = Literal["units", "layers", "weights"]
 STATE_DTYPES = ("float32", "bfloat16")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 MOST_M = 64  # of N:M; beyond, weights of a row are as good
 N_OF_M = re.compile(r"([0-9]{1,3}):([0-9]{1,3})")
@@ -26,7 +26,7 @@ CHOICES = {
     "normalize": ("zscore", "raw"),
     "compensate_target": ("own", "stream"),
     "reader": ("buffered", "direct"),
-    "dtype": DTYPES,
+    "dtype": COMPUTE_DTYPES,
     "state_dtype": STATE_DTYPES,
 }
 # What each field may be given as, and becomes; None stays None where that is the default.
@@ -40,8 +40,8 @@ TYPES: Mapping[str, Callable[[str, Any], Any]] = {
     "settings": values.settings,
     "layers": values.layer_range,
     **dict.fromkeys(("ratio", "attention_ratio", "mlp_ratio", "min_keep", "compensate_ridge"), values.number),
-    **dict.fromkeys(("round_to", "compensate_tokens", "samples", "seq_len", "seed"), values.whole),
-    **dict.fromkeys(("micro_batch", "read_threads"), values.whole),
+    **dict.fromkeys(("round_to", "compensate_tokens", "samples", "seq_len", "seed"), values.whole_number),
+    **dict.fromkeys(("micro_batch", "read_threads"), values.whole_number),
     **dict.fromkeys(("max_shard_size", "gpu_memory", "host_memory"), values.size),
     **dict.fromkeys(("dtype", "state_dtype"), values.dtype),
     "device": values.device,

@@ -62,7 +62,7 @@ def switch(flag: str, value: Any) -> bool:
     return value if isinstance(value, bool) else _refuse(flag, value, "give True or False")
 
 
-def whole(flag: str, value: Any) -> int:
+def whole_number(flag: str, value: Any) -> int:
     """A whole number."""
     value = plain(value)
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
@@ -89,7 +89,7 @@ def number(flag: str, value: Any) -> float:
 def size(flag: str, value: Any) -> int:
     """Bytes: a number of them, or text with KB, MB, GB, TB or KiB, MiB, GiB, TiB."""
     if not isinstance(value, str):
-        return whole(flag, value)
+        return whole_number(flag, value)
     unit = next(unit for unit in SIZE_UNITS if value.strip().upper().endswith(unit))
     try:
         digits = value.strip()[: len(value.strip()) - len(unit)]
@@ -109,7 +109,7 @@ def layer_range(flag: str, value: Any) -> tuple[int, int]:
         start, stop = ends
     except (TypeError, ValueError):
         _refuse(flag, value, "give A:B, such as 4:28")
-    return whole(flag, start), whole(flag, stop)
+    return whole_number(flag, start), whole_number(flag, stop)
 
 
 def dtype(flag: str, value: Any) -> str:

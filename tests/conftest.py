@@ -25,7 +25,7 @@ from streamprune.kernels import noise_seed, perturb
 from streamprune.model.families import FAMILIES
 from streamprune.model.skeleton import Skeleton
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.storage.reader import BLOCK
+from streamprune.storage.reader import DISK_BLOCK
 from streamprune.streaming.device import HostDevice
 from streamprune.streaming.pager import Pager
 from streamprune.streaming.statistics import Statistics
@@ -139,8 +139,8 @@ def make_sweeper(path: Path, *, dtype: torch.dtype = torch.float64, micro_batch:
 def need_direct(directory: Path) -> None:
     """Skip the test where the directory's filesystem refuses O_DIRECT."""
     probe = directory / "probe"
-    probe.write_bytes(bytes(BLOCK))
-    memory = mmap.mmap(-1, BLOCK)
+    probe.write_bytes(bytes(DISK_BLOCK))
+    memory = mmap.mmap(-1, DISK_BLOCK)
     try:
         descriptor = os.open(probe, os.O_RDONLY | os.O_DIRECT)
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from streamprune.storage.checkpoint import DTYPES, byte_view
+from streamprune.storage.checkpoint import STORED_DTYPES, byte_view
 
 GENERATOR_SEED = 7
 
@@ -32,7 +32,7 @@ def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 EVERY_DTYPE = {
     f"{name}.{shape}": random_tensor(dtype, *shape)
-    for name, dtype in DTYPES.items()
+    for name, dtype in STORED_DTYPES.items()
     for shape in ((3, 5), (7,), (), (0, 4), (2, 3, 4))
 }
 

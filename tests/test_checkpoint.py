@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CheckpointError
 from streamprune.storage import checkpoint as module
-from streamprune.storage.checkpoint import DTYPES, OTHER_DTYPES, Checkpoint, OtherEntry, byte_view, is_finite
+from streamprune.storage.checkpoint import OTHER_DTYPES, STORED_DTYPES, Checkpoint, OtherEntry, byte_view, is_finite
 from streamprune.storage.reader import PAUSES, retried
 
 
 def test_every_dtype_and_shape_is_read_as_safetensors_reads_it(tmp_path):
     path = save(tmp_path / "model", EVERY_DTYPE)
     expected = load_file(path / "model.safetensors")
-    assert {tensor.dtype for tensor in expected.values()} == set(DTYPES.values())
+    assert {tensor.dtype for tensor in expected.values()} == set(STORED_DTYPES.values())
     with Checkpoint(path) as checkpoint:
         assert set(checkpoint.tensors) == set(expected)
         assert all(same_bytes(checkpoint.read(name), tensor) for name, tensor in expected.items())

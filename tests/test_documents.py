@@ -70,7 +70,7 @@ def test_records_of_every_format_are_those_that_were_written(name, tmp_path):
 @pytest.mark.parametrize("name", FORMATS)
 def test_where_a_read_ends_changes_nothing(name, chunk, tmp_path, monkeypatch):
     (tmp_path / name).write_text(FORMATS[name](TEXTS), encoding="utf-8")
-    monkeypatch.setattr(records, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(records, "TEXT_CHUNK", chunk)
     assert opened(tmp_path / name) == TEXTS
 
 

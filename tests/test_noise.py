@@ -9,7 +9,7 @@ import torch
 from kernel_inputs import BF16, F16, F32, F64, close, largest_allocation, normal
 
 from streamprune.kernels import noise_seed, perturb
-from streamprune.kernels.perturb import BLOCK as NOISE_BLOCK
+from streamprune.kernels.perturb import NOISE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 

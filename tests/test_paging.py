@@ -10,7 +10,7 @@ import torch
 from conftest import make_sweeper, need_direct, save_tiny
 
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.storage.reader import BLOCK
+from streamprune.storage.reader import DISK_BLOCK
 from streamprune.streaming import pager
 from streamprune.streaming.device import HUGE_PAGE, HostDevice
 from streamprune.streaming.pager import Pager
@@ -235,7 +235,7 @@ def test_direct_reads_put_whole_blocks_in_their_place(into_slots, tmp_path, monk
     device = Remembering(into_slots)
     save_tiny(tmp_path, "llama", intermediate_size=2048)
     need_direct(tmp_path)
-    monkeypatch.setattr(pager, "CHUNK_BYTES", 4 * BLOCK)
+    monkeypatch.setattr(pager, "CHUNK_BYTES", 4 * DISK_BLOCK)
     skeleton, original, parts = make_sweeper(tmp_path).skeleton, os.preadv, []
     monkeypatch.setattr(os, "preadv", lambda *given: parts.extend(given[1]) or original(*given))
     with (
@@ -245,10 +245,10 @@ def test_direct_reads_put_whole_blocks_in_their_place(into_slots, tmp_path, monk
         tensors = next(pages).tensors
     entries = skeleton.entries[2]
     assert all(torch.equal(tensors[name], skeleton.checkpoint.read(entry.name)) for name, entry in entries.items())
-    whole = [(e.offset + e.nbytes) // BLOCK - -(-e.offset // BLOCK) for e in entries.values()]
+    whole = [(e.offset + e.nbytes) // DISK_BLOCK - -(-e.offset // DISK_BLOCK) for e in entries.values()]
     straight = sum(len(part) for part in parts if device.holds(part))
-    assert straight == BLOCK * sum(count for count in whole if count > 0) > 100 * BLOCK
-    assert sum(map(len, parts)) <= straight + 2 * BLOCK * len(entries)
+    assert straight == DISK_BLOCK * sum(count for count in whole if count > 0) > 100 * DISK_BLOCK
+    assert sum(map(len, parts)) <= straight + 2 * DISK_BLOCK * len(entries)
 
 
 def test_leaving_early_or_with_an_error_stops_the_threads(checkpoint):
@@ -292,7 +292,7 @@ def test_resident_bytes_do_not_depend_on_the_number_of_layers(tmp_path):
         save_tiny(tmp_path / str(layers), "llama", num_hidden_layers=layers)
         sizes.append(make_sweeper(tmp_path / str(layers)).resident_bytes)
     # Tensors lie in their blocks as in the file, so what lies between them differs.
-    assert abs(sizes[0] - sizes[1]) < 2 * BLOCK * len(make_sweeper(tmp_path / "2").skeleton.entries[0])
+    assert abs(sizes[0] - sizes[1]) < 2 * DISK_BLOCK * len(make_sweeper(tmp_path / "2").skeleton.entries[0])
 
 
 def test_where_memory_is_short_the_same_layers_stay_in_the_page_cache(checkpoint, monkeypatch):

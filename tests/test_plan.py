@@ -13,7 +13,7 @@ from streamprune.figures import peak_rss
 from streamprune.pipeline.run import CACHE_SHARE, foretell
 from streamprune.planning import placement, rates
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.storage.reader import BLOCK
+from streamprune.storage.reader import DISK_BLOCK
 from streamprune.streaming.pager import Pager
 
 RUNS = [
@@ -55,7 +55,7 @@ def test_what_is_counted_is_what_tensors_take(tiny_llama, tmp_path):
     matrices += [(inner, hidden), (inner, hidden), (hidden, inner)]
     sizes, tokens, batch = [rows * columns for rows, columns in matrices], 4 * 32, 2 * 32
     layer = sum(sizes) + 2 * hidden
-    assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * BLOCK)  # tensors lie in blocks as in the file
+    assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * DISK_BLOCK)  # tensors lie in blocks as in the file
     assert device["embeddings and head"] == 4 * (2 * vocabulary * hidden + hidden)
     assert device["hidden states"] == (8 - 1 + 1 + 1) * tokens * hidden * 4  # inputs, the last output, its gradient
     assert device["logits"] == 3 * tokens * vocabulary * 4

@@ -21,7 +21,7 @@ from stored_tensors import EVERY_DTYPE, same_bytes, save
 
 from streamprune.errors import CheckpointError
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.storage.reader import BLOCK, BOUNCE_BYTES, PASSING, PAUSES, Reader, ReaderKind
+from streamprune.storage.reader import BOUNCE_BYTES, DISK_BLOCK, PASSING, PAUSES, Reader, ReaderKind
 
 SIZE = BOUNCE_BYTES + 5001  # no multiple of any block
 SMALL = 20_003
@@ -51,9 +51,9 @@ def small(tmp_path) -> Path:
 
 def read(reader: Reader, offset: int, nbytes: int, file: int = 0, *, as_in_file: bool = False) -> bytes:
     """What the reader gives, and nothing beside it, in memory that starts in a page as its bytes in a block, or not."""
-    memory = mmap.mmap(-1, nbytes + 3 * BLOCK)
+    memory = mmap.mmap(-1, nbytes + 3 * DISK_BLOCK)
     memory[:] = b"\xa5" * len(memory)
-    start = BLOCK + offset % BLOCK + (0 if as_in_file else 9)
+    start = DISK_BLOCK + offset % DISK_BLOCK + (0 if as_in_file else 9)
     reader.read_into(file, offset, memoryview(memory)[start : start + nbytes])
     beside = memory[:start] + memory[start + nbytes :]
     assert beside == b"\xa5" * len(beside)
@@ -98,9 +98,30 @@ class Disk:
 @pytest.mark.parametrize("as_in_file", [False, True])
 def test_every_extent_holds_the_bytes_of_a_plain_read(as_in_file, kind, large):
     expected = large.read_bytes()
-    fixed = [(0, 0), (SIZE, 0), (5, 0), (0, 1), (SIZE - 1, 1), (BLOCK - 1, 1), (BLOCK, 1), (BLOCK, BLOCK)]
-    fixed += [(BLOCK - 1, 2), (511, 2), (3 * BLOCK - 7, 2 * BLOCK + 14), (SIZE - 600, 600), (SIZE - 5000, 5000)]
-    fixed += [(0, BOUNCE_BYTES), (1, BOUNCE_BYTES - BLOCK), (4095, BOUNCE_BYTES - BLOCK), (0, SIZE), (3, SIZE - 3)]
+    fixed = [
+        (0, 0),
+        (SIZE, 0),
+        (5, 0),
+        (0, 1),
+        (SIZE - 1, 1),
+        (DISK_BLOCK - 1, 1),
+        (DISK_BLOCK, 1),
+        (DISK_BLOCK, DISK_BLOCK),
+    ]
+    fixed += [
+        (DISK_BLOCK - 1, 2),
+        (511, 2),
+        (3 * DISK_BLOCK - 7, 2 * DISK_BLOCK + 14),
+        (SIZE - 600, 600),
+        (SIZE - 5000, 5000),
+    ]
+    fixed += [
+        (0, BOUNCE_BYTES),
+        (1, BOUNCE_BYTES - DISK_BLOCK),
+        (4095, BOUNCE_BYTES - DISK_BLOCK),
+        (0, SIZE),
+        (3, SIZE - 3),
+    ]
     reader = Reader([large], kind)
     for offset, nbytes in [*fixed, *extents(SIZE, 100)]:
         given = read(reader, offset, nbytes, as_in_file=as_in_file)
@@ -118,12 +139,12 @@ def test_whole_blocks_go_straight_to_their_place_in_one_read(large):
 
     reader = Reader([large], "direct", preadv=preadv)
     for offset, nbytes, parts in [
-        (0, 3 * BLOCK, [3 * BLOCK]),
-        (7, 3 * BLOCK, [BLOCK, 2 * BLOCK, BLOCK]),
-        (7, 3 * BLOCK - 7, [BLOCK, 2 * BLOCK]),
-        (BLOCK, 2 * BLOCK + 1, [2 * BLOCK, BLOCK]),
-        (BLOCK - 1, 2, [2 * BLOCK]),  # no whole block
-        (0, SIZE, [SIZE // BLOCK * BLOCK, BLOCK]),
+        (0, 3 * DISK_BLOCK, [3 * DISK_BLOCK]),
+        (7, 3 * DISK_BLOCK, [DISK_BLOCK, 2 * DISK_BLOCK, DISK_BLOCK]),
+        (7, 3 * DISK_BLOCK - 7, [DISK_BLOCK, 2 * DISK_BLOCK]),
+        (DISK_BLOCK, 2 * DISK_BLOCK + 1, [2 * DISK_BLOCK, DISK_BLOCK]),
+        (DISK_BLOCK - 1, 2, [2 * DISK_BLOCK]),  # no whole block
+        (0, SIZE, [SIZE // DISK_BLOCK * DISK_BLOCK, DISK_BLOCK]),
     ]:
         sizes.clear()
         read(reader, offset, nbytes, as_in_file=True)
@@ -299,14 +320,16 @@ def test_a_stale_handle_is_replaced(kind, small):
 @pytest.mark.parametrize("as_in_file", [False, True])
 @pytest.mark.parametrize("most", range(1, 8))
 def test_short_reads_go_on_where_they_stopped(most, as_in_file, kind, small):
-    disk = Disk(most=most if kind == "buffered" else BLOCK + most)
+    disk = Disk(most=most if kind == "buffered" else DISK_BLOCK + most)
     assert read(disk.reader(small, kind), 4001, 9000, as_in_file=as_in_file) == small.read_bytes()[4001:13001]
     assert disk.calls == (-(-9000 // most) if kind == "buffered" else 4)
     assert disk.pauses == []
 
 
 @pytest.mark.parametrize("as_in_file", [False, True])
-@pytest.mark.parametrize("size", [0, 17, BLOCK, 2 * BLOCK, 2 * BLOCK + 512, 2 * BLOCK + 513, SMALL - 1])
+@pytest.mark.parametrize(
+    "size", [0, 17, DISK_BLOCK, 2 * DISK_BLOCK, 2 * DISK_BLOCK + 512, 2 * DISK_BLOCK + 513, SMALL - 1]
+)
 def test_a_file_that_ends_too_early_is_refused_at_once(size, as_in_file, kind, small):
     os.truncate(small, size)
     disk = Disk()

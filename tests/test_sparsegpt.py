@@ -8,7 +8,7 @@ from plain_methods import LAYERS
 from plain_weights import TinyWeights, assert_same_weights, check_zeros, whole
 
 from streamprune.errors import StreampruneError
-from streamprune.methods.sparsegpt import BLOCK, inverse_factor, prune_and_update
+from streamprune.methods.sparsegpt import COLUMN_BLOCK, inverse_factor, prune_and_update
 from streamprune.methods.table import Sparsity
 
 F64 = torch.float64
@@ -29,7 +29,7 @@ def hessian(x, samples=1):
     return sum(torch.outer(token, token) for token in x) * (2 / samples)
 
 
-def prune(weight, h, sparsity, block=BLOCK, damp=0.0):
+def prune(weight, h, sparsity, block=COLUMN_BLOCK, damp=0.0):
     dead = h.diagonal() == 0
     return prune_and_update(weight, inverse_factor(h.clone(), damp), dead, sparsity, block)
 
@@ -299,12 +299,12 @@ def test_the_streamed_method_equals_the_plain_one(family, sparsity, models):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_rows_longer_than_a_block_are_pruned_block_by_block(family, models):
-    tiny = models(family, width=BLOCK + 9, samples=6)
+    tiny = models(family, width=COLUMN_BLOCK + 9, samples=6)
     found = tiny.streamed("sparsegpt", Sparsity(0.4), damp=0.02)
     assert_close_weights(found, plain_method(tiny, Sparsity(0.4), damp=0.02))
     down = found[LAYERS[0], "mlp.c_proj.weight" if family == "gpt2" else "mlp.down_proj.weight"]
-    assert down.shape == (48, BLOCK + 9)
-    assert int((down[:, :BLOCK] == 0).sum()) == whole(0.4 * 48 * BLOCK)
+    assert down.shape == (48, COLUMN_BLOCK + 9)
+    assert int((down[:, :COLUMN_BLOCK] == 0).sum()) == whole(0.4 * 48 * COLUMN_BLOCK)
 
 
 def test_channels_that_never_fire_are_dead_inputs(tmp_path):

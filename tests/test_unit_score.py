@@ -5,7 +5,7 @@ import torch
 from kernel_inputs import BACKENDS, BF16, DEVICE, F16, F32, F64, largest_allocation, needs_triton, normal
 
 from streamprune.kernels import FORMS, unit_score
-from streamprune.kernels.unit_score import BLOCK as SCORE_BLOCK
+from streamprune.kernels.unit_score import SCORE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 

@@ -5,7 +5,7 @@ import torch
 from kernel_inputs import BACKENDS, BF16, DEVICE, F16, F32, F64, close, largest_allocation, needs_triton, normal
 
 from streamprune.kernels import prune_n_of_m, prune_rows, weight_score
-from streamprune.kernels.weight_score import BLOCK, MOST_COLUMNS
+from streamprune.kernels.weight_score import MOST_COLUMNS, ROW_BLOCK
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -142,4 +142,4 @@ def test_scores_take_one_buffer_and_pruning_none_of_weight_size(dtype):
     assert largest_allocation(lambda: weight_score(weight, x_norm, grad, 2.0)) == grad.nbytes
     # Blocks of rows: a float32 score, and kthvalue's and cumsum's int64.
     for run in (lambda: prune_rows(weight, 1000, x_norm, grad, 2.0), lambda: prune_n_of_m(weight, 2, 4, x_norm)):
-        assert largest_allocation(run) <= BLOCK * 8 < grad.nbytes
+        assert largest_allocation(run) <= ROW_BLOCK * 8 < grad.nbytes

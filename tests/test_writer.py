@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
 
 from streamprune.errors import OutputError
-from streamprune.storage.checkpoint import DTYPES, Checkpoint, read_header
+from streamprune.storage.checkpoint import STORED_DTYPES, Checkpoint, read_header
 from streamprune.storage.directory import atomic_directory, check_space
 from streamprune.storage.shards import ShardedWriter, TensorSpec
 
@@ -106,7 +106,7 @@ def test_tensors_may_come_in_any_order_and_the_bytes_are_the_same(size, tmp_path
 
 
 def test_a_header_lists_the_tensors_in_the_order_given(tmp_path):
-    tensors = {name: torch.zeros(1, dtype=dtype) for name, dtype in zip("zqam", DTYPES.values(), strict=False)}
+    tensors = {name: torch.zeros(1, dtype=dtype) for name, dtype in zip("zqam", STORED_DTYPES.values(), strict=False)}
     write(tmp_path, tensors, 10**9)
     assert [e.name for e in read_header(tmp_path / "model.safetensors")] == list("zqam")
 

@@ -19,7 +19,7 @@ from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, tl, use_t
 
 # Elements made at a time on a CPU. The block stays in cache, and operations of this size run in the calling thread
 # (torch starts its own threads above it), so that several tensors can be perturbed in threads of the caller.
-BLOCK = 1 << 15
+NOISE_BLOCK = 1 << 15
 PROGRAM_ELEMENTS = 2048
 
 
@@ -61,7 +61,7 @@ def _reference(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, 
     generator = torch.Generator(device=out.device).manual_seed(seed) if sigma else None
     flat_out, flat_weight = out.view(-1), weight.reshape(-1)
     flat_delta = None if delta is None else delta.reshape(-1)
-    step = max(1, min(BLOCK, out.numel()) if out.device.type == "cpu" else out.numel())
+    step = max(1, min(NOISE_BLOCK, out.numel()) if out.device.type == "cpu" else out.numel())
     block = torch.empty(step if out.dtype != work_dtype else 0, dtype=work_dtype, device=out.device)
     for start in range(0, out.numel(), step):
         stop = min(start + step, out.numel())

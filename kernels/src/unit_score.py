@@ -19,7 +19,7 @@ from torch import Tensor
 from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, tl, use_triton
 
 # Elements reduced at a time on a CPU, so that the product stays in cache and nothing of weight size is made.
-BLOCK = 1 << 17
+SCORE_BLOCK = 1 << 17
 CHUNK_ROWS = 512  # rows that one program sums of its columns; the chunks are added afterwards
 
 
@@ -73,7 +73,7 @@ def _reference(weight: Tensor, a: Tensor | None, dim: int, form: str, fisher: Te
     work_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, columns = weight.shape
     out = torch.zeros(weight.shape[dim], dtype=torch.float64, device=weight.device)
-    step = max(1, BLOCK // max(1, columns)) if weight.device.type == "cpu" else max(1, rows)
+    step = max(1, SCORE_BLOCK // max(1, columns)) if weight.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         part = slice(start, start + step)
         w = weight[part].to(work_dtype)

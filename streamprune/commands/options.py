@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from streamprune import values
-from streamprune.config import CHOICES, DTYPES
+from streamprune.config import CHOICES, COMPUTE_DTYPES
 from streamprune.errors import UsageError
 
 
@@ -131,7 +131,7 @@ COMPUTE_OPTIONS = (
     ),
     click.option("--device", help="cpu, cuda or cuda:N; by default the GPU if there is one."),
     click.option(
-        "--dtype", type=click.Choice(DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."
+        "--dtype", type=click.Choice(COMPUTE_DTYPES), help="Compute dtype; float32 on a CPU, the stored one on a GPU."
     ),
     click.option("--micro-batch", type=int, help="Sequences computed at once; by default as many as make 2048 tokens."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the model's directory brings."),

@@ -13,7 +13,7 @@ from streamprune.model.units import TensorRef
 from streamprune.streaming.inputs import Gram
 from streamprune.streaming.statistics import Statistics
 
-BLOCK = 128  # columns whose updates are gathered before the rest of the row gets them
+COLUMN_BLOCK = 128  # columns whose updates are gathered before the rest of the row gets them
 MORE_DAMPING = (1, 10, 100)  # tried in turn where rounding leaves H without a Cholesky factor
 
 
@@ -62,7 +62,7 @@ def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0)
 
 
 def prune_and_update(
-    weight: Tensor, factor: Tensor, dead: Tensor, sparsity: Sparsity, block: int = BLOCK
+    weight: Tensor, factor: Tensor, dead: Tensor, sparsity: Sparsity, block: int = COLUMN_BLOCK
 ) -> tuple[Tensor, float]:
     """Prune W [d_out, d_in] and update what remains.
 

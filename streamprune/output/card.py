@@ -69,7 +69,7 @@ def _loading(facts: Mapping[str, Any]) -> list[str]:
     elif is_compressed:
         first = [f'# pip install "transformers<5" "{sparse24.PACKAGE}>=0.13,<0.15"']
     return [
-        *([f"{sparse24.READERS}.", ""] if is_compressed else []),
+        *([f"{sparse24.READ_BY}.", ""] if is_compressed else []),
         "```python",
         *first,
         "from transformers import AutoModelForCausalLM",

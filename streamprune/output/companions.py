@@ -43,7 +43,7 @@ DIRECTORIES = {"additional_chat_templates": ("*.jinja",), "[0-9]*_[A-Z]*": ("*.j
 CODE_DIRECTORY = "custom_generate"  # of `generate`
 # A sub-directory with one of these is a model or an adapter of its own, such as a training's checkpoints.
 OF_ITS_OWN = ("config.json", "adapter_config.json", "trainer_state.json")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 MADE_ANEW = ("config.json", "README.md", OWN_FILE)
 
 
@@ -240,7 +240,7 @@ class _Search:
             if re.fullmatch(r"[\w.-]+", name)
             and name not in MADE_ANEW
             and not name.startswith(".")
-            and not name.endswith((*WEIGHTS, ".index.json"))
+            and not name.endswith((*WEIGHT_SUFFIXES, ".index.json"))
             and (self.source / name).is_file()
         ]
 

@@ -25,7 +25,7 @@ from streamprune.storage.shards import ShardedWriter, TensorSpec
 
 PACKAGE, FORMAT = "compressed-tensors", "sparse-24-bitmask"
 INSTALL = "install one with pip install 'streamprune[compressed]'"
-READERS = (
+READ_BY = (
     f"{FORMAT} is read by transformers 4 with {PACKAGE} 0.13 or 0.14 (tried: 4.57), by vLLM before 0.19 on Hopper GPUs "
     "(not tried) and by streamprune eval and verify; transformers 5 refuses it, and with "
     f"{PACKAGE} 0.15 or newer it only warns and leaves those weights random"

@@ -46,7 +46,7 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
     if plan.sparsity is not None:
         facts["zeros"] = dict(zip(("weights", "of"), done.zeros, strict=True))
     else:
-        facts |= {"kept": allocation.describe(done.kept), "output_biases": plan.biases}
+        facts |= {"kept": allocation.kept_facts(done.kept), "output_biases": plan.biases}
     facts["memory"] = placement_facts(placement)
     facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
     facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}

@@ -15,7 +15,7 @@ from streamprune.pipeline.progress import Progress
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
 from streamprune.storage.reader import ReaderKind
 from streamprune.streaming.device import PlannedDevice, paging_device
-from streamprune.streaming.pager import GPU_READERS, READERS, Pager
+from streamprune.streaming.pager import GPU_READ_THREADS, READ_THREADS, Pager
 from streamprune.streaming.sweeper import Sweeper
 
 
@@ -50,7 +50,7 @@ def open_model(
         skeleton = Skeleton(
             checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code, load=planned is None
         )
-        threads = read_threads or (READERS if where.type == "cpu" else GPU_READERS)
+        threads = read_threads or (READ_THREADS if where.type == "cpu" else GPU_READ_THREADS)
         advance = progress.advance if progress is not None else lambda nbytes, **facts: None
         transfers = paging_device(where) if planned is None else PlannedDevice(where)
         pager = Pager(checkpoint, skeleton.entries, transfers, readers=threads, progress=advance)

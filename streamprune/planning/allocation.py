@@ -291,6 +291,6 @@ def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool
     return range(start, stop)
 
 
-def describe(kept: KeptUnits) -> dict[str, Any]:
+def kept_facts(kept: KeptUnits) -> dict[str, Any]:
     """Kept units for streamprune.json: {"4": {"kv_group": [...], "channel": [...]}, ...}."""
     return {str(layer): dict(kinds) for layer, kinds in kept.items()}

@@ -21,7 +21,7 @@ from streamprune.recovery import least_squares
 from streamprune.streaming.hidden_states import PARTS, PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
 from streamprune.streaming.statistics import Statistics
-from streamprune.streaming.sweeper import HEAD_BYTES, Sweeper
+from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 
 FACTORS_OF_H = 4 / 3  # FLOPs over width³: two Cholesky factors and an inverse
 
@@ -144,7 +144,7 @@ def _evaluation(sweeper: Sweeper, shape: Shape, where: Place) -> Stage:
 
 def _logits(sweeper: Sweeper, shape: Shape) -> int:
     """Logits, their softmax and its gradient for the tokens that go through the head together."""
-    return 3 * min(HEAD_BYTES, shape[0] * shape[1] * sweeper.skeleton.config.vocab_size * 4)
+    return 3 * min(LOGITS_BYTES, shape[0] * shape[1] * sweeper.skeleton.config.vocab_size * 4)
 
 
 def _forward_activations(sweeper: Sweeper, tokens: int) -> int:

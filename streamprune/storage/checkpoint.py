@@ -36,7 +36,7 @@ INDEX_FILE = "model.safetensors.index.json"
 FINITE_BLOCK = 1 << 20  # elements
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -48,7 +48,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 # The format's other dtypes, with the bits of an element: what has them is known, and never read.
 OTHER_DTYPES = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8},
@@ -324,10 +324,10 @@ def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any
         begin, end = (int(offset) for offset in fields["data_offsets"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{file}: malformed header entry for {name}; download it again") from error
-    if dtype_name not in DTYPES and dtype_name not in OTHER_DTYPES:
+    if dtype_name not in STORED_DTYPES and dtype_name not in OTHER_DTYPES:
         raise CheckpointError(
             f"{file}: {name} is stored as {dtype_name}, which is no dtype of safetensors; "
-            f"use a checkpoint in one of {', '.join(DTYPES)}"
+            f"use a checkpoint in one of {', '.join(STORED_DTYPES)}"
         )
     if base + end > size:
         partial = unfinished(file)
@@ -335,7 +335,7 @@ def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any
             f"{file} is truncated: {name} ends at byte {base + end}, the file at {size}"
             f"{f', and {partial.name} lies beside it' if partial else ''}; download it again"
         )
-    bits = DTYPES[dtype_name].itemsize * 8 if dtype_name in DTYPES else OTHER_DTYPES[dtype_name]
+    bits = STORED_DTYPES[dtype_name].itemsize * 8 if dtype_name in STORED_DTYPES else OTHER_DTYPES[dtype_name]
     nbytes = math.prod(shape) * bits // 8
     if begin < 0 or min(shape, default=1) < 0 or end - begin != nbytes:
         raise CheckpointError(
@@ -343,4 +343,4 @@ def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any
         )
     if dtype_name in OTHER_DTYPES:
         return OtherEntry(name, dtype_name, number, nbytes)
-    return TensorEntry(name, DTYPES[dtype_name], shape, number, base + begin, nbytes)
+    return TensorEntry(name, STORED_DTYPES[dtype_name], shape, number, base + begin, nbytes)

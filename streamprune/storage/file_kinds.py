@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from streamprune.errors import CheckpointError
 
-HEAD_BYTES = 512
+FIRST_BYTES = 512
 SHORT_TEXT_BYTES = 4096  # a server's error message is no longer
 PARTIAL_SUFFIXES = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2")
 HUB_PARTIALS = ".cache/huggingface/download"  # where the hub's client keeps them, inside a directory it fills
@@ -26,7 +26,7 @@ OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens
 def mistaken(file: Path) -> str | None:
     """The rest of "FILE ...": what it is instead of weights or JSON, with the remedy; None if it cannot be told."""
     with file.open("rb") as stream:
-        head, size = stream.read(HEAD_BYTES), file.stat().st_size
+        head, size = stream.read(FIRST_BYTES), file.stat().st_size
     if (placeholder := placeholder_of(head)) is not None:
         return placeholder
     if head.startswith((b"PK\x03\x04", b"\x80\x02")):
@@ -78,7 +78,7 @@ def refuse_placeholders(directory: Path) -> None:
     for file in sorted(directory.iterdir()):
         if file.is_file() and (file.name.startswith(OF_TOKENIZERS) or file.name.endswith((".model", ".tiktoken"))):
             with suppress(OSError), file.open("rb") as stream:  # who needs the file says that it cannot be read
-                placeholder = placeholder_of(stream.read(HEAD_BYTES))
+                placeholder = placeholder_of(stream.read(FIRST_BYTES))
                 if placeholder is not None:
                     raise CheckpointError(f"{file} {placeholder}")
 

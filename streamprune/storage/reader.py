@@ -28,8 +28,8 @@ PAUSES = (0.1, 0.4, 1.6, 6.4)  # seconds before each further try
 # What a filesystem without O_DIRECT answers, and one whose blocks are larger than 4096 bytes: offset, length and
 # address must be multiples of them.
 REFUSALS = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
-BLOCK = 4096
-BOUNCE_BYTES = (1 << 20) + BLOCK  # 1 MiB from any offset
+DISK_BLOCK = 4096
+BOUNCE_BYTES = (1 << 20) + DISK_BLOCK  # 1 MiB from any offset
 
 
 class Reader:
@@ -138,9 +138,9 @@ class Reader:
         # Offset, length and address must be multiples of the block. Whole blocks go straight to their place where the
         # buffer lies in memory as in the file; what is left, or else everything, comes by way of a bounce buffer, as
         # much as it holds. Only the end of a file may lie inside a block: there the read is short.
-        head, size, target = offset % BLOCK, len(buffer), np.asarray(buffer)
-        start, stop = -offset % BLOCK, size - (offset + size) % BLOCK
-        if not self._straight or start >= stop or target.ctypes.data % BLOCK != head:
+        head, size, target = offset % DISK_BLOCK, len(buffer), np.asarray(buffer)
+        start, stop = -offset % DISK_BLOCK, size - (offset + size) % DISK_BLOCK
+        if not self._straight or start >= stop or target.ctypes.data % DISK_BLOCK != head:
             start = stop = size
         with self._lock:
             bounce = self._bounces.pop() if self._bounces else _bounce()
@@ -176,7 +176,7 @@ def retried(read: Callable[[], T], sleep: Callable[[float], object] = time.sleep
 
 
 def _whole_blocks(nbytes: int) -> int:
-    return -(-nbytes // BLOCK) * BLOCK
+    return -(-nbytes // DISK_BLOCK) * DISK_BLOCK
 
 
 def _bounce() -> memoryview:

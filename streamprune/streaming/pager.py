@@ -27,11 +27,11 @@ import psutil
 from torch import Tensor
 
 from streamprune.storage.checkpoint import Checkpoint, TensorEntry, byte_view
-from streamprune.storage.reader import BLOCK
+from streamprune.storage.reader import DISK_BLOCK
 from streamprune.streaming.device import Device
 
 CHUNK_BYTES = 16 << 20  # at least a block
-READERS, GPU_READERS = 2, 4  # beside a GPU the processor has nothing else to do
+READ_THREADS, GPU_READ_THREADS = 2, 4  # beside a GPU the processor has nothing else to do
 ALIGNMENT = 64  # bytes, of tensors on a device; enough for any dtype and for vector loads
 
 Turn = Literal["back", "again"]  # how a sweep is followed by the next
@@ -149,7 +149,7 @@ class Pager:
         entries: Sequence[Mapping[str, TensorEntry]],
         device: Device,
         *,
-        readers: int = READERS,
+        readers: int = READ_THREADS,
         poison: bool = False,
         progress: Callable[..., None] = lambda nbytes, **facts: None,
     ) -> None:
@@ -282,7 +282,7 @@ class Pager:
             try:
                 if event is not None:
                     self.device.chunk_free(event)
-                start = read.offset % BLOCK  # as in the file, for direct reads
+                start = read.offset % DISK_BLOCK  # as in the file, for direct reads
                 source = chunk[start : start + read.nbytes]
                 self._fetch(read, source)
                 event = self.device.copy(target, source)
@@ -300,7 +300,7 @@ class Pager:
             done = 0
             while done < entry.nbytes:
                 offset = entry.offset + done
-                size = min(CHUNK_BYTES - offset % BLOCK, entry.nbytes - done)
+                size = min(CHUNK_BYTES - offset % DISK_BLOCK, entry.nbytes - done)
                 yield _Read(entry.file, offset, self._starts[layer][name] + done, size, stays)
                 done += size
 
@@ -355,6 +355,6 @@ def _lay_out(entries: Mapping[str, TensorEntry], *, as_in_file: bool) -> tuple[d
     starts, end = {}, 0
     for name, entry in entries.items():
         follows_file = as_in_file and entry.offset % entry.dtype.itemsize == 0
-        starts[name] = end + ((entry.offset - end) % BLOCK if follows_file else -end % ALIGNMENT)
+        starts[name] = end + ((entry.offset - end) % DISK_BLOCK if follows_file else -end % ALIGNMENT)
         end = starts[name] + entry.nbytes
     return starts, end

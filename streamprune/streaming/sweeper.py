@@ -27,7 +27,7 @@ from streamprune.streaming.hidden_states import Activations, Place, States, ahea
 from streamprune.streaming.inputs import Inputs
 from streamprune.streaming.pager import Page, Pager, Turn
 
-HEAD_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
+LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 
 
@@ -243,7 +243,7 @@ class Sweeper:
         total = torch.zeros((), dtype=torch.float64, device=targets.device)
         grad = self.states_like(hidden) if with_grad else None
         count = n * (seq - 1)
-        tokens = max(1, HEAD_BYTES // (4 * self.skeleton.config.vocab_size))
+        tokens = max(1, LOGITS_BYTES // (4 * self.skeleton.config.vocab_size))
         for rows, blocks in _token_blocks(n, seq - 1, tokens):
             states = hidden[rows].detach()
             grads = torch.zeros_like(states) if with_grad else None

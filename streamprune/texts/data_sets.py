@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.errors import CalibrationError
-from streamprune.texts.documents import BLANK_LINE, Documents, Place
+from streamprune.texts.documents import BLANK_LINE, Beginning, Documents
 from streamprune.texts.records import Render, text_of
 
-ROWS = 256  # that are in memory at a time
+BATCH_ROWS = 256  # that are in memory at a time
 SHUFFLED = 100  # rows that a stream of a data set draws from
 
 
@@ -43,7 +43,7 @@ def saved_to_disk(path: Path, split: str, field: str, render: Render) -> Documen
     _check_column(data, field, where)
 
     def texts() -> Iterator[str]:
-        rows = (value for batch in data.select_columns([field]).iter(ROWS) for value in batch[field])
+        rows = (value for batch in data.select_columns([field]).iter(BATCH_ROWS) for value in batch[field])
         return _texts(({field: value} for value in rows), field, where, render)
 
     return Documents(where, BLANK_LINE, texts)
@@ -69,7 +69,7 @@ def from_hub(source: str, field: str, render: Render) -> Documents:
         rows = data.shuffle(seed=draw.randrange(2**32), buffer_size=SHUFFLED)
         return _texts(rows, field, where, render)
 
-    def places(draw: random.Random) -> Iterator[Place]:
+    def places(draw: random.Random) -> Iterator[Beginning]:
         longest = 0
         while True:
             rest = shuffled(draw)

@@ -10,7 +10,9 @@ from importlib import resources
 from streamprune.errors import CalibrationError
 from streamprune.texts.records import Messages
 
-Place = tuple[float, Iterator[str]]  # the part of the first record that lies before, and the records from that one on
+Beginning = tuple[
+    float, Iterator[str]
+]  # the part of the first record that lies before, and the records from that one on
 BLANK_LINE = "\n\n"
 WORD = 64  # characters within which a place moves to the end or the beginning of a word
 
@@ -33,7 +35,7 @@ class Documents:
     where: str
     separator: str
     records: Callable[[], Iterator[str]]
-    places: Callable[[random.Random], Iterator[Place]] | None = None
+    places: Callable[[random.Random], Iterator[Beginning]] | None = None
     shuffled: Callable[[random.Random], Iterator[str]] | None = None
     prose: bool = False
     nbytes: int | None = None

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from streamprune.errors import CalibrationError
-from streamprune.storage.file_kinds import HEAD_BYTES, placeholder_of
+from streamprune.storage.file_kinds import FIRST_BYTES, placeholder_of
 
-Kind = Literal["prose", "lines", "values", "csv", "tsv", "parquet"]
+RecordKind = Literal["prose", "lines", "values", "csv", "tsv", "parquet"]
 Messages = list[dict[str, Any]]
 Render = Callable[[Messages], str]
 
-KINDS: Mapping[str, Kind] = {
+KIND_OF_SUFFIX: Mapping[str, RecordKind] = {
     **dict.fromkeys(("", ".txt", ".text", ".md", ".markdown", ".rst", ".raw", ".tokens"), "prose"),
     **dict.fromkeys((".jsonl", ".ndjson"), "lines"),
     ".json": "values",
@@ -35,8 +35,8 @@ KINDS: Mapping[str, Kind] = {
     ".parquet": "parquet",
 }
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-SUFFIXES = ", ".join(suffix for suffix in KINDS if suffix)
-CHUNK_BYTES = 1 << 20
+SUFFIXES = ", ".join(suffix for suffix in KIND_OF_SUFFIX if suffix)
+TEXT_CHUNK = 1 << 20
 HEAD_CHARACTERS = 1 << 16  # that show what a file is
 LONGEST_COLUMN = 64  # characters of the name of one
 MOST_FIELDS = 12  # that a message names
@@ -109,7 +109,7 @@ def decoded(stream: Readable, where: object, at: int = 0) -> Iterator[str]:
     """
     codec = "utf-8" if at else "utf-8-sig"
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(codec)(), translate=True)
-    while chunk := stream.read(CHUNK_BYTES):
+    while chunk := stream.read(TEXT_CHUNK):
         _refuse_other_encodings(chunk, where, at)
         try:
             yield decoder.decode(chunk)
@@ -140,7 +140,7 @@ def _refuse_other_encodings(chunk: bytes, where: object, at: int) -> None:
         )
 
 
-def kind_of(path: Path, where: object, field: str) -> Kind:
+def kind_of(path: Path, where: object, field: str) -> RecordKind:
     """The format of a file, by its suffix and by what it begins with: syntax is never taken for prose.
 
     Args:
@@ -150,11 +150,11 @@ def kind_of(path: Path, where: object, field: str) -> Kind:
         CalibrationError: a format that is not read, or what is no text at all.
     """
     suffix = suffix_of(path)
-    kind = KINDS.get(suffix)
+    kind = KIND_OF_SUFFIX.get(suffix)
     if kind is None:
         raise CalibrationError(f"{where}: {suffix} is no format of texts; give {SUFFIXES}, or .txt where it is prose")
     with opened(path, where) as stream:
-        start = stream.read(HEAD_BYTES)
+        start = stream.read(FIRST_BYTES)
         if (placeholder := placeholder_of(start)) is not None:
             raise CalibrationError(f"{where} {placeholder}")
         if kind not in ("prose", "values"):
@@ -179,7 +179,7 @@ class _Again:
         return start or self._stream.read(count)
 
 
-def _kind_of_json(head: str, *, sure: bool) -> Kind | None:
+def _kind_of_json(head: str, *, sure: bool) -> RecordKind | None:
     """Of a text that begins as JSON records do: one in a line, or values over many lines, or in an array.
 
     Args:
@@ -210,7 +210,7 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def _kind_of_table(head: str, field: str) -> Kind | None:
+def _kind_of_table(head: str, field: str) -> RecordKind | None:
     """Of a text whose first line names columns, the field of the text among them."""
     line = head.partition("\n")[0].rstrip("\r")
     for delimiter, kind in ((",", "csv"), ("\t", "tsv")):
@@ -297,7 +297,7 @@ def json_lines(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any]
 def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any]]:
     """(where it stands, value) of each item of arrays, or of several values, a value in memory at a time."""
     decoder, source, text, position, number = json.JSONDecoder(), iter(pieces), "", 0, 0
-    in_array, arrays, wanted = False, 0, CHUNK_BYTES
+    in_array, arrays, wanted = False, 0, TEXT_CHUNK
     while True:
         position = BETWEEN_VALUES.match(text, position).end()  # type: ignore[union-attr]
         if text.startswith("]" if in_array else "[", position):
@@ -309,12 +309,12 @@ def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any
         except (ValueError, RecursionError) as raised:
             error = raised
         if error is None and end < len(text):
-            position, number, wanted = end, number + 1, CHUNK_BYTES
+            position, number, wanted = end, number + 1, TEXT_CHUNK
             yield f"{where}, record {number}", value
             continue
         # The rest of it may not have been read. Twice as much each time: it is parsed from its start again.
         more = "" if error is not None and _is_final(error, text) else _gathered(source, wanted)
-        text, position, wanted = text[position:] + more, 0, max(CHUNK_BYTES, 2 * len(more))
+        text, position, wanted = text[position:] + more, 0, max(TEXT_CHUNK, 2 * len(more))
         if more:
             continue
         if error is None and not in_array:

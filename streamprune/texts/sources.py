@@ -38,7 +38,10 @@ def open_documents(source: str | Path, field: str = "text", render: Render = no_
         raise CalibrationError(f"{name[:100]} cannot be read ({error.strerror}); give a text file") from error
     if directory is not None:
         return _from_directory(directory, split, field, render)
-    if name.startswith((".", "/", "~")) or path.suffix.lower() in (*filter(None, records.KINDS), *records.COMPRESSIONS):
+    if name.startswith((".", "/", "~")) or path.suffix.lower() in (
+        *filter(None, records.KIND_OF_SUFFIX),
+        *records.COMPRESSIONS,
+    ):
         raise CalibrationError(f"{path} does not exist; give a text file, or leave the option out")
     return data_sets.from_hub(name, field, render)
 
@@ -103,7 +106,7 @@ def _from_directory(path: Path, split: str, field: str, render: Render) -> Docum
         file
         for file in sorted(path.rglob("*"))
         if file.is_file()
-        and records.suffix_of(file) in records.KINDS
+        and records.suffix_of(file) in records.KIND_OF_SUFFIX
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     # Without a suffix are licences, and the parts of a text where there is nothing else.

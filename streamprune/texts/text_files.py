@@ -13,11 +13,11 @@ from typing import Any
 
 from streamprune.errors import CalibrationError
 from streamprune.texts import records
-from streamprune.texts.documents import BLANK_LINE, Documents, Place
-from streamprune.texts.records import Kind, Render, text_of
+from streamprune.texts.documents import BLANK_LINE, Beginning, Documents
+from streamprune.texts.records import RecordKind, Render, text_of
 
 LINE_BLOCK = 1 << 16  # bytes that are read at a time to find where a line begins
-ROWS = 256  # of a parquet file that are in memory at a time
+PARQUET_ROWS = 256  # of a parquet file that are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TextFile:
 
     path: Path
     where: str
-    kind: Kind
+    kind: RecordKind
     field: str
     render: Render
     kept: object = None
@@ -57,7 +57,7 @@ class TextFile:
         """Whether reading can begin anywhere."""
         return self.kind in ("prose", "lines") and not records.compression_of(self.path)
 
-    def at(self, part: float) -> tuple[float, Place]:
+    def at(self, part: float) -> tuple[float, Beginning]:
         """The place before which this part of the file lies, in [0, 1), and the part of the file there that is text."""
         size = self.path.stat().st_size
         offset = int(part * size)
@@ -129,7 +129,7 @@ class TextFile:
         import pyarrow
 
         try:
-            for batch in file.iter_batches(ROWS, columns=[self.field]):
+            for batch in file.iter_batches(PARQUET_ROWS, columns=[self.field]):
                 for value in batch.column(0).to_pylist():
                     row += 1
                     yield f"{self.where}, row {row}", value
@@ -148,7 +148,7 @@ def from_files(files: Sequence[TextFile], where: str) -> Documents:
                 yield BLANK_LINE
             yield from file.records()
 
-    def places(draw: random.Random) -> Iterator[Place]:
+    def places(draw: random.Random) -> Iterator[Beginning]:
         while True:
             position = draw.random() * sizes[-1]
             number = bisect(sizes, position)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
 
-from streamprune.texts.documents import Documents, Place, from_word, whole_words
+from streamprune.texts.documents import Beginning, Documents, from_word, whole_words
 
 Encode = Callable[[str], Tensor]
 CHARACTERS = 8  # of text that are read for a token, at first; of English a token has four
@@ -60,7 +60,7 @@ def at_places(documents: Documents, windows: Windows, samples: int, draw: random
             return
 
 
-def _growing(place: Place, separator: str, length: int) -> Iterator[str]:
+def _growing(place: Beginning, separator: str, length: int) -> Iterator[str]:
     """The text from a place on, each time twice as much of it, as long as there is more."""
     share, rest = place
     text = next(rest, "")
