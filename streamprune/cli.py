@@ -26,7 +26,6 @@ from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.figures import human, table
 from streamprune.methods.table import METHODS
-from streamprune.output import sparse24
 from streamprune.output.card import perplexity_cells, sizes
 from streamprune.pipeline.batches import check_length, check_tokens
 from streamprune.pipeline.progress import Progress
@@ -104,8 +103,8 @@ def _run_prune(options: dict[str, Any], progress: Progress) -> None:
     result = prune(_config(options), progress)
     click.echo(_summary(result.facts))
     click.echo(f"wrote {result.output} ({result.layout})")
-    if result.facts["options"]["compress"]:
-        click.echo(sparse24.READ_BY)
+    if result.read_by:
+        click.echo(result.read_by)
 
 
 def _summary(facts: dict[str, Any]) -> str:

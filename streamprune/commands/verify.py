@@ -24,7 +24,7 @@ from streamprune.errors import CheckpointError, StreampruneError
 from streamprune.model.families import RAGGED_PREFIX
 from streamprune.model.masking import bias_of, mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits, all_units, kept_lines, module_of
+from streamprune.model.units import KeptUnits, kept_lines, module_of
 from streamprune.output import sparse24
 from streamprune.output.ragged import modeling_source, ragged_config_fields
 from streamprune.pipeline.source import open_model
@@ -208,9 +208,7 @@ class _Masking:
 
     def __init__(self, skeleton: Skeleton, output: Checkpoint, change: Change) -> None:
         self.skeleton, self.output, self.change = skeleton, output, change
-        everything = all_units(skeleton.geometry, skeleton.family.kinds)
-        dense = {layer: everything for layer in range(len(skeleton.layers))}
-        self.kept: KeptUnits = dense if change.kept is None else change.kept
+        self.kept: KeptUnits = skeleton.all_units() if change.kept is None else change.kept
         self.altered, self.zeros, self.crowded = 0, 0, 0
 
     def visit(self, visit: Visit) -> States:
@@ -224,7 +222,9 @@ class _Masking:
         with ExitStack() as hooks:
             for member in output_matrices(self.skeleton, visit.layer):
                 if self.change.compensated:
-                    lines = kept_lines(member, self.skeleton.geometry, self.kept[visit.layer][member.kind])
+                    lines = kept_lines(
+                        member, self.skeleton.geometries[visit.layer], self.kept[visit.layer][member.kind]
+                    )
                     fitted = self._read(visit.layer, member.tensor).float()
                     visit.weights[member.tensor].index_copy_(member.dim, lines, fitted)
                 if self.change.biases:

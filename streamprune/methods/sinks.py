@@ -15,8 +15,7 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import prune_n_of_m, prune_rows, unit_score
-from streamprune.model.units import FLOOR_SLACK, Geometry, Kind, TensorRef, fold_lines
-from streamprune.streaming.statistics import Statistics
+from streamprune.model.units import FLOOR_SLACK, KeptUnits, Kind, TensorRef, fold_lines
 
 
 class _Sums:
@@ -53,22 +52,18 @@ class _Sums:
 
 
 class UnitScores(_Sums):
-    """A float64 score for each unit of each prunable layer; the higher, the more it matters.
+    """A float64 score for each of the `units` of each prunable layer; the higher, the more it matters.
 
     `values[layer][kind]` is [units]. What is added for the tensors of a unit is summed (`sum` aggregation).
     `means[layer, tensor]` holds the mean inputs [d_in] of matrices whose pruned inputs a bias shall stand for.
     """
 
-    def __init__(self, layers: Sequence[int], kinds: Sequence[Kind], geometry: Geometry) -> None:
+    def __init__(self, units: KeptUnits) -> None:
         self.values: dict[int, dict[Kind, Tensor]] = {
-            layer: {kind: torch.zeros(geometry.units(kind), dtype=torch.float64) for kind in kinds} for layer in layers
+            layer: {kind: torch.zeros(len(each), dtype=torch.float64) for kind, each in kinds.items()}
+            for layer, kinds in units.items()
         }
         self.means: dict[tuple[int, str], Tensor] = {}
-
-    @classmethod
-    def zeros(cls, statistics: Statistics) -> UnitScores:
-        """Scores of 0 for what `statistics` covers."""
-        return cls(statistics.layers, statistics.kinds, statistics.geometry)
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its units. Summed in the order of the calls."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -215,13 +215,31 @@ def _nearest(model_type: str) -> str | None:
 
 
 def geometry_of(family: Family, config: Any) -> Geometry:
-    """Sizes of a layer from a transformers config, which fills in what config.json leaves out."""
+    """Sizes of a layer from a transformers config, which fills in what config.json leaves out.
+
+    Of layers with widths of their own, the ones before they were pruned.
+    """
+    config = config.dense() if hasattr(config, "dense") else config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     # GPT-2 leaves n_inner unset for four times the hidden size.
     channels = getattr(config, family.channels_key) or 4 * config.hidden_size
     return Geometry(kv_heads, heads // kv_heads, head_dim, channels)
+
+
+def layer_geometry(family: Family, usual: Geometry, shapes: Mapping[str, Sequence[int]]) -> Geometry:
+    """Sizes of one layer: those `usual` in its model, but for the units that its tensors of these shapes have."""
+    one = replace(usual, kv_groups=1, channels=1)
+    counts = dict.fromkeys(family.kinds, 0)  # a layer may lack a kind
+    for member in family.members:
+        if member.tensor in shapes:
+            counts[member.kind] = shapes[member.tensor][member.dim] // one.lines(member)
+    return replace(
+        usual,
+        kv_groups=counts.get("kv_group", usual.kv_groups),
+        channels=counts.get("channel", usual.channels),
+    )
 
 
 def stock_takes(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> bool:
@@ -240,5 +258,5 @@ def unit_costs(family: Family, geometry: Geometry, shapes: Mapping[str, Iterable
     for member in family.members:
         if member.tensor in shapes:
             numel = torch.Size(shapes[member.tensor]).numel()
-            costs[member.kind] += numel // geometry.units(member.kind)
+            costs[member.kind] += numel // max(1, geometry.units(member.kind))
     return costs

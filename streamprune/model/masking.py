@@ -35,10 +35,10 @@ def mask_layer(
         if member.tensor not in weights or kind not in (None, member.kind):
             continue
         units = kept[layer][member.kind]
-        lines = kept_lines(member, skeleton.geometry, units)
+        lines = kept_lines(member, skeleton.geometries[layer], units)
         weight = weights[member.tensor]
         removed = torch.ones(weight.shape[member.dim], dtype=torch.bool)
         removed[lines] = False
         weight.index_fill_(member.dim, removed.nonzero().flatten().to(weight.device), 0)
         if member.is_norm:
-            weight.mul_((len(units) / skeleton.geometry.units(member.kind)) ** 0.5)
+            weight.mul_((len(units) / skeleton.geometries[layer].units(member.kind)) ** 0.5)

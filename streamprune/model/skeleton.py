@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from streamprune.errors import CheckpointError
 from streamprune.model import contents
-from streamprune.model.families import Family, Piece, family_of, geometry_of
+from streamprune.model.families import Family, Piece, family_of, geometry_of, layer_geometry
 from streamprune.model.model_config import empty_model, load_config, naming_the_field
-from streamprune.model.units import Geometry
+from streamprune.model.units import Geometry, KeptUnits, all_units
 from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, is_finite
 
 
@@ -62,8 +63,8 @@ class Skeleton:
         untied: the config ties the head, but the checkpoint has another one; it counts, as in transformers.
         layers: the decoder layers, on meta, in order.
         entries: for each layer, its tensors in the checkpoint by their names inside the layer, the checkpoint's.
-        places: for tensors that are named otherwise in the model: the parameter's name inside the layer, and where in
-            it the tensor lies; None for all of it.
+        places: for each layer, of tensors that are named otherwise in the model: the parameter's name inside the layer,
+            and where in it the tensor lies; None for all of it.
         notes: what of the checkpoint is not taken as it is, a line each. From then on its `tensors` are those that the
             model uses, by the model's names, and its `config` says nothing of quantisation.
 
@@ -94,7 +95,7 @@ class Skeleton:
             trust_remote_code=trust_remote_code,
         )
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.layers))
-        self.places = self._find_places()
+        self.places = [self._find_places(index) for index in range(len(self.layers))]
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
@@ -136,10 +137,21 @@ class Skeleton:
             if isinstance(module, nn.Linear | Conv1D)
         }
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
-        """Sizes of a layer; all layers have them."""
+        """Sizes of a layer as the config has them; single layers may be narrower."""
         return geometry_of(self.family, self.config)
+
+    @cached_property
+    def geometries(self) -> list[Geometry]:
+        """Sizes of each layer, by its tensors."""
+        return [
+            layer_geometry(self.family, self.geometry, self._layer_shapes(index)) for index in range(len(self.layers))
+        ]
+
+    def all_units(self) -> KeptUnits:
+        """Every unit of every layer."""
+        return {layer: all_units(geometry, self.family.kinds) for layer, geometry in enumerate(self.geometries)}
 
     @property
     def parameters(self) -> int:
@@ -229,10 +241,10 @@ class Skeleton:
         assert entry.dtype.is_floating_point, "what is not has been called quantised"
         return entry
 
-    def _find_places(self) -> dict[str, tuple[str, Piece | None]]:
+    def _find_places(self, index: int) -> dict[str, tuple[str, Piece | None]]:
         renamed, fused = dict(self.family.stored_as), {each.parameter: each for each in self.family.fused}
         places: dict[str, tuple[str, Piece | None]] = {}
-        for name, shape in self.shapes(0).items():
+        for name, shape in self.shapes(index).items():
             if name in fused:
                 places |= {stored: (name, place) for stored, place in fused[name].places(shape)}
             elif name in renamed:
@@ -242,9 +254,9 @@ class Skeleton:
     def _layer_shapes(self, index: int) -> dict[str, torch.Size]:
         """Shapes of what is stored of layer `index`, by the names inside the layer."""
         parameters = dict(self.layers[index].named_parameters())
-        moved = {name for name, _ in self.places.values()}
+        moved = {name for name, _ in self.places[index].values()}
         shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in moved}
-        for stored, (name, place) in self.places.items():
+        for stored, (name, place) in self.places[index].items():
             shapes[stored] = (parameters[name] if place is None else parameters[name][place]).shape
         return shapes
 

@@ -142,5 +142,5 @@ KeptUnits = dict[int, dict[Kind, list[int]]]
 
 
 def all_units(geometry: Geometry, kinds: Sequence[Kind]) -> dict[Kind, list[int]]:
-    """Every unit of a layer."""
+    """List every unit of a layer."""
     return {kind: list(range(geometry.units(kind))) for kind in kinds}

@@ -10,15 +10,14 @@ from typing import Any
 from streamprune.config import PruneConfig
 from streamprune.figures import human as human
 from streamprune.figures import table
-from streamprune.output import sparse24
+from streamprune.output.form import OutputForm
 from streamprune.texts import sources
 
 
-def model_card(facts: Mapping[str, Any]) -> str:
-    """README.md of the output, from the contents of its streamprune.json."""
-    ragged = facts["layout"] == "ragged"
+def model_card(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
+    """README.md of an output of this form, from the contents of its streamprune.json."""
     kind = "sparse" if "zeros" in facts else "structured-pruning"
-    tags = ["pruned", kind, "streamprune", *(["custom_code"] if ragged else [])]
+    tags = ["pruned", kind, "streamprune", *(["custom_code"] if form.own_code else [])]
     head = ["---", "library_name: transformers", f"base_model: {json.dumps(facts['base_model'])}"]
     if facts.get("license"):
         head.append(f"license: {json.dumps(facts['license'])}")
@@ -27,7 +26,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f"# {facts['base_model']}, pruned",
         "",
         f"{_what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
-        f"{facts['versions']['streamprune']}.{_storage(facts)}",
+        f"{facts['versions']['streamprune']}.{_storage(facts, form)}",
         "",
         table(_card_rows(facts), markdown=True),
         "",
@@ -40,7 +39,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "",
         "## Loading",
         "",
-        *_loading(facts),
+        *_loading(form),
     ]
     return "\n".join([*head, "", *lines]) + "\n"
 
@@ -54,24 +53,18 @@ def _what_was_done(facts: Mapping[str, Any]) -> str:
     return f"{before - after:,} of {before:,} parameters ({1 - after / before:.1%}) were removed"
 
 
-def _storage(facts: Mapping[str, Any]) -> str:
-    if "zeros" not in facts:
-        return ""
-    stored = f" They are stored as `{sparse24.FORMAT}`."
-    return stored if facts["options"].get("compress") else " The files are not smaller for it."
+def _storage(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
+    if form.stored_as:
+        return f" They are stored as `{form.stored_as}`."
+    return " The files are not smaller for it." if "zeros" in facts else ""
 
 
-def _loading(facts: Mapping[str, Any]) -> list[str]:
+def _loading(form: type[OutputForm]) -> list[str]:
     """How the output is loaded: by what, in code."""
-    is_compressed, first = facts["options"].get("compress"), []
-    if facts["layout"] == "ragged":
-        first = ["import streamprune  # or pass trust_remote_code=True instead"]
-    elif is_compressed:
-        first = [f'# pip install "transformers<5" "{sparse24.PACKAGE}>=0.13,<0.15"']
     return [
-        *([f"{sparse24.READ_BY}.", ""] if is_compressed else []),
+        *([f"{form.read_by}.", ""] if form.read_by else []),
         "```python",
-        *first,
+        *form.loading,
         "from transformers import AutoModelForCausalLM",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
         "```",

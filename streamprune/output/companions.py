@@ -16,11 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.errors import CheckpointError
-from streamprune.model.families import RAGGED_PREFIX
-from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits
-from streamprune.output import ragged
-from streamprune.output.layers import layout, patched_config
+from streamprune.output.form import OutputForm
 from streamprune.storage.checkpoint import read_config, read_json
 from streamprune.storage.directory import OWN_FILE, write_json
 from streamprune.texts.tokenizer import load_tokenizer
@@ -67,8 +63,14 @@ class Companions:
     license: Any = None
     notes: tuple[str, ...] = ()
 
-    def write(self, config: Mapping[str, Any], directory: Path, *, link: bool = False) -> None:
-        """Write everything beside the weights, with these contents of config.json; with `link`, links for copies."""
+    def write(
+        self, config: Mapping[str, Any], directory: Path, *, files: Mapping[str, str], link: bool = False
+    ) -> None:
+        """Write everything beside the weights, with these contents of config.json; with `link`, links for copies.
+
+        Args:
+            files: texts of files that the output's form brings; its config then names them, and no others.
+        """
         for name in self.copied:
             (directory / name).parent.mkdir(exist_ok=True)
             if link:
@@ -77,30 +79,26 @@ class Companions:
                 shutil.copyfile(self.source / name, directory / name)
         for name, contents in self.edited.items():
             write_json(directory / name, contents)
+        for name, text in files.items():
+            (directory / name).write_text(text, encoding="utf-8")
         fields = dict(config)
-        if "per_layer_config" in fields:
-            text = ragged.modeling_source(fields["model_type"].removeprefix(RAGGED_PREFIX))
-            (directory / f"modeling_{fields['model_type']}.py").write_text(text, encoding="utf-8")
-        elif "auto_map" in fields:
+        if "auto_map" in fields and not files:
             fields.pop("auto_map")
             fields |= {"auto_map": dict(self.auto_map)} if self.auto_map else {}
         write_json(directory / "config.json", fields)
 
 
-def prepare(
-    skeleton: Skeleton, kept: KeptUnits, emit: str | None, *, biases: bool = False, trust_remote_code: bool = False
-) -> Companions:
-    """Decide what comes along; of `kept` only the widths matter. Nothing that cannot be read costs more than a note."""
-    source = skeleton.checkpoint.path
-    shape = layout(skeleton, kept, emit, biases=biases)
+def prepare(form: OutputForm, *, trust_remote_code: bool = False) -> Companions:
+    """Decide what comes along with an output. Nothing that cannot be read costs more than a note."""
+    checkpoint = form.skeleton.checkpoint
+    source, named = checkpoint.path, checkpoint.config.get("auto_map")
     search = _Search(source, trust_remote_code)
     search.take(_named_files(source))
-    named = skeleton.checkpoint.config.get("auto_map")
-    if emit or shape == "ragged":
-        search.replace(named)
-        auto_map: dict[str, Any] = {}
-    else:
+    auto_map: dict[str, Any] = {}
+    if form.keeps_code:
         auto_map = search.code("config.json", named) or {}
+    elif named != form.config().get("auto_map"):  # those of an earlier run of ours are the same
+        search.replace(named)
     search.edit()
     found = Companions(
         source,
@@ -110,7 +108,7 @@ def prepare(
         search.license(),
         tuple(search.notes),
     )
-    return _keep_tokenizer_class(found, patched_config(skeleton, kept, emit, biases=biases), trust_remote_code)
+    return _keep_tokenizer_class(found, form, trust_remote_code)
 
 
 def _named_files(source: Path) -> Iterator[str]:
@@ -262,18 +260,19 @@ class _Search:
             return None
 
 
-def _keep_tokenizer_class(found: Companions, config: Mapping[str, Any], trust_remote_code: bool) -> Companions:
+def _keep_tokenizer_class(found: Companions, form: OutputForm, trust_remote_code: bool) -> Companions:
     """Name the tokenizer's class where the output's model_type would make AutoTokenizer choose another one.
 
     That choice goes by model_type for some families, and another class can split the same text differently.
     """
+    config = form.config()
     has_config = TOKENIZER_CONFIG in {*found.copied, *found.edited}
     if not has_config or read_config(found.source).get("model_type") == config.get("model_type"):
         return found
     try:
         dense = type(load_tokenizer(found.source, trust_remote_code=trust_remote_code)).__name__
         with tempfile.TemporaryDirectory(prefix="streamprune-tokenizer-") as scratch:
-            found.write(config, Path(scratch), link=True)
+            found.write(config, Path(scratch), files=form.files(), link=True)
             pruned = type(load_tokenizer(Path(scratch), trust_remote_code=trust_remote_code)).__name__
         contents = found.edited.get(TOKENIZER_CONFIG) or read_json(found.source / TOKENIZER_CONFIG)
     except CheckpointError as error:

@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from streamprune.errors import CheckpointError, StreampruneError, UsageError
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import module_of
+from streamprune.output.stock import StockForm
 from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, read_config
 from streamprune.storage.directory import check_space, write_json
 from streamprune.storage.shards import ShardedWriter, TensorSpec
@@ -33,6 +35,45 @@ READ_BY = (
 MAX_SHARD_SIZE = 5_000_000_000  # of the temporary dense copy
 
 
+class Sparse24Form(StockForm):
+    """2:4 matrices of the prunable layers as what is not zero and where that is; everything else as always."""
+
+    stored_as = FORMAT
+    read_by = READ_BY
+    loading = (f'# pip install "transformers<5" "{PACKAGE}>=0.13,<0.15"',)
+
+    @classmethod
+    def check_machine(cls) -> None:
+        try:
+            library()
+        except StreampruneError as error:
+            raise UsageError(f"--compress: {error}, or leave --compress out") from error
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {PACKAGE: version()}
+
+    def check(self) -> None:
+        if "per_layer_config" in self.skeleton.checkpoint.config:
+            raise UsageError("--compress: no reader of it knows layers of different widths; leave it out")
+        super().check()
+        assert self.nbytes < self.skeleton.checkpoint.nbytes, "compressed weights take less"
+
+    def config(self, zeros: float = 0.0) -> dict[str, Any]:
+        return super().config(zeros) | config_fields(self.packed.values(), zeros)
+
+    @cached_property
+    def packed(self) -> dict[str, str]:
+        """The stored names of the matrices, and their modules' in the model."""
+        return matrices(self.skeleton, self.layers)
+
+    def store_specs(self, name: str, spec: TensorSpec) -> list[TensorSpec]:
+        return specs(spec) if name in self.packed else [spec]
+
+    def store(self, name: str, target: str, tensor: Tensor) -> dict[str, Tensor]:
+        return parts(target, tensor) if name in self.packed else {target: tensor}
+
+
 def library() -> Any:
     """compressed-tensors' class of a compressed matrix.
 
@@ -44,18 +85,6 @@ def library() -> Any:
     except ImportError as error:
         raise StreampruneError(f"{FORMAT} needs {PACKAGE} from 0.13 on, before 0.15; {INSTALL}") from error
     return Sparse24BitMaskTensor
-
-
-def check_package() -> None:
-    """Refuse `--compress` without the package.
-
-    Raises:
-        UsageError: with the remedy.
-    """
-    try:
-        library()
-    except StreampruneError as error:
-        raise UsageError(f"--compress: {error}, or leave --compress out") from error
 
 
 def version() -> str:
@@ -103,11 +132,6 @@ def specs(spec: TensorSpec) -> list[TensorSpec]:
     """What is announced to the writer in the place of a matrix."""
     made = parts(spec.name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
     return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()]
-
-
-def names(matrix: str) -> list[str]:
-    """Of what is stored in the place of a matrix."""
-    return [matrix.removesuffix("weight") + part for part in ("shape", "compressed", "bitmask")]
 
 
 def config_fields(modules: Iterable[str], sparsity: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from streamprune.errors import CheckpointError
-from streamprune.model.masking import bias_of
-from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits
-from streamprune.output import sparse24
-from streamprune.output.layers import Slicer
+from streamprune.output.form import OutputForm
 from streamprune.storage.checkpoint import byte_view, is_finite
-from streamprune.storage.shards import ShardedWriter, TensorSpec
+from streamprune.storage.shards import ShardedWriter
 from streamprune.streaming.binder import check_finite
 from streamprune.streaming.pager import Page, Pager
 
@@ -28,8 +24,6 @@ class OutputWriter:
     """Writes the pruned tensors, in any order, and hashes the source's on the way. A context manager.
 
     Args:
-        specs: from `output_specs`.
-        packed: names of the source's matrices that are compressed.
         digests: of source tensors that an earlier run has put there, layer by layer; filled in as tensors are put.
 
     Raises:
@@ -38,21 +32,12 @@ class OutputWriter:
     """
 
     def __init__(
-        self,
-        skeleton: Skeleton,
-        kept: KeptUnits,
-        specs: Sequence[TensorSpec],
-        directory: Path,
-        max_shard_size: int,
-        packed: Container[str] = (),
-        digests: dict[str, str] | None = None,
+        self, form: OutputForm, directory: Path, max_shard_size: int, digests: dict[str, str] | None = None
     ) -> None:
-        self.skeleton, self._slicer, self._packed = skeleton, Slicer(skeleton, kept), packed
+        self.form, self.skeleton, self._slicer = form, form.skeleton, form.slicer
         self._digests: dict[str, str] = {} if digests is None else digests
-        written = [target for name in self._digests if (target := self._slicer.name(name)) is not None]
-        written += [bias_of(target) for target in written]  # those that a layer has been given
-        written += [part for name in self._digests if name in packed for part in sparse24.names(name)]
-        self._writer = ShardedWriter(directory, specs, max_shard_size, written)
+        written = [spec.name for name in self._digests for spec in form.specs_of(name)]
+        self._writer = ShardedWriter(directory, form.specs, max_shard_size, written)
 
     def __enter__(self) -> OutputWriter:
         return self
@@ -71,8 +56,7 @@ class OutputWriter:
         target = self._slicer.name(name)
         if target is not None:
             whole = self._slicer.cut(name, source) if made is None else made
-            parts = sparse24.parts(target, whole) if name in self._packed else {target: whole}
-            for part, tensor in parts.items():
+            for part, tensor in self.form.store(name, target, whole).items():
                 self._writer.write(part, tensor)
 
     def put_layer(self, page: Page, made: Mapping[str, Tensor]) -> None:

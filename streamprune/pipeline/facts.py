@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from streamprune.output import sparse24
 from streamprune.pipeline import batches, resume
 from streamprune.pipeline.job import Done, Job
 from streamprune.planning import allocation
@@ -29,24 +28,25 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
         options |= {"samples": len(ids), "seq_len": ids.shape[1]}
     options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     packages = ("streamprune", "torch", "transformers", "safetensors")
-    after = skeleton.parameters - removed_parameters(skeleton, plan, done.kept) + done.added_parameters
+    form = done.form
+    after = skeleton.parameters - removed_parameters(skeleton, plan.costs, form.kept) + form.added_parameters
     facts: dict[str, Any] = {
         "base_model": _base_name(config.model),
         "license": job.companions.license,
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()}
-        | ({sparse24.PACKAGE: sparse24.version()} if config.compress else {}),
+        | form.versions(),
         "options": options,
-        "layout": done.layout,
+        "layout": form.layout,
         "layers": [plan.layers.start, plan.layers.stop],
         "parameters": {"before": skeleton.parameters, "after": after},
-        "bytes": {"before": checkpoint.nbytes, "after": done.output_bytes},
+        "bytes": {"before": checkpoint.nbytes, "after": form.nbytes},
         "notes": [*skeleton.notes, *job.companions.notes],
     }
     if plan.sparsity is not None:
         facts["zeros"] = dict(zip(("weights", "of"), done.zeros, strict=True))
     else:
-        facts |= {"kept": allocation.kept_facts(done.kept), "output_biases": plan.biases}
+        facts |= {"kept": allocation.kept_facts(form.kept), "output_biases": form.biases}
     facts["memory"] = placement_facts(placement)
     facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
     facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}

@@ -10,18 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from streamprune.config import PruneConfig
 from streamprune.methods.table import METHODS, LayerScores, UnitScores, WeightPruner
 from streamprune.model.units import KeptUnits, TensorRef
-from streamprune.output import sparse24
 from streamprune.output.companions import Companions
-from streamprune.output.layers import layout, mean_biases, output_specs, patched_config
+from streamprune.output.form import OutputForm
+from streamprune.output.slicing import mean_biases
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.progress import Progress
-from streamprune.planning.decision import Plan
+from streamprune.planning.decision import Plan, no_scores
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
 from streamprune.storage.tensor_store import make_store
@@ -36,18 +35,12 @@ class Done:
     """What a job has written.
 
     Attributes:
-        kept: units per layer and kind; layers that are not in it are gone.
-        layout: "same", "stock" or "ragged".
-        output_bytes: of all tensors.
-        added_parameters: biases that the source has not.
+        form: of the output, with the units that stay.
         zeros: how many of the pruned weights are zero, and of how many.
         source_hash: SHA-256 of the source's tensors.
     """
 
-    kept: KeptUnits
-    layout: str
-    output_bytes: int
-    added_parameters: int
+    form: OutputForm
     zeros: tuple[int, int]
     source_hash: str
 
@@ -83,7 +76,7 @@ class Job:
         """Scores of units or layers."""
         statistics = self._statistics(self.journal)
         layers = self.config.target == "layers"
-        scores = LayerScores(self.plan.layers) if layers else UnitScores.zeros(statistics)
+        scores = LayerScores(self.plan.layers) if layers else no_scores(self.sweeper.skeleton, self.plan.layers)
         if self.journal is not None:
             self.journal.watch(scores)
             if self.journal.facts.get("scored"):
@@ -101,41 +94,35 @@ class Job:
         """Choose what stays, repair it if asked to, and write it."""
         skeleton, plan = self.sweeper.skeleton, self.plan
         kept = plan.choice.keep(scores)
-        specs = output_specs(skeleton, kept, biases=plan.biases)
+        form = plan.form.keep(kept)
 
         def biases(page: Page) -> dict[str, Tensor]:
-            if not plan.biases:
+            if not form.biases:
                 return {}
             assert isinstance(scores, UnitScores), "only units have biases in their place"
-            return mean_biases(skeleton, kept, scores.means, page)
+            return mean_biases(skeleton, form.kept, scores.means, page)
 
         digests = {} if self.journal is None else self.journal.facts.setdefault("digests", {})
         shard_size = self.config.max_shard_size
-        with OutputWriter(skeleton, kept, specs, directory, shard_size, digests=digests) as writer:
+        with OutputWriter(form, directory, shard_size, digests) as writer:
             save = self._saves(writer)
             if self.repair_ids is not None:
                 self._repair(kept, writer)
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager, biases, save)
-        added = sum(torch.Size(spec.shape).numel() for spec in specs if spec.name not in skeleton.checkpoint.tensors)
-        self.companions.write(patched_config(skeleton, kept, self.config.emit, biases=plan.new_biases), directory)
-        shape = layout(skeleton, kept, self.config.emit, biases=plan.new_biases)
-        nbytes = sum(spec.nbytes for spec in specs)
-        return Done(kept, shape, nbytes, added, (0, 0), source_hash)
+        return self._finish(form, directory, source_hash)
 
     def prune_weights(self, directory: Path) -> Done:
         """Prune each matrix as soon as it is scored, and write it at once."""
         skeleton, plan = self.sweeper.skeleton, self.plan
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
-        kept = plan.choice.widths
-        specs = output_specs(skeleton, kept, packed=plan.packed)
         journal = self.journal
         statistics = self._statistics(journal)
         saved = journal.facts if journal is not None else {}
         counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many
         digests = saved.setdefault("digests", {})
         shard_size = self.config.max_shard_size
-        with OutputWriter(skeleton, kept, specs, directory, shard_size, plan.packed, digests) as writer:
+        with OutputWriter(plan.form, directory, shard_size, digests) as writer:
             if journal is not None:
                 journal.before_commit = writer.sync
 
@@ -150,11 +137,13 @@ class Job:
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)
         zeros, total = (sum(each) for each in zip(*counts.values(), strict=True))
-        fields = patched_config(skeleton, kept)
-        if plan.packed:
-            fields |= sparse24.config_fields(plan.packed.values(), zeros / skeleton.parameters)
-        self.companions.write(fields, directory)
-        return Done(kept, "same", sum(spec.nbytes for spec in specs), 0, (zeros, total), source_hash)
+        return self._finish(plan.form, directory, source_hash, zeros=(zeros, total))
+
+    def _finish(self, form: OutputForm, directory: Path, source_hash: str, *, zeros: tuple[int, int] = (0, 0)) -> Done:
+        """Write what lies beside the tensors."""
+        config = form.config(zeros[0] / form.skeleton.parameters)
+        self.companions.write(config, directory, files=form.files())
+        return Done(form, zeros, source_hash)
 
     def _saves(self, writer: OutputWriter) -> Callable[[], None]:
         """What makes all that was written so far count, where the run can be resumed."""

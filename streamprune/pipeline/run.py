@@ -19,15 +19,17 @@ from streamprune.errors import OutputError
 from streamprune.figures import peak_rss
 from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
-from streamprune.output import companions, sparse24
+from streamprune.model.units import KeptUnits
+from streamprune.output import companions
 from streamprune.output.card import model_card
+from streamprune.output.form import OutputForm
 from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import compute_device, open_model
-from streamprune.planning import allocation, rates
-from streamprune.planning.decision import Plan, describe, make_plan
+from streamprune.planning import rates
+from streamprune.planning.decision import Plan, describe, form_class, make_plan
 from streamprune.planning.placement import Placement, forecast_table, place, say
 from streamprune.planning.stage import Work
 from streamprune.storage.directory import (
@@ -56,12 +58,22 @@ class PruneResult:
         output: the directory. layout: "same", "stock" or "ragged".
         kept: kept units per layer and kind; layers that are not in it are gone.
         facts: the contents of streamprune.json.
+        read_by: what has to be known of those that can read the output, if not everything can.
     """
 
     output: Path
     layout: str
-    kept: allocation.KeptUnits
+    kept: KeptUnits
     facts: dict[str, Any]
+    read_by: str = ""
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is left of an output's form when the source is closed."""
+
+    form: type[OutputForm]
+    kept: KeptUnits
 
 
 @dataclass(frozen=True)
@@ -73,12 +85,18 @@ class Forecast:
     seconds: dict[str, float]
 
 
-def prune(config: PruneConfig, progress: Progress | type[tqdm[Any]] | bool | None = None) -> PruneResult:
+def prune(
+    config: PruneConfig,
+    progress: Progress | type[tqdm[Any]] | bool | None = None,
+    *,
+    form: type[OutputForm] | None = None,
+) -> PruneResult:
     """Prune a model as `config` says and write the result.
 
     Args:
         progress: True for lines or bars on stderr, a class of bars such as `tqdm.notebook.tqdm`, or a `Progress`; by
             default nothing is said.
+        form: of the output, another than the options say.
 
     Raises:
         StreampruneError: anything that cannot be done, with the remedy; nothing is left at the output then.
@@ -90,33 +108,41 @@ def prune(config: PruneConfig, progress: Progress | type[tqdm[Any]] | bool | Non
     if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
         resume.remove_finished(journal_directory)
     check_output(config.output, overwrite=config.overwrite)
-    if config.compress:
-        sparse24.check_package()
+    form_class(config, form).check_machine()
     with ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
-        directory, facts, kept, segments = _score_and_write(config, settings, output, progress, journal_directory)
+        directory, facts, written, segments = _score_and_write(
+            config, settings, output, progress, journal_directory, form
+        )
         if segments is not None:
             facts["perplexity"]["after"] = _perplexity_after(config, directory, segments, progress)
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts["peak_rss"] = peak_rss()
         write_json(directory / OWN_FILE, facts)
-        (directory / "README.md").write_text(model_card(facts), encoding="utf-8", errors="backslashreplace")
+        (directory / "README.md").write_text(
+            model_card(facts, written.form), encoding="utf-8", errors="backslashreplace"
+        )
     if journal_directory is not None:
         remove(journal_directory)
-    return PruneResult(config.output, facts["layout"], kept, facts)
+    return PruneResult(config.output, facts["layout"], written.kept, facts, written.form.read_by)
 
 
 def _score_and_write(
-    config: PruneConfig, settings: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
-) -> tuple[Path, dict[str, Any], allocation.KeptUnits, Tensor | None]:
+    config: PruneConfig,
+    settings: dict[str, Any],
+    output: ExitStack,
+    progress: Progress,
+    journal_directory: Path | None,
+    form: type[OutputForm] | None,
+) -> tuple[Path, dict[str, Any], _Written, Tensor | None]:
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
-        plan = make_plan(config, skeleton, settings)
+        plan = make_plan(config, skeleton, settings, form)
         _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
-        beside = _prepare_companions(config, plan, skeleton, progress)
+        beside = _prepare_companions(config, plan, progress)
         tokens = batches.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
         ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
         sweeper.micro_batch = config.micro_batch or default_micro_batch(128 if ids is None else ids.shape[1])
@@ -158,7 +184,7 @@ def _score_and_write(
         facts = run_facts(job, placement, done, tokens)
         if segments is not None:
             facts["perplexity"]["before"] = saved["before"][1]
-    return directory, facts, done.kept, segments
+    return directory, facts, _Written(type(done.form), done.form.kept), segments
 
 
 def _check_output_space(
@@ -166,23 +192,15 @@ def _check_output_space(
 ) -> None:
     """Refuse a disk that is too small; `carried` are the bytes of hidden states of a journal's commit."""
     # The perplexity of compressed weights is that of a dense copy, which goes when it is measured.
-    copied = skeleton.checkpoint.nbytes if config.compress and config.evaluate is not False else 0
+    copied = skeleton.checkpoint.nbytes if plan.form.stored_as and config.evaluate is not False else 0
     # What the last commit carries, and what the next one does.
     kept = plan.state_bytes + 2 * carried if config.resume else 0
-    check_space(config.output.parent, plan.output_bytes + copied + kept - resume.already_there(journal_directory))
+    check_space(config.output.parent, plan.form.nbytes + copied + kept - resume.already_there(journal_directory))
 
 
-def _prepare_companions(
-    config: PruneConfig, plan: Plan, skeleton: Skeleton, progress: Progress
-) -> companions.Companions:
+def _prepare_companions(config: PruneConfig, plan: Plan, progress: Progress) -> companions.Companions:
     """What comes along beside the tensors; what does not is said."""
-    found = companions.prepare(
-        skeleton,
-        plan.choice.widths,
-        config.emit,
-        biases=plan.new_biases,
-        trust_remote_code=config.trust_remote_code,
-    )
+    found = companions.prepare(plan.form, trust_remote_code=config.trust_remote_code)
     for note in found.notes:
         progress.say(note)
     return found

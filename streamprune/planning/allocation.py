@@ -12,7 +12,9 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.model.families import Family, stock_takes
-from streamprune.model.units import FLOOR_SLACK, Geometry, KeptUnits, Kind, all_units
+from streamprune.model.units import FLOOR_SLACK, Geometry, KeptUnits, Kind
+
+UnitCosts = Mapping[int, Mapping[Kind, int]]  # parameters of a unit, by layer and kind
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ def uniform(
     *,
     stock: bool,
 ) -> dict[Kind, int]:
-    """Units to remove from every prunable layer: whole KV groups by floor(r·groups), then channels that fill
-    the rest of the layer's parameter budget to the nearest channel. Where no channels can go, the nearest KV group.
+    """Units to remove from a layer: whole KV groups by floor(r·groups), then channels that fill the rest of its
+    parameter budget to the nearest channel. Where no channels can go, the nearest KV group.
 
     Args:
-        costs: parameters of one unit of each kind.
+        geometry: of the layer.
+        costs: parameters of one of its units of each kind.
         stock: land on a head count that the family's stock class accepts; channels take the rest.
 
     Raises:
@@ -55,22 +58,20 @@ def uniform(
         groups = _groups(family, geometry, costs, ratios, hidden_size, stock=stock)
     elif ratios.attention:
         raise UsageError(f"attention of {family.model_type} cannot be pruned; leave --attention-ratio out")
-    removed: dict[Kind, int] = {}
+    removed: dict[Kind, int] = {"kv_group": groups} if "kv_group" in costs else {}
     if "channel" in costs:
         removed["channel"] = _channels(geometry, costs, ratios, groups)
     elif ratios.mlp:
         raise UsageError(f"channels of {family.model_type} cannot be pruned; leave --mlp-ratio out")
     elif ratios.round_to > 1:
         raise UsageError(f"--round-to is of channels, which cannot be pruned in {family.model_type}; leave it out")
-    if "kv_group" in costs:
-        removed["kv_group"] = groups
     return removed
 
 
 def _groups(
     family: Family, geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, hidden_size: int, *, stock: bool
 ) -> int:
-    """KV groups to remove from every prunable layer."""
+    """KV groups to remove from a layer."""
     share = ratios.total if ratios.attention is None else ratios.attention
     alone = "channel" not in costs  # nothing else makes up what rounding leaves
     groups = math.floor(share * geometry.kv_groups + (0.5 if alone else FLOOR_SLACK))
@@ -84,7 +85,7 @@ def _groups(
 
 
 def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, groups: int) -> int:
-    """Channels to remove from every prunable layer that loses so many KV groups."""
+    """Channels to remove from a layer that loses so many KV groups."""
     if ratios.mlp is not None:
         wanted = ratios.mlp * geometry.channels
     else:
@@ -126,25 +127,13 @@ def _check_finite(scores: Tensor) -> None:
 
 
 def select(
-    scores: Mapping[int, Mapping[Kind, Tensor]],
-    removed: Mapping[Kind, int],
-    geometry: Geometry,
-    n_layers: int,
+    scores: Mapping[int, Mapping[Kind, Tensor]], removed: Mapping[int, Mapping[Kind, int]], everything: KeptUnits
 ) -> KeptUnits:
-    """Kept units of every layer; layers without scores keep all."""
-    return {
-        layer: {
-            kind: keep_highest(scores[layer][kind], count) if layer in scores else list(range(geometry.units(kind)))
-            for kind, count in removed.items()
-        }
-        for layer in range(n_layers)
+    """Kept units of every layer when so many go of some; of the others, `everything`."""
+    return everything | {
+        layer: {kind: keep_highest(scores[layer][kind], count) for kind, count in counts.items()}
+        for layer, counts in removed.items()
     }
-
-
-def removed_parameters(kept: KeptUnits, costs: Mapping[Kind, int], geometry: Geometry, layer_sizes: list[int]) -> int:
-    """Parameters that go when `kept` remain of layers that have `layer_sizes` parameters."""
-    units = sum((geometry.units(kind) - len(u)) * costs[kind] for kinds in kept.values() for kind, u in kinds.items())
-    return units + sum(size for layer, size in enumerate(layer_sizes) if layer not in kept)
 
 
 @dataclass(frozen=True)
@@ -174,10 +163,14 @@ class GlobalRule:
         return max(0, units - -(-least // step) * step)
 
 
-def check_global(rule: GlobalRule, costs: Mapping[Kind, int], geometry: Geometry) -> None:
-    """Refuse a ratio that `min_keep` does not leave room for."""
-    all_of_them = sum(costs[kind] * geometry.units(kind) for kind in costs)
-    most = sum(costs[kind] * rule.most(kind, geometry.units(kind)) for kind in costs) / all_of_them
+def check_global(rule: GlobalRule, costs: UnitCosts, prunable: KeptUnits) -> None:
+    """Refuse a ratio that `min_keep` does not leave room for in the prunable layers, of which all units are given."""
+    rooms = [
+        (costs[layer][kind], len(units), rule.most(kind, len(units)))
+        for layer, kinds in prunable.items()
+        for kind, units in kinds.items()
+    ]
+    most = sum(cost * most for cost, _, most in rooms) / sum(cost * units for cost, units, _ in rooms)
     if rule.ratio > most:
         most = math.floor(most * 1000) / 1000  # rounded up it would be refused again
         raise UsageError(
@@ -189,35 +182,29 @@ def check_global(rule: GlobalRule, costs: Mapping[Kind, int], geometry: Geometry
 def allocate_globally(
     scores: Mapping[int, Mapping[Kind, Tensor]],
     rule: GlobalRule,
-    costs: Mapping[Kind, int],
-    geometry: Geometry,
-    n_layers: int,
+    costs: UnitCosts,
+    everything: KeptUnits,
 ) -> KeptUnits:
-    """Kept units when the lowest of all prunable layers go, until the budget of parameters is met.
+    """Kept units when the lowest of all layers with scores go, until the budget of parameters is met.
 
     Units go in blocks of `rule.step`, in the order of their mean scores (per unit); the first block of a layer is as
     small as makes the rest a multiple. A block that is too large for what is left of the budget is passed over, so
     that what goes is the budget to the nearest smallest block.
     """
-    budget = rule.ratio * sum(costs[kind] * geometry.units(kind) for kind in costs) * len(scores)
-    slack = min(costs[kind] * rule.step(kind) for kind in costs) / 2
+    parts = [(layer, kind, values) for layer, kinds in scores.items() for kind, values in kinds.items() if len(values)]
+    budget = rule.ratio * sum(costs[layer][kind] * len(values) for layer, kind, values in parts)
+    slack = min(costs[layer][kind] * rule.step(kind) for layer, kind, _ in parts) / 2
     blocks = []
-    for layer, kinds in scores.items():
-        for kind, values in kinds.items():
-            blocks += [(value, layer, kind, size) for value, size in _blocks(values, kind, rule, costs[kind])]
+    for layer, kind, values in parts:
+        blocks += [(value, layer, kind, size) for value, size in _blocks(values, kind, rule, costs[layer][kind])]
     removed: dict[tuple[int, Kind], int] = {}
     gone = 0
     for _, layer, kind, size in sorted(blocks, key=lambda block: block[0]):
-        if gone + size * costs[kind] <= budget + slack:
-            gone += size * costs[kind]
+        if gone + size * costs[layer][kind] <= budget + slack:
+            gone += size * costs[layer][kind]
             removed[layer, kind] = removed.get((layer, kind), 0) + size
-    return {
-        layer: {
-            kind: keep_highest(scores[layer][kind], removed.get((layer, kind), 0)) if layer in scores else everything
-            for kind, everything in all_units(geometry, list(costs)).items()
-        }
-        for layer in range(n_layers)
-    }
+    counts = {layer: {kind: removed.get((layer, kind), 0) for kind in kinds} for layer, kinds in scores.items()}
+    return select(scores, counts, everything)
 
 
 def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tuple[float, int]]:
@@ -250,15 +237,7 @@ def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:
     return count
 
 
-def select_layers(
-    scores: Mapping[int, float],
-    count: int,
-    geometry: Geometry,
-    kinds: Sequence[Kind],
-    n_layers: int,
-    *,
-    contiguous: bool,
-) -> KeptUnits:
+def select_layers(scores: Mapping[int, float], count: int, everything: KeptUnits, *, contiguous: bool) -> KeptUnits:
     """All units of the layers that remain when the `count` lowest-scored go, or the lowest run of `count`."""
     prunable = list(scores)
     values = torch.tensor([scores[layer] for layer in prunable], dtype=torch.float64)
@@ -269,7 +248,7 @@ def select_layers(
     else:
         stay = keep_highest(values, count)
         gone = set(prunable) - {prunable[index] for index in stay}
-    return {layer: all_units(geometry, kinds) for layer in range(n_layers) if layer not in gone}
+    return {layer: units for layer, units in everything.items() if layer not in gone}
 
 
 def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool, whole: bool = False) -> range:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ from streamprune.figures import human
 from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KIND_NAMES, KeptUnits, Kind
-from streamprune.output import sparse24
-from streamprune.output.layers import check_emittable, layout, output_specs
+from streamprune.model.units import KIND_NAMES, KeptUnits
+from streamprune.output.form import OutputForm
+from streamprune.output.mistral import MistralForm
+from streamprune.output.ragged_form import RaggedForm
+from streamprune.output.sparse24 import Sparse24Form
 from streamprune.planning import allocation
-from streamprune.planning.allocation import GlobalRule
+from streamprune.planning.allocation import GlobalRule, UnitCosts
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
 
 
@@ -28,27 +30,22 @@ class Plan:
 
     Attributes:
         layers: the prunable ones.
-        costs: parameters of a unit of each kind.
+        settings: the method's own numbers.
+        costs: parameters of a unit, by layer and kind.
         choice: what goes, and how it is chosen.
         sparsity: of weights.
-        packed: the matrices that are compressed, by their stored names, and their modules.
-        biases: o and down get what keeps their mean output; new_biases: some had none.
+        form: of the output, with the widths of `choice`: with a global allocation its bytes are right to a unit.
         repair: what o and down are fitted to afterwards, if they are.
-        layout: "same", "stock" or "ragged".
-        output_bytes: of all tensors that are written; with a global allocation to the nearest unit.
         state_bytes: of the method, between sweeps.
     """
 
     layers: range
-    costs: dict[Kind, int]
+    settings: Mapping[str, Any]
+    costs: UnitCosts
     choice: Choice
     sparsity: Sparsity | None
-    packed: dict[str, str]
-    biases: bool
-    new_biases: bool
+    form: OutputForm
     repair: RepairGoal | None
-    layout: str
-    output_bytes: int
     state_bytes: int
 
 
@@ -69,20 +66,29 @@ class Choice:
     allocation: str | None = None
 
 
-def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any]) -> Plan:
+def make_plan(
+    config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], form: type[OutputForm] | None = None
+) -> Plan:
     """Decide, and refuse what cannot be done.
+
+    Args:
+        settings: the method's own numbers.
+        form: of the output, another than the options say.
 
     Raises:
         UsageError: a ratio, range or layout that does not fit the model.
         StreampruneError: too little memory for the method's state.
     """
-    geometry, n_layers = skeleton.geometry, len(skeleton.layers)
+    n_layers = len(skeleton.layers)
     if config.target == "weights" and skeleton.family.fused:
         raise UsageError(
             f"--granularity {config.granularity}: most weights of {skeleton.family.model_type} are its experts', which "
             "cannot be pruned one by one; use --granularity layers or units"
         )
-    costs = unit_costs(skeleton.family, geometry, skeleton.shapes(0))
+    costs = {
+        layer: unit_costs(skeleton.family, geometry, skeleton.shapes(layer))
+        for layer, geometry in enumerate(skeleton.geometries)
+    }
     stock = config.stock and config.target == "units"
     layers = allocation.prunable_layers(config.layers, n_layers, whole=config.target == "weights", stock=stock)
     choose = {"weights": _choose_weights, "layers": _choose_layers, "units": _choose_units}[config.target]
@@ -91,40 +97,36 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, An
     if config.compensate:
         # Whole layers leave nothing of their own to fit: the layer before them takes their place in the stream.
         repair = repair_goal(skeleton, "stream" if config.target == "layers" else config.compensate_target)
-    something_goes = choice.widths != _everything(skeleton)
+    something_goes = choice.widths != skeleton.all_units()
     biases = settings.get("bias") == "yes" and repair is None and something_goes
-    packed = sparse24.matrices(skeleton, layers) if config.compress else {}
-    specs = output_specs(skeleton, choice.widths, biases=biases, packed=packed)
-    new_biases = biases and len(specs) > len(skeleton.checkpoint.tensors)
-    if new_biases and (config.stock or not skeleton.family.ragged):
+    planned = form_class(config, form)(skeleton, choice.widths, layers, biases).keep(choice.widths)
+    if planned.added_biases and (config.stock or not skeleton.family.ragged):
         raise UsageError("no stock class has biases on o and down alone; leave them out with --no-bias")
-    check_emittable(skeleton, choice.widths, config.emit, biases=new_biases)
-    output_bytes = sum(spec.nbytes for spec in specs)
-    assert not packed or output_bytes < skeleton.checkpoint.nbytes, "compressed weights take less"
+    planned.check()
     return Plan(
         layers=layers,
+        settings=settings,
         costs=costs,
         choice=choice,
         sparsity=_sparsity(config, skeleton, layers) if config.target == "weights" else None,
-        packed=packed,
-        biases=biases,
-        new_biases=new_biases,
+        form=planned,
         repair=repair,
-        layout=layout(skeleton, choice.widths, config.emit, biases=new_biases),
-        output_bytes=output_bytes,
         state_bytes=_state_bytes(config, skeleton, settings, costs, layers),
     )
 
 
-def _everything(skeleton: Skeleton) -> KeptUnits:
-    return {
-        layer: allocation.all_units(skeleton.geometry, skeleton.family.kinds) for layer in range(len(skeleton.layers))
-    }
+def form_class(config: PruneConfig, form: type[OutputForm] | None = None) -> type[OutputForm]:
+    """The form of output that the options say, or the `form` that is given instead."""
+    if form is not None:
+        return form
+    if config.compress:
+        return Sparse24Form
+    return MistralForm if config.emit == "mistral" else RaggedForm  # which is stock where it can be
 
 
-def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:
     """All units stay."""
-    everything = _everything(skeleton)
+    everything = skeleton.all_units()
     share = config.granularity if config.n_of_m else f"{1 - _ratio(config):.1%}"
     where = "in blocks of their columns" if config.method == "sparsegpt" and not config.n_of_m else "in every row"
     size = "" if config.compress else "; the files stay as large"
@@ -133,40 +135,54 @@ def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, i
     )
 
 
-def _choose_layers(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
-    n_layers, kinds = len(skeleton.layers), skeleton.family.kinds
-    count = allocation.layers_to_remove(_ratio(config), layers, n_layers)
+def _choose_layers(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:
+    everything = skeleton.all_units()
+    count = allocation.layers_to_remove(_ratio(config), layers, len(everything))
 
     def keep(scores: LayerScores) -> KeptUnits:
-        return allocation.select_layers(
-            scores.values, count, skeleton.geometry, kinds, n_layers, contiguous=config.contiguous
-        )
+        return allocation.select_layers(scores.values, count, everything, contiguous=config.contiguous)
 
-    widths = {layer: units for layer, units in _everything(skeleton).items() if layer not in layers[:count]}
+    widths = {layer: units for layer, units in everything.items() if layer not in layers[:count]}
     return Choice(widths, keep, f"lose {count} of {len(layers)} layers{' in one run' if config.contiguous else ''}")
 
 
-def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:
     if (config.allocation or METHODS[config.method].allocation) == "global":
         return _choose_globally(config, skeleton, costs, layers)
     for name in ("normalize", "min_keep"):
         if getattr(config, name) != PruneConfig.__dataclass_fields__[name].default:
             raise UsageError(f"--{name.replace('_', '-')} is of --allocation global; add that, or leave it out")
-    geometry, n_layers = skeleton.geometry, len(skeleton.layers)
+    if config.stock and "per_layer_config" in skeleton.checkpoint.config:
+        raise UsageError("--stock: the layers of this model have different widths already; leave it out")
     ratios = allocation.Ratios(_ratio(config), config.attention_ratio, config.mlp_ratio, config.round_to)
     # One width for all layers goes to the stock class, asked for or not; a Mistral takes any head count.
-    stock = len(layers) == n_layers and config.emit is None
-    hidden_size = skeleton.config.hidden_size
-    removed = allocation.uniform(skeleton.family, geometry, costs, ratios, hidden_size, stock=stock)
+    stock = len(layers) == len(skeleton.layers) and config.emit is None
+    hidden_size, everything = skeleton.config.hidden_size, skeleton.all_units()
+    removed = {
+        layer: allocation.uniform(
+            skeleton.family, skeleton.geometries[layer], costs[layer], ratios, hidden_size, stock=stock
+        )
+        for layer in layers
+    }
 
     def keep(scores: UnitScores) -> KeptUnits:
-        return allocation.select(scores.values, removed, geometry, n_layers)
+        return allocation.select(scores.values, removed, everything)
 
-    each = ", ".join(f"{count} of {geometry.units(kind)} {KIND_NAMES[kind]}" for kind, count in removed.items())
-    return Choice(keep(_no_scores(skeleton, layers)), keep, f"lose {each} each", "uniform")
+    each = ", ".join(
+        f"{_span(removed[layer][kind] for layer in layers)} of "
+        f"{_span(len(everything[layer][kind]) for layer in layers)} {KIND_NAMES[kind]}"
+        for kind in reversed(skeleton.family.kinds)
+    )
+    return Choice(keep(no_scores(skeleton, layers)), keep, f"lose {each} each", "uniform")
 
 
-def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, int], layers: range) -> Choice:
+def _span(counts: Iterable[int]) -> str:
+    """Numbers of different layers as one, or as the least and the largest."""
+    found = sorted(set(counts))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:
     if config.stock or config.attention_ratio is not None or config.mlp_ratio is not None or not skeleton.family.ragged:
         if not skeleton.family.ragged:
             raise UsageError(
@@ -178,17 +194,20 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: dict[Kind, 
             "or pass --allocation uniform"
         )
     rule = GlobalRule(_ratio(config), config.normalize, config.min_keep, config.round_to)
-    allocation.check_global(rule, costs, skeleton.geometry)
+    everything = skeleton.all_units()
+    allocation.check_global(rule, costs, {layer: everything[layer] for layer in layers})
 
     def keep(scores: UnitScores) -> KeptUnits:
-        return allocation.allocate_globally(scores.values, rule, costs, skeleton.geometry, len(skeleton.layers))
+        return allocation.allocate_globally(scores.values, rule, costs, everything)
 
     what = f"are compared by {rule.normalize} scores and lose the lowest units"
-    return Choice(keep(_no_scores(skeleton, layers)), keep, what, "global")
+    return Choice(keep(no_scores(skeleton, layers)), keep, what, "global")
 
 
-def _no_scores(skeleton: Skeleton, layers: range) -> UnitScores:
-    return UnitScores(layers, skeleton.family.kinds, skeleton.geometry)
+def no_scores(skeleton: Skeleton, layers: range) -> UnitScores:
+    """Scores of 0 for every unit of these layers."""
+    everything = skeleton.all_units()
+    return UnitScores({layer: everything[layer] for layer in layers})
 
 
 def _ratio(config: PruneConfig) -> float:
@@ -211,7 +230,7 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
 
 
 def _state_bytes(
-    config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], costs: Mapping[Kind, int], layers: range
+    config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], costs: UnitCosts, layers: range
 ) -> int:
     """Bytes of state that the method keeps between its sweeps."""
     if config.target != "units":
@@ -221,7 +240,7 @@ def _state_bytes(
             for name in skeleton.matrices(layer)
         )
     else:
-        scored = sum(costs[kind] * skeleton.geometry.units(kind) for kind in costs) * len(layers)
+        scored = prunable_parameters(skeleton, costs, layers)
     copies = METHODS[config.method].state_copies(settings, config.target)
     size = 8 if skeleton.dtype.itemsize == 8 else getattr(torch, config.state_dtype).itemsize
     return size * copies * scored
@@ -229,10 +248,10 @@ def _state_bytes(
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     """The plan in a few lines."""
-    total, gone = skeleton.parameters, removed_parameters(skeleton, plan, plan.choice.widths)
+    total, gone = skeleton.parameters, removed_parameters(skeleton, plan.costs, plan.choice.widths)
     what = plan.choice.what
     if config.target != "weights":
-        prunable = sum(plan.costs[kind] * skeleton.geometry.units(kind) for kind in plan.costs) * len(plan.layers)
+        prunable = prunable_parameters(skeleton, plan.costs, plan.layers)
         share = f"{gone / max(1, prunable):.1%} of what is prunable there, " if config.target == "units" else ""
         what += f": {gone:,} parameters, {share}{gone / total:.1%} of the model"
     lines = [
@@ -248,17 +267,24 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
         lines.append(
             f"{config.method} keeps {human(plan.state_bytes)} of {config.state_dtype} state between its sweeps"
         )
-    if plan.layout == "ragged":
-        why, remedy = "no stock class has layers of these widths", "--stock prunes all layers alike and needs neither"
-        if plan.choice.allocation == "global":
-            remedy = "--allocation uniform --stock needs neither"
-        if plan.new_biases:
-            why, remedy = "o and down get biases", "--no-bias leaves them out"
-        lines.append(f"{why}: load with trust_remote_code=True or after `import streamprune`; {remedy}")
+    if note := plan.form.note(plan.choice.allocation):
+        lines.append(note)
     return "\n".join(lines)
 
 
-def removed_parameters(skeleton: Skeleton, plan: Plan, kept: KeptUnits) -> int:
-    """Parameters that go; added biases are not counted."""
-    sizes = [sum(shape.numel() for shape in skeleton.shapes(layer).values()) for layer in range(len(skeleton.layers))]
-    return allocation.removed_parameters(kept, plan.costs, skeleton.geometry, sizes)
+def prunable_parameters(skeleton: Skeleton, costs: UnitCosts, layers: Iterable[int]) -> int:
+    """Parameters of all units of these layers."""
+    return sum(cost * skeleton.geometries[layer].units(kind) for layer in layers for kind, cost in costs[layer].items())
+
+
+def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) -> int:
+    """Parameters that go when `kept` stay; added biases are not counted."""
+    gone = 0
+    for layer, everything in skeleton.all_units().items():
+        if layer in kept:
+            gone += sum(
+                costs[layer][kind] * (len(units) - len(kept[layer][kind])) for kind, units in everything.items()
+            )
+        else:
+            gone += sum(shape.numel() for shape in skeleton.shapes(layer).values())
+    return gone

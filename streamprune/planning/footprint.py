@@ -58,7 +58,7 @@ def stages(
     rest = [layer for layer in whole if layer not in written]
     base = _base(sweeper)
     cut = {"tensors, cut": 2 * max(largest, sum(of_layer[-WRITERS:]))}
-    found.append(Stage("writing", base, cut, passes=[rest], written=plan.output_bytes))
+    found.append(Stage("writing", base, cut, passes=[rest], written=plan.form.nbytes))
     return found
 
 

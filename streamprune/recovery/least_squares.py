@@ -160,8 +160,8 @@ def _gone(sweeper: Sweeper, kept: KeptUnits) -> list[int]:
 
 def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
     """The layers that lose units."""
-    units = skeleton.geometry.units
-    return [layer for layer, kinds in kept.items() if any(len(left) < units(kind) for kind, left in kinds.items())]
+    everything = skeleton.all_units()
+    return [layer for layer, kinds in kept.items() if kinds != everything[layer]]
 
 
 def _find_goals(
@@ -213,14 +213,15 @@ class _Repair:
         fitted: dict[str, Tensor] = {}
         skeleton, units = self.sweeper.skeleton, self.kept[visit.layer]
         members = output_matrices(skeleton, visit.layer)
+        geometry = skeleton.geometries[visit.layer]
         for member in members:
             kind = member.kind
-            whole = len(units[kind]) == skeleton.geometry.units(kind)
+            whole = len(units[kind]) == geometry.units(kind)
             wanted = goal if member is members[-1] else None
             if whole and wanted is None:
                 continue
             weight = visit.weights[member.tensor]
-            lines = kept_lines(member, skeleton.geometry, units[kind]).to(weight.device)
+            lines = kept_lines(member, geometry, units[kind]).to(weight.device)
             if wanted is not None:
                 mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
                 matrix = self._to_goal(visit, member, lines, wanted)

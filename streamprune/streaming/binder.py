@@ -84,7 +84,7 @@ class Binder:
         """
         shapes, weights, position, drawing = self.skeleton.shapes(page.layer), dict[str, Tensor](), 0, []
         for name, stored in page.tensors.items():
-            parameter, place = self.skeleton.places.get(name, (name, None))
+            parameter, place = self.skeleton.places[page.layer].get(name, (name, None))
             moved = perturbation is not None and name in scored
             if place is None and stored.dtype == self.skeleton.dtype and not moved and not own:
                 weights[parameter] = stored
@@ -92,7 +92,7 @@ class Binder:
             if parameter not in weights:
                 weights[parameter] = self._room(position, shapes[parameter])
                 position += _aligned(weights[parameter].numel())
-            out = self._within(weights, name)
+            out = self._within(weights, page.layer, name)
             if perturbation is not None and moved:
                 drawing.append(self._pool.submit(_perturb, out, stored, perturbation, page.layer, name))
             else:
@@ -109,15 +109,15 @@ class Binder:
             return
         for name, stored in page.tensors.items():
             check_finite(self.skeleton.checkpoint.path, page.layer, name, stored)
-            if not is_finite(weight := self._within(weights, name)):
+            if not is_finite(weight := self._within(weights, page.layer, name)):
                 raise UsageError(
                     f"layer {page.layer}, {name} does not fit into {str(weight.dtype).removeprefix('torch.')}; "
                     "use --dtype bfloat16 or float32"
                 )
 
-    def _within(self, weights: Mapping[str, Tensor], name: str) -> Tensor:
+    def _within(self, weights: Mapping[str, Tensor], layer: int, name: str) -> Tensor:
         """The part of the bound weights that a stored tensor makes up."""
-        parameter, place = self.skeleton.places.get(name, (name, None))
+        parameter, place = self.skeleton.places[layer].get(name, (name, None))
         return weights[parameter] if place is None else weights[parameter][place]
 
     def _room(self, position: int, shape: torch.Size) -> Tensor:

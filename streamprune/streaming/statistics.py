@@ -46,8 +46,6 @@ class Statistics:
         self.store = store
         self._again = False  # the sweeper has kept the lowest prunable layer's input
         self._swept = False  # a gradient sweep was asked for, though an earlier run may have made it
-        skeleton = sweeper.skeleton
-        self.geometry, self.kinds = skeleton.geometry, skeleton.family.kinds
         self.samples = 0 if input_ids is None else len(input_ids)
 
     @property

@@ -328,7 +328,7 @@ class Sweeper:
 
 def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -> dict[str, TensorRef]:
     """The scored matrices of a layer by their names inside it."""
-    geometry, stored = skeleton.geometry, skeleton.matrices(layer)
+    geometry, stored = skeleton.geometries[layer], skeleton.matrices(layer)
     members = {m.tensor: m for m in skeleton.family.members if m.scored}
     names = stored if scope == "matrices" else [name for name in members if name in stored]
     return {name: TensorRef(layer, name, geometry, members.get(name), stored[name]) for name in names}
