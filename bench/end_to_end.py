@@ -100,7 +100,7 @@ def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dic
         loaded, start = checkpoint.bytes_read, time.perf_counter()
         layers = range(4, sweeper.n_layers - 2)
         statistics = Statistics(sweeper, token_ids(path), layers, 0)
-        scores = UnitScores.zeros(statistics)
+        scores = UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers))
         TABLE[method].score(statistics, resolve_settings(method, METHODS[method]), scores)
         seconds = time.perf_counter() - start
         declared = held(sweeper, method, METHODS[method], layers)

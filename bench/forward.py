@@ -50,7 +50,7 @@ def one(path: str, method: str, granularity: str) -> dict[str, Any]:
         assert config.ratio is not None
         sinks = {
             "weights": WeightPruner(Sparsity(config.ratio, n, m), lambda ref, stored, pruned: None),
-            "units": UnitScores.zeros(statistics),
+            "units": UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers)),
             "layers": LayerScores(layers),
         }
         read, start = sweeper.skeleton.checkpoint.bytes_read, time.perf_counter()

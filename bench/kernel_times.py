@@ -140,7 +140,9 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
             start = time.perf_counter()
             settings = resolve_settings("moreau-gs", {"steps": 2})
             statistics = Statistics(sweeper, ids, layers, 0)
-            METHODS["moreau-gs"].score(statistics, settings, UnitScores.zeros(statistics))
+            METHODS["moreau-gs"].score(
+                statistics, settings, UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers))
+            )
             total = time.perf_counter() - start
         finally:
             for (owner, name), original in zip(watched, originals, strict=True):

@@ -83,7 +83,7 @@ def scores_of(model: str, method: str, given: dict[str, Any], dtype: str) -> tup
         ids = corpus.sequences(10, 128, "first", 0)
         store = (lambda name: RowScaled()) if dtype == "int8" else partial(make_store, dtype=dtype)
         statistics_of = Statistics(sweeper, ids, range(4, 28), 0, store=store)
-        scores, start = UnitScores.zeros(statistics_of), time.perf_counter()
+        scores, start = UnitScores(statistics_of.sweeper.skeleton.all_units(statistics_of.layers)), time.perf_counter()
         METHODS[method].score(statistics_of, settings, scores)
         return scores, time.perf_counter() - start
 

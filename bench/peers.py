@@ -43,7 +43,7 @@ def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     with open_model(model, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices") as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         Path(output).mkdir()
-        beside = companions.prepare(sweeper.skeleton, plan.choice.widths, None)
+        beside = companions.prepare(plan.form)
         Job(config, settings, plan, sweeper, Progress(quiet=True), ids, None, beside).prune_weights(Path(output))
 
 

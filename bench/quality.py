@@ -123,8 +123,7 @@ def measure(job: dict[str, Any]) -> None:
             plan = make_plan(config, sweeper.skeleton, settings)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
             repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0) if config.compensate else None
-            widths, biases = plan.choice.widths, plan.new_biases
-            beside = companions.prepare(sweeper.skeleton, widths, config.emit, biases=biases)
+            beside = companions.prepare(plan.form)
             run = Job(config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
             with tempfile.TemporaryDirectory() as directory:

@@ -64,7 +64,7 @@ def one(path: Path, place: Literal["device", "scratch"]) -> dict[str, Any]:
         checkpoint, vocabulary = sweeper.skeleton.checkpoint, sweeper.skeleton.config.vocab_size
         ids = torch.randint(0, vocabulary, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(1))
         statistics = Statistics(sweeper, ids, range(sweeper.n_layers), 0)
-        scores = UnitScores.zeros(statistics)
+        scores = UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers))
         read, start = checkpoint.bytes_read, time.perf_counter()
         METHODS["taylor"].score(statistics, resolve_settings("taylor", {}), scores)
         return {

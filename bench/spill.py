@@ -44,7 +44,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         ids = torch.randint(0, sweeper.skeleton.config.vocab_size, shape, generator=generator)
         collected = Statistics(sweeper, ids, range(sweeper.n_layers), 0)
         for _ in range(job["repeat"] + 1):  # the first one warms up
-            scores = UnitScores.zeros(collected)
+            scores = UnitScores(collected.sweeper.skeleton.all_units(collected.layers))
             start = time.perf_counter()
             METHODS["taylor"].score(collected, resolve_settings("taylor", {}), scores)
             values = [each.cpu().double().flatten() for kinds in scores.values.values() for each in kinds.values()]

@@ -1,11 +1,13 @@
 """Statistics whose gradient is a known function of the perturbed weights."""
 
+from types import SimpleNamespace
+
 import torch
 from plain_methods import unit_totals
 
 from streamprune.kernels import noise_seed, perturb
 from streamprune.model.families import FAMILIES
-from streamprune.model.units import Geometry, TensorRef
+from streamprune.model.units import Geometry, TensorRef, all_units
 
 HIDDEN = 7
 GEOMETRY = Geometry(kv_groups=2, n_rep=2, head_dim=3, channels=5)
@@ -38,7 +40,9 @@ class FakeStatistics:
     """
 
     def __init__(self, weights, gradient, seed=0, compute=torch.float64):
-        self.layers, self.kinds, self.geometry, self.seed, self.samples = FAKE_LAYERS, KINDS, GEOMETRY, seed, 1
+        self.layers, self.seed, self.samples = FAKE_LAYERS, seed, 1
+        skeleton = SimpleNamespace(all_units=lambda layers: {layer: all_units(GEOMETRY, KINDS) for layer in layers})
+        self.sweeper = SimpleNamespace(skeleton=skeleton)
         self.stored, self.gradient, self.compute = weights, gradient, compute
         members = {member.tensor: member for member in FAMILIES["llama"].members}
         self.refs = {key: TensorRef(*key, GEOMETRY, members[key[1]]) for key in weights}

@@ -13,7 +13,7 @@ SEED = 5
 
 def run(name, statistics, **settings):
     """{(layer, kind): scores} of a method."""
-    sink = UnitScores.zeros(statistics)
+    sink = UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers))
     METHODS[name].score(statistics, resolve_settings(name, settings), sink)
     return {(layer, kind): values for layer, kinds in sink.values.items() for kind, values in kinds.items()}
 

@@ -6,7 +6,7 @@ from plain_methods import LAYERS, assert_scores, run
 from plain_weights import FAMILIES, TinyWeights, assert_same_weights, input_squares, set_matrix
 
 from streamprune.methods.table import METHODS, Sparsity, UnitScores, resolve_settings
-from streamprune.output.layers import mean_biases
+from streamprune.output.slicing import mean_biases
 from streamprune.streaming.inputs import Gram, Moments
 
 HALF = Sparsity(0.5)
@@ -256,7 +256,7 @@ def test_15_wanda_squared_is_sparsegpts_diagonal(tiny):
 def test_29_flaps_biases_keep_the_mean_output_of_the_linear(family, models):
     tiny = models(family)
     statistics = tiny.statistics(scope="units")
-    skeleton, sink = statistics.sweeper.skeleton, UnitScores.zeros(statistics)
+    skeleton, sink = statistics.sweeper.skeleton, UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers))
     METHODS["flap"].score(statistics, resolve_settings("flap", {}), sink)
     kinds = skeleton.family.kinds
     kept = {layer: {kind: [0, 2] if kind == "kv_group" else [*range(3, 30, 2)] for kind in kinds} for layer in range(4)}
@@ -291,7 +291,7 @@ def check_bias(tiny, layer, name, bias, kept):
 
 def test_without_biases_flap_keeps_no_means(models):
     statistics = models("llama").statistics(scope="units")
-    sink = UnitScores.zeros(statistics)
+    sink = UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers))
     METHODS["flap"].score(statistics, resolve_settings("flap", {"bias": "no"}), sink)
     assert sink.means == {}
 

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.model.families import FAMILIES, geometry_of, unit_costs
 from streamprune.model.model_config import meta_model
-from streamprune.model.units import Geometry
-from streamprune.planning.allocation import Ratios, keep_highest, prunable_layers, removed_parameters, select, uniform
+from streamprune.model.units import Geometry, all_units
+from streamprune.planning.allocation import Ratios, keep_highest, prunable_layers, select, uniform
 
 LLAMA_7B = {"model_type": "llama"}  # transformers' defaults are LLaMA-7B
 LLAMA_3_8B = LLAMA_7B | {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256}
@@ -44,8 +44,10 @@ def test_published_parameter_counts_from_configs_alone(fields, layers, before, a
     removed = uniform(family, geometry, costs, Ratios(0.25), config.hidden_size, stock=False)
     n_layers = config.num_hidden_layers
     zeros = {layer: {kind: torch.zeros(geometry.units(kind)) for kind in costs} for layer in range(*layers)}
-    kept = select(zeros, removed, geometry, n_layers)
-    assert before - removed_parameters(kept, costs, geometry, [0] * n_layers) == after
+    everything = dict.fromkeys(range(n_layers), all_units(geometry, family.kinds))
+    kept = select(zeros, dict.fromkeys(range(*layers), removed), everything)
+    gone = {kind: sum(geometry.units(kind) - len(kept[layer][kind]) for layer in kept) for kind in costs}
+    assert before - sum(costs[kind] * count for kind, count in gone.items()) == after
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

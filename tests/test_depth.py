@@ -10,11 +10,10 @@ from conftest import FAMILY_NAMES, N_LAYERS, make_sweeper, save_tiny, token_ids,
 from safetensors.torch import load_file
 from whole_models import STACKS, load, mean_loss, run, skip_layers, stack
 
-import streamprune.statistics
 from streamprune import PruneConfig, prune
 from streamprune.errors import UsageError
 from streamprune.methods.table import METHODS, LayerScores, resolve_settings
-from streamprune.model.units import Geometry
+from streamprune.model.units import Geometry, all_units
 from streamprune.planning.allocation import layers_to_remove, select_layers
 from streamprune.streaming.statistics import Statistics
 
@@ -61,7 +60,7 @@ def test_layer_ppl_takes_several_passes_where_memory_holds_few_of_its_streams(st
     save_tiny(tmp_path, "gpt2", n_layer=5)
     ids = token_ids(n=3, seq=12)
     at_once = scores_of(tmp_path, "layer-ppl", ids, layers)
-    monkeypatch.setattr(streamprune.statistics, "STREAM_BYTES", streams * ids.numel() * 48 * 8 + 7)
+    monkeypatch.setattr("streamprune.streaming.statistics.STREAM_BYTES", streams * ids.numel() * 48 * 8 + 7)
     passes, original = [], Statistics._without
 
     def recorded(self, part, begin, dense, point):
@@ -77,7 +76,7 @@ def test_layer_ppl_takes_several_passes_where_memory_holds_few_of_its_streams(st
     assert max(len(part) for part, _ in passes) <= streams
     # The whole model below a pass's first layer is not run again.
     assert [start for _, start in passes] == [None, *(part[0] for part, _ in passes[1:])]
-    monkeypatch.setattr(streamprune.statistics, "STREAM_BYTES", 1)
+    monkeypatch.setattr("streamprune.streaming.statistics.STREAM_BYTES", 1)
     assert scores_of(tmp_path, "layer-ppl", ids, layers) == at_once, "one stream is always there"
 
 
@@ -174,7 +173,7 @@ def test_random_scores_repeat_with_the_seed_and_differ_by_layer(tmp_path):
 def test_the_lowest_layers_go_or_the_lowest_run_of_them(count):
     scores = {2: 3.0, 3: 0.5, 4: 9.0, 5: 1.0, 6: 2.0, 7: 2.5}
     for contiguous in (False, True):
-        kept = select_layers(scores, count, GEOMETRY, KINDS, 9, contiguous=contiguous)
+        kept = select_layers(scores, count, dict.fromkeys(range(9), all_units(GEOMETRY, KINDS)), contiguous=contiguous)
         gone = set(range(9)) - set(kept)
         choices = itertools.combinations(scores, count)
         if contiguous:
@@ -187,7 +186,9 @@ def test_the_lowest_layers_go_or_the_lowest_run_of_them(count):
 def test_of_equal_scores_the_first_layers_go():
     scores = dict.fromkeys(range(1, 6), 1.0)
     for contiguous in (False, True):
-        assert list(select_layers(scores, 2, GEOMETRY, KINDS, 6, contiguous=contiguous)) == [0, 3, 4, 5]
+        assert list(
+            select_layers(scores, 2, dict.fromkeys(range(6), all_units(GEOMETRY, KINDS)), contiguous=contiguous)
+        ) == [0, 3, 4, 5]
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.0, 0), (0.1, 1), (0.24, 1), (0.26, 2), (0.5, 3), (0.7, 4), (0.99, 6)])

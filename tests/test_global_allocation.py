@@ -16,13 +16,22 @@ from transformers import AutoTokenizer
 from whole_models import load, matrix, out_name, run, stack
 
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.model.units import Geometry
+from streamprune.model.units import Geometry, all_units
 from streamprune.planning.allocation import GlobalRule, allocate_globally, check_global
 from streamprune.texts.documents import embedded_text
 
 GEOMETRY = Geometry(kv_groups=4, n_rep=2, head_dim=3, channels=37)
 COSTS = {"kv_group": 6 * 3 * 20, "channel": 3 * 20}
 KINDS = ("kv_group", "channel")
+
+
+def alike(costs, n_layers):
+    """The same in every layer."""
+    return dict.fromkeys(range(n_layers), costs)
+
+
+def units(geometry, n_layers):
+    return alike(all_units(geometry, KINDS), n_layers)
 
 
 def random_scores(seed, layers, geometry=GEOMETRY):
@@ -97,7 +106,7 @@ def test_allocation_equals_the_plain_reference(normalize, min_keep, round_to):
     for seed, ratio in itertools.product(range(4), (0.0, 0.05, 0.2, 0.33, 0.45)):
         scores = random_scores(seed, range(2, 7))
         rule = GlobalRule(ratio, normalize, min_keep, round_to)
-        kept = allocate_globally(scores, rule, COSTS, GEOMETRY, 9)
+        kept = allocate_globally(scores, rule, alike(COSTS, 9), units(GEOMETRY, 9))
         expected = plainly(scores, ratio, COSTS, normalize, min_keep, round_to)
         assert removed_of(kept, scores) == expected
         assert list(kept) == list(range(9))
@@ -110,10 +119,10 @@ def test_of_units_that_cost_the_same_those_with_the_lowest_sum_go(count):
     """All subsets tried out: 10 units of two layers, one unit at least stays of each kind."""
     geometry, costs = Geometry(kv_groups=2, n_rep=1, head_dim=1, channels=3), {"kv_group": 12, "channel": 12}
     scores = random_scores(count, range(2), geometry)
-    units = [(layer, kind, unit) for layer in scores for kind in KINDS for unit in range(geometry.units(kind))]
+    every = [(layer, kind, unit) for layer in scores for kind in KINDS for unit in range(geometry.units(kind))]
     allowed = [
         choice
-        for choice in itertools.combinations(units, count)
+        for choice in itertools.combinations(every, count)
         if all(
             sum((layer, kind) == unit[:2] for unit in choice) < geometry.units(kind)
             for layer in scores
@@ -121,7 +130,7 @@ def test_of_units_that_cost_the_same_those_with_the_lowest_sum_go(count):
         )
     ]
     best = min(allowed, key=lambda choice: sum(float(scores[a][b][c]) for a, b, c in choice))
-    kept = allocate_globally(scores, GlobalRule(count / 10, "raw", 0.0), costs, geometry, 2)
+    kept = allocate_globally(scores, GlobalRule(count / 10, "raw", 0.0), alike(costs, 2), units(geometry, 2))
     removed = removed_of(kept, scores)
     assert {(layer, kind, unit) for (layer, kind), gone in removed.items() for unit in gone} == set(best)
 
@@ -133,7 +142,9 @@ def test_the_budget_is_met_to_half_the_smallest_block_and_the_limits_are_kept(no
     for seed in range(60):
         scores, min_keep = random_scores(seed, range(1, 6)), rng.choice([0.0, 0.1, 0.3])
         ratio = rng.uniform(0, 0.6)
-        kept = allocate_globally(scores, GlobalRule(ratio, normalize, min_keep, round_to), COSTS, GEOMETRY, 6)
+        kept = allocate_globally(
+            scores, GlobalRule(ratio, normalize, min_keep, round_to), alike(COSTS, 6), units(GEOMETRY, 6)
+        )
         budget = ratio * 5 * (4 * COSTS["kv_group"] + 37 * COSTS["channel"])
         least = {"kv_group": max(1, math.ceil(min_keep * 4)), "channel": max(1, math.ceil(min_keep * 37))}
         smallest = min(KINDS, key=lambda kind: COSTS[kind] * (round_to if kind == "channel" else 1))
@@ -158,7 +169,7 @@ def test_raw_compares_what_a_parameter_is_worth_and_zscore_what_stands_out_in_it
         1: {"kv_group": torch.tensor([60.0, 80.0]), "channel": torch.tensor([10.0, 200.0, 210.0, 220.0])},
     }
     # Per parameter: the group of score 3 is worth 0.075, the cheapest channel 0.1. Two blocks of 50 of 240 go.
-    raw = allocate_globally(scores, GlobalRule(50 / 240, "raw"), costs, geometry, 2)
+    raw = allocate_globally(scores, GlobalRule(50 / 240, "raw"), alike(costs, 2), units(geometry, 2))
     assert removed_of(raw, scores) == {
         (0, "kv_group"): [0],
         (0, "channel"): [0],
@@ -166,7 +177,7 @@ def test_raw_compares_what_a_parameter_is_worth_and_zscore_what_stands_out_in_it
         (1, "channel"): [],
     }
     # Channel 0 of layer 1 lies 1.5 deviations below its mean, nothing else as far.
-    one = allocate_globally(scores, GlobalRule(10 / 240, "zscore"), costs, geometry, 2)
+    one = allocate_globally(scores, GlobalRule(10 / 240, "zscore"), alike(costs, 2), units(geometry, 2))
     assert removed_of(one, scores)[1, "channel"] == [0] and gone_parameters(removed_of(one, scores), costs) == 10
 
 
@@ -176,14 +187,19 @@ def test_the_scale_of_a_layers_scores_does_not_count_with_zscore_but_does_with_r
         layer: {kind: values * 10**layer + layer for kind, values in kinds.items()} for layer, kinds in scores.items()
     }
     for normalize, same in (("zscore", True), ("raw", False)):
-        kept = [allocate_globally(s, GlobalRule(0.3, normalize), COSTS, GEOMETRY, 3) for s in (scores, larger)]
+        kept = [
+            allocate_globally(s, GlobalRule(0.3, normalize), alike(COSTS, 3), units(GEOMETRY, 3))
+            for s in (scores, larger)
+        ]
         assert (kept[0] == kept[1]) is same
 
 
 @pytest.mark.parametrize("normalize", ["zscore", "raw"])
 def test_of_equal_scores_the_first_layers_and_units_go(normalize):
     scores = {layer: {"kv_group": torch.ones(4) * 6, "channel": torch.ones(37)} for layer in range(3)}
-    kept = [allocate_globally(scores, GlobalRule(0.2, normalize), COSTS, GEOMETRY, 3) for _ in range(2)]
+    kept = [
+        allocate_globally(scores, GlobalRule(0.2, normalize), alike(COSTS, 3), units(GEOMETRY, 3)) for _ in range(2)
+    ]
     assert kept[0] == kept[1]
     removed = removed_of(kept[0], scores)
     assert removed[0, "kv_group"] == [0, 1, 2]
@@ -196,11 +212,11 @@ def test_of_equal_scores_the_first_layers_and_units_go(normalize):
 @pytest.mark.parametrize("min_keep,groups,channels", [(0.5, 2, 18), (0.3, 2, 25), (0.9, 0, 3)])
 def test_a_ratio_that_min_keep_leaves_no_room_for_is_refused(min_keep, groups, channels):
     most = (groups * COSTS["kv_group"] + channels * COSTS["channel"]) / (4 * COSTS["kv_group"] + 37 * COSTS["channel"])
-    check_global(GlobalRule(most - 1e-9, min_keep=min_keep), COSTS, GEOMETRY)
+    check_global(GlobalRule(most - 1e-9, min_keep=min_keep), alike(COSTS, 3), units(GEOMETRY, 3))
     with pytest.raises(UsageError, match="--min-keep"):
-        check_global(GlobalRule(most + 1e-9, min_keep=min_keep), COSTS, GEOMETRY)
+        check_global(GlobalRule(most + 1e-9, min_keep=min_keep), alike(COSTS, 3), units(GEOMETRY, 3))
     scores = random_scores(0, range(3))
-    kept = allocate_globally(scores, GlobalRule(most, min_keep=min_keep), COSTS, GEOMETRY, 3)
+    kept = allocate_globally(scores, GlobalRule(most, min_keep=min_keep), alike(COSTS, 3), units(GEOMETRY, 3))
     assert all([len(u) for u in kinds.values()] == [4 - groups, 37 - channels] for kinds in kept.values())
 
 
@@ -208,7 +224,7 @@ def test_scores_that_are_not_finite_are_an_error():
     scores = random_scores(0, range(2))
     scores[1]["channel"][5] = float("nan")
     with pytest.raises(StreampruneError, match="NaN"):
-        allocate_globally(scores, GlobalRule(0.2), COSTS, GEOMETRY, 2)
+        allocate_globally(scores, GlobalRule(0.2), alike(COSTS, 2), units(GEOMETRY, 2))
 
 
 # Whole runs.

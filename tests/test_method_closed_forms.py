@@ -9,7 +9,7 @@ from fake_statistics import FAKE_LAYERS, HIDDEN, KINDS, FakeStatistics, G, W, co
 from plain_methods import assert_scores, group_shrink, line_dim, run
 
 from streamprune.methods.table import METHODS, UnitScores, resolve_settings
-from streamprune.model.units import Geometry
+from streamprune.model.units import Geometry, all_units
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10])
@@ -241,7 +241,7 @@ def test_the_table_announces_as_many_sweeps_as_a_method_makes(name):
     given = {"draws": 3, "steps": 2}
     settings = resolve_settings(name, {key: value for key, value in given.items() if key in METHODS[name].settings})
     fake = constant()
-    METHODS[name].score(fake, settings, UnitScores.zeros(fake))
+    METHODS[name].score(fake, settings, UnitScores(fake.sweeper.skeleton.all_units(fake.layers)))
     assert len(fake.seen) == METHODS[name].sweeps(settings)
 
 
@@ -260,8 +260,11 @@ def test_scoring_leaves_the_weights_alone(name):
 def test_random_is_uniform_seeded_and_different_in_every_layer_and_kind():
     many = Geometry(kv_groups=4000, n_rep=1, head_dim=2, channels=4000)
 
+    skeleton = SimpleNamespace(all_units=lambda layers: {layer: all_units(many, KINDS) for layer in layers})
+    sweeper = SimpleNamespace(skeleton=skeleton)
+
     def scores(seed, layers=FAKE_LAYERS):
-        return run("random", SimpleNamespace(layers=layers, kinds=KINDS, geometry=many, seed=seed))
+        return run("random", SimpleNamespace(layers=layers, sweeper=sweeper, seed=seed))
 
     first, again, other = scores(1), scores(1), scores(2)
     assert all(torch.equal(first[key], again[key]) for key in first)

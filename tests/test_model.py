@@ -63,7 +63,11 @@ def test_a_sweep_reads_the_layers_bytes_and_no_more():
         statistics.gradients(lambda *tensors: None)  # loads what torch and transformers import on first use
         checkpoint = sweeper.skeleton.checkpoint
         counted, asked = checkpoint.bytes_read, rchar()
-        METHODS["taylor"].score(statistics, resolve_settings("taylor", {}), UnitScores.zeros(statistics))
+        METHODS["taylor"].score(
+            statistics,
+            resolve_settings("taylor", {}),
+            UnitScores(statistics.sweeper.skeleton.all_units(statistics.layers)),
+        )
         counted, asked = checkpoint.bytes_read - counted, rchar() - asked
         sizes = [sum(entry.nbytes for entry in layer.values()) for layer in sweeper.pager.entries]
     # Forwards and backwards from the lowest prunable layer; two layers are still there at each turn.

@@ -10,8 +10,9 @@ import pytest
 
 from streamprune import PruneConfig, prune
 from streamprune.figures import peak_rss
+from streamprune.pipeline import run
 from streamprune.pipeline.run import CACHE_SHARE, foretell
-from streamprune.planning import placement, rates
+from streamprune.planning import rates
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.storage.reader import DISK_BLOCK
 from streamprune.streaming.pager import Pager
@@ -74,7 +75,7 @@ def test_nothing_but_headers_is_read(tiny_llama, tmp_path, monkeypatch):
 
 
 def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path, monkeypatch):
-    seen, original, place, available, planned = set(), Pager.pages, placement.place, 1 << 40, 1 << 38
+    seen, original, place, available, planned = set(), Pager.pages, run.choose_placement, 1 << 40, 1 << 38
 
     def pages(self, *arguments):
         seen.add(self.page_cache)
@@ -82,7 +83,7 @@ def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path,
 
     monkeypatch.setattr(Pager, "pages", pages)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    monkeypatch.setattr(placement, "place", lambda *a, **more: replace(place(*a, **more), host_bytes=planned))
+    monkeypatch.setattr(run, "choose_placement", lambda *a, **more: replace(place(*a, **more), host_bytes=planned))
     prune(config(tiny_llama, tmp_path / "out"))
     assert len(seen) == 1
     assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= peak_rss()

@@ -149,7 +149,7 @@ def test_a_death_between_the_output_and_the_end_of_the_journal_does_no_harm(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("streamprune.storage.journal.remove", die)
+        patch.setattr("streamprune.pipeline.run.remove_journal", die)
         with pytest.raises(Killed):
             prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     assert weights(tmp_path / "out") == expected

@@ -29,7 +29,7 @@ class CalledProcess:
 
     def wait(self) -> int:
         try:
-            _verify_child.main(*self.arguments)
+            _verify_child.examine(*self.arguments)
         except Exception:
             self.said.write_text(traceback.format_exc())
             return 1

@@ -150,13 +150,13 @@ class Sparsity:
 
 
 class WeightPruner:
-    """Prunes a matrix as soon as its importance is known and hands it on to `emit(ref, stored, pruned)`.
+    """Prunes a matrix as soon as its importance is known and hands it on: `hand_on(ref, stored, pruned)`.
 
     Weights are compared within an output row, whatever the method.
     """
 
-    def __init__(self, sparsity: Sparsity, emit: Callable[[TensorRef, Tensor, Tensor], None]) -> None:
-        self.sparsity, self._emit = sparsity, emit
+    def __init__(self, sparsity: Sparsity, hand_on: Callable[[TensorRef, Tensor, Tensor], None]) -> None:
+        self.sparsity, self._hand_on = sparsity, hand_on
 
     def add(
         self,
@@ -202,7 +202,7 @@ class WeightPruner:
         """Hand on a weight that has been pruned; returns it."""
         if not torch.isfinite(pruned.sum(dtype=torch.float32)):
             raise StreampruneError(f"layer {ref.layer}, {ref.tensor} became NaN or infinite; try --dtype float32")
-        self._emit(ref, weight, pruned)
+        self._hand_on(ref, weight, pruned)
         return pruned
 
     def root(self) -> None:

@@ -7,7 +7,7 @@ windows). Nothing about masks or positions is written here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,9 +149,10 @@ class Skeleton:
             layer_geometry(self.family, self.geometry, self._layer_shapes(index)) for index in range(len(self.layers))
         ]
 
-    def all_units(self) -> KeptUnits:
-        """Every unit of every layer."""
-        return {layer: all_units(geometry, self.family.kinds) for layer, geometry in enumerate(self.geometries)}
+    def all_units(self, layers: Iterable[int] | None = None) -> KeptUnits:
+        """Every unit of these layers, by default of all."""
+        layers = range(len(self.layers)) if layers is None else layers
+        return {layer: all_units(self.geometries[layer], self.family.kinds) for layer in layers}
 
     @property
     def parameters(self) -> int:

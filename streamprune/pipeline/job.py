@@ -20,7 +20,7 @@ from streamprune.output.form import OutputForm
 from streamprune.output.slicing import mean_biases
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.progress import Progress
-from streamprune.planning.decision import Plan, no_scores
+from streamprune.planning.decision import Plan
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
 from streamprune.storage.tensor_store import make_store
@@ -76,7 +76,9 @@ class Job:
         """Scores of units or layers."""
         statistics = self._statistics(self.journal)
         layers = self.config.target == "layers"
-        scores = LayerScores(self.plan.layers) if layers else no_scores(self.sweeper.skeleton, self.plan.layers)
+        scores = (
+            LayerScores(self.plan.layers) if layers else UnitScores(self.sweeper.skeleton.all_units(self.plan.layers))
+        )
         if self.journal is not None:
             self.journal.watch(scores)
             if self.journal.facts.get("scored"):
@@ -126,13 +128,13 @@ class Job:
             if journal is not None:
                 journal.before_commit = writer.sync
 
-            def emit(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
+            def write(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
                 name = skeleton.layer_prefix(ref.layer) + ref.tensor
                 writer.put(name, stored, pruned)
                 counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
 
             with self._scoring(statistics):
-                METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, emit))
+                METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, write))
             self.sweeper.close()
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)

@@ -18,7 +18,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.output.card import MACHINE
 from streamprune.pipeline.progress import Progress
 from streamprune.storage.checkpoint import byte_view
-from streamprune.storage.journal import JOURNAL, Journal, in_use, remove
+from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
 
 
 def open_journal(
@@ -88,13 +88,13 @@ def already_there(journal_directory: Path | None) -> int:
 def remove_finished(directory: Path) -> None:
     """The journal of a run that was killed when its output was there already: none is under way in it any more."""
     if (directory / JOURNAL).is_file() and not (directory / "output").exists() and not in_use(directory):
-        remove(directory)
+        remove_journal(directory)
 
 
 def say_what_stays(directory: Path, progress: Progress, kind: type[BaseException] | None, *rest: object) -> None:
     """Of a run that did not end well: where its journal is. One that holds nothing goes."""
     if kind is not None and not (directory / JOURNAL).is_file():
-        remove(directory)
+        remove_journal(directory)
     elif kind is not None and not issubclass(kind, JournalError):
         nbytes = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
         progress.say(f"{directory} keeps {human(nbytes)} to go on from: repeat the command, or remove it")

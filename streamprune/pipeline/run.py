@@ -30,7 +30,7 @@ from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import compute_device, open_model
 from streamprune.planning import rates
 from streamprune.planning.decision import Plan, describe, form_class, make_plan
-from streamprune.planning.placement import Placement, forecast_table, place, say
+from streamprune.planning.placement import Placement, choose_placement, forecast_table, placement_line
 from streamprune.planning.stage import Work
 from streamprune.storage.directory import (
     OWN_FILE,
@@ -40,7 +40,7 @@ from streamprune.storage.directory import (
     check_space,
     write_json,
 )
-from streamprune.storage.journal import remove
+from streamprune.storage.journal import remove_journal
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -123,7 +123,7 @@ def prune(
             model_card(facts, written.form), encoding="utf-8", errors="backslashreplace"
         )
     if journal_directory is not None:
-        remove(journal_directory)
+        remove_journal(journal_directory)
     return PruneResult(config.output, facts["layout"], written.kept, facts, written.form.read_by)
 
 
@@ -138,7 +138,7 @@ def _score_and_write(
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
-        _refuse_in_place(config, skeleton.checkpoint.path)
+        _refuse_in_settle(config, skeleton.checkpoint.path)
         plan = make_plan(config, skeleton, settings, form)
         _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
@@ -157,11 +157,11 @@ def _score_and_write(
         work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
         # The micro-batch is part of the arithmetic: the one that the first run was planned with.
         planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
-        placement = _place(planned, settings, plan, sweeper, work)
+        placement = _settle(planned, settings, plan, sweeper, work)
         if config.resume:
             carried = max(stage.carried for stage in placement.stages)
             _check_output_space(config, plan, skeleton, journal_directory, carried)
-        progress.say(say(placement, sweeper))
+        progress.say(placement_line(placement, sweeper))
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
             saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]
@@ -223,14 +223,14 @@ def _source(
     )
 
 
-def _place(
+def _settle(
     config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0
 ) -> Placement:
     """Decide where things stay, and tell the sweeper; `to_come` is what the process does not hold yet, in bytes."""
     skeleton = sweeper.skeleton
     loaded = skeleton.resident_bytes if skeleton.loaded and skeleton.device.type == "cpu" else 0
     baseline = psutil.Process().memory_info().rss - loaded + to_come
-    placement = place(sweeper, config, settings, plan, work, baseline=baseline)
+    placement = choose_placement(sweeper, config, settings, plan, work, baseline=baseline)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
@@ -259,7 +259,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         work = batches.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
-        placement = _place(config, settings, plan, sweeper, work, to_come=TEXT_BYTES)
+        placement = _settle(config, settings, plan, sweeper, work, to_come=TEXT_BYTES)
         found = None
         if measure:
             found = rates.measured(sweeper, seq_len, rates.default_cache())
@@ -291,7 +291,7 @@ def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, pr
         return _perplexity(pruned, segments, "after", progress)
 
 
-def _refuse_in_place(config: PruneConfig, source: Path) -> None:
+def _refuse_in_settle(config: PruneConfig, source: Path) -> None:
     """--overwrite must not remove what the run reads."""
     output = config.output.resolve()
     batches = [Path(text) for text in (config.calibration, config.evaluate) if text]

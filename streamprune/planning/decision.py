@@ -173,7 +173,7 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, lay
         f"{_span(len(everything[layer][kind]) for layer in layers)} {KIND_NAMES[kind]}"
         for kind in reversed(skeleton.family.kinds)
     )
-    return Choice(keep(no_scores(skeleton, layers)), keep, f"lose {each} each", "uniform")
+    return Choice(keep(UnitScores(skeleton.all_units(layers))), keep, f"lose {each} each", "uniform")
 
 
 def _span(counts: Iterable[int]) -> str:
@@ -195,19 +195,13 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, 
         )
     rule = GlobalRule(_ratio(config), config.normalize, config.min_keep, config.round_to)
     everything = skeleton.all_units()
-    allocation.check_global(rule, costs, {layer: everything[layer] for layer in layers})
+    allocation.check_global(rule, costs, skeleton.all_units(layers))
 
     def keep(scores: UnitScores) -> KeptUnits:
         return allocation.allocate_globally(scores.values, rule, costs, everything)
 
     what = f"are compared by {rule.normalize} scores and lose the lowest units"
-    return Choice(keep(no_scores(skeleton, layers)), keep, what, "global")
-
-
-def no_scores(skeleton: Skeleton, layers: range) -> UnitScores:
-    """Scores of 0 for every unit of these layers."""
-    everything = skeleton.all_units()
-    return UnitScores({layer: everything[layer] for layer in layers})
+    return Choice(keep(UnitScores(skeleton.all_units(layers))), keep, what, "global")
 
 
 def _ratio(config: PruneConfig) -> float:

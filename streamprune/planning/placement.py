@@ -49,7 +49,7 @@ class Placement:
     halved: bool = False
 
 
-def place(
+def choose_placement(
     sweeper: Sweeper, config: PruneConfig, settings: Mapping[str, Any], plan: Plan, work: Work, *, baseline: int
 ) -> Placement:
     """The placement that reads least within the budget.
@@ -197,7 +197,7 @@ def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) 
         taken = "-" if found is None else f"{seconds(stage, found):,.0f}"
         moved = [human(each) for each in (stage.scratch, stage.read, stage.written)]
         rows.append([stage.name, *held, *moved, f"{(stage.forward + stage.backward) / 1e12:,.1f}", taken])
-    lines = [table(rows), say(placement, sweeper)]
+    lines = [table(rows), placement_line(placement, sweeper)]
     largest = max(placement.stages, key=lambda stage: sum(stage.device.values()))
     parts = sorted(largest.device.items(), key=lambda item: -item[1])
     lines.append(f"{largest.name} holds {', '.join(f'{human(size)} of {name}' for name, size in parts if size)}")
@@ -206,7 +206,7 @@ def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) 
     return "\n".join(lines)
 
 
-def say(placement: Placement, sweeper: Sweeper) -> str:
+def placement_line(placement: Placement, sweeper: Sweeper) -> str:
     """The placement in one line."""
     where = {"device": "stay in memory", "host": "go to host memory", "scratch": f"go to {placement.scratch}"}
     state = f", the method's state to {placement.scratch}" if placement.state == "scratch" else ""

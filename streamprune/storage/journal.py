@@ -297,7 +297,7 @@ def in_use(directory: Path) -> bool:
     return False
 
 
-def remove(directory: Path) -> None:
+def remove_journal(directory: Path) -> None:
     """The output is whole. The journal goes first: without it the rest counts for nothing."""
     (directory / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
