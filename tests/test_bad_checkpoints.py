@@ -221,13 +221,6 @@ def test_a_config_without_a_family_is_refused_with_the_one_of_its_architecture(a
     refused(model, code=1, names=(str(model), "has no model_type", advice))
 
 
-def test_a_model_with_layers_of_different_widths_is_refused(streamprune, refused, model, tmp_path):
-    ragged = tmp_path / "ragged"
-    done = streamprune("--model", model, "--output", ragged, "--method", "random", "--no-evaluate", "--quiet")
-    assert done.code == 0
-    refused(ragged, code=1, names=(str(ragged), "different widths"), remedy="prune the dense model")
-
-
 def test_missing_tokenizer_is_refused(refused, model):
     for file in model.glob("tokenizer*"):
         file.unlink()

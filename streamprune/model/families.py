@@ -160,25 +160,18 @@ RAGGED_PREFIX = "streamprune_"
 TEXT_FAMILIES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral", "mllama": "llama"}
 
 
-def family_of(config: Mapping[str, Any], where: object, *, pruned: bool = False) -> Family:
-    """The family of a config.json.
+def family_of(config: Mapping[str, Any], where: object) -> Family:
+    """The family of a config.json; layers of different widths that streamprune wrote are of their dense model's.
 
     Args:
         where: the directory, for the message.
-        pruned: also accept a checkpoint with layers of different widths that streamprune wrote (to evaluate).
 
     Raises:
         CheckpointError: no family of that name; the known ones are listed.
     """
-    model_type = str(config.get("model_type"))
-    if pruned:
-        model_type = model_type.removeprefix(RAGGED_PREFIX)
+    model_type = str(config.get("model_type")).removeprefix(RAGGED_PREFIX)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    if model_type.startswith(RAGGED_PREFIX):
-        raise CheckpointError(
-            f"{where} already has layers of different widths; prune the dense model it came from with a higher ratio"
-        )
     kind = f"unknown family {model_type!r}" if config.get("model_type") else "config.json has no model_type"
     raise CheckpointError(f"{where}: {kind}; {_advice(config, where)}known are {', '.join(FAMILIES)}")
 

@@ -55,7 +55,6 @@ class Skeleton:
         checkpoint: read for embeddings, final norm and head.
         dtype: compute dtype of those and of the layers.
         device: where they live.
-        pruned: accept a checkpoint with layers of different widths (to evaluate it).
         load: read embeddings, final norm and head; without, sizes are known and nothing can be run.
 
     Attributes:
@@ -79,11 +78,10 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        pruned: bool = False,
         trust_remote_code: bool = False,
         load: bool = True,
     ) -> None:
-        self.family: Family = family_of(checkpoint.config, checkpoint.path, pruned=pruned)
+        self.family: Family = family_of(checkpoint.config, checkpoint.path)
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self.config = load_config(checkpoint.path, checkpoint.config, trust_remote_code=trust_remote_code)
         self.model, self.notes = empty_model(

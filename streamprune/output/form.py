@@ -8,9 +8,11 @@ subclass in a file of its own that changes what differs: `stock.py`, `mistral.py
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -34,7 +36,7 @@ class OutputForm:
         biases: o and down get biases in the place of their pruned inputs, added to those there are.
         own_code: a modelling file comes with the output, and is needed to load it.
         keeps_code: modelling code that the source brings knows these layers too.
-        stored_as: name of a storage format that is not whole matrices: to measure the output, a dense copy is made.
+        stored_as: name of a storage format that is not whole matrices, which `readable` makes of it.
         read_by: what has to be known of those that can read it, if not everything can.
         loading: lines of Python that come before it is loaded.
     """
@@ -57,6 +59,12 @@ class OutputForm:
         Raises:
             UsageError: with the remedy.
         """
+
+    @classmethod
+    @contextmanager
+    def readable(cls, directory: Path) -> Iterator[Path]:
+        """An output of this form as whole matrices, for as long as the block runs: itself, or a copy."""
+        yield directory
 
     def keep(self, kept: KeptUnits) -> OutputForm:
         """The form of the same output when these units stay."""

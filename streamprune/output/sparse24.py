@@ -53,6 +53,12 @@ class Sparse24Form(StockForm):
     def versions(cls) -> dict[str, str]:
         return {PACKAGE: version()}
 
+    @classmethod
+    @contextmanager
+    def readable(cls, directory: Path) -> Iterator[Path]:
+        with decompressed(directory) as dense:
+            yield dense
+
     def check(self) -> None:
         if "per_layer_config" in self.skeleton.checkpoint.config:
             raise UsageError("--compress: no reader of it knows layers of different widths; leave it out")

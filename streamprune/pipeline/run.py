@@ -115,7 +115,7 @@ def prune(
             config, settings, output, progress, journal_directory, form
         )
         if segments is not None:
-            facts["perplexity"]["after"] = _perplexity_after(config, directory, segments, progress)
+            facts["perplexity"]["after"] = _perplexity_after(config, directory, written.form, segments, progress)
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts["peak_rss"] = peak_rss()
         write_json(directory / OWN_FILE, facts)
@@ -138,7 +138,7 @@ def _score_and_write(
     """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
-        _refuse_in_settle(config, skeleton.checkpoint.path)
+        _refuse_in_place(config, skeleton.checkpoint.path)
         plan = make_plan(config, skeleton, settings, form)
         _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
@@ -278,20 +278,24 @@ def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progres
         return perplexity(sweeper, segments).perplexity
 
 
-def _perplexity_after(config: PruneConfig, directory: Path, segments: Tensor, progress: Progress) -> float:
-    with open_model(
-        str(directory),
-        device=config.device,
-        dtype=config.dtype,
-        pruned=True,
-        trust_remote_code=config.trust_remote_code,
-        progress=progress,
-        read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
-    ) as pruned:
+def _perplexity_after(
+    config: PruneConfig, directory: Path, form: type[OutputForm], segments: Tensor, progress: Progress
+) -> float:
+    with (
+        form.readable(directory) as readable,
+        open_model(
+            str(readable),
+            device=config.device,
+            dtype=config.dtype,
+            trust_remote_code=config.trust_remote_code,
+            progress=progress,
+            read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
+        ) as pruned,
+    ):
         return _perplexity(pruned, segments, "after", progress)
 
 
-def _refuse_in_settle(config: PruneConfig, source: Path) -> None:
+def _refuse_in_place(config: PruneConfig, source: Path) -> None:
     """--overwrite must not remove what the run reads."""
     output = config.output.resolve()
     batches = [Path(text) for text in (config.calibration, config.evaluate) if text]

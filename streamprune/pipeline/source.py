@@ -47,9 +47,7 @@ def open_model(
         if sparse24.is_compressed(checkpoint.config):
             raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
         compute = compute_dtype(dtype, where, checkpoint)
-        skeleton = Skeleton(
-            checkpoint, compute, where, pruned=pruned, trust_remote_code=trust_remote_code, load=planned is None
-        )
+        skeleton = Skeleton(checkpoint, compute, where, trust_remote_code=trust_remote_code, load=planned is None)
         threads = read_threads or (READ_THREADS if where.type == "cpu" else GPU_READ_THREADS)
         advance = progress.advance if progress is not None else lambda nbytes, **facts: None
         transfers = paging_device(where) if planned is None else PlannedDevice(where)
