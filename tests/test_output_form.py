@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from killed_runs import Killed
+from killed_runs import Killed, weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
