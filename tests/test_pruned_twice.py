@@ -120,6 +120,7 @@ def test_layers_lose_the_ratio_of_their_own_units(once: Path, tmp_path: Path) ->
         assert heads >= 1 and 0 < left < channels
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the package that reads compressed weights
 def test_one_width_for_all_and_compressed_weights_are_refused(once: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--stock.*different widths"):
         prune(config(once, tmp_path / "out", {"method": "random", "stock": True}))
