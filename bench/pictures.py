@@ -145,7 +145,7 @@ def quality() -> str:
         for method, y in spread(ends, 15).items():
             parts.append(text(left + 277, y + 5, method, colour=METHODS[method]))
     parts.append(text(60, bottom + 42, "part of the units of layers 4 to 27 that is removed", "soft"))
-    return svg(860, bottom + 56, "Perplexity of SmolLM2-135M after pruning by six methods, without and with repair", parts)
+    return svg(860, bottom + 56, "Perplexity of SmolLM2-135M pruned by six methods, without and with repair", parts)
 
 
 PICTURES = {"memory.svg": memory, "quality.svg": quality}
