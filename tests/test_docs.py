@@ -18,6 +18,7 @@ from conftest import FAMILY_FIELDS, save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.cli import cli
+from streamprune.commands import demo
 from streamprune.methods.table import METHODS
 from streamprune.model.families import FAMILIES
 
@@ -28,6 +29,7 @@ OURS = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 COMING = {ROOT / "docs" / "options.md"}  # written from the options themselves
 FENCE = re.compile(r"(?:^<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 MODEL = "path/to/model"
+REAL = demo.default_cache() / demo.MODEL_NAME
 
 
 def name_of(file):
@@ -309,6 +311,18 @@ def test_plans_are_those_of_the_script(page, tmp_path, monkeypatch, streamprune)
         lines = iter(without_memory(done.out))
         missing = [line for line in without_memory(said) if line not in lines]  # in this order, and others between
         assert missing == []
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not there; `streamprune demo --fetch-only` makes it")
+def test_the_first_run_is_as_it_begins(monkeypatch, streamprune):
+    (shown,) = (code for *_, code in blocks(README) if code.startswith("$ streamprune --model SmolLM2"))
+    command, _, said = shown.partition("\n")
+    monkeypatch.chdir(REAL.parent)
+    done = streamprune("plan", *shlex.split(command)[2:])
+    assert done.code == 0, done.err
+    begun = said.partition("calibration on")[0]
+    assert " ".join(begun.split()) in " ".join(done.out.split())
 
 
 # Code.
