@@ -100,7 +100,9 @@ def prune(config: PruneConfig, progress: Progress | type[tqdm[Any]] | bool | Non
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts["peak_rss"] = peak_rss()
         write_json(directory / OWN_FILE, facts)
-        (directory / "README.md").write_text(model_card(facts), encoding="utf-8", errors="backslashreplace")
+        (directory / "README.md").write_text(
+            model_card(facts, type(config)), encoding="utf-8", errors="backslashreplace"
+        )
     if journal_directory is not None:
         remove(journal_directory)
     return PruneResult(config.output, facts["layout"], kept, facts)
