@@ -45,7 +45,14 @@ class PruneConfig:
     method: str = option("moreau-gs", values.text, "A row of `streamprune methods`.", _METHOD, card="always")
     settings: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata={"option": Option(values.settings, "Numbers of the method, by name.", _METHOD, card="always")},
+        metadata={
+            "option": Option(
+                values.settings,
+                "Numbers of the method, by name; `streamprune methods` lists them.",
+                _METHOD,
+                card="always",
+            )
+        },
     )
     granularity: str = option(
         "units",
@@ -60,7 +67,7 @@ class PruneConfig:
         values.number,
         "Part of the prunable parameters to remove.",
         _WHAT,
-        more="Of the prunable layers. N:M has its own.",
+        more="They are those of the prunable layers; N:M sets the ratio itself.",
         shown="0.2, of weights 0.5",
         card="always",
         **_RATIO,
@@ -104,7 +111,7 @@ class PruneConfig:
         values.number,
         "Part of its units that a layer keeps.",
         _WHAT,
-        more="Of each kind, where the allocation is global; one unit at least.",
+        more="It holds for each kind of unit, one at least, where the allocation is global.",
         **_RATIO,
         **_UNITS,
     )
@@ -113,7 +120,7 @@ class PruneConfig:
         values.switch,
         "Remove one run of layers.",
         _WHAT,
-        more="That with the lowest sum of scores.",
+        more="It is that with the lowest sum of scores.",
         only_for=("layers",),
     )
     round_to: int = option(
@@ -131,7 +138,7 @@ class PruneConfig:
         values.text,
         "Write a bias-free Llama as Mistral (any head count).",
         _FILES,
-        more="With --stock.",
+        more="It goes with --stock.",
         choices=("mistral",),
         **_UNITS,
     )
@@ -140,7 +147,7 @@ class PruneConfig:
         values.switch,
         "Store 2:4 as sparse-24-bitmask, which only older readers know.",
         _FILES,
-        more="With --granularity 2:4; the format is that of compressed-tensors.",
+        more="It goes with --granularity 2:4; the format is that of compressed-tensors.",
         only_for=("weights",),
     )
     compensate: bool = option(
@@ -182,22 +189,24 @@ class PruneConfig:
         shown="prose in the package",
         card="always",
     )
-    field: str = option("text", values.text, "Of the text, or of conversations, in records and tables.", _TEXTS)
+    field: str = option(
+        "text", values.text, "Field of the text, or of the conversation, in records and tables.", _TEXTS
+    )
     samples: int | None = option(
         None,
         values.whole_number,
         "Calibration sequences.",
         _TEXTS,
-        shown="as in the method's paper, 10 of the embedded prose",
+        shown="as in the method's paper, 10 of the prose in the package",
         minimum=1,
         card="always",
     )
     seq_len: int | None = option(
         None,
         values.whole_number,
-        "Tokens of each.",
+        "Tokens of a calibration sequence.",
         _TEXTS,
-        shown="as in the method's paper, 128 of the embedded prose",
+        shown="as in the method's paper, 128 of the prose in the package",
         minimum=2,
         because="one token predicts the next",
         card="always",
@@ -219,7 +228,7 @@ class PruneConfig:
         card="always",
     )
     seed: int = option(
-        0, values.whole_number, "Of sampling, noise and random scores.", _TEXTS, minimum=0, card="always"
+        0, values.whole_number, "Seed of sampling, noise and random scores.", _TEXTS, minimum=0, card="always"
     )
     micro_batch: int | None = option(
         None,
@@ -257,7 +266,7 @@ class PruneConfig:
         changes_bytes=False,
     )
     max_shard_size: int = option(
-        5_000_000_000, values.size, "Of output files.", _FILES, shown="5GB", minimum=1, card="never"
+        5_000_000_000, values.size, "Size of an output file, at most.", _FILES, shown="5GB", minimum=1, card="never"
     )
     gpu_memory: int | None = option(
         None,
@@ -277,13 +286,13 @@ class PruneConfig:
         values.path,
         "Directory for what fits in neither.",
         _MACHINE,
-        more="Hidden states, and what a method keeps between sweeps.",
+        more="These are hidden states, and what a method keeps between sweeps.",
         **_ON_MACHINE,
     )
     state_dtype: str = option(
         "float32",
         values.dtype,
-        "Of what a method keeps between sweeps: float32, or bfloat16 in half the bytes.",
+        "Dtype of what a method keeps between sweeps: float32, or bfloat16 in half the bytes.",
         _MACHINE,
         choices=("float32", "bfloat16"),
         listed=False,

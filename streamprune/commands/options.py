@@ -92,7 +92,8 @@ def _click_option(each: Field[Any]) -> Callable[[Any], Any]:
     words = shown_default(each)
     help = f"{said.help}  [default: {words}]" if words else said.help
     if said.take is values.switch:
-        return click.option(flag_of(each.name), is_flag=True, help=help)
+        off = f"/--no-{flag_of(each.name)[2:]}" if default else ""
+        return click.option(flag_of(each.name) + off, is_flag=True, default=default, help=help)
     listed = click.Choice(said.choices) if said.choices and said.listed else None
     kind = listed or CLICK_TYPES.get(said.take)
     return click.option(flag_of(each.name), type=kind, default=default, metavar=said.metavar, help=help)
