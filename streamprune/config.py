@@ -1,174 +1,339 @@
-"""The options of a run: one frozen object, validated once."""
+"""The options of a run: one frozen object, checked once. Each option is said here, and nowhere else."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from streamprune import values
 from streamprune.errors import UsageError
+from streamprune.schema import Option, option, refuse_idle, taken
 from streamprune.values import STANDARD_INPUT
 
 Target = Literal["units", "layers", "weights"]
-STATE_DTYPES = ("float32", "bfloat16")
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16", "float64")
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
-MOST_M = 64  # of N:M; beyond, weights of a row are as good
-N_OF_M = re.compile(r"([0-9]{1,3}):([0-9]{1,3})")
-CHOICES = {
-    "sampling": ("random", "first", "records"),
-    "bos": ("auto", "always", "never"),
-    "allocation": ("uniform", "global"),
-    "normalize": ("zscore", "raw"),
-    "compensate_target": ("own", "stream"),
-    "reader": ("buffered", "direct"),
-    "dtype": COMPUTE_DTYPES,
-    "state_dtype": STATE_DTYPES,
-}
-# What each field may be given as, and becomes; None stays None where that is the default.
-TYPES: Mapping[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys(("model", "calibration"), values.source),
-    **dict.fromkeys(("output", "scratch"), values.path),
-    "evaluate": values.source_or_off,
-    **dict.fromkeys(("method", "granularity", "field"), values.text),
-    **dict.fromkeys(("allocation", "normalize", "emit", "compensate_target"), values.text),
-    **dict.fromkeys(("sampling", "bos", "reader"), values.text),
-    "settings": values.settings,
-    "layers": values.layer_range,
-    **dict.fromkeys(("ratio", "attention_ratio", "mlp_ratio", "min_keep", "compensate_ridge"), values.number),
-    **dict.fromkeys(("round_to", "compensate_tokens", "samples", "seq_len", "seed"), values.whole_number),
-    **dict.fromkeys(("micro_batch", "read_threads"), values.whole_number),
-    **dict.fromkeys(("max_shard_size", "gpu_memory", "host_memory"), values.size),
-    **dict.fromkeys(("dtype", "state_dtype"), values.dtype),
-    "device": values.device,
-    **dict.fromkeys(("contiguous", "stock", "compress", "compensate"), values.switch),
-    **dict.fromkeys(("resume", "overwrite", "trust_remote_code"), values.switch),
-}
-# Options that mean something for some of what can be removed only.
-ONLY_FOR: Mapping[str, tuple[Target, ...]] = {
-    "attention_ratio": ("units",),
-    "mlp_ratio": ("units",),
-    "allocation": ("units",),
-    "normalize": ("units",),
-    "min_keep": ("units",),
-    "round_to": ("units",),
-    "stock": ("units", "layers"),
-    "emit": ("units",),
-    "contiguous": ("layers",),
-    "compress": ("weights",),
-    "compensate": ("units", "layers"),
-}
+_FILES, _METHOD, _WHAT = "Model and output", "Method", "What goes"
+_REPAIR, _TEXTS, _MACHINE = "Repair", "Texts", "Arithmetic and machine"
+_RATIO: dict[str, Any] = {"minimum": 0, "below": 1}
+_UNITS: dict[str, Any] = {"only_for": ("units",)}
+_ON_MACHINE: dict[str, Any] = {"changes_bytes": False}
+_REPAIRED: dict[str, Any] = {"only_with": "compensate"}
 
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Everything that decides a pruned checkpoint. The same names as the command line's options.
+    """Everything that decides a pruned checkpoint, by the names of the command line's options.
 
-    Attributes:
-        model: directory or hub id. output: directory to make.
-        method: a row of `streamprune methods`. settings: its own numbers (`--set`).
-        granularity: what goes: "units" (KV groups and channels), whole "layers", single "weights" of each row, or all
-            but N of every M weights as "N:M".
-        ratio: fraction of the prunable parameters of the prunable layers to remove, in [0, 1); by default 0.2, of
-            weights 0.5. N:M has its own.
-        attention_ratio, mlp_ratio: set attention and MLP apart.
-        layers: prunable layers [A, B); by default [4, L − 2); with `stock` and for weights all.
-        allocation: units per layer: "uniform", or "global" by comparing all layers; None for the method's own.
-        normalize: what "global" compares: the scores' "zscore" in each layer and kind, or "raw" ones per parameter.
-        min_keep: fraction of each kind of unit that "global" leaves in every layer, one unit at least.
-        contiguous: remove one run of layers, that with the lowest sum of scores.
-        round_to: kept MLP widths are multiples of this.
-        stock: one width for all layers, loadable by the stock classes.
-        emit: "mistral" writes a bias-free Llama as model_type mistral, which takes any head count.
-        compress: write 2:4 weights in the sparse-24-bitmask format of compressed-tensors.
-        compensate: re-fit o and down to their pruned inputs by least squares, on `compensate_tokens` tokens of the
-            calibration text, with `compensate_ridge` times the mean of the Gram matrix's diagonal on its diagonal (None
-            for 0.001 with the target "own", else 0.1, or inputs per token where that is more);
-            `compensate_target`: the layer's "own" output before pruning, or what brings the residual "stream" nearest
-            to the dense model's; None for the latter where the family allows it.
-        calibration: file or directory of texts, "-" for standard input, hub data set "name[/configuration][:split]", or
-            None for the embedded text.
-        field: of the text, or of the messages of a conversation, in JSON records and tables.
-        samples, seq_len: calibration sequences and their length in tokens; None for what the method's paper takes
-            where a calibration text is given, and for 10 x 128 of the embedded one.
-        sampling: "random" seeded windows of the text, "first" for consecutive ones, or "records" for the starts of
-            seeded records.
-        bos: whether every sequence begins with BOS: "auto" where the tokenizer puts one before a text, "always",
-            "never".
-        micro_batch: sequences computed at once; None for about 2048 tokens.
-        dtype: compute dtype; None for float32 on a CPU and the checkpoint's own on a GPU.
-        evaluate: text for perplexity before and after, as `calibration`; None for the embedded held-out text, False for
-            none.
-        max_shard_size: bytes of an output shard.
-        gpu_memory, host_memory: bytes that the run may hold on the GPU and in its process; None for what is free.
-            What a budget leaves over keeps layers, so that they are read less often.
-        scratch: directory for hidden states, and what a method keeps between sweeps, that fit in neither.
-        state_dtype: of what a method keeps between sweeps: "float32", or "bfloat16" in half the bytes.
-        resume: keep a journal beside the output, and go on from the one that an earlier run left there.
-        reader: "buffered", with layers around the page cache that it cannot keep, or "direct", all of them.
-        read_threads: 2 to 8; by default 2, and 4 beside a GPU.
-
+    `docs/options.md` says of each what it means, its range and its default; None is what it calls the default in words.
     Values that are as good are taken too: paths as strings, sizes as "20GiB", layers as "4:28", numbers as text or
     numpy's, torch's dtypes and devices.
 
+    A subclass may add fields made by `schema.option`: their checks, the fingerprint of `resume`, the card's recipe, and
+    `commands.options` where it is given the class, take them as these.
+
     Raises:
-        UsageError: a value of another type, or out of range.
+        UsageError: a value of another type or out of range, or values that do not go together.
     """
 
-    model: str
-    output: Path
-    method: str = "moreau-gs"
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    granularity: str = "units"
-    ratio: float | None = None
-    attention_ratio: float | None = None
-    mlp_ratio: float | None = None
-    layers: tuple[int, int] | None = None
-    allocation: Literal["uniform", "global"] | None = None
-    normalize: Literal["zscore", "raw"] = "zscore"
-    min_keep: float = 0.1
-    contiguous: bool = False
-    round_to: int = 1
-    stock: bool = False
-    emit: Literal["mistral"] | None = None
-    compress: bool = False
-    compensate: bool = False
-    compensate_tokens: int = 65536
-    compensate_ridge: float | None = None
-    compensate_target: Literal["own", "stream"] | None = None
-    calibration: str | None = None
-    field: str = "text"
-    samples: int | None = None
-    seq_len: int | None = None
-    sampling: Literal["random", "first", "records"] = "random"
-    bos: Literal["auto", "always", "never"] = "auto"
-    seed: int = 0
-    micro_batch: int | None = None
-    dtype: str | None = None
-    device: str | None = None
-    evaluate: str | Literal[False] | None = None
-    max_shard_size: int = 5_000_000_000
-    gpu_memory: int | None = None
-    host_memory: int | None = None
-    scratch: Path | None = None
-    state_dtype: str = "float32"
-    resume: bool = False
-    reader: Literal["buffered", "direct"] = "buffered"
-    read_threads: int | None = None
-    overwrite: bool = False
-    trust_remote_code: bool = False
+    model: str = field(
+        metadata={"option": Option(values.source, "Model directory or hub id.", _FILES, resolved=True, card="never")}
+    )
+    output: Path = field(metadata={"option": Option(values.path, "Directory to make.", _FILES, changes_bytes=False)})
+    method: str = option("moreau-gs", values.text, "A row of `streamprune methods`.", _METHOD, card="always")
+    settings: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={
+            "option": Option(
+                values.settings,
+                "Numbers of the method, by name; `streamprune methods` lists them.",
+                _METHOD,
+                card="always",
+            )
+        },
+    )
+    granularity: str = option(
+        "units",
+        values.granularity,
+        "What goes: units (KV groups and MLP channels), layers, weights of each row, or all but N of M: 2:4, 4:8.",
+        _WHAT,
+        metavar="WHAT",
+        card="always",
+    )
+    ratio: float | None = option(
+        None,
+        values.number,
+        "Part of the prunable parameters to remove.",
+        _WHAT,
+        more="They are those of the prunable layers; N:M sets the ratio itself.",
+        shown="0.2, of weights 0.5",
+        card="always",
+        **_RATIO,
+    )
+    attention_ratio: float | None = option(
+        None, values.number, "Part of the KV groups to remove, apart from --ratio.", _WHAT, **_RATIO, **_UNITS
+    )
+    mlp_ratio: float | None = option(
+        None, values.number, "Part of the channels to remove, apart from --ratio.", _WHAT, **_RATIO, **_UNITS
+    )
+    layers: tuple[int, int] | None = option(
+        None,
+        values.layer_range,
+        "Prunable layers, end-exclusive.",
+        _WHAT,
+        shown="4:L-2, all of weights and with --stock",
+        card="never",  # what it came to is said above the recipe
+    )
+    allocation: Literal["uniform", "global"] | None = option(
+        None,
+        values.text,
+        "Units per layer: uniform, or global by comparing all layers.",
+        _WHAT,
+        shown="the method's own",
+        choices=("uniform", "global"),
+        listed=False,
+        **_UNITS,
+    )
+    normalize: Literal["zscore", "raw"] = option(
+        "zscore",
+        values.text,
+        "What global compares: zscore, or raw.",
+        _WHAT,
+        more="The scores' z-scores in each layer and kind of unit, or the scores themselves, per parameter.",
+        choices=("zscore", "raw"),
+        listed=False,
+        **_UNITS,
+    )
+    min_keep: float = option(
+        0.1,
+        values.number,
+        "Part of its units that a layer keeps.",
+        _WHAT,
+        more="It holds for each kind of unit, one at least, where the allocation is global.",
+        **_RATIO,
+        **_UNITS,
+    )
+    contiguous: bool = option(
+        False,
+        values.switch,
+        "Remove one run of layers.",
+        _WHAT,
+        more="It is that with the lowest sum of scores.",
+        only_for=("layers",),
+    )
+    round_to: int = option(
+        1, values.whole_number, "Make kept MLP widths multiples of this, such as 64.", _WHAT, minimum=1, **_UNITS
+    )
+    stock: bool = option(
+        False,
+        values.switch,
+        "One width for all layers: loads without any extra code.",
+        _FILES,
+        only_for=("units", "layers"),
+    )
+    emit: Literal["mistral"] | None = option(
+        None,
+        values.text,
+        "Write a bias-free Llama as Mistral (any head count).",
+        _FILES,
+        more="It goes with --stock.",
+        choices=("mistral",),
+        **_UNITS,
+    )
+    compress: bool = option(
+        False,
+        values.switch,
+        "Store 2:4 as sparse-24-bitmask, which only older readers know.",
+        _FILES,
+        more="It goes with --granularity 2:4; the format is that of compressed-tensors.",
+        only_for=("weights",),
+    )
+    compensate: bool = option(
+        False,
+        values.switch,
+        "Re-fit o and down to what is left of their inputs, by least squares.",
+        _REPAIR,
+        only_for=("units", "layers"),
+    )
+    compensate_tokens: int = option(
+        65536, values.whole_number, "Calibration tokens, at most.", _REPAIR, minimum=1, **_REPAIRED
+    )
+    compensate_ridge: float | None = option(
+        None,
+        values.number,
+        "λ over the mean of the Gram matrix's diagonal.",
+        _REPAIR,
+        more="Where there are more inputs than tokens, inputs per token if that is more.",
+        shown="0.001 or 0.1, by target own or stream",
+        minimum=0,
+        below=math.inf,
+        **_REPAIRED,
+    )
+    compensate_target: Literal["own", "stream"] | None = option(
+        None,
+        values.text,
+        "What is fitted: the layer's own output, or the dense model's residual stream.",
+        _REPAIR,
+        shown="stream where the family allows it",
+        choices=("own", "stream"),
+        listed=False,
+        **_REPAIRED,
+    )
+    calibration: str | None = option(
+        None,
+        values.source,
+        "FILE, directory, - or hub data set NAME[/CONFIG][:SPLIT].",
+        _TEXTS,
+        shown="prose in the package",
+        card="always",
+    )
+    field: str = option(
+        "text", values.text, "Field of the text, or of the conversation, in records and tables.", _TEXTS
+    )
+    samples: int | None = option(
+        None,
+        values.whole_number,
+        "Calibration sequences.",
+        _TEXTS,
+        shown="as in the method's paper, 10 of the prose in the package",
+        minimum=1,
+        card="always",
+    )
+    seq_len: int | None = option(
+        None,
+        values.whole_number,
+        "Tokens of a calibration sequence.",
+        _TEXTS,
+        shown="as in the method's paper, 128 of the prose in the package",
+        minimum=2,
+        because="one token predicts the next",
+        card="always",
+    )
+    sampling: Literal["random", "first", "records"] = option(
+        "random",
+        values.text,
+        "Seeded windows of the text, consecutive ones from its start, or the starts of seeded records.",
+        _TEXTS,
+        choices=("random", "first", "records"),
+        card="always",
+    )
+    bos: Literal["auto", "always", "never"] = option(
+        "auto",
+        values.text,
+        "Begin each sequence with BOS: where the tokenizer begins texts with it, always, or never.",
+        _TEXTS,
+        choices=("auto", "always", "never"),
+        card="always",
+    )
+    seed: int = option(
+        0, values.whole_number, "Seed of sampling, noise and random scores.", _TEXTS, minimum=0, card="always"
+    )
+    micro_batch: int | None = option(
+        None,
+        values.whole_number,
+        "Sequences computed at once.",
+        _MACHINE,
+        more="Sums differ by it in their last bits.",
+        shown="as many as make 2048 tokens",
+        minimum=1,
+    )
+    dtype: str | None = option(
+        None,
+        values.dtype,
+        "Compute dtype.",
+        _MACHINE,
+        shown="float32 on a CPU, the stored one on a GPU",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        resolved=True,
+    )
+    device: str | None = option(
+        None,
+        values.device,
+        "cpu, cuda or cuda:N.",
+        _MACHINE,
+        shown="the GPU if there is one",
+        resolved=True,
+        card="never",
+    )
+    evaluate: str | Literal[False] | None = option(
+        None,
+        values.source_or_off,
+        "Text for perplexity before and after, as --calibration.",
+        _TEXTS,
+        shown="held-out prose in the package",
+        changes_bytes=False,
+    )
+    max_shard_size: int = option(
+        5_000_000_000, values.size, "Size of an output file, at most.", _FILES, shown="5GB", minimum=1, card="never"
+    )
+    gpu_memory: int | None = option(
+        None,
+        values.size,
+        "What the run may hold on the GPU, such as 20GiB.",
+        _MACHINE,
+        more="What a budget leaves over keeps layers, so that they are read less often.",
+        shown="what is free",
+        minimum=1,
+        **_ON_MACHINE,
+    )
+    host_memory: int | None = option(
+        None, values.size, "What its process may hold.", _MACHINE, shown="what is free", minimum=1, **_ON_MACHINE
+    )
+    scratch: Path | None = option(  # noqa: RUF009, it makes a field, as `dataclasses.field` does
+        None,
+        values.path,
+        "Directory for what fits in neither.",
+        _MACHINE,
+        more="These are hidden states, and what a method keeps between sweeps.",
+        **_ON_MACHINE,
+    )
+    state_dtype: str = option(
+        "float32",
+        values.dtype,
+        "Dtype of what a method keeps between sweeps: float32, or bfloat16 in half the bytes.",
+        _MACHINE,
+        choices=("float32", "bfloat16"),
+        listed=False,
+    )
+    resume: bool = option(
+        False,
+        values.switch,
+        "Go on where the same command with --resume stopped; or begin one.",
+        _FILES,
+        more="The journal lies beside the output until that is there.",
+        changes_bytes=False,
+    )
+    reader: Literal["buffered", "direct"] = option(
+        "buffered",
+        values.text,
+        "buffered, or direct around the page cache.",
+        _MACHINE,
+        more="Buffered reads go around it too, for layers that it cannot keep.",
+        choices=("buffered", "direct"),
+        listed=False,
+        **_ON_MACHINE,
+    )
+    read_threads: int | None = option(
+        None,
+        values.whole_number,
+        "Threads that read.",
+        _MACHINE,
+        shown="2, and 4 beside a GPU",
+        minimum=2,
+        maximum=8,
+        **_ON_MACHINE,
+    )
+    overwrite: bool = option(False, values.switch, "Replace the output directory.", _FILES, changes_bytes=False)
+    trust_remote_code: bool = option(
+        False, values.switch, "Run code that the model's directory brings.", _FILES, card="never"
+    )
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            given = getattr(self, each.name)
-            if given is not None or each.default is not None:
-                object.__setattr__(self, each.name, TYPES[each.name](_flag(each.name), given))
-        self._check_choices()
-        self._check_numbers()
+            object.__setattr__(self, each.name, taken(each, getattr(self, each.name)))
+        refuse_idle(self, self.target, f"--granularity {self.granularity}")
         self._check_combinations()
         if self.ratio is None:
             n_of_m = self.n_of_m
@@ -178,55 +343,13 @@ class PruneConfig:
     @property
     def n_of_m(self) -> tuple[int, int] | None:
         """(N, M) where N of every M weights stay."""
-        match = N_OF_M.fullmatch(self.granularity)
-        return (int(match[1]), int(match[2])) if match else None
+        return values.n_of_m(self.granularity)
 
     @property
     def target(self) -> Target:
         """What is removed, without the pattern."""
         targets: dict[str, Target] = {"units": "units", "layers": "layers"}
         return targets.get(self.granularity, "weights")
-
-    def _check_choices(self) -> None:
-        if self.granularity not in DEFAULT_RATIOS:
-            n_of_m = self.n_of_m
-            if n_of_m is None or not 0 < n_of_m[0] < n_of_m[1] <= MOST_M:
-                raise UsageError(
-                    f"--granularity {self.granularity}: choose units, layers, weights, or N:M with N below M, "
-                    f"M at most {MOST_M} (2:4)"
-                )
-        for name, choices in CHOICES.items():
-            value = getattr(self, name)
-            if value is not None and value not in choices:
-                raise UsageError(f"{_flag(name)} {value}: choose {' or '.join(choices)}")
-        if self.emit not in (None, "mistral"):
-            raise UsageError(f"--emit {self.emit}: only mistral can be written")
-
-    def _check_numbers(self) -> None:
-        for name in ("ratio", "attention_ratio", "mlp_ratio", "min_keep"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise UsageError(f"{_flag(name)} {value}: must be at least 0 and below 1")
-        for name in (
-            "samples",
-            "round_to",
-            "micro_batch",
-            "max_shard_size",
-            "compensate_tokens",
-            "gpu_memory",
-            "host_memory",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{_flag(name)} {value}: must be at least 1")
-        if self.compensate_ridge is not None and not 0 <= self.compensate_ridge < math.inf:
-            raise UsageError(f"--compensate-ridge {self.compensate_ridge}: must be at least 0 and finite")
-        if self.read_threads is not None and not 2 <= self.read_threads <= 8:
-            raise UsageError(f"--read-threads {self.read_threads}: must be 2 to 8")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed {self.seed}: must be at least 0 and below 2^63")
-        if self.seq_len is not None and self.seq_len < 2:
-            raise UsageError(f"--seq-len {self.seq_len}: must be at least 2, one token predicts the next")
 
     def _check_combinations(self) -> None:
         if self.calibration in STANDARD_INPUT and self.evaluate in STANDARD_INPUT:
@@ -235,16 +358,6 @@ class PruneConfig:
             raise UsageError(f"--emit {self.emit} writes one width for all layers: pass --stock with it")
         if self.n_of_m is not None and self.ratio not in (None, 1 - self.n_of_m[0] / self.n_of_m[1]):
             raise UsageError(f"--ratio does not go with --granularity {self.granularity}, which sets it; leave it out")
-        for name, targets in ONLY_FOR.items():
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default and self.target not in targets:
-                raise UsageError(
-                    f"{_flag(name)} does not go with --granularity {self.granularity}, only with "
-                    f"{' and '.join(targets)}; leave it out"
-                )
-        for name in ("compensate_tokens", "compensate_ridge", "compensate_target"):
-            if not self.compensate and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise UsageError(f"{_flag(name)} means something with --compensate only; add that, or leave it out")
         if self.compensate and self.target == "layers" and self.compensate_target == "own":
             raise UsageError(
                 "--compensate-target own: layers that go leave no output of their own; leave it out with layers"
@@ -261,7 +374,3 @@ class PruneConfig:
             raise UsageError(
                 "--allocation global has one budget for all kinds of unit: leave --attention-ratio and --mlp-ratio out"
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

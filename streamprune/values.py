@@ -18,6 +18,7 @@ STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 SIZE_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SIZE_UNITS |= {"TB": 10**12, "": 1}
 MOST = 2**63
+MOST_M = 64  # of N:M; beyond, weights of a row are as good
 SHOWN = 100  # characters of a value in a message
 
 
@@ -123,6 +124,24 @@ def device(flag: str, value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"cuda:{value}"
     return str(value) if type(value).__name__ == "device" else text(flag, value)
+
+
+def granularity(flag: str, value: Any) -> str:
+    """The name of what goes: "units", "layers", "weights", or "N:M"."""
+    name = text(flag, value)
+    if name not in ("units", "layers", "weights"):
+        pattern = n_of_m(name)
+        if pattern is None or not 0 < pattern[0] < pattern[1] <= MOST_M:
+            raise UsageError(
+                f"{flag} {name}: choose units, layers, weights, or N:M with N below M, M at most {MOST_M} (2:4)"
+            )
+    return name
+
+
+def n_of_m(name: str) -> tuple[int, int] | None:
+    """(N, M) of a granularity "N:M"; None of another one."""
+    match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def settings(flag: str, value: Any) -> dict[str, Any]:

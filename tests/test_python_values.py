@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from streamprune import PruneConfig, prune
-from streamprune.config import TYPES
 from streamprune.errors import UsageError
 from streamprune.pipeline.progress import Progress
 
@@ -133,10 +132,6 @@ def test_values_of_another_type_are_refused_by_option_and_value(name, given):
     message = str(refused.value)
     assert "\n" not in message
     assert f"--{name.replace('_', '-')} " in message
-
-
-def test_every_field_has_a_type():
-    assert set(TYPES) == set(PruneConfig.__dataclass_fields__)
 
 
 def test_a_run_with_such_values_ends_with_its_facts_on_disk(tiny_llama, tmp_path):

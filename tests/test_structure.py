@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Bottom to top; a room may import rooms of earlier rows only. A module beside the rooms counts as one.
 ROWS = (
     ("errors", "figures", "kernels"),
-    ("values", "storage"),
+    ("schema", "values", "storage"),
     ("config", "model", "texts"),
     ("streaming",),
     ("methods", "recovery", "output"),

@@ -8,14 +8,14 @@ from dataclasses import fields
 from typing import Any
 
 from streamprune.config import PruneConfig
-from streamprune.figures import human as human
 from streamprune.figures import table
 from streamprune.output.form import OutputForm
+from streamprune.schema import default_of
 from streamprune.texts import sources
 
 
-def model_card(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
-    """README.md of an output of this form, from the contents of its streamprune.json."""
+def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[PruneConfig] = PruneConfig) -> str:
+    """README.md of an output of this form, from the contents of its streamprune.json and the class of its config."""
     kind = "sparse" if "zeros" in facts else "structured-pruning"
     tags = ["pruned", kind, "streamprune", *(["custom_code"] if form.own_code else [])]
     head = ["---", "library_name: transformers", f"base_model: {json.dumps(facts['base_model'])}"]
@@ -35,7 +35,7 @@ def model_card(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
         f"Layers {facts['layers'][0]}:{facts['layers'][1]}, with these options; `streamprune.json` also holds the "
         "units that stayed, the versions and hashes of the source and of the token ids.",
         "",
-        *(f"- `{name}`: {value}" for name, value in _recipe(facts).items()),
+        *(f"- `{name}`: {value}" for name, value in _recipe(facts, config).items()),
         "",
         "## Loading",
         "",
@@ -92,30 +92,14 @@ def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
     return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
 
 
-# Options that do not make the result another one, and those that say something in every recipe.
-_UNSAID = (
-    "model",
-    "output",
-    "overwrite",
-    "resume",
-    "device",
-    "evaluate",
-    "max_shard_size",
-    "trust_remote_code",
-    "layers",
-)
-MACHINE = ("gpu_memory", "host_memory", "scratch", "reader", "read_threads")  # change no byte
-_ALWAYS = ("method", "granularity", "ratio", "settings", "calibration", "samples", "seq_len", "sampling", "bos", "seed")
-
-
-def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _recipe(facts: Mapping[str, Any], config: type[PruneConfig]) -> dict[str, Any]:
     """The options that decide the result and were given, or say something in any case, one line each."""
-    options, defaults = facts["options"], {field.name: field.default for field in fields(PruneConfig)}
-    recipe = {
-        name: value
-        for name, value in options.items()
-        if name not in (*_UNSAID, *MACHINE) and value is not None and (name in _ALWAYS or value != defaults.get(name))
-    }
+    options, recipe = facts["options"], {}
+    for each in fields(config):
+        value, said = options[each.name], each.metadata["option"]
+        wanted = said.card == "always" or (said.card == "given" and value != default_of(each))
+        if said.changes_bytes and wanted and value is not None:
+            recipe[each.name] = value
     if options["attention_ratio"] is not None and options["mlp_ratio"] is not None:
         del recipe["ratio"]  # the two set everything
     recipe["settings"] = ", ".join(

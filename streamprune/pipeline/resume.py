@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,8 +14,8 @@ from streamprune.config import PruneConfig
 from streamprune.errors import JournalError
 from streamprune.figures import human
 from streamprune.model.skeleton import Skeleton
-from streamprune.output.card import MACHINE
 from streamprune.pipeline.progress import Progress
+from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import byte_view
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
 
@@ -57,9 +56,10 @@ def _fingerprint(
     config: PruneConfig, skeleton: Skeleton, ids: Tensor | None, repair_ids: Tensor | None
 ) -> dict[str, str | None]:
     """What decides the bytes that come out: options, versions, tokens, and the source's headers, sizes and dates."""
-    elsewhere = ("model", "output", "overwrite", "resume", "evaluate", "dtype", "device", *MACHINE)
     options = {
-        f"--{name.replace('_', '-')}": str(value) for name, value in asdict(config).items() if name not in elsewhere
+        flag_of(name): str(getattr(config, name))
+        for name, said in options_of(config).items()
+        if said.changes_bytes and not said.resolved
     }
     source = hashlib.sha256(repr(sorted(skeleton.checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
     source.update((skeleton.checkpoint.path / "config.json").read_bytes())

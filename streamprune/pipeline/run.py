@@ -120,7 +120,7 @@ def prune(
         facts["peak_rss"] = peak_rss()
         write_json(directory / OWN_FILE, facts)
         (directory / "README.md").write_text(
-            model_card(facts, written.form), encoding="utf-8", errors="backslashreplace"
+            model_card(facts, written.form, type(config)), encoding="utf-8", errors="backslashreplace"
         )
     if journal_directory is not None:
         remove_journal(journal_directory)
