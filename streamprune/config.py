@@ -48,8 +48,9 @@ class PruneConfig:
         metadata={
             "option": Option(
                 values.settings,
-                "Numbers of the method, by name; `streamprune methods` lists them.",
+                "A number of the method; repeatable.",
                 _METHOD,
+                more="`streamprune methods` lists them.",
                 card="always",
             )
         },

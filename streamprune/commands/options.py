@@ -12,7 +12,7 @@ import click
 from streamprune import values
 from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
-from streamprune.schema import Option, default_of, flag_of
+from streamprune.schema import Option, default_of, flag_of, options_of
 
 
 class LayerRange(click.ParamType):
@@ -64,7 +64,7 @@ CLICK_TYPES: Mapping[Callable[[str, Any], Any], Any] = {
 INSTEAD = {
     "settings": (
         click.option(
-            "--set", "assignments", multiple=True, metavar="NAME=VALUE", help="A number of the method; repeatable."
+            "--set", "assignments", multiple=True, metavar="NAME=VALUE", help=options_of(PruneConfig)["settings"].help
         ),
         click.option("--no-bias", is_flag=True, help="flap: no biases in the place of what goes."),
     )
