@@ -16,7 +16,7 @@ import click
 
 from streamprune import PruneConfig, prune
 from streamprune.figures import table
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.streaming.perplexity import perplexity
 from streamprune.texts.corpus import open_corpus
 from streamprune.texts.documents import embedded
@@ -29,7 +29,7 @@ def perplexities(model: Path, data: Path | None) -> dict[str, float]:
     """By "text, beginning"."""
     sources = {"prose": embedded("heldout")} | ({"wikitext2": data / "wikitext2-test.txt"} if data else {})
     values = {}
-    with open_model(str(model), pruned=True) as sweeper:
+    with Source(str(model), decompress=True).open() as sweeper:
         for name, source in sources.items():
             for bos in BEGINNINGS:
                 segments = open_corpus(model, source, bos=bos).segments(128, None, most=100)

@@ -87,13 +87,13 @@ def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dic
     from streamprune.figures import peak_rss
     from streamprune.methods.table import METHODS as TABLE
     from streamprune.methods.table import UnitScores, resolve_settings
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch
 
     baseline = peak_rss()
     before = _io("rchar")
-    with open_model(str(path), device=device, micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
+    with Source(str(path), device=device, micro_batch=default_micro_batch(SEQ_LEN)).open() as sweeper:
         if keep:
             sweeper.pager.slots = sweeper.n_layers
         checkpoint = sweeper.skeleton.checkpoint

@@ -36,14 +36,14 @@ def one(path: str, method: str, granularity: str) -> dict[str, Any]:
     from streamprune.config import PruneConfig
     from streamprune.figures import peak_rss
     from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores, WeightPruner, resolve_settings
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch
 
     baseline = peak_rss()
     config = PruneConfig(model=path, output=Path("unused"), method=method, granularity=granularity)
     scope = "matrices" if config.target == "weights" else "units"
-    with open_model(path, device="cpu", micro_batch=default_micro_batch(SEQ_LEN), scope=scope) as sweeper:
+    with Source(path, device="cpu", micro_batch=default_micro_batch(SEQ_LEN), scope=scope).open() as sweeper:
         ids, layers = token_ids(Path(path)), range(sweeper.n_layers)
         statistics = Statistics(sweeper, ids, layers, 0)
         n, m = config.n_of_m or (0, 0)

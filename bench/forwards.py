@@ -41,11 +41,11 @@ Pass = Callable[[], float]
 
 def streamed(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass, list[Path]]:
     """Our sweep."""
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.sweeper import default_micro_batch
 
     dtype = stored_dtype(model) if stored else "float32"
-    opened = open_model(model, device="cpu", dtype=dtype, micro_batch=default_micro_batch(SEQ_LEN))
+    opened = Source(model, device="cpu", dtype=dtype, micro_batch=default_micro_batch(SEQ_LEN)).open()
     sweeper = opened.__enter__()
     return lambda: sweeper.head_loss(sweeper.forward(ids), ids, with_grad=False)[0], files(Path(model))
 

@@ -26,7 +26,7 @@ from streamprune.commands import demo
 from streamprune.figures import table
 from streamprune.methods.table import METHODS, UnitScores, resolve_settings
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.storage.journal import Key
 from streamprune.storage.tensor_store import Memory, make_store
 from streamprune.streaming.statistics import Statistics
@@ -78,7 +78,7 @@ def spearman(one: Tensor, other: Tensor) -> float:
 def scores_of(model: str, method: str, given: dict[str, Any], dtype: str) -> tuple[UnitScores, float]:
     """Scores of units, and seconds."""
     settings = resolve_settings(method, given, "units")
-    with open_model(model, device="cpu", micro_batch=default_micro_batch(128)) as sweeper:
+    with Source(model, device="cpu", micro_batch=default_micro_batch(128)).open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, embedded("calibration"))
         ids = corpus.sequences(10, 128, "first", 0)
         store = (lambda name: RowScaled()) if dtype == "int8" else partial(make_store, dtype=dtype)

@@ -20,7 +20,7 @@ import click
 import torch
 
 from streamprune.figures import table
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.storage.reader import ReaderKind
 from streamprune.streaming.pager import Page, Pager, Turn
 
@@ -82,7 +82,7 @@ def main(
     """Measure, print the table, and write JSON."""
     rows = [["tokens", "sweep, s", "reading alone", "computing alone", "sweep / longer one", "and one layer"]]
     figures = []
-    with open_model(model, device=device, micro_batch=16, reader=reader) as sweeper, torch.no_grad():
+    with Source(model, device=device, micro_batch=16, reader=reader).open() as sweeper, torch.no_grad():
         pager, layers = sweeper.pager, sweeper.n_layers
         forget = sweeper.skeleton.checkpoint.files if cold else []
         for count in tokens:

@@ -34,13 +34,13 @@ def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     from streamprune.output import companions
     from streamprune.pipeline.job import Job
     from streamprune.pipeline.progress import Progress
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.planning.decision import make_plan
     from streamprune.streaming.sweeper import default_micro_batch
 
     config = PruneConfig(model=model, output=Path(output), method=method, granularity=pattern)
     settings = resolve_settings(method, {}, "weights")
-    with open_model(model, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices") as sweeper:
+    with Source(model, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices").open() as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         Path(output).mkdir()
         beside = companions.prepare(plan.form)
@@ -85,11 +85,11 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def perplexity(model: str, data: Path) -> float:
     """Streamed, of the test split."""
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.perplexity import perplexity
     from streamprune.texts.corpus import open_corpus
 
-    with open_model(model) as sweeper:
+    with Source(model).open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-test.txt")
         return perplexity(sweeper, corpus.segments(128, 100)).perplexity
 

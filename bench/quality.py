@@ -100,7 +100,7 @@ def measure(job: dict[str, Any]) -> None:
     from streamprune.pipeline.batches import REPAIR_SEQ_LEN
     from streamprune.pipeline.job import Job
     from streamprune.pipeline.progress import Progress
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.planning.decision import make_plan
     from streamprune.streaming.device import peaks
     from streamprune.streaming.sweeper import default_micro_batch
@@ -110,7 +110,7 @@ def measure(job: dict[str, Any]) -> None:
     scores = None
     first = next(iter(job["settings"].values()))
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
-    with open_model(job["model"], dtype=DTYPE, scope=scope) as sweeper:
+    with Source(job["model"], dtype=DTYPE, scope=scope).open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
         samples, seq_len = (10, 128) if "inputs" not in method.needs else (128, 512)
         ids = corpus.sequences(samples, seq_len, "first", 0)
@@ -155,12 +155,12 @@ def device_name(device: Any) -> str:
 
 def perplexities(directory: str, data: Path) -> dict[str, float]:
     """Of the three texts, streamed."""
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.perplexity import perplexity
     from streamprune.texts.corpus import open_corpus
 
     values = {}
-    with open_model(directory, dtype=DTYPE, pruned=True) as pruned:
+    with Source(directory, dtype=DTYPE, decompress=True).open() as pruned:
         for name, (file, seq_len, samples) in TEXTS.items():
             corpus = open_corpus(pruned.skeleton.checkpoint.path, data / f"{file}.txt")
             values[name] = perplexity(pruned, corpus.segments(seq_len, samples)).perplexity

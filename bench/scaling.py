@@ -55,11 +55,11 @@ def one(path: Path, place: Literal["device", "scratch"]) -> dict[str, Any]:
     """A pair of sweeps in this process."""
     from streamprune.figures import peak_rss
     from streamprune.methods.table import METHODS, UnitScores, resolve_settings
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch
 
-    with open_model(str(path), device="cpu", micro_batch=default_micro_batch(SEQ_LEN)) as sweeper:
+    with Source(str(path), device="cpu", micro_batch=default_micro_batch(SEQ_LEN)).open() as sweeper:
         sweeper.place, sweeper.scratch = place, path.parent
         checkpoint, vocabulary = sweeper.skeleton.checkpoint, sweeper.skeleton.config.vocab_size
         ids = torch.randint(0, vocabulary, (SAMPLES, SEQ_LEN), generator=torch.Generator().manual_seed(1))

@@ -33,11 +33,11 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     from end_to_end import memory
 
     from streamprune.methods.table import METHODS, UnitScores, resolve_settings
-    from streamprune.pipeline.source import open_model
+    from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
 
     device, taken, runs = job["device"], [], []
-    with open_model(job["model"], device=device, micro_batch=2) as sweeper:
+    with Source(job["model"], device=device, micro_batch=2).open() as sweeper:
         sweeper.place, sweeper.scratch = job["place"], Path(job["scratch"])
         generator = torch.Generator().manual_seed(1)
         shape = (max(1, job["tokens"] // SEQ_LEN), SEQ_LEN)

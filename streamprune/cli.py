@@ -30,7 +30,7 @@ from streamprune.output.card import perplexity_cells, sizes
 from streamprune.pipeline.batches import check_length, check_tokens
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.run import foretell, prune
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.planning.rates import CARDS
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import default_micro_batch
@@ -161,15 +161,14 @@ def evaluate_command(
         raise UsageError("--seq-len must be at least 2, --samples and --micro-batch at least 1")
     with (
         _progress(quiet, json_progress) as progress,
-        open_model(
+        Source(
             model,
             device=device,
             dtype=dtype,
             micro_batch=micro_batch or default_micro_batch(seq_len),
-            pruned=True,
+            decompress=True,
             trust_remote_code=trust_remote_code,
-            progress=progress,
-        ) as sweeper,
+        ).open(progress) as sweeper,
     ):
         for note in sweeper.skeleton.notes:
             progress.say(note)

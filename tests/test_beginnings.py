@@ -17,7 +17,7 @@ from streamprune.errors import CalibrationError, UsageError
 from streamprune.pipeline import batches
 from streamprune.pipeline.resume import hash_ids
 from streamprune.pipeline.run import prune
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.texts.corpus import Corpus, open_corpus, sample_sequences
 from streamprune.texts.documents import Documents, embedded_text
 from streamprune.texts.tokenizer import beginning, chat_renderer, load_tokenizer
@@ -224,7 +224,7 @@ def test_calibration_repair_and_evaluation_all_begin_with_it(gemma, tmp_path):
         card = (tmp_path / bos / "README.md").read_text()
         assert f"`bos`: {bos}" in card
         assert json.loads((tmp_path / bos / "streamprune.json").read_text())["options"]["bos"] == bos
-        with open_model(str(gemma), device="cpu") as sweeper:
+        with Source(str(gemma), device="cpu").open() as sweeper:
             tokens = batches.open_texts(config, sweeper.skeleton).tokens(config, sweeper.skeleton)
         parts = (tokens.calibration, tokens.repair, tokens.evaluation)
         assert [tuple(ids.shape) for ids in parts] == [(2, 16), (4, 64), (100, 64)]

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from streamprune.errors import CalibrationError, CheckpointError
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.texts.corpus import Corpus, sample_sequences
 from streamprune.texts.documents import Documents, embedded_text
@@ -220,7 +220,7 @@ def test_perplexity_equals_that_of_transformers(family, group, measured, monkeyp
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).double(), segments[:, 1:].flatten())
         own = torch.stack([model(s[None], labels=s[None]).loss for s in segments]).double().mean()
     assert own.item() == pytest.approx(expected.item(), rel=1e-6), "the reference is transformers' own loss"
-    with open_model(str(path), device="cpu", dtype="float64", micro_batch=2) as sweeper:
+    with Source(str(path), device="cpu", dtype="float64", micro_batch=2).open() as sweeper:
         sweeps = sweeps_needed(sweeper, segments)
         assert sweeps == {None: 1, 1: 7, 3: 3, 100: 1}[group]
         checkpoint = sweeper.skeleton.checkpoint
@@ -238,7 +238,7 @@ def test_perplexity_is_independent_of_groups_and_micro_batches(measured, monkeyp
     losses = []
     for hidden, micro_batch in ((2 << 30, 5), (2 << 30, 2), (1, 1), (2 * 13 * 48 * 8, 3)):
         monkeypatch.setattr("streamprune.streaming.perplexity.HIDDEN_BYTES", hidden)
-        with open_model(str(path), device="cpu", dtype="float64", micro_batch=micro_batch) as sweeper:
+        with Source(str(path), device="cpu", dtype="float64", micro_batch=micro_batch).open() as sweeper:
             losses.append(perplexity(sweeper, segments).loss)
     assert max(losses) - min(losses) <= 1e-7 * losses[0]
 
@@ -248,7 +248,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     model.save_pretrained(tmp_path)
-    with open_model(str(tmp_path), device="cpu", dtype="float64") as sweeper:
+    with Source(str(tmp_path), device="cpu", dtype="float64").open() as sweeper:
         result = perplexity(sweeper, token_ids())
     assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-12)
 
@@ -258,7 +258,7 @@ def test_a_loss_beyond_the_range_of_floats_is_an_infinite_perplexity(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
     model.save_pretrained(tmp_path)
-    with open_model(str(tmp_path), device="cpu", dtype="float64") as sweeper:
+    with Source(str(tmp_path), device="cpu", dtype="float64").open() as sweeper:
         result = perplexity(sweeper, token_ids())
     assert result.loss > 710
     assert math.isinf(result.perplexity)

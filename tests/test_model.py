@@ -10,7 +10,7 @@ from streamprune import PruneConfig, prune
 from streamprune.commands import demo
 from streamprune.commands.verify import verify
 from streamprune.methods.table import METHODS, UnitScores, resolve_settings
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.streaming.statistics import Statistics
 
 MODEL = demo.default_cache() / demo.MODEL_NAME
@@ -57,7 +57,7 @@ def test_taylor_keeps_what_random_loses(pruned, tmp_path):
 
 
 def test_a_sweep_reads_the_layers_bytes_and_no_more():
-    with open_model(str(MODEL), micro_batch=2) as sweeper:
+    with Source(str(MODEL), micro_batch=2).open() as sweeper:
         ids = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(0))
         statistics = Statistics(sweeper, ids, range(4, 28), seed=0)
         statistics.gradients(lambda *tensors: None)  # loads what torch and transformers import on first use

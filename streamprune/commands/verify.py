@@ -27,7 +27,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, kept_lines, module_of
 from streamprune.output import sparse24
 from streamprune.output.ragged import modeling_source, ragged_config_fields
-from streamprune.pipeline.source import open_model
+from streamprune.pipeline.source import Source
 from streamprune.storage.checkpoint import Checkpoint, read_config, read_json
 from streamprune.streaming.hidden_states import States, whole
 from streamprune.streaming.sweeper import Visit
@@ -159,9 +159,9 @@ def _compare(model: str, directory: Path, change: Change, is_ragged: bool, trust
     """
     with (
         _FreshProcess(directory, is_ragged or trust_remote_code, trust_remote_code) as pruned,
-        open_model(
+        Source(
             model, device="cpu", dtype="float32", micro_batch=SEQUENCES, trust_remote_code=trust_remote_code
-        ) as sweeper,
+        ).open() as sweeper,
     ):
         skeleton = sweeper.skeleton
         if change.kept is not None and max(change.kept, default=0) >= len(skeleton.layers):

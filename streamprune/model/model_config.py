@@ -62,7 +62,7 @@ def empty_model(
     fields: Mapping[str, Any],
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    attentions: Callable[[str], bool],
     trust_remote_code: bool = False,
 ) -> tuple[Any, list[str]]:
     """The whole model on meta, in evaluation mode, and what there is to say of it.
@@ -72,13 +72,13 @@ def empty_model(
 
     Args:
         path: of the model directory. fields: its config.json.
-        dtype, device: what the model is to run in.
+        dtype: what the model is to compute in. attentions: whether an implementation of that name runs there.
 
     Raises:
         CheckpointError: what transformers cannot build a model from, by the field.
     """
     asked = config._attn_implementation
-    if asked in (None, "eager") or _may_attend(asked, dtype, device):
+    if asked in (None, "eager") or attentions(asked):
         try:
             return _build(config, dtype, trust_remote_code).eval(), []
         except Exception:  # transformers raises many kinds; if it is not the attention, so does what follows
@@ -106,14 +106,6 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
         return AutoModelForCausalLM.from_config(
             config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
-
-
-def _may_attend(asked: str, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether an attention that transformers may have takes this dtype on this device.
-
-    On a CPU flex_attention has no backward, and the kernels of others take half precision only.
-    """
-    return asked == "sdpa" or (device.type != "cpu" and (asked == "flex_attention" or dtype.itemsize == 2))
 
 
 def _check_counts(file: Path, fields: Mapping[str, Any]) -> None:

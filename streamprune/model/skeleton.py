@@ -24,7 +24,7 @@ from streamprune.model import contents
 from streamprune.model.families import Family, Piece, family_of, geometry_of, layer_geometry
 from streamprune.model.model_config import empty_model, load_config, naming_the_field
 from streamprune.model.units import Geometry, KeptUnits, all_units
-from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, is_finite
+from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, check_finite
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Skeleton:
     Args:
         checkpoint: read for embeddings, final norm and head.
         dtype: compute dtype of those and of the layers.
-        device: where they live.
+        device: where they live. attentions: whether an implementation of attention runs there, by its name.
         load: read embeddings, final norm and head; without, sizes are known and nothing can be run.
 
     Attributes:
@@ -78,6 +78,7 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        attentions: Callable[[str], bool] = lambda name: name == "sdpa",
         trust_remote_code: bool = False,
         load: bool = True,
     ) -> None:
@@ -89,7 +90,7 @@ class Skeleton:
             checkpoint.path,
             checkpoint.config,
             dtype=dtype,
-            device=device,
+            attentions=attentions,
             trust_remote_code=trust_remote_code,
         )
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.layers))
@@ -296,10 +297,7 @@ class Skeleton:
         """Fill in everything outside the layers, and tie the head where the config says so."""
         for name, entry in self._rest.items():
             value = self.checkpoint.read(entry.name)
-            if not is_finite(value):
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: {entry.name} holds NaN or infinite values; download or export it again"
-                )
+            check_finite(self.checkpoint.path, entry.name, value)
             set_module_tensor_to_device(self.model, name, self.device, value, dtype=self.dtype)
         self.untied = self._own_head()
         if not self.untied:

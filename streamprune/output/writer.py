@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from streamprune.errors import CheckpointError
 from streamprune.output.form import OutputForm
-from streamprune.storage.checkpoint import byte_view, is_finite
+from streamprune.storage.checkpoint import byte_view, check_finite
 from streamprune.storage.shards import ShardedWriter
-from streamprune.streaming.binder import check_finite
+from streamprune.streaming.device import at_once
 from streamprune.streaming.pager import Page, Pager
 
 WRITERS = 4  # tensors of a layer that are cut and written at the same time
@@ -64,8 +63,9 @@ class OutputWriter:
         prefix = self.skeleton.layer_prefix(page.layer)
 
         def put(name: str) -> None:
-            check_finite(self.skeleton.checkpoint.path, page.layer, name, page.tensors[name])
-            self.put(prefix + name, page.tensors[name], made.get(name))
+            tensor = page.tensors[name]
+            check_finite(self.skeleton.checkpoint.path, f"layer {page.layer}, {name}", tensor, at_once(tensor))
+            self.put(prefix + name, tensor, made.get(name))
 
         # Hashing, cutting and writing all let other threads run, and take turns at being the slowest.
         writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="streamprune-writer")
@@ -110,10 +110,7 @@ class OutputWriter:
         for name in checkpoint.tensors:
             if name not in self._digests:
                 tensor = checkpoint.read(name)
-                if not is_finite(tensor):
-                    raise CheckpointError(
-                        f"{checkpoint.path}: {name} holds NaN or infinite values; download or export it again"
-                    )
+                check_finite(checkpoint.path, name, tensor)
                 self.put(name, tensor)
         digests = self._digests
         return hashlib.sha256("\n".join(f"{name} {digests[name]}" for name in sorted(digests)).encode()).hexdigest()

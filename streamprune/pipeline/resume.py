@@ -7,7 +7,6 @@ import importlib.metadata
 import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from streamprune.config import PruneConfig
@@ -18,6 +17,7 @@ from streamprune.pipeline.progress import Progress
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import byte_view
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
+from streamprune.streaming.device import device_name
 
 
 def open_journal(
@@ -67,9 +67,7 @@ def _fingerprint(
         source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
     versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
     tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
-    gpu = skeleton.device.type == "cuda"
-    device = torch.cuda.get_device_name(skeleton.device) if gpu else f"cpu, {torch.get_num_threads()} threads"
-    compute = {"compute dtype": str(skeleton.dtype), "compute device": device}
+    compute = {"compute dtype": str(skeleton.dtype), "compute device": device_name(skeleton.device)}
     return {**options, **versions, **tokens, **compute, "source": source.hexdigest()}
 
 

@@ -27,7 +27,7 @@ from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.source import compute_device, open_model
+from streamprune.pipeline.source import Source
 from streamprune.planning import rates
 from streamprune.planning.decision import Plan, describe, form_class, make_plan
 from streamprune.planning.placement import Placement, choose_placement, forecast_table, placement_line
@@ -41,6 +41,7 @@ from streamprune.storage.directory import (
     write_json,
 )
 from streamprune.storage.journal import remove_journal
+from streamprune.streaming.device import card, compute_device, is_gpu
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -210,17 +211,17 @@ def _source(
     config: PruneConfig, progress: Progress | None = None, *, planned: torch.device | None = None
 ) -> AbstractContextManager[Sweeper]:
     """The model that is pruned, opened as the options say."""
-    return open_model(
+    source = Source(
         config.model,
         device=config.device,
         dtype=config.dtype,
         scope="units" if config.target == "units" else "matrices",
         trust_remote_code=config.trust_remote_code,
-        progress=progress,
         reader=config.reader,
         read_threads=config.read_threads,
         planned=planned,
     )
+    return source.open(progress)
 
 
 def _settle(
@@ -228,7 +229,7 @@ def _settle(
 ) -> Placement:
     """Decide where things stay, and tell the sweeper; `to_come` is what the process does not hold yet, in bytes."""
     skeleton = sweeper.skeleton
-    loaded = skeleton.resident_bytes if skeleton.loaded and skeleton.device.type == "cpu" else 0
+    loaded = skeleton.resident_bytes if skeleton.loaded and not is_gpu(skeleton.device) else 0
     baseline = psutil.Process().memory_info().rss - loaded + to_come
     placement = choose_placement(sweeper, config, settings, plan, work, baseline=baseline)
     if config.scratch is not None and skeleton.loaded:
@@ -251,7 +252,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     settings = resolve_settings(config.method, config.settings, config.target)
     planned = None if measure else compute_device(config.device)
     if assume is not None:
-        planned = torch.device("cuda")
+        planned = card()
         config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
@@ -283,14 +284,13 @@ def _perplexity_after(
 ) -> float:
     with (
         form.readable(directory) as readable,
-        open_model(
+        Source(
             str(readable),
             device=config.device,
             dtype=config.dtype,
             trust_remote_code=config.trust_remote_code,
-            progress=progress,
             read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
-        ) as pruned,
+        ).open(progress) as pruned,
     ):
         return _perplexity(pruned, segments, "after", progress)
 

@@ -4,83 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from streamprune.errors import CheckpointError, UsageError
+from streamprune.errors import CheckpointError
 from streamprune.model.skeleton import Skeleton
 from streamprune.output import sparse24
 from streamprune.pipeline.progress import Progress
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
 from streamprune.storage.reader import ReaderKind
-from streamprune.streaming.device import PlannedDevice, paging_device
-from streamprune.streaming.pager import GPU_READ_THREADS, READ_THREADS, Pager
+from streamprune.streaming import device as devices
+from streamprune.streaming.pager import Pager
 from streamprune.streaming.sweeper import Sweeper
 
 
-@contextmanager
-def open_model(
-    model: str,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    micro_batch: int = 1,
-    scope: Literal["units", "matrices"] = "units",
-    pruned: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-    reader: ReaderKind = "buffered",
-    read_threads: int | None = None,
-    planned: torch.device | None = None,
-) -> Iterator[Sweeper]:
-    """A model ready for sweeps: checkpoint, skeleton and pager. With `pruned`, also one of compressed weights.
+@dataclass(frozen=True)
+class Source:
+    """A model, and how it is computed with and read. The options of `PruneConfig` by the same names.
 
-    For a `planned` device, which need not be there, nothing is read but config.json and headers.
+    Attributes:
+        model: directory or hub id.
+        micro_batch: sequences per layer call.
+        scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
+        decompress: take compressed weights too, by way of a dense copy.
+        planned: a device that need not be there: nothing is read but config.json and headers.
     """
-    where = planned or compute_device(device)
-    path = resolve_model(model, trust_remote_code=trust_remote_code)
-    with ExitStack() as stack:
-        if pruned:
-            path = stack.enter_context(sparse24.decompressed(path))
-        checkpoint = stack.enter_context(Checkpoint(path, reader))
-        if sparse24.is_compressed(checkpoint.config):
-            raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
-        compute = compute_dtype(dtype, where, checkpoint)
-        skeleton = Skeleton(checkpoint, compute, where, trust_remote_code=trust_remote_code, load=planned is None)
-        threads = read_threads or (READ_THREADS if where.type == "cpu" else GPU_READ_THREADS)
-        advance = progress.advance if progress is not None else lambda nbytes, **facts: None
-        transfers = paging_device(where) if planned is None else PlannedDevice(where)
-        pager = Pager(checkpoint, skeleton.entries, transfers, readers=threads, progress=advance)
-        sweeper = Sweeper(skeleton, pager, micro_batch, scope)
-        stack.callback(sweeper.close)
-        yield sweeper
 
+    model: str
+    device: str | None = None
+    dtype: str | None = None
+    micro_batch: int = 1
+    scope: Literal["units", "matrices"] = "units"
+    trust_remote_code: bool = False
+    reader: ReaderKind = "buffered"
+    read_threads: int | None = None
+    decompress: bool = False
+    planned: torch.device | None = None
 
-def compute_device(name: str | None) -> torch.device:
-    """The torch device of `--device`; by default the first GPU, or the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(
-            f"--device {name} is not available here; use cpu" + (", or cuda" if torch.cuda.is_available() else "")
-        )
-    return device
+    @contextmanager
+    def open(self, progress: Progress | None = None) -> Iterator[Sweeper]:
+        """The model ready for sweeps for as long as the block runs: checkpoint, skeleton and pager.
 
-
-def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The compute dtype: as asked; else float32 on a CPU (few are fast in bfloat16), the stored one on a GPU."""
-    if name is not None:
-        return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    sizes: dict[torch.dtype, int] = {}
-    for entry in checkpoint.tensors.values():
-        if entry.dtype.is_floating_point:
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
-    # Most bytes: old exports keep a float32 rotary buffer beside float16 weights.
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+        Raises:
+            StreampruneError: a model that cannot be read, a device that is not there.
+        """
+        where = self.planned or devices.compute_device(self.device)
+        path = resolve_model(self.model, trust_remote_code=self.trust_remote_code)
+        with ExitStack() as stack:
+            if self.decompress:
+                path = stack.enter_context(sparse24.decompressed(path))
+            checkpoint = stack.enter_context(Checkpoint(path, self.reader))
+            if sparse24.is_compressed(checkpoint.config):
+                raise CheckpointError(f"{path} holds compressed 2:4 weights; prune the dense model it came from")
+            dtype = devices.compute_dtype(self.dtype, where, checkpoint)
+            skeleton = Skeleton(
+                checkpoint,
+                dtype,
+                where,
+                attentions=devices.attentions(where, dtype),
+                trust_remote_code=self.trust_remote_code,
+                load=self.planned is None,
+            )
+            transfers = devices.paging_device(where, planned=self.planned is not None)
+            pager = Pager(
+                checkpoint,
+                skeleton.entries,
+                transfers,
+                readers=self.read_threads or transfers.read_threads,
+                progress=progress.advance if progress is not None else lambda nbytes, **facts: None,
+            )
+            sweeper = Sweeper(skeleton, pager, self.micro_batch, self.scope)
+            stack.callback(sweeper.close)
+            yield sweeper

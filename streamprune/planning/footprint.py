@@ -18,6 +18,7 @@ from streamprune.output.writer import WRITERS
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Shape, Stage, Work
 from streamprune.recovery import least_squares
+from streamprune.streaming.device import is_gpu
 from streamprune.streaming.hidden_states import PARTS, PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
 from streamprune.streaming.statistics import Statistics
@@ -99,7 +100,7 @@ def _states(
         return {"hidden states": count * nbytes}, {}, 0
     part = _hidden(sweeper, (min(micro_batch, shape[0]), shape[1]))
     host = {}
-    if sweeper.skeleton.device.type == "cuda":
+    if is_gpu(sweeper.skeleton.device):
         host["hidden states"] = count * _pinned(nbytes) if where == "host" else _pinned(part)
     return {"hidden states": PARTS * part}, host, count * nbytes if where == "scratch" else 0
 
@@ -329,7 +330,7 @@ def _repair(
     size, carried = max(4, sweeper.skeleton.dtype.itemsize), _hidden(sweeper, shape) if config.resume else 0
     micro_batch = config.micro_batch or default_micro_batch(shape[1])
     inputs, tokens = max(each[1] for each in _matrices(sweeper)), min(shape[0], micro_batch) * shape[1]
-    apart = where == "device" and sweeper.skeleton.device.type == "cuda"  # those after gaps go to the host
+    apart = where == "device" and is_gpu(sweeper.skeleton.device)  # those after gaps go to the host
     held, host, scratch = _states(sweeper, 5 + (0 if apart else gaps), shape, where, micro_batch)
     host |= {"hidden states after gaps": gaps * _hidden(sweeper, shape)} if apart else {}
     host["a piece for the journal"] = 2 * min(PIECE_BYTES, carried)

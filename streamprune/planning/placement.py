@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
@@ -18,6 +17,7 @@ from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.rates import Rates, seconds
 from streamprune.planning.stage import Stage, Work
+from streamprune.streaming.device import free_memory, is_gpu
 from streamprune.streaming.hidden_states import Place
 from streamprune.streaming.pager import Turn
 from streamprune.streaming.sweeper import Sweeper
@@ -60,7 +60,7 @@ def choose_placement(
     Raises:
         StreampruneError: nothing fits; names the smallest budget that would do.
     """
-    gpu = sweeper.skeleton.device.type == "cuda"
+    gpu = is_gpu(sweeper.skeleton.device)
     if config.gpu_memory is not None and not gpu:
         raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
     limits = _limits(config, sweeper, gpu)
@@ -114,7 +114,7 @@ def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]
     device = config.gpu_memory
     if device is None:
         loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.loaded else 0
-        device = int(torch.cuda.mem_get_info(sweeper.skeleton.device)[0] * GPU_SHARE) + loaded
+        device = int(free_memory(sweeper.skeleton.device) * GPU_SHARE) + loaded
     return device, host
 
 

@@ -20,6 +20,7 @@ from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
 from streamprune.planning.footprint import FACTORS_OF_H, input_widths, layer_flops
 from streamprune.planning.stage import Stage
 from streamprune.streaming.binder import Binder, Perturbation
+from streamprune.streaming.device import device_name, is_gpu, synchronize
 from streamprune.streaming.pager import Page
 from streamprune.streaming.sweeper import Sweeper
 
@@ -105,7 +106,7 @@ def _saved(cache: Path) -> dict[str, Any]:
 def _key(sweeper: Sweeper, seq_len: int) -> str:
     """What rates depend on: the device, the disk, and the sizes of a layer's call."""
     skeleton = sweeper.skeleton
-    device = torch.cuda.get_device_name(skeleton.device) if skeleton.device.type == "cuda" else platform.processor()
+    device = device_name(skeleton.device) if is_gpu(skeleton.device) else platform.processor()
     shapes = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
     disk = os.stat(skeleton.checkpoint.path).st_dev
     return repr((device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk))
@@ -166,12 +167,10 @@ def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
 
 def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     taken, start = 0, time.perf_counter()
     while time.perf_counter() - start < MEASURE_SECONDS:
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         taken += 1
     return (time.perf_counter() - start) / taken

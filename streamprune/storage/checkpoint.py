@@ -178,13 +178,24 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.tensors.values())
 
 
-def is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor, at_once: int = FINITE_BLOCK) -> bool:
     """Whether it holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size.
 
-    On a CPU in blocks: a sum in another dtype than the tensor's makes a copy of what it sums.
+    Args:
+        at_once: elements that are summed together: a sum in another dtype than the tensor's copies what it sums.
     """
-    blocks = tensor.flatten().split(FINITE_BLOCK) if tensor.device.type == "cpu" else [tensor]
+    blocks = tensor.flatten().split(at_once)
     return all(bool(torch.isfinite(each.sum(dtype=torch.float32)) or torch.isfinite(each).all()) for each in blocks)
+
+
+def check_finite(path: Path, what: str, tensor: Tensor, at_once: int = FINITE_BLOCK) -> None:
+    """Refuse NaN and infinity in a tensor of the checkpoint at `path`, which is called `what`.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if not is_finite(tensor, at_once):
+        raise CheckpointError(f"{path}: {what} holds NaN or infinite values; download or export the checkpoint again")
 
 
 def byte_view(tensor: Tensor) -> memoryview:

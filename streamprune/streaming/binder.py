@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from streamprune.errors import CheckpointError, UsageError
+from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed, perturb
 from streamprune.model.skeleton import Skeleton
-from streamprune.storage.checkpoint import is_finite
+from streamprune.storage.checkpoint import check_finite, is_finite
+from streamprune.streaming.device import at_once, draw_threads
 from streamprune.streaming.pager import Page
 
 ALIGNED_ELEMENTS = 16  # bound tensors begin at multiples of this, for vector loads in any dtype
@@ -45,8 +45,8 @@ class Binder:
         self.skeleton = skeleton
         self._buffer: Tensor | None = None
         self._finite: set[int] = set()
-        # torch draws normals in one thread; tensors have generators of their own, so they can be drawn together.
-        self.threads = torch.get_num_threads() if skeleton.device.type == "cpu" else 1
+        # Tensors have generators of their own, so they can be drawn together.
+        self.threads = draw_threads(skeleton.device)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="streamprune-noise")
 
     @property
@@ -108,8 +108,9 @@ class Binder:
         if page.layer in self._finite:
             return
         for name, stored in page.tensors.items():
-            check_finite(self.skeleton.checkpoint.path, page.layer, name, stored)
-            if not is_finite(weight := self._within(weights, page.layer, name)):
+            check_finite(self.skeleton.checkpoint.path, f"layer {page.layer}, {name}", stored, at_once(stored))
+            weight = self._within(weights, page.layer, name)
+            if not is_finite(weight, at_once(weight)):
                 raise UsageError(
                     f"layer {page.layer}, {name} does not fit into {str(weight.dtype).removeprefix('torch.')}; "
                     "use --dtype bfloat16 or float32"
@@ -136,12 +137,3 @@ def _perturb(out: Tensor, stored: Tensor, perturbation: Perturbation, layer: int
 
 def _aligned(elements: int) -> int:
     return -(-elements // ALIGNED_ELEMENTS) * ALIGNED_ELEMENTS
-
-
-def check_finite(path: Path, layer: int, name: str, weight: Tensor) -> None:
-    """Refuse NaN and infinity."""
-    if is_finite(weight):
-        return
-    raise CheckpointError(
-        f"{path}: layer {layer}, {name} holds NaN or infinite values; download or export the checkpoint again"
-    )

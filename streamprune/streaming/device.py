@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from streamprune.errors import UsageError
 from streamprune.figures import peak_rss
+from streamprune.storage.checkpoint import FINITE_BLOCK, Checkpoint
 
 HUGE_PAGE = 2 << 20
+READ_THREADS, GPU_READ_THREADS = 2, 4  # beside a GPU the processor has nothing else to do
 
 
 class Device(Protocol):
     """What paging asks of a device. Events are opaque; recording and waiting only queue work."""
 
     direct: bool  # readers may write the slot's memory themselves
+    read_threads: int  # how many read, where the user does not say
 
     def buffer(self, nbytes: int) -> Tensor:
         """Device memory, uint8 [nbytes]; where it is direct, from a page's boundary."""
@@ -47,7 +52,7 @@ class Device(Protocol):
 class HostDevice:
     """A CPU: memory is memory, everything is finished when it returns."""
 
-    direct = True
+    direct, read_threads = True, READ_THREADS
 
     def buffer(self, nbytes: int) -> Tensor:
         try:
@@ -81,7 +86,7 @@ class HostDevice:
 class CudaDevice:
     """One GPU: pinned chunks, a copy stream beside the current one, CUDA events."""
 
-    direct = False
+    direct, read_threads = False, GPU_READ_THREADS
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -119,12 +124,91 @@ class PlannedDevice(HostDevice):
     """A device that is planned for and need not be there: sizes are as on it, nothing is run."""
 
     def __init__(self, device: torch.device) -> None:
-        self.direct = device.type == "cpu"
+        self.direct = not is_gpu(device)
+        self.read_threads = GPU_READ_THREADS if is_gpu(device) else READ_THREADS
 
 
-def paging_device(device: torch.device) -> Device:
-    """The paging side of a torch device."""
-    return CudaDevice(device) if device.type == "cuda" else HostDevice()
+def paging_device(device: torch.device, *, planned: bool = False) -> Device:
+    """The paging side of a torch device, or of one that is only planned for."""
+    if planned:
+        return PlannedDevice(device)
+    return CudaDevice(device) if is_gpu(device) else HostDevice()
+
+
+# What else depends on the kind of device. Nothing outside this file asks for it.
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether it has memory of its own."""
+    return device.type == "cuda"
+
+
+def card() -> torch.device:
+    """A GPU to plan for, whether there is one or not."""
+    return torch.device("cuda")
+
+
+def compute_device(name: str | None) -> torch.device:
+    """The torch device of `--device`; by default the first GPU, or the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise UsageError(
+            f"--device {name} is not available here; use cpu" + (", or cuda" if torch.cuda.is_available() else "")
+        )
+    return device
+
+
+def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The compute dtype: as asked; else float32 on a CPU (few are fast in bfloat16), the stored one on a GPU."""
+    if name is not None:
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    sizes: dict[torch.dtype, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    # Most bytes: old exports keep a float32 rotary buffer beside float16 weights.
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def attentions(device: torch.device, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether an attention that transformers may have takes this dtype on this device, by its name.
+
+    On a CPU flex_attention has no backward, and the kernels of others take half precision only.
+    """
+    return lambda name: name == "sdpa" or (is_gpu(device) and (name == "flex_attention" or dtype.itemsize == 2))
+
+
+def device_name(device: torch.device) -> str:
+    """What sums depend on, in words."""
+    return torch.cuda.get_device_name(device) if is_gpu(device) else f"cpu, {torch.get_num_threads()} threads"
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU."""
+    return torch.cuda.mem_get_info(device)[0]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that was queued."""
+    if is_gpu(device):
+        torch.cuda.synchronize(device)
+
+
+def draw_threads(device: torch.device) -> int:
+    """Tensors that noise is drawn for together: torch draws normals in one thread of a CPU."""
+    return 1 if is_gpu(device) else torch.get_num_threads()
+
+
+def at_once(tensor: Tensor) -> int:
+    """Elements that a sum in another dtype takes together: on a CPU it makes a copy of what it sums."""
+    return max(1, tensor.numel()) if is_gpu(tensor.device) else FINITE_BLOCK
 
 
 def peaks() -> dict[str, int]:

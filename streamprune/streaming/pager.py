@@ -28,10 +28,9 @@ from torch import Tensor
 
 from streamprune.storage.checkpoint import Checkpoint, TensorEntry, byte_view
 from streamprune.storage.reader import DISK_BLOCK
-from streamprune.streaming.device import Device
+from streamprune.streaming.device import READ_THREADS, Device
 
 CHUNK_BYTES = 16 << 20  # at least a block
-READ_THREADS, GPU_READ_THREADS = 2, 4  # beside a GPU the processor has nothing else to do
 ALIGNMENT = 64  # bytes, of tensors on a device; enough for any dtype and for vector loads
 
 Turn = Literal["back", "again"]  # how a sweep is followed by the next

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from streamprune.model.units import TensorRef
+from streamprune.storage.checkpoint import check_finite
 from streamprune.storage.journal import END, Journal, Key, Point
 from streamprune.storage.tensor_store import MakeStore, make_store
-from streamprune.streaming.binder import Perturbation, check_finite
+from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.device import at_once
 from streamprune.streaming.gradients import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer
 from streamprune.streaming.hidden_states import States, pieces
 from streamprune.streaming.inputs import Inputs, Sums
@@ -91,7 +93,9 @@ class Statistics:
             for page in pages:
                 for name, ref in self.sweeper.scored[page.layer].items():
                     weight = page.tensors[name]
-                    check_finite(self.sweeper.skeleton.checkpoint.path, page.layer, name, weight)
+                    check_finite(
+                        self.sweeper.skeleton.checkpoint.path, f"layer {page.layer}, {name}", weight, at_once(weight)
+                    )
                     consume(ref, weight)
                 self._commit(page.layer)
         self._commit(END)
