@@ -90,18 +90,18 @@ def scoring(
     # Scores that nothing is read for take no more than those of weights.
     cost = one_after_another([need.cost(task) for need in needs or (STORED_WEIGHTS,)])
     # A run that can be resumed keeps the state in its journal.
-    kept = {} if config.resume else plan.state
-    carried, spills = cost.carried if config.resume else 0, state == "scratch"
+    kept, spills = {} if config.resume else plan.state, state == "scratch"
+    kept_bytes, kept_moves = sum(kept.values()), sum(each.moves * nbytes for each, nbytes in kept.items())
     host = {
         "pinned chunks": sizes.sweeper.pager.chunk_bytes,
-        "state of the method": 0 if spills else sum(kept.values()),
-        "a piece for the journal": 2 * min(PIECE_BYTES, task.hidden_bytes if config.resume else 0),
+        "state of the method": 0 if spills else kept_bytes,
+        "a piece for the journal": 2 * min(PIECE_BYTES, task.hidden_bytes) if config.resume else 0,
     }
     changed = {
         "host": {**cost.host, **host},
-        "scratch": cost.scratch + (sum(kept.values()) if spills else 0),
-        "moved": cost.moved + (sweeps * sum(each.moves * size for each, size in kept.items()) if spills else 0),
-        "carried": carried,
+        "scratch": cost.scratch + (kept_bytes if spills else 0),
+        "moved": cost.moved + (sweeps * kept_moves if spills else 0),
+        "carried": cost.carried if config.resume else 0,
     }
     passes = [order for need in needs for order in need.passes(task)]
     return Stage(name=f"scoring {method.name}", passes=passes, **vars(cost) | changed)

@@ -123,22 +123,28 @@ class Sizes:
         self.sweeper = sweeper
 
     @cached_property
-    def layers(self) -> list[LayerSizes]:
-        """Of each layer."""
-        return [_sizes_of(self.sweeper.skeleton, layer) for layer in range(self.sweeper.n_layers)]
+    def _kinds(self) -> tuple[list[LayerSizes], list[int]]:
+        """The different ones, and which of them each layer is."""
+        found: dict[LayerSizes, int] = {}
+        layers = (_sizes_of(self.sweeper.skeleton, layer) for layer in range(self.sweeper.n_layers))
+        numbers = [found.setdefault(sizes, len(found)) for sizes in layers]
+        return list(found), numbers
 
     def most(self, of: Callable[[LayerSizes], int], layers: Iterable[int]) -> int:
         """The largest of what is held for one of `layers` at a time."""
-        return max(map(of, {self.layers[layer] for layer in layers}), default=0)
+        kinds, numbers = self._kinds
+        return max((of(kinds[number]) for number in {numbers[layer] for layer in layers}), default=0)
 
     def total(self, of: Callable[[LayerSizes], float], layers: Iterable[int]) -> float:
         """The sum of what is done in each of `layers`."""
-        return sum(times * of(sizes) for sizes, times in Counter(self.layers[layer] for layer in layers).items())
+        kinds, numbers = self._kinds
+        return sum(times * of(kinds[number]) for number, times in Counter(numbers[layer] for layer in layers).items())
 
     @property
     def commonest(self) -> int:
         """The first layer of the shapes that most layers have."""
-        return self.layers.index(Counter(self.layers).most_common(1)[0][0])
+        _, numbers = self._kinds
+        return numbers.index(Counter(numbers).most_common(1)[0][0])
 
 
 @dataclass(frozen=True)
