@@ -123,13 +123,14 @@ def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, gra
     from streamprune.methods.table import resolve_settings
     from streamprune.planning.decision import make_plan
     from streamprune.planning.footprint import scoring
+    from streamprune.streaming.costs import Sizes
 
     config = PruneConfig(
         "random", Path("unused"), method, settings, granularity=granularity, layers=(layers.start, layers.stop)
     )
     numbers = resolve_settings(method, settings, config.target)
     plan = make_plan(config, sweeper.skeleton, numbers)
-    stage = scoring(sweeper, config, numbers, plan, (SAMPLES, SEQ_LEN), "device", "host", sweeper.micro_batch)
+    stage = scoring(Sizes(sweeper), config, numbers, plan, (SAMPLES, SEQ_LEN), "device", "host", sweeper.micro_batch)
     return {**stage.device, **stage.host}
 
 

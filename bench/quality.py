@@ -112,7 +112,7 @@ def measure(job: dict[str, Any]) -> None:
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
     with Source(job["model"], dtype=DTYPE, scope=scope).open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
-        samples, seq_len = (10, 128) if "inputs" not in method.needs else (128, 512)
+        samples, seq_len = (10, 128) if all(need.label != "inputs" for need in method.needs) else (128, 512)
         ids = corpus.sequences(samples, seq_len, "first", 0)
         for name, options in job["settings"].items():
             options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}

@@ -216,7 +216,8 @@ def methods(debug: bool) -> None:
     rows = [["method", "units", "weights", "layers", "needs", "what it is", "paper"]]
     for method in METHODS.values():
         matrix = ["yes" if target in method.targets else "-" for target in ("units", "weights", "layers")]
-        rows.append([method.name, *matrix, " + ".join(method.needs) or "nothing", method.summary, method.paper])
+        needs = " + ".join(need.label for need in method.needs) or "nothing"
+        rows.append([method.name, *matrix, needs, method.summary, method.paper])
     settings = [["method", "--set", "default", "meaning"]]
     for method in METHODS.values():
         for name, setting in method.settings.items():

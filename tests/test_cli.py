@@ -58,7 +58,7 @@ def test_methods_lists_each_with_its_settings_and_paper(streamprune):
     for name, method in METHODS.items():
         row, *settings = (line for line in result.out.splitlines() if line.startswith(f"{name} "))
         assert method.paper in row
-        assert (" + ".join(method.needs) or "nothing") in row
+        assert (" + ".join(need.label for need in method.needs) or "nothing") in row
         assert row.split()[1:4] == ["yes" if t in method.targets else "-" for t in ("units", "weights", "layers")]
         assert [line.split()[1] for line in settings] == list(method.settings)
         for line, setting in zip(settings, method.settings.values(), strict=True):

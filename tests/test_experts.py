@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from streamprune import PruneConfig, prune
 from streamprune.errors import CheckpointError, UsageError
 from streamprune.pipeline.run import foretell
-from streamprune.planning.footprint import layer_flops
+from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.statistics import Statistics
 
 EXPERT = "block_sparse_moe.experts.2.w3.weight"
@@ -38,7 +38,7 @@ def test_bound_weights_are_the_parameters_that_transformers_loads(own, stored, c
     save_tiny(tmp_path, "mixtral", dtype=stored)
     assert f"model.layers.0.{EXPERT}" in load_file(tmp_path / "model.safetensors"), "the published form"
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=compute)
-    sweeper, seen = make_sweeper(tmp_path, dtype=compute), 0
+    sweeper, seen, buffers = make_sweeper(tmp_path, dtype=compute), 0, set()
     for _ in range(2):  # the second time into a buffer that has been used
         with sweeper.pager.pages(range(N_LAYERS)) as pages:
             for page in pages:
@@ -48,15 +48,17 @@ def test_bound_weights_are_the_parameters_that_transformers_loads(own, stored, c
                 for name, weight in bound.items():
                     assert weight.dtype == compute and torch.equal(weight, loaded[name]), name
                     seen += 1
+                experts = bound["mlp.experts.down_proj"].untyped_storage()  # pieces are always copied
+                buffers.add((experts.data_ptr(), experts.nbytes()))
     assert seen == 2 * N_LAYERS * 9
-    assert sweeper.binder.resident_bytes == sweeper.binder.buffer_bytes
+    assert [nbytes for _, nbytes in buffers] == [sweeper.binder.buffer_bytes]
 
 
 def test_the_buffer_of_the_experts_is_counted_although_nothing_is_widened(mixtral, tmp_path):
     options = PruneConfig(str(mixtral), tmp_path / "out", "taylor", stock=True, ratio=0.4, evaluate=False, seq_len=16)
     sweeper = make_sweeper(mixtral, dtype=torch.float32)
-    sweeper.forward(token_ids())
-    held = sweeper.binder.resident_bytes
+    with sweeper.pager.pages([0]) as pages:
+        held = sweeper.binder.bind(next(pages))["mlp.experts.down_proj"].untyped_storage().nbytes()
     experts = 4 * 3 * 40 * 48
     assert 4 * experts < held < 4 * 1.5 * experts
     for stage in foretell(options).placement.stages:
@@ -71,12 +73,12 @@ def test_flops_are_those_of_the_experts_that_a_token_passes(tmp_path):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.model.layers[0](torch.randn(3, 16, 48), position_embeddings=(torch.ones(1, 16, 8), torch.zeros(1, 16, 8)))
     sweeper = make_sweeper(tmp_path, dtype=torch.float32)
-    assert layer_flops(sweeper, tuple(ids.shape), 1) == counter.get_total_flops()
+    assert Task(Sizes(sweeper), tuple(ids.shape)).flops([0]) == counter.get_total_flops()
 
 
 def test_a_gradient_sweep_holds_no_more_activations_than_are_counted(tmp_path):
     """What autograd saves of a layer, weights apart, where hidden states are wide enough for norms to be little."""
-    from streamprune.planning.footprint import gradient_bytes
+    from streamprune.methods.needs import GRADIENTS
 
     save_tiny(tmp_path, "mixtral", dtype=torch.float32, hidden_size=96, intermediate_size=336)
     sweeper, ids = make_sweeper(tmp_path, dtype=torch.float32), token_ids(n=2, seq=64)
@@ -96,8 +98,8 @@ def test_a_gradient_sweep_holds_no_more_activations_than_are_counted(tmp_path):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             sweeper.skeleton.run_layer(0, scored, call, hidden)
     held = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    counted = gradient_bytes(sweeper, ids.numel(), several=False)
-    assert counted["activations"] / 2 < held <= counted["activations"]
+    counted = GRADIENTS.cost(Task(Sizes(sweeper), (2, 64), micro_batch=2, layers=[0])).device["activations"]
+    assert counted / 2 < held <= counted
 
 
 @pytest.mark.parametrize("method", ["taylor", "magnitude"])

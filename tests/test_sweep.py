@@ -14,7 +14,9 @@ from conftest import (
     whole_model_gradients,
 )
 
+from streamprune.methods.needs import GRADIENTS
 from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.statistics import Statistics
 
 LAYERS = range(1, N_LAYERS)
@@ -193,7 +195,8 @@ def test_a_sweep_reads_each_layer_once(tmp_path):
     save_tiny(tmp_path, "llama")
     statistics = Statistics(make_sweeper(tmp_path), token_ids(), LAYERS, 0)
     checkpoint, sizes = statistics.sweeper.skeleton.checkpoint, []
-    pager, passes = statistics.sweeper.pager, statistics.passes(["gradients"], 2)
+    pager = statistics.sweeper.pager
+    passes = GRADIENTS.passes(Task(Sizes(statistics.sweeper), (3, 12), layers=LAYERS, sweeps=2))
     for orders in (passes[:2], passes[2:]):
         foretold = pager.bytes_to_read((order, "back") for order in orders)
         before = checkpoint.bytes_read

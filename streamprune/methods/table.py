@@ -16,6 +16,18 @@ from streamprune.errors import UsageError
 from streamprune.methods.activation import flap, gblm, wanda, wanda_sp
 from streamprune.methods.depth import block_influence, layer_ppl
 from streamprune.methods.gradient import moreau, moreau_gs, smoothgrad, taylor
+from streamprune.methods.needs import (
+    GRADIENTS,
+    GRAMS,
+    HIDDEN,
+    LOSSES,
+    MOMENTS,
+    MOVED_GRADIENTS,
+    SAMPLE_POWERS,
+    STORED_WEIGHTS,
+    KeptState,
+    Need,
+)
 from streamprune.methods.plain import magnitude, random
 from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores, WeightPruner
 from streamprune.methods.sparsegpt import sparsegpt
@@ -30,8 +42,6 @@ __all__ = [
     "WeightPruner",
     "resolve_settings",
 ]
-
-Need = Literal["weights", "gradients", "inputs", "hidden", "losses"]
 
 
 @dataclass(frozen=True)
@@ -74,11 +84,11 @@ class Method:
     Attributes:
         score: gives its scores to a sink, one of those for `targets`.
         targets: what it can score.
-        needs: what it asks of `Statistics`; a calibration text unless that is nothing or "weights".
+        needs: what it asks of `Statistics`.
         calibration: samples and tokens of each, as in its paper.
         sweeps: forward-and-backward sweeps that it takes with given settings.
-        state_copies: float32 copies of the scored weights that it keeps between sweeps, with given settings and target.
-        stateless: what to do instead where there is no room for them.
+        states: what it may keep between sweeps.
+        stateless: the method to take instead where there is no room for that.
         allocation: its own, for units.
     """
 
@@ -91,14 +101,18 @@ class Method:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     calibration: tuple[int, int] = (10, 128)
     sweeps: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    state_copies: Callable[[Mapping[str, Any], Target], int] = lambda settings, target: 0
-    stateless: str = "--method taylor, or --set steps=1 or draws=1"
+    states: tuple[KeptState, ...] = ()
+    stateless: str = "taylor"
     allocation: Literal["uniform", "global"] = "uniform"
 
     @property
     def needs_text(self) -> bool:
         """Whether a calibration text is read."""
-        return bool(set(self.needs) - {"weights"})
+        return any(need.reads_text for need in self.needs)
+
+    def needs_for(self, target: Target) -> tuple[Need, ...]:
+        """What it asks for: weights that go are read by every method."""
+        return self.needs or ((STORED_WEIGHTS,) if target == "weights" else ())
 
 
 _SIGMA = Setting(0.05, "noise relative to each weight", minimum=0)
@@ -120,23 +134,26 @@ def _moreau_sweeps(settings: Mapping[str, Any]) -> int:
     return settings["steps"] * settings["draws"]
 
 
-def _moreau_state(settings: Mapping[str, Any], target: Target) -> int:
-    """δ, and the sum of gradients over draws."""
-    return int(settings["steps"] > 1) + int(settings["draws"] > 1)
-
-
-def _smoothgrad_state(settings: Mapping[str, Any], target: Target) -> int:
-    return int(settings["draws"] > 1 and (settings["mean"] == "gradient" or target == "weights"))
+# Beside these moreau-gs keeps a threshold for each matrix: 8 bytes, which no plan counts.
+_DELTA = KeptState("delta", lambda settings, target: settings["steps"] > 1, "steps=1")
+_SUM = KeptState("sum", lambda settings, target: settings["draws"] > 1, "draws=1")
+# Sums over units need no gradient between the draws.
+_SUM_OF_SMOOTHGRAD = KeptState(
+    "sum",
+    lambda settings, target: settings["draws"] > 1 and (settings["mean"] == "gradient" or target == "weights"),
+    "draws=1",
+)
+_NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", "terms=gradient")
 
 
 _ROWS = (
     Method("random", random, _ALL, (), "uniform at random, the floor to beat", "-"),
-    Method("magnitude", magnitude, _ALL, ("weights",), "|w|, or the l2 norm of the unit or layer", "-"),
+    Method("magnitude", magnitude, _ALL, (STORED_WEIGHTS,), "|w|, or the l2 norm of the unit or layer", "-"),
     Method(
         "taylor",
         taylor,
         _ALL,
-        ("gradients",),
+        (GRADIENTS,),
         "first-order effect on the loss, |g w|",
         "LLM-Pruner, arXiv 2305.11627",
         {"order": Setting("first", "form", choices=("first", "second", "mix", "vectorize"))},
@@ -145,7 +162,7 @@ _ROWS = (
         "smoothgrad",
         smoothgrad,
         _ALL,
-        ("gradients",),
+        (MOVED_GRADIENTS,),
         "|g w| with g averaged over noisy weights",
         "MoreauPruner, arXiv 2406.07017",
         {
@@ -154,24 +171,24 @@ _ROWS = (
             "mean": Setting("gradient", "what is averaged", choices=("gradient", "score")),
         },
         sweeps=lambda settings: settings["draws"],
-        state_copies=_smoothgrad_state,
+        states=(_SUM_OF_SMOOTHGRAD,),
     ),
     Method(
         "moreau",
         moreau,
         _ALL,
-        ("gradients",),
+        (MOVED_GRADIENTS,),
         "|g w| of the loss's Moreau envelope",
         "MoreauPruner, arXiv 2406.07017",
         _moreau_settings(rho=0.05, gamma=1e-3),
         sweeps=_moreau_sweeps,
-        state_copies=_moreau_state,
+        states=(_DELTA, _SUM),
     ),
     Method(
         "moreau-gs",
         moreau_gs,
         _ALL,
-        ("gradients",),
+        (MOVED_GRADIENTS,),
         "moreau with group soft-thresholding",
         "MoreauPruner-GS, arXiv 2406.07017",
         {
@@ -180,14 +197,14 @@ _ROWS = (
             "eta_quantile": Setting(None, "eta from this quantile of them at step 0", minimum=0, maximum=1),
         },
         sweeps=_moreau_sweeps,
-        state_copies=_moreau_state,
+        states=(_DELTA, _SUM),
     ),
-    Method("wanda", wanda, _ALL, ("inputs",), "|w| times the norm of its input", "Wanda, arXiv 2306.11695", {}, _LONG),
+    Method("wanda", wanda, _ALL, (MOMENTS,), "|w| times the norm of its input", "Wanda, arXiv 2306.11695", {}, _LONG),
     Method(
         "wanda-sp",
         wanda_sp,
         ("units",),
-        ("inputs",),
+        (MOMENTS,),
         "wanda over the columns of o and down",
         "arXiv 2312.11983",
         {},
@@ -197,7 +214,7 @@ _ROWS = (
         "flap",
         flap,
         ("units",),
-        ("inputs",),
+        (MOMENTS,),
         "variance of the inputs of o and down times their columns' squares, and a bias in their place",
         "FLAP, arXiv 2312.11983",
         {"bias": Setting("yes", "add o and down biases that keep the mean output", choices=("yes", "no"))},
@@ -208,7 +225,7 @@ _ROWS = (
         "gblm",
         gblm,
         _ALL,
-        ("gradients", "inputs"),
+        (SAMPLE_POWERS, MOMENTS),
         "|w| times the norms of its input and of its gradients",
         "GBLM-Pruner, arXiv 2311.04902",
         {
@@ -218,27 +235,27 @@ _ROWS = (
             "norm": Setting("mean", "per sample, or as the published code has it", choices=("mean", "published")),
         },
         _LONG,
-        state_copies=lambda settings, target: int(settings["terms"] == "both"),
-        stateless="--method wanda, or --set terms=gradient",
+        states=(_NORM,),
+        stateless="wanda",
     ),
     Method(
         "sparsegpt",
         sparsegpt,
         ("weights",),
-        ("inputs",),
+        (GRAMS,),
         "second-order error, and an update of what remains",
         "SparseGPT, arXiv 2301.00774",
         {"damp": Setting(0.01, "λ relative to the mean of H's diagonal", minimum=0)},
         _LONG,
     ),
     Method(
-        "layer-ppl", layer_ppl, ("layers",), ("losses",), "perplexity without the layer", "Shortened LLaMA, 2402.02834"
+        "layer-ppl", layer_ppl, ("layers",), (LOSSES,), "perplexity without the layer", "Shortened LLaMA, 2402.02834"
     ),
     Method(
         "block-influence",
         block_influence,
         ("layers",),
-        ("hidden",),
+        (HIDDEN,),
         "1 - cos between a layer's input and output",
         "ShortGPT, arXiv 2403.03853",
     ),

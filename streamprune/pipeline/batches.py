@@ -34,19 +34,21 @@ def positions(skeleton: Skeleton) -> int:
     return getattr(skeleton.config, "max_position_embeddings", None) or 10**9
 
 
-def calibration_shape(config: PruneConfig, skeleton: Skeleton) -> tuple[int, int]:
-    """Sequences of the method and tokens of each: as asked, or as its paper has it where a text is given."""
-    samples, seq_len = METHODS[config.method].calibration if config.calibration else EMBEDDED_CALIBRATION
-    return config.samples or samples, config.seq_len or min(seq_len, positions(skeleton))
+def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | None = None) -> Work:
+    """Sequences of each part of a run and tokens of each: as asked, or as the method's paper has it for a given text.
 
-
-def expected_work(config: PruneConfig, skeleton: Skeleton) -> Work:
-    """Sequences of each part of a run, as far as they are known without reading texts."""
-    limit = positions(skeleton)
-    repair_tokens = min(config.compensate_tokens, 10**9 if config.calibration else EMBEDDED_TOKENS)
+    Args:
+        text_tokens: of the calibration text, as many as the repair may take; before it is read, one that is given is
+            taken to have them.
+    """
+    limit, method = positions(skeleton), METHODS[config.method]
+    samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
+    if text_tokens is None:
+        text_tokens = config.compensate_tokens if config.calibration else EMBEDDED_TOKENS
+    repair_tokens = min(config.compensate_tokens, text_tokens)
     repair_len = min(REPAIR_SEQ_LEN, limit, repair_tokens)
     return Work(
-        calibration_shape(config, skeleton) if METHODS[config.method].needs_text else None,
+        (config.samples or samples, config.seq_len or min(seq_len, limit)) if method.needs_text else None,
         (repair_tokens // repair_len, repair_len) if config.compensate else None,
         None if config.evaluate is False else (EVALUATION_SEGMENTS, min(EVALUATION_SEQ_LEN, limit)),
     )
@@ -97,16 +99,16 @@ class Texts:
             CheckpointError: the tokenizer is another model's.
         """
         found: dict[str, tuple[Corpus, Tensor]] = {}
-        if self.calibration is not None and METHODS[config.method].needs_text:
-            samples, seq_len = calibration_shape(config, skeleton)
-            check_length(seq_len, skeleton)
-            ids = self.calibration.sequences(samples, seq_len, config.sampling, config.seed)
+        work = expected_work(config, skeleton)
+        if self.calibration is not None and work.calibration is not None:
+            check_length(work.calibration[1], skeleton)
+            ids = self.calibration.sequences(*work.calibration, config.sampling, config.seed)
             found["calibration"] = self.calibration, ids
-        if self.calibration is not None and config.compensate:
+        if self.calibration is not None and work.repair is not None:
             found["repair"] = self.calibration, _repair_ids(config, skeleton, self.calibration)
-        if self.evaluation is not None:
-            seq_len = min(EVALUATION_SEQ_LEN, positions(skeleton))
-            found["evaluation"] = self.evaluation, self.evaluation.segments(seq_len, None, EVALUATION_SEGMENTS)
+        if self.evaluation is not None and work.evaluation is not None:
+            segments, seq_len = work.evaluation
+            found["evaluation"] = self.evaluation, self.evaluation.segments(seq_len, None, segments)
         for corpus, ids in found.values():
             check_tokens(ids, skeleton)
             begins = corpus.beginning
@@ -174,13 +176,14 @@ def _is_pipe(source: str) -> bool:
 
 def _repair_ids(config: PruneConfig, skeleton: Skeleton, corpus: Corpus) -> Tensor:
     """`compensate_tokens` tokens for the least squares, or as many as the text has."""
-    count = min(config.compensate_tokens, corpus.count(config.compensate_tokens))
+    count = corpus.count(config.compensate_tokens)
     if count < 1:
         raise CalibrationError(f"--calibration {config.calibration}: the text has no tokens; give a longer one")
-    seq_len = min(REPAIR_SEQ_LEN, positions(skeleton), count)
+    shape = expected_work(config, skeleton, count).repair
+    assert shape is not None, "a repair is asked for"
     # Few records are as long as these sequences.
     sampling = "random" if config.sampling == "records" else config.sampling
-    return corpus.sequences(count // seq_len, seq_len, sampling, config.seed)
+    return corpus.sequences(*shape, sampling, config.seed)
 
 
 def check_length(seq_len: int, skeleton: Skeleton) -> None:

@@ -24,6 +24,7 @@ from streamprune.planning.decision import Plan
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
 from streamprune.storage.tensor_store import make_store
+from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.device import peaks
 from streamprune.streaming.pager import Page
 from streamprune.streaming.statistics import Statistics
@@ -84,7 +85,7 @@ class Job:
             if self.journal.facts.get("scored"):
                 self.costs |= self.journal.facts["costs"]
                 return scores
-        with self._scoring(statistics):
+        with self._scoring():
             METHODS[self.config.method].score(statistics, self.settings, scores)
         self.sweeper.close()
         if self.journal is not None:
@@ -133,7 +134,7 @@ class Job:
                 writer.put(name, stored, pruned)
                 counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
 
-            with self._scoring(statistics):
+            with self._scoring():
                 METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, write))
             self.sweeper.close()
             with self._stage("writing", [writer.untouched()]):
@@ -179,12 +180,14 @@ class Job:
         return self.progress.stage(name, total, self.predicted.get(name))
 
     @contextmanager
-    def _scoring(self, statistics: Statistics) -> Iterator[None]:
+    def _scoring(self) -> Iterator[None]:
         """The stage in which the method works; its figures go into `costs`."""
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
-        needs = method.needs or (("weights",) if self.config.target == "weights" else ())
+        shape = (0, 0) if self.ids is None else (len(self.ids), self.ids.shape[1])
+        task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=method.sweeps(self.settings))
+        orders = [order for need in method.needs_for(self.config.target) for order in need.passes(task)]
         start, read = time.perf_counter(), checkpoint.bytes_read
-        with self._stage(f"scoring {method.name}", statistics.passes(needs, method.sweeps(self.settings))):
+        with self._stage(f"scoring {method.name}", orders):
             yield
         self.costs["seconds"] = time.perf_counter() - start
         self.costs["bytes_read"] = checkpoint.bytes_read - read

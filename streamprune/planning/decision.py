@@ -11,6 +11,7 @@ import torch
 from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
 from streamprune.figures import human
+from streamprune.methods.needs import KeptState
 from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
@@ -36,7 +37,7 @@ class Plan:
         sparsity: of weights.
         form: of the output, with the widths of `choice`: with a global allocation its bytes are right to a unit.
         repair: what o and down are fitted to afterwards, if they are.
-        state_bytes: of the method, between sweeps.
+        state: bytes of what the method keeps between its sweeps.
     """
 
     layers: range
@@ -46,7 +47,12 @@ class Plan:
     sparsity: Sparsity | None
     form: OutputForm
     repair: RepairGoal | None
-    state_bytes: int
+    state: Mapping[KeptState, int]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all that the method keeps between its sweeps."""
+        return sum(self.state.values())
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def make_plan(
         sparsity=_sparsity(config, skeleton, layers) if config.target == "weights" else None,
         form=planned,
         repair=repair,
-        state_bytes=_state_bytes(config, skeleton, settings, costs, layers),
+        state=_state(config, skeleton, settings, layers),
     )
 
 
@@ -223,21 +229,22 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
     return Sparsity(_ratio(config), n, m)
 
 
-def _state_bytes(
-    config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], costs: UnitCosts, layers: range
-) -> int:
-    """Bytes of state that the method keeps between its sweeps."""
-    if config.target != "units":
-        scored = sum(
-            torch.Size(skeleton.entries[layer][name].shape).numel()
-            for layer in layers
-            for name in skeleton.matrices(layer)
-        )
-    else:
-        scored = prunable_parameters(skeleton, costs, layers)
-    copies = METHODS[config.method].state_copies(settings, config.target)
-    size = 8 if skeleton.dtype.itemsize == 8 else getattr(torch, config.state_dtype).itemsize
-    return size * copies * scored
+def _state(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], layers: range) -> dict[KeptState, int]:
+    """Bytes of what the method keeps between its sweeps."""
+    scored = {member.tensor for member in skeleton.family.members if member.scored}
+    elements = [
+        skeleton.shapes(layer)[name].numel()
+        for layer in layers
+        for name in skeleton.matrices(layer)
+        if config.target != "units" or name in scored
+    ]
+    by_default = "float64" if skeleton.dtype.itemsize == 8 else config.state_dtype
+
+    def nbytes(state: KeptState) -> int:
+        return getattr(torch, state.dtype or by_default).itemsize * sum(map(state.numbers, elements))
+
+    method = METHODS[config.method]
+    return {state: nbytes(state) for state in method.states if state.kept(settings, config.target)}
 
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:

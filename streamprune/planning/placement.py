@@ -17,6 +17,7 @@ from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.rates import Rates, seconds
 from streamprune.planning.stage import Stage, Work
+from streamprune.streaming.costs import Sizes
 from streamprune.streaming.device import free_memory, is_gpu
 from streamprune.streaming.hidden_states import Place
 from streamprune.streaming.pager import Turn
@@ -65,10 +66,10 @@ def choose_placement(
         raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
     limits = _limits(config, sweeper, gpu)
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
-    needed: list[tuple[int, int]] = []
+    sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
-            (stages(sweeper, config, settings, plan, work, where, state, micro_batch), where, state)
+            (stages(sizes, config, settings, plan, work, where, state, micro_batch), where, state)
             for where in _places(config, gpu)
             for state in _state_places(config, plan)
         ]
@@ -166,16 +167,19 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
         lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there")
     if host > limits[1]:
         lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
-    needs_text = METHODS[config.method].needs_text
-    remedies = ["lower --samples or --seq-len"] if needs_text else []
-    if config.scratch is None and needs_text:
+    method = METHODS[config.method]
+    remedies = ["lower --samples or --seq-len"] if method.needs_text else []
+    if config.scratch is None and method.needs_text:
         remedies.append("give --scratch DIR")
     if config.micro_batch is not None and not config.resume:  # a journal wants the one that it was begun with
         remedies.append("lower --micro-batch")
     if not remedies:
         remedies.append("raise it")
     if plan.state_bytes > sum(needed) / 10 and not config.resume:
-        remedies.append(f"for its {human(plan.state_bytes)} of state use {METHODS[config.method].stateless}")
+        without = " or ".join(dict.fromkeys(state.without for state in plan.state))
+        remedies.append(
+            f"for its {human(plan.state_bytes)} of state use --method {method.stateless}, or --set {without}"
+        )
     return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
 
 

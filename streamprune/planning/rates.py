@@ -1,4 +1,7 @@
-"""How fast this machine reads and computes, measured in seconds on one layer, or what a card is assumed to do."""
+"""How fast this machine reads and computes, measured in seconds on one layer, or what a card is assumed to do.
+
+Where layers differ, that is one of the shapes that most of them have.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.methods.needs import FACTORS_OF_H
 from streamprune.methods.sinks import Sparsity
 from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
-from streamprune.planning.footprint import FACTORS_OF_H, input_widths, layer_flops
 from streamprune.planning.stage import Stage
 from streamprune.streaming.binder import Binder, Perturbation
+from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.device import device_name, is_gpu, synchronize
 from streamprune.streaming.pager import Page
 from streamprune.streaming.sweeper import Sweeper
@@ -107,7 +111,7 @@ def _key(sweeper: Sweeper, seq_len: int) -> str:
     """What rates depend on: the device, the disk, and the sizes of a layer's call."""
     skeleton = sweeper.skeleton
     device = device_name(skeleton.device) if is_gpu(skeleton.device) else platform.processor()
-    shapes = sorted(tuple(shape) for shape in skeleton.shapes(0).values())
+    shapes = sorted(tuple(shape) for shape in skeleton.shapes(Sizes(sweeper).commonest).values())
     disk = os.stat(skeleton.checkpoint.path).st_dev
     return repr((device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk))
 
@@ -125,24 +129,26 @@ def _read(sweeper: Sweeper) -> float:
 
 def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
     """FLOP/s of a layer forwards, and backwards with its weights' gradients and the forward pass they need."""
-    skeleton, batch = sweeper.skeleton, sweeper.micro_batch
+    skeleton, batch, sizes = sweeper.skeleton, sweeper.micro_batch, Sizes(sweeper)
+    layer = sizes.commonest
     ids = torch.zeros((1, seq_len), dtype=torch.int64)
-    call = skeleton.record(ids)[0]
+    call = skeleton.record(ids)[layer]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=skeleton.dtype, device=skeleton.device)
 
-    weights, matrices = {name: draw(*shape) * 0.02 for name, shape in skeleton.shapes(0).items()}, skeleton.matrices(0)
+    weights = {name: draw(*shape) * 0.02 for name, shape in skeleton.shapes(layer).items()}
+    matrices = skeleton.matrices(layer)
     hidden = draw(batch, seq_len, skeleton.config.hidden_size)
-    work = layer_flops(sweeper, (batch, seq_len), 1)
+    work = Task(sizes, (batch, seq_len)).flops([layer])
 
     def forward() -> None:
         with torch.no_grad():
-            skeleton.run_layer(0, weights, call, hidden)
+            skeleton.run_layer(layer, weights, call, hidden)
 
     def backward() -> None:
         leaves = {name: weight.detach().requires_grad_(name in matrices) for name, weight in weights.items()}
-        output = skeleton.run_layer(0, leaves, call, hidden.detach().requires_grad_())
+        output = skeleton.run_layer(layer, leaves, call, hidden.detach().requires_grad_())
         output.backward(hidden)
 
     return work / _seconds_of(forward, skeleton.device), 3 * work / _seconds_of(backward, skeleton.device)
@@ -150,10 +156,12 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
 
 def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
     """Rates of noise, of triangular factors, of SparseGPT's columns."""
-    skeleton, width = sweeper.skeleton, min(FACTOR_WIDTH, max(input_widths(sweeper)))
-    tensors = {name: torch.randn(entry.shape).to(entry.dtype) for name, entry in skeleton.entries[0].items()}
-    page = Page(0, {name: tensor.to(skeleton.device) for name, tensor in tensors.items()})
-    binder, scored = Binder(skeleton), sweeper.scored[0]
+    skeleton, sizes = sweeper.skeleton, Sizes(sweeper)
+    layer, width = sizes.commonest, sizes.most(lambda each: max(each.inputs), range(sweeper.n_layers))
+    width = min(FACTOR_WIDTH, width)
+    tensors = {name: torch.randn(entry.shape).to(entry.dtype) for name, entry in skeleton.entries[layer].items()}
+    page = Page(layer, {name: tensor.to(skeleton.device) for name, tensor in tensors.items()})
+    binder, scored = Binder(skeleton), sweeper.scored[layer]
     drawn = sum(page.tensors[name].numel() for name in scored)
     noise = _seconds_of(lambda: binder.bind(page, Perturbation(0.01, (0, 0, 0)), scored), skeleton.device)
     dtype = torch.float64 if skeleton.dtype == torch.float64 else torch.float32

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-Shape = tuple[int, int]  # sequences, and tokens of each
+from streamprune.streaming.costs import Cost, Shape
 
 
 @dataclass(frozen=True)
@@ -17,31 +17,16 @@ class Work:
     evaluation: Shape | None
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A step of a run.
+@dataclass(frozen=True, kw_only=True)
+class Stage(Cost):
+    """A step of a run: what it costs, and what it reads and writes.
 
     Attributes:
-        device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
-        scratch: bytes on the scratch disk. moved: bytes written there and read from there.
-        passes: the layers it passes, in order.
-        forward, backward: FLOPs of products of matrices.
-        noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
-            goes through column by column.
-        written: bytes of the output. carried: bytes of hidden states that a journal takes in at a commit.
+        passes: the layers it passes, in order. read: bytes of them that are not in memory yet.
+        written: bytes of the output.
     """
 
     name: str
-    device: Mapping[str, int]
-    host: Mapping[str, int] = field(default_factory=dict)
-    scratch: int = 0
-    moved: int = 0
     passes: Sequence[Sequence[int]] = ()
-    forward: float = 0
-    backward: float = 0
-    noise: float = 0
-    factors: float = 0
-    updates: float = 0
-    written: int = 0
     read: int = 0
-    carried: int = 0
+    written: int = 0

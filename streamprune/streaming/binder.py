@@ -50,11 +50,6 @@ class Binder:
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="streamprune-noise")
 
     @property
-    def resident_bytes(self) -> int:
-        """Bytes of the buffer, once there is one."""
-        return 0 if self._buffer is None else self._buffer.nbytes
-
-    @property
     def buffer_bytes(self) -> int:
         """Bytes that the buffer takes when it is needed: the largest layer's in the compute dtype."""
         layers = map(self.skeleton.shapes, range(len(self.skeleton.layers)))

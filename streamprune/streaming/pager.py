@@ -170,11 +170,6 @@ class Pager:
         """Bytes of pinned host memory; none where readers write the slots themselves."""
         return self._chunk_count * CHUNK_BYTES
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of the slots and chunks."""
-        return self.slots * self.slot_bytes + self.chunk_bytes
-
     def layer_bytes(self) -> int:
         """Bytes of all layers: what one sweep reads."""
         return sum(map(self.bytes_of, range(len(self.entries))))

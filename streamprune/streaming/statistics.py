@@ -24,6 +24,16 @@ from streamprune.streaming.sweeper import Sweeper, Visit, Visitor
 STREAM_BYTES = 2 << 30
 
 
+def passes_without(layers: Sequence[int], hidden_bytes: int) -> list[tuple[int, Sequence[int]]]:
+    """The passes of `Statistics.losses_without`: the layer where each begins, and the layers left out in it.
+
+    All but the first begin above the layers of the one before. `hidden_bytes` are those of all sequences.
+    """
+    size = max(1, STREAM_BYTES // hidden_bytes)
+    groups = [layers[first : first + size] for first in range(0, len(layers), size)]
+    return list(zip([0, *(group[-1] + 1 for group in groups[:-1])], groups, strict=True))
+
+
 class Statistics:
     """Sweeps over one model and one calibration batch.
 
@@ -54,20 +64,6 @@ class Statistics:
     def _ids(self) -> Tensor:
         assert self.input_ids is not None, "run.py reads the calibration text for every method that needs it"
         return self.input_ids
-
-    def passes(self, needs: Sequence[str], sweeps: int) -> list[Sequence[int]]:
-        """The layers in the order in which a method passes them that needs these, with so many "gradients" sweeps."""
-        n_layers, lowest, last = self.sweeper.n_layers, self.layers[0], self.layers[-1]
-        above = range(lowest, n_layers)
-        orders: dict[str, list[Sequence[int]]] = {
-            "weights": [self.layers],
-            # Each way passes the layers from the lowest prunable one up; the first forward also those below.
-            "gradients": [range(n_layers), above[::-1], *[above, above[::-1]] * (sweeps - 1)],
-            "inputs": [range(last + 1)],
-            "hidden": [range(last + 1)],
-            "losses": [range(start, n_layers) for start in self._starts()] if "losses" in needs else [],
-        }
-        return [order for need in needs for order in orders[need]]
 
     def _begin(self) -> Point | None:
         """The next sweep: where an earlier run left it."""
@@ -183,10 +179,11 @@ class Statistics:
 
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
-        size, dense = self.streams_at_once, list[States]()  # the whole model's: one, or none at first
+        skeleton, dense = self.sweeper.skeleton, list[States]()  # the whole model's: one, or none at first
+        nbytes = self._ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize
         losses: MutableMapping[Key, Tensor] = {} if self._journal is None else self._journal.store("losses")
-        for first, begin in zip(range(0, len(self.layers), size), self._starts(), strict=True):
-            layers, point = self.layers[first : first + size], self._begin()
+        for begin, layers in passes_without(self.layers, nbytes):
+            point = self._begin()
             if point is not None and point.layer == END:
                 self.sweeper.pager.skip(range(begin, self.sweeper.n_layers))
                 # Of the last pass that is through: the next one begins there.
@@ -198,17 +195,6 @@ class Statistics:
                 losses[layer, "loss"] = torch.tensor(loss, dtype=torch.float64)
             self._commit(END, {"dense": dense[0]})
         return {layer: float(losses[layer, "loss"]) for layer in self.layers}
-
-    @property
-    def streams_at_once(self) -> int:
-        """Layers left out in one pass."""
-        skeleton = self.sweeper.skeleton
-        return max(1, STREAM_BYTES // (self._ids.numel() * skeleton.config.hidden_size * skeleton.dtype.itemsize))
-
-    def _starts(self) -> list[int]:
-        """Where the passes of `losses_without` begin: all but the first above the layers of the one before."""
-        size = self.streams_at_once
-        return [0, *(self.layers[first - 1] + 1 for first in range(size, len(self.layers), size))]
 
     def _without(
         self, layers: Sequence[int], begin: int, dense: list[States], point: Point | None

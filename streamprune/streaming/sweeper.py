@@ -124,11 +124,6 @@ class Sweeper:
         """Number of decoder layers."""
         return len(self.skeleton.layers)
 
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes that stay allocated: slots, chunks, the bound layer, embeddings and head."""
-        return self.pager.resident_bytes + self.binder.resident_bytes + self.skeleton.resident_bytes
-
     @torch.no_grad()
     def forward(
         self,

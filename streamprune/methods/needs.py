@@ -1,0 +1,191 @@
+"""What a method can ask for: the layers that are passed for it and what that costs; and what a method keeps.
+
+A need is a row here and a function of `Statistics` that meets it. Nothing here imports torch: the sizes come with the
+`Task` that a need is asked about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streamprune.config import Target
+    from streamprune.streaming.costs import Cost, LayerSizes, Task
+
+FACTORS_OF_H = 4 / 3  # FLOPs over width³: two Cholesky factors and an inverse
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something that a method asks of `Statistics`.
+
+    Attributes:
+        label: its name for people.
+        passes: the layers of each pass over the model, in order.
+        cost: bytes and FLOPs of all of them, with what the method makes of what it is given.
+        reads_text: whether sequences go through the model.
+    """
+
+    label: str
+    passes: Callable[[Task], list[Sequence[int]]]
+    cost: Callable[[Task], Cost]
+    reads_text: bool = True
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """Something that a method keeps between its sweeps, for each scored matrix.
+
+    Attributes:
+        name: of the store.
+        kept: whether it is, with these settings and this target.
+        without: the settings that do without it.
+        numbers: how many are kept of a matrix of a shape, of which the elements are given.
+        dtype: of its numbers; None for --state-dtype, float64 in float64 runs.
+        moves: times that a sweep brings it from scratch or takes it there: up forwards, and down and changed backwards.
+    """
+
+    name: str
+    kept: Callable[[Mapping[str, Any], Target], bool]
+    without: str
+    numbers: Callable[[int], int] = lambda elements: elements
+    dtype: str | None = None
+    moves: int = 3
+
+
+def _weights(task: Task) -> Cost:
+    """A sweep over weights as they are stored."""
+    return task.cost(device={"a matrix and its scores": 3 * 4 * task.sizes.most(_largest, task.layers)})
+
+
+def _there_and_back(task: Task) -> list[Sequence[int]]:
+    """Each way passes the layers from the lowest prunable one up; the first forward also those below."""
+    above = task.whole[task.layers[0] :]
+    return [task.whole, above[::-1], *[above, above[::-1]] * (task.sweeps - 1)]
+
+
+def _gradients(task: Task, *, moved: bool = False) -> Cost:
+    """Forward and backward sweeps; `moved`: at weights with δ and noise.
+
+    The activations of one layer are counted as the inputs and outputs of the matrices that a token passes for one
+    micro-batch, and their gradients as three of the widest (a gated MLP's product and its two factors exist together).
+    With several micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by
+    matrix.
+    """
+    sizes, tokens, above = task.sizes, task.tokens_at_once, task.whole[task.layers[0] :]
+    several = task.shape[0] > task.micro_batch
+
+    def gradients(layer: LayerSizes) -> int:
+        return 2 * layer.largest + (layer.weights if several else 0)
+
+    ends = sizes.most(lambda layer: sum(sum(shape) for shape in layer.passed), task.whole)
+    widest = sizes.most(lambda layer: layer.widest, task.whole)
+    threads = task.sweeper.binder.threads if moved and task.apart else 0
+    forward, forward_above = task.flops(task.whole), task.flops(above)
+    return task.cost(
+        states=len(above) + 2,  # boundaries, and the gradient
+        moves=2 * task.sweeps,
+        own=moved,
+        device={
+            "logits": task.logits,
+            "activations": ends * tokens * task.itemsize,
+            "gradients of activations": 3 * widest * tokens * task.itemsize,
+            "gradients, and what is made of them": sizes.most(gradients, task.layers) * task.sum_itemsize,
+        },
+        host={"δ on its way": threads * 4 * sizes.most(_largest, task.layers)},
+        forward=forward + forward_above * (task.sweeps - 1) + task.sweeps * task.head_flops,
+        backward=(3 * forward_above + 2 * task.head_flops) * task.sweeps,
+        # It is drawn again on the way back.
+        noise=2 * task.sweeps * sizes.total(lambda layer: layer.weights, task.layers) if moved else 0,
+    )
+
+
+def _up_to_the_last(task: Task) -> list[Sequence[int]]:
+    return [task.whole[: task.layers[-1] + 1]]
+
+
+def _inputs(task: Task, *, gram: bool) -> Cost:
+    """A forward sweep that sums over inputs: moments, or with `gram` Gram matrices for SparseGPT.
+
+    Of the activations, every input of a matrix is held for one micro-batch, and an MLP's product beside its factors. A
+    layer that is pruned runs twice, first up to its last product. A Gram matrix is factored beside two copies of its
+    size.
+    """
+    sizes, itemsize, (passed,) = task.sizes, task.sum_itemsize, _up_to_the_last(task)
+
+    def activations(layer: LayerSizes) -> int:
+        return sum(_inputs_of(layer)) + 3 * layer.widest
+
+    def sums(layer: LayerSizes) -> int:
+        return sum(width * (width if gram else 3) for width in _inputs_of(layer))
+
+    def squares(layer: LayerSizes) -> float:
+        return task.gram_flops(layer.inputs) + sum(rows * width**2 for rows, width in layer.matrices)
+
+    def factors(layer: LayerSizes) -> float:
+        return sum(FACTORS_OF_H * width**3 for width in layer.inputs)
+
+    forward = task.flops(passed)
+    if task.prunes:
+        last_products = sizes.total(lambda layer: 2 * layer.matrices[-1].numel(), task.layers)
+        forward = 2 * forward - last_products * task.tokens
+    return task.cost(
+        states=2,
+        moves=len(passed),  # of the two that are there, each layer reads one and writes one
+        own=task.prunes,
+        device={
+            "activations": sizes.most(activations, passed) * task.tokens_at_once * task.itemsize,
+            "sums over inputs": sizes.most(sums, task.layers) * itemsize,
+            "factors": 2 * sizes.most(lambda layer: max(_inputs_of(layer)) ** 2, task.layers) * itemsize if gram else 0,
+            "a matrix, pruned and updated": 3 * sizes.most(_largest, task.layers) * itemsize,
+        },
+        forward=forward + (sizes.total(squares, task.layers) if gram else 0),
+        factors=sizes.total(factors, task.layers) if gram else 0,
+        updates=sizes.total(lambda layer: layer.weights, task.layers) if gram else 0,
+    )
+
+
+def _from_what_is_left_out(task: Task) -> list[Sequence[int]]:
+    return [task.whole[begin:] for begin, _ in task.left_out]
+
+
+def _hidden(task: Task, *, left_out: bool = False) -> Cost:
+    """A forward sweep that looks at hidden states; `left_out`: with those of layers left out carried along."""
+    (passed,), forward = _up_to_the_last(task), task.flops(task.whole)
+    streams = max(len(layers) for _, layers in task.left_out) if left_out else 0
+    if left_out:
+        # Each is carried from its layer up, half of all on average.
+        forward += len(task.layers) * (forward / 2 + task.head_flops)
+    return task.cost(
+        states=3 + streams,
+        moves=len(passed),
+        carries=1 + streams,
+        device={
+            "activations": task.forward_activations(task.whole),
+            "logits": task.logits if left_out else 0,
+        },
+        forward=forward,
+    )
+
+
+def _inputs_of(layer: LayerSizes) -> set[int]:
+    """Widths of what the matrices are given."""
+    return {shape[1] for shape in layer.matrices}
+
+
+def _largest(layer: LayerSizes) -> int:
+    return layer.largest
+
+
+STORED_WEIGHTS = Need("weights", lambda task: [task.layers], _weights, reads_text=False)
+GRADIENTS = Need("gradients", _there_and_back, _gradients)
+MOVED_GRADIENTS = Need("gradients", _there_and_back, partial(_gradients, moved=True))
+# Over the samples' own gradients: a sum of powers takes the place of the gradient.
+SAMPLE_POWERS = Need("gradients", _there_and_back, _gradients)
+MOMENTS = Need("inputs", _up_to_the_last, partial(_inputs, gram=False))
+GRAMS = Need("inputs", _up_to_the_last, partial(_inputs, gram=True))
+HIDDEN = Need("hidden", _up_to_the_last, _hidden)
+LOSSES = Need("losses", _from_what_is_left_out, partial(_hidden, left_out=True))

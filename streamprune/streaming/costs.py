@@ -1,0 +1,293 @@
+"""What work on a model costs: bytes held, moved and carried, FLOPs; and the formulas that all kinds of work share.
+
+Everything comes from config.json and the shard headers. Bytes held are upper bounds of what tensors need at one time,
+so of layers of different shapes the largest counts; FLOPs are sums over layers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from streamprune.model.masking import output_matrices
+from streamprune.model.skeleton import Skeleton
+from streamprune.streaming.device import is_gpu
+from streamprune.streaming.hidden_states import PARTS, Place
+from streamprune.streaming.statistics import passes_without
+from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
+
+Shape = tuple[int, int]  # sequences, and tokens of each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Work in numbers.
+
+    Attributes:
+        device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
+        scratch: bytes on the scratch disk. moved: bytes written there and read from there.
+        forward, backward: FLOPs of products of matrices.
+        noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
+            goes through column by column.
+        carried: bytes of hidden states that a journal takes in at a commit.
+    """
+
+    device: Mapping[str, int] = field(default_factory=dict)
+    host: Mapping[str, int] = field(default_factory=dict)
+    scratch: int = 0
+    moved: int = 0
+    forward: float = 0
+    backward: float = 0
+    noise: float = 0
+    factors: float = 0
+    updates: float = 0
+    carried: int = 0
+
+
+def one_after_another(costs: Sequence[Cost]) -> Cost:
+    """The largest of what each holds, and the work of all."""
+
+    def most(held: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+        return max(held, key=lambda each: sum(each.values()))
+
+    return Cost(
+        device=most(cost.device for cost in costs),
+        host=most(cost.host for cost in costs),
+        scratch=max(cost.scratch for cost in costs),
+        moved=sum(cost.moved for cost in costs),
+        forward=sum(cost.forward for cost in costs),
+        backward=sum(cost.backward for cost in costs),
+        noise=sum(cost.noise for cost in costs),
+        factors=sum(cost.factors for cost in costs),
+        updates=sum(cost.updates for cost in costs),
+        carried=max(cost.carried for cost in costs),
+    )
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Shapes of a layer, as far as costs depend on them.
+
+    Attributes:
+        matrices: those that are watched and scored.
+        passed: those that a token passes: of [experts, d_out, d_in], as many as its router takes.
+        inputs: widths of the inputs that its matrices share: one for the matrices that begin a kind of unit, one for
+            its last.
+        stored: bytes of its tensors in the checkpoint, the largest first.
+    """
+
+    matrices: tuple[torch.Size, ...]
+    passed: tuple[torch.Size, ...]
+    inputs: tuple[int, ...]
+    stored: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Elements of all matrices."""
+        return sum(map(torch.Size.numel, self.matrices))
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest matrix."""
+        return max(map(torch.Size.numel, self.matrices))
+
+    @property
+    def widest(self) -> int:
+        """The longest side of what a token passes."""
+        return max(max(shape) for shape in self.passed)
+
+
+def _sizes_of(skeleton: Skeleton, layer: int) -> LayerSizes:
+    shapes, passed = skeleton.shapes(layer), list[torch.Size]()
+    for shape in shapes.values():
+        if len(shape) == 3:
+            passed += [torch.Size(shape[1:])] * skeleton.config.num_experts_per_tok
+        elif len(shape) == 2:
+            passed.append(shape)
+    last = [shapes[member.tensor][member.dim] for member in output_matrices(skeleton, layer)]
+    return LayerSizes(
+        tuple(shapes[name] for name in skeleton.matrices(layer)),
+        tuple(passed),
+        (*last, *[skeleton.config.hidden_size] * len(last)),
+        tuple(sorted((entry.nbytes for entry in skeleton.entries[layer].values()), reverse=True)),
+    )
+
+
+class Sizes:
+    """Shapes of a sweeper's layers, looked at once; layers of the same shapes are asked once."""
+
+    def __init__(self, sweeper: Sweeper) -> None:
+        self.sweeper = sweeper
+
+    @cached_property
+    def _kinds(self) -> tuple[list[LayerSizes], list[int]]:
+        """The different ones, and which of them each layer is."""
+        found: dict[LayerSizes, int] = {}
+        layers = (_sizes_of(self.sweeper.skeleton, layer) for layer in range(self.sweeper.n_layers))
+        numbers = [found.setdefault(sizes, len(found)) for sizes in layers]
+        return list(found), numbers
+
+    def most(self, of: Callable[[LayerSizes], int], layers: Iterable[int]) -> int:
+        """The largest of what is held for one of `layers` at a time."""
+        kinds, numbers = self._kinds
+        return max((of(kinds[number]) for number in {numbers[layer] for layer in layers}), default=0)
+
+    def total(self, of: Callable[[LayerSizes], float], layers: Iterable[int]) -> float:
+        """The sum of what is done in each of `layers`."""
+        kinds, numbers = self._kinds
+        return sum(times * of(kinds[number]) for number, times in Counter(numbers[layer] for layer in layers).items())
+
+    @property
+    def commonest(self) -> int:
+        """The first layer of the shapes that most layers have."""
+        _, numbers = self._kinds
+        return numbers.index(Counter(numbers).most_common(1)[0][0])
+
+
+@dataclass(frozen=True)
+class Task:
+    """Sequences that go through a model, and how: what the cost of work depends on.
+
+    Attributes:
+        sizes: of the model.
+        shape: sequences, and tokens of each; (0, 0) where no text is read.
+        micro_batch: sequences per layer call. where: hidden states stay.
+        layers: the prunable ones. sweeps: forward-and-backward sweeps that a method takes over them.
+        prunes: weights go as they are scored, so a layer runs again with what is left of it.
+        apart: what the method keeps is not in memory as it is used: a tensor of it comes there, in float32, on its way.
+    """
+
+    sizes: Sizes
+    shape: Shape
+    micro_batch: int = 1
+    where: Place = "device"
+    layers: Sequence[int] = ()
+    sweeps: int = 1
+    prunes: bool = False
+    apart: bool = False
+
+    @property
+    def sweeper(self) -> Sweeper:
+        """That of the model."""
+        return self.sizes.sweeper
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return self.sweeper.skeleton.dtype.itemsize
+
+    @property
+    def sum_itemsize(self) -> int:
+        """Bytes of a number of sums, factors and gradients: float32, float64 in float64 runs."""
+        return max(self.itemsize, 4)
+
+    @property
+    def whole(self) -> range:
+        """All layers."""
+        return range(self.sweeper.n_layers)
+
+    @property
+    def tokens(self) -> int:
+        """Those of all sequences."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Those of a micro-batch."""
+        return min(self.micro_batch, self.shape[0]) * self.shape[1]
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of hidden states [n, seq, d]."""
+        return self.tokens * self.sweeper.skeleton.config.hidden_size * self.itemsize
+
+    @property
+    def left_out(self) -> list[tuple[int, Sequence[int]]]:
+        """The passes of a sweep with each layer left out in turn: where each begins, and the layers left out in it."""
+        return passes_without(self.layers, self.hidden_bytes)
+
+    @property
+    def logits(self) -> int:
+        """Logits, their softmax and its gradient for the tokens that go through the head together, in bytes."""
+        return 3 * min(LOGITS_BYTES, self.tokens * self.sweeper.skeleton.config.vocab_size * 4)
+
+    def forward_activations(self, layers: Iterable[int]) -> int:
+        """Bytes of one micro-batch without gradients: an MLP's product beside its factors, and attention's inputs."""
+        widest = self.sizes.most(lambda layer: layer.widest, layers)
+        return (3 * widest + 4 * self.sweeper.skeleton.config.hidden_size) * self.tokens_at_once * self.itemsize
+
+    def flops(self, layers: Iterable[int]) -> float:
+        """Multiplications and additions of a forward pass through layers: matrices, attention's scores and mixing."""
+        attention = 4 * self.shape[1] * self.sweeper.skeleton.config.hidden_size
+
+        def per_token(layer: LayerSizes) -> int:
+            return 2 * sum(map(torch.Size.numel, layer.passed)) + attention
+
+        return float(self.tokens * self.sizes.total(per_token, layers))
+
+    @property
+    def head_flops(self) -> float:
+        """FLOPs of the head, forwards."""
+        config = self.sweeper.skeleton.config
+        return 2.0 * config.vocab_size * config.hidden_size * self.tokens
+
+    def gram_flops(self, widths: Iterable[int]) -> float:
+        """FLOPs of Σ x xᵀ over all tokens, for inputs of these widths."""
+        return float(sum(2 * self.tokens * width**2 for width in widths))
+
+    def cost(
+        self,
+        *,
+        states: int = 0,
+        moves: int = 0,
+        carries: int = 1,
+        own: bool = False,
+        device: Mapping[str, int] | None = None,
+        host: Mapping[str, int] | None = None,
+        **work: float,
+    ) -> Cost:
+        """What every stage holds, with all hidden states `states` times, and what is given here.
+
+        Args:
+            moves: times that as many hidden states as are held go to scratch or come from it, where they stay there.
+            carries: times all hidden states that a commit carries, where the run can be resumed.
+            own: weights are copied to be moved or changed.
+            device, host: bytes by purpose. work: the other fields of a `Cost`.
+        """
+        pager, binder = self.sweeper.pager, self.sweeper.binder
+        base = {
+            "slots": 2 * pager.slot_bytes,
+            "bound layer": binder.buffer_bytes if own or binder.copies else 0,
+            "embeddings and head": self.sweeper.skeleton.resident_bytes,
+        }
+        on_device, on_host, scratch = self._states(states)
+        return Cost(
+            device={**base, **on_device, **(device or {})},
+            host={**on_host, **(host or {})},
+            scratch=scratch,
+            moved=moves * scratch,
+            carried=carries * self.hidden_bytes,
+            **work,
+        )
+
+    def _states(self, count: int) -> tuple[dict[str, int], dict[str, int], int]:
+        """Bytes of `count` times all hidden states: on the device, on the host, on scratch."""
+        if not count:
+            return {}, {}, 0
+        nbytes = self.hidden_bytes
+        if self.where == "device":
+            return {"hidden states": count * nbytes}, {}, 0
+        part = self.tokens_at_once * self.sweeper.skeleton.config.hidden_size * self.itemsize
+        host = {}
+        if is_gpu(self.sweeper.skeleton.device):
+            host["hidden states"] = count * _pinned(nbytes) if self.where == "host" else _pinned(part)
+        return {"hidden states": PARTS * part}, host, count * nbytes if self.where == "scratch" else 0
+
+
+def _pinned(nbytes: int) -> int:
+    """torch rounds pinned memory up to a power of two."""
+    return 1 << (nbytes - 1).bit_length()
