@@ -12,6 +12,7 @@ from streamprune.errors import OutputError, StreampruneError
 from streamprune.storage.journal import JOURNAL, Journal
 from streamprune.streaming import hidden_states, statistics
 from streamprune.streaming.hidden_states import Activations
+from streamprune.streaming.walk import walk
 
 
 def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, killing, monkeypatch):
@@ -60,14 +61,14 @@ def test_hidden_states_go_into_the_journal_in_pieces(what, place, tiny_llama, tm
 
 def test_the_input_that_a_sweep_goes_on_from_goes_with_its_layer(tiny_llama):
     sweeper, ids, gone = make_sweeper(tiny_llama), token_ids(), []
-    given = [sweeper.forward(ids, stop=2)]
+    given = [walk(sweeper, ids, lambda each: each.run(), stop=2)]
     alive = weakref.ref(given[0])
 
     def visit(each):
         gone.append(alive() is None)
         return each.run()
 
-    sweeper.forward(ids, start=(2, given), visit=visit)
+    walk(sweeper, ids, visit, start=(2, given))
     assert gone == [False] + [True] * 5
 
 

@@ -104,7 +104,7 @@ def ragged(tmp_path_factory):
         if name.startswith("model.layers.") and tensor.ndim == 2:
             matrices[int(name.split(".")[2])][name.split(".")[4]] = tuple(tensor.shape)
     assert elements(matrices[0]) < 0.6 * elements(matrices[-1])
-    return make_sweeper(path / "out", dtype=torch.float32, micro_batch=BATCH, pruned=True), matrices
+    return make_sweeper(path / "out", dtype=torch.float32, micro_batch=BATCH), matrices
 
 
 def elements(matrices):

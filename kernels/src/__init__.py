@@ -7,11 +7,10 @@ Nothing here knows of models, files or methods; only torch and, where it is inst
 from streamprune.kernels.grad_norm import grad_norm
 from streamprune.kernels.moreau_step import MoreauStep, moreau_step, soft_threshold
 from streamprune.kernels.perturb import noise_seed, perturb
-from streamprune.kernels.unit_score import FORMS, unit_score
+from streamprune.kernels.unit_score import unit_score
 from streamprune.kernels.weight_score import prune_n_of_m, prune_rows, weight_score
 
 __all__ = [
-    "FORMS",
     "MoreauStep",
     "grad_norm",
     "moreau_step",

@@ -34,7 +34,6 @@ _ELEMENTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "vectorize": lambda w, a, fisher: torch.mul(w, a),
     "square": lambda w, a, fisher: w.square(),
 }
-FORMS = tuple(_ELEMENTS)
 
 
 def unit_score(
@@ -44,29 +43,25 @@ def unit_score(
     form: str = "first",
     fisher: Tensor | None = None,
     *,
-    group: int = 1,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Scores of the lines of one matrix along `dim`, or of groups of `group` consecutive lines.
+    """Scores of the lines of one matrix along `dim`.
 
     Args:
         weight: w [rows, columns], any float dtype.
         a: g or δ, same shape; unused by `second` and `square`.
         dim: 0 scores rows, 1 scores columns.
-        form: one of `FORMS`.
+        form: "first", "second", "mix", "vectorize" or "square": |w a|, w² F, |w a − w² F / 2|, |Σ w a|, w².
         fisher: F, same shape, for `second` and `mix`.
-        group: lines of a unit (of a KV group: its heads' rows); divides the number of lines.
         backend: "torch" or "triton" instead of the device's own.
 
     Returns:
-        [lines / group] in float64. A block of a line is summed in float32 (float64 for float64 weights), blocks and
+        [lines] in float64. A block of a line is summed in float32 (float64 for float64 weights), blocks and
         lines are added in float64; the order is fixed, so the same operands give the same bits.
     """
     score = _kernel_lines if use_triton(weight, backend) else _reference
     lines = score(weight, a, dim, form, fisher)
-    if form == "vectorize":
-        lines = lines.abs_()
-    return lines.view(-1, group).sum(dim=1) if group > 1 else lines
+    return lines.abs_() if form == "vectorize" else lines
 
 
 def _reference(weight: Tensor, a: Tensor | None, dim: int, form: str, fisher: Tensor | None) -> Tensor:

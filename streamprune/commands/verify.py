@@ -30,7 +30,7 @@ from streamprune.output.ragged import modeling_source, ragged_config_fields
 from streamprune.pipeline.source import Source
 from streamprune.storage.checkpoint import Checkpoint, read_config, read_json
 from streamprune.streaming.hidden_states import States, whole
-from streamprune.streaming.sweeper import Visit
+from streamprune.streaming.walk import Visit, walk
 from streamprune.texts.documents import embedded_text
 from streamprune.texts.tokenizer import load_tokenizer
 
@@ -172,7 +172,7 @@ def _compare(model: str, directory: Path, change: Change, is_ragged: bool, trust
         pruned.ask(ids)
         with Checkpoint(directory) as output, torch.no_grad():
             masking = _Masking(skeleton, output, change)
-            logits = skeleton.head(whole(sweeper.forward(ids, visit=masking.visit))).float()
+            logits = skeleton.head(whole(walk(sweeper, ids, masking.visit))).float()
         return masking.checks() + _checks(pruned.answer(), tokens, logits)
 
 

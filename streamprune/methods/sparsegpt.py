@@ -29,7 +29,7 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
         factor, dead = gram.factor
         pruned = weight.clone()
         matrix = ref.matrix(pruned)
-        matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity)[0])
+        matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity))
         return sink.put(ref, weight, pruned)
 
     statistics.inputs(Gram, consume, prunes=True)
@@ -63,7 +63,7 @@ def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0)
 
 def prune_and_update(
     weight: Tensor, factor: Tensor, dead: Tensor, sparsity: Sparsity, block: int = COLUMN_BLOCK
-) -> tuple[Tensor, float]:
+) -> Tensor:
     """Prune W [d_out, d_in] and update what remains.
 
     Args:
@@ -72,7 +72,8 @@ def prune_and_update(
         block: columns at a time; multiples of M in N:M.
 
     Returns:
-        The new W in the dtype of `factor`, and Σ e²/2 of the errors e = (w − q)/U_jj: ‖ΔW X‖²/N for H = (2/N) X Xᵀ.
+        The new W in the dtype of `factor`. Undamped, Σ e²/2 of its errors e = (w − q)/U_jj is ‖ΔW X‖²/N for
+        H = (2/N) X Xᵀ.
     """
     rows, columns = weight.shape
     m = sparsity.m or 1
@@ -80,9 +81,8 @@ def prune_and_update(
     # By columns: one of them is then a line of memory.
     work = weight.T.to(factor.dtype).contiguous()
     if sparsity.m == sparsity.n and sparsity.count(columns * rows) == 0:
-        return work.T, 0.0
+        return work.T
     work[dead] = 0
-    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
         part, local = work[start:stop], factor[start:stop, start:stop]
@@ -103,8 +103,7 @@ def prune_and_update(
             part[column].masked_fill_(goes, 0)
             errors[column] = error
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        loss += errors.double().square_().sum()  # in place where they are float64 already, so they come last
-    return work.T, float(loss) / 2
+    return work.T
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:

@@ -13,22 +13,23 @@ only, and is what mends the layer before layers that are gone: its goal is then 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.model.masking import mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits, Member, kept_lines, module_of
-from streamprune.storage.journal import END, Journal, Key
+from streamprune.model.units import KeptUnits, Member, kept_lines
+from streamprune.storage.journal import Journal, Key
 from streamprune.streaming.hidden_states import Spilled, States, pieces
 from streamprune.streaming.pager import Page
-from streamprune.streaming.sweeper import Sweeper, Visit
-from streamprune.streaming.watch import SeenEnough
+from streamprune.streaming.sweeper import Sweeper
+from streamprune.streaming.walk import Visit, journalled_walk
+from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 RepairGoal = Literal["own", "stream"]
 # Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): the README has the table.
@@ -106,45 +107,8 @@ def compensate(
     def resume(carry: dict[str, States]) -> None:
         repair.dense = carry.pop("dense", None)
 
-    _walk(sweeper, input_ids, visit, len(passes(sweeper, kept)[-1]), micro_batch, journal, resume)
-
-
-def _walk(
-    sweeper: Sweeper,
-    input_ids: Tensor,
-    visit: Callable[[Visit], dict[str, States]],
-    stop: int,
-    micro_batch: int,
-    journal: Journal | None,
-    resume: Callable[[dict[str, States]], None] = lambda carry: None,
-    *,
-    change: bool = True,
-) -> None:
-    """A forward sweep up to layer `stop`, from where the journal has it; `visit` gives what it hands on, by name."""
-    point, carried = None if journal is None else journal.begin(), dict[str, States]()
-    if point is not None:
-        sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
-        if point.layer == END:
-            return
-        carried = {name: sweeper.states(found, len(input_ids)) for name, found in point.carry.items()}
-        resume(carried)
-
-    def journalled(each: Visit) -> States:
-        carry = visit(each)
-        if journal is not None:
-            journal.commit(each.layer, {name: pieces(states) for name, states in carry.items()})
-        return carry["hidden"]
-
-    sweeper.forward(
-        input_ids,
-        start=None if point is None else (point.layer + 1, [carried.pop("hidden")]),
-        visit=journalled,
-        change=change,
-        stop=stop,
-        micro_batch=micro_batch,
-    )
-    if journal is not None:
-        journal.commit(END)
+    stop = len(passes(sweeper, kept)[-1])
+    journalled_walk(sweeper, journal, input_ids, visit, stop, resume=resume, micro_batch=micro_batch)
 
 
 def passes(sweeper: Sweeper, kept: KeptUnits) -> list[range]:
@@ -179,7 +143,7 @@ def _find_goals(
                 goals[ends[visit.layer], str(index)] = piece
         return {"hidden": output}
 
-    _walk(sweeper, input_ids, keep, max(ends) + 1, micro_batch, journal, change=False)
+    journalled_walk(sweeper, journal, input_ids, keep, max(ends) + 1, change=False, micro_batch=micro_batch)
 
 
 def _before(layer: int, gone: list[int]) -> int:
@@ -303,19 +267,14 @@ def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[li
     """What the module of `member` is given [tokens, d_in] in the block; with `enough` a pass ends where it is."""
     seen: list[Tensor] = []
 
-    def see(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        x = arguments[0].reshape(-1, arguments[0].shape[-1])
+    def see(given: Tensor) -> None:
+        x = given.reshape(-1, given.shape[-1])
         seen.append(x if x.dtype == torch.float64 else x.float())
         if enough:
             raise SeenEnough
 
-    module = visit.sweeper.skeleton.layers[visit.layer].get_submodule(module_of(member.tensor))
-    handle = module.register_forward_pre_hook(see)
-    try:
-        with suppress(SeenEnough):
-            yield seen
-    finally:
-        handle.remove()
+    with watch_inputs(visit.sweeper.skeleton.layers[visit.layer], {member.tensor: see}):
+        yield seen
 
 
 def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamprune.kernels import grad_norm
-from streamprune.model.units import TensorRef, module_of
+from streamprune.model.units import TensorRef
+from streamprune.streaming.watch import watch_ends
 
 # Gradients of a mean over thousands of tokens lie below float16's smallest number; they are carried this much larger.
 FLOAT16_SCALE = 2.0**13
@@ -99,29 +99,25 @@ def watched(
     layer: nn.Module, weights: Mapping[str, Tensor], collectors: Sequence[Collector]
 ) -> Iterator[dict[str, Tensor]]:
     """The weights to run `layer` with, so that its backward passes inside the block feed the collectors."""
-    bound, handles = dict(weights), []
+    bound, ends = dict(weights), {}
     for collector in collectors:
         name = collector.ref.tensor
         if isinstance(collector, GradientCollector):
             bound[name] = weights[name].detach().requires_grad_()
             bound[name].register_post_accumulate_grad_hook(collector)
         else:
-            module = layer.get_submodule(module_of(name))
-            handles.append(module.register_forward_hook(partial(_capture, collector)))
-    try:
+            ends[name] = partial(_capture, collector)
+    with watch_ends(layer, ends):
         yield bound
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _capture(collector: PowerCollector, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-    """A forward hook of a Linear: its X now, its dY when the backward pass has it.
+def _capture(collector: PowerCollector, given: Tensor, output: Tensor) -> None:
+    """Hand over a Linear's X, and its dY when the backward pass has it.
 
     The weight needs no gradient, so autograd computes none. Where it is stored as [d_in, d_out] the two ends change
     places.
     """
-    x = arguments[0].detach()
+    x = given.detach()
 
     def hand_over(dy: Tensor) -> None:
         collector(*((dy, x) if collector.ref.transposed else (x, dy)))

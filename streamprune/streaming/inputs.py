@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from streamprune.model.units import module_of
-from streamprune.streaming.watch import SeenEnough
+from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 
 class Moments:
@@ -85,20 +84,13 @@ class Inputs(Generic[Sums]):
         With `enough`, the pass ends where the last of them has been given its input, and so does the block.
         """
         self._awaited = set(self.tensors) if enough else None
-        handles = [
-            layer.get_submodule(module_of(name)).register_forward_pre_hook(partial(self._take, name))
-            for name in self.tensors
-        ]
         try:
-            with suppress(SeenEnough):
+            with watch_inputs(layer, {name: partial(self._take, name) for name in self.tensors}):
                 yield
         finally:
             self._seen.clear()
-            for handle in handles:
-                handle.remove()
 
-    def _take(self, name: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        given = arguments[0]
+    def _take(self, name: str, given: Tensor) -> None:
         shared = next((sums for tensor, sums in self._seen if tensor is given), None)  # by q, k and v; gate and up
         if shared is not None:
             self.sums.setdefault(name, shared)

@@ -18,7 +18,8 @@ from streamprune.streaming.device import at_once
 from streamprune.streaming.gradients import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer
 from streamprune.streaming.hidden_states import States, pieces
 from streamprune.streaming.inputs import Inputs, Sums
-from streamprune.streaming.sweeper import Sweeper, Visit, Visitor
+from streamprune.streaming.sweeper import Sweeper
+from streamprune.streaming.walk import Visit, Visitor, journalled_walk, walk
 
 # Hidden states of left-out layers that are carried through the layers together.
 STREAM_BYTES = 2 << 30
@@ -138,7 +139,7 @@ class Statistics:
                     visit.weights[name].copy_(weight)
             return visit.run() if prunes and visit.layer != last else output
 
-        self._visit(collect, change=prunes)
+        self._walk(collect, change=prunes)
 
     def hidden(self, consume: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None]) -> None:
         """One forward sweep that hands over (layer, its inputs and outputs [., seq, d]) for each prunable layer."""
@@ -149,30 +150,16 @@ class Statistics:
                 consume(visit.layer, ((visit.hidden[part], output[part]) for part in visit.parts()))
             return output
 
-        self._visit(show, change=False)
+        self._walk(show, change=False)
 
-    def _visit(self, visit: Visitor, *, change: bool = True) -> None:
+    def _walk(self, visit: Visitor, *, change: bool = True) -> None:
         """A forward sweep up to the last prunable layer."""
-        point, stop = self._begin(), self.layers[-1] + 1
-        self._again = False  # the boundaries go
-        if point is not None:
-            self.sweeper.pager.skip(range(stop if point.layer == END else point.layer + 1))
-            if point.layer == END:
-                return
+        self._again, stop = False, self.layers[-1] + 1  # the boundaries go
 
-        def journalled(each: Visit) -> States:
-            output = visit(each)
-            self._commit(each.layer, {"hidden": output})
-            return output
+        def carry(each: Visit) -> dict[str, States]:
+            return {"hidden": visit(each)}
 
-        self.sweeper.forward(
-            self._ids,
-            start=None if point is None else (point.layer + 1, [self._carried(point)]),
-            visit=journalled,
-            change=change,
-            stop=stop,
-        )
-        self._commit(END)
+        journalled_walk(self.sweeper, self._journal, self._ids, carry, stop, change=change)
 
     def losses_without(self) -> dict[int, float]:
         """Mean loss in nats with each prunable layer left out.
@@ -220,7 +207,7 @@ class Statistics:
             return dense[0]
 
         given = dense if begin <= layers[-1] else list(dense)  # above them it stays
-        self.sweeper.forward(self._ids, start=(begin, given) if given else None, visit=carry, change=False)
+        walk(self.sweeper, self._ids, carry, start=(begin, given) if given else None, change=False)
         return streams
 
     def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:
@@ -237,9 +224,9 @@ class Statistics:
             return math.nan if point.loss is None else point.loss  # no method asks for an earlier sweep's
         # Below the first prunable layer nothing ever moves: later sweeps start from its input.
         sweeper.pager.skip(planned, self._sweep_layers(self._again, None if point is None else point.layer))
-        hidden = sweeper.forward(
+        hidden = sweeper.forward_keeping(
             ids,
-            keep_from=lowest,
+            lowest,
             again=self._again,
             perturbation=perturbation,
             perturbed=self.layers,

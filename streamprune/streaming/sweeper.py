@@ -8,11 +8,9 @@ exist at a time. Methods receive the gradients tensor by tensor, as autograd fin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +22,7 @@ from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.device import paging_device
 from streamprune.streaming.gradients import MakeCollector, PowerCollector, gradient_scale, watched
 from streamprune.streaming.hidden_states import Activations, Place, States, ahead
-from streamprune.streaming.inputs import Inputs
-from streamprune.streaming.pager import Page, Pager, Turn
+from streamprune.streaming.pager import Pager, Turn
 
 LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
@@ -34,58 +31,6 @@ DEFAULT_MICRO_BATCH_TOKENS = 2048
 def default_micro_batch(seq_len: int) -> int:
     """Sequences computed at once where the user does not say."""
     return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
-
-
-@dataclass
-class Visit:
-    """A layer in a forward sweep, before its output is made: its Linears can be watched, its weights changed.
-
-    Attributes:
-        page: the layer as it is stored.
-        weights: in the compute dtype, by their names inside the layer; of a sweep that may change them, copies: what is
-            changed here takes effect.
-        hidden: the layer's input [n, seq, d].
-    """
-
-    sweeper: Sweeper
-    page: Page
-    weights: dict[str, Tensor]
-    hidden: States
-    call: LayerCall
-    micro_batch: int
-
-    @property
-    def layer(self) -> int:
-        """Index of the layer."""
-        return self.page.layer
-
-    def parts(self) -> Iterator[slice]:
-        """The sequences in micro-batches."""
-        return self.sweeper.micro_batches(len(self.hidden), self.micro_batch)
-
-    def run(self, hidden: States | None = None, *, inputs: Inputs[Any] | None = None) -> States:
-        """The layer's output [n, seq, d] with the weights as they are now.
-
-        Args:
-            hidden: instead of the layer's own input.
-            inputs: takes in what the Linears are given.
-        """
-        hidden = self.hidden if hidden is None else hidden
-        output, skeleton = self.sweeper.states_like(hidden), self.sweeper.skeleton
-        for part in self.parts():
-            with inputs.watching(skeleton.layers[self.layer]) if inputs is not None else nullcontext():
-                output[part] = skeleton.run_layer(self.layer, self.weights, self.call, hidden[part])
-        return output
-
-    def give(self, inputs: Inputs[Any]) -> None:
-        """Let `inputs` take in what the Linears are given, without the layer's output: its last product is not made."""
-        skeleton = self.sweeper.skeleton
-        for part in self.parts():
-            with inputs.watching(skeleton.layers[self.layer], enough=True):
-                skeleton.run_layer(self.layer, self.weights, self.call, self.hidden[part])
-
-
-Visitor = Callable[[Visit], States]  # returns the hidden states that go on
 
 
 class Sweeper:
@@ -125,61 +70,61 @@ class Sweeper:
         return len(self.skeleton.layers)
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor,
-        *,
-        start: tuple[int, list[States]] | None = None,
-        keep_from: int | None = None,
-        again: bool = False,
-        perturbation: Perturbation | None = None,
-        perturbed: Sequence[int] = (),
-        visit: Visitor | None = None,
-        change: bool = True,
-        stop: int | None = None,
-        micro_batch: int | None = None,
-        then: Turn = "back",
-    ) -> States:
-        """Hidden states after the last layer (or before layer `stop`) [n, seq, d].
+    def forward(self, input_ids: Tensor, *, micro_batch: int | None = None, then: Turn = "back") -> States:
+        """Hidden states after the last layer [n, seq, d]. Each layer works in place.
 
         Args:
             input_ids: [n, seq].
-            start: with `visit`: (layer, [its input]) where an earlier sweep had the same weights below that layer. The
-                input is taken out, and is gone with that layer if nobody else has it.
-            keep_from: keep the inputs of this layer and of those above for `backward`.
-            again: begin at `keep_from` with the input that the last sweep kept.
-            perturbation: applied in the layers `perturbed`.
-            visit: makes each layer's output instead, with no boundaries kept. change: it may change weights.
-            stop: the first layer that is not run.
             micro_batch: sequences per layer call, where not the sweeper's.
             then: the next sweep comes "back", or goes the same way "again".
         """
-        if keep_from is None:
-            self._kept = []
+        self.forget_boundaries()
         size = micro_batch or self.micro_batch
-        first, given = start or (0, [])
-        hidden = given.pop() if given else None
+        hidden, calls = self.embed(input_ids, size), self.recorded(input_ids)
+        with self.pager.pages(range(self.n_layers), then) as pages:
+            for page in pages:
+                self._run(page.layer, self.binder.bind(page), calls[page.layer], hidden, hidden, size)
+        return hidden
+
+    @torch.no_grad()
+    def forward_keeping(
+        self,
+        input_ids: Tensor,
+        lowest: int,
+        *,
+        again: bool = False,
+        perturbation: Perturbation | None = None,
+        perturbed: Sequence[int] = (),
+        stop: int | None = None,
+    ) -> States:
+        """The same, up to layer `stop`; the inputs of layer `lowest` and of those above it are kept for `backward`.
+
+        Args:
+            input_ids: [n, seq].
+            again: begin at `lowest` with the input that the last sweep kept.
+            perturbation: applied in the layers `perturbed`.
+            stop: the first layer that is not run.
+        """
         if again:
-            assert keep_from == self._kept_from and self._kept, "the sweep before kept the same"
-            first, hidden = keep_from, self._kept[0]
-        if hidden is None:
-            hidden = self._embed(input_ids, size, keep_from)
-        calls = self._recorded(input_ids)
-        with self.pager.pages(range(first, self.n_layers if stop is None else stop), then) as pages:
+            assert lowest == self._kept_from and self._kept, "the sweep before kept the same"
+            hidden = self._kept[0]
+        else:
+            hidden = self.embed(input_ids, self.micro_batch, lowest)
+        calls = self.recorded(input_ids)
+        with self.pager.pages(range(lowest if again else 0, self.n_layers if stop is None else stop)) as pages:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
-                scored = self.scored[page.layer] if moved is not None else ()
-                weights = self.binder.bind(page, moved, scored, own=visit is not None and change)
-                if visit is not None:
-                    hidden = visit(Visit(self, page, weights, hidden, calls[page.layer], size))
-                    continue
-                kept = keep_from is not None and page.layer >= keep_from
-                # Where nothing is kept, a layer works in place.
-                output = self._kept[page.layer - self._kept_from + 1] if kept else hidden
-                for part in self.micro_batches(len(hidden), size):
-                    output[part] = self.skeleton.run_layer(page.layer, weights, calls[page.layer], hidden[part])
+                weights = self.binder.bind(page, moved, self.scored[page.layer] if moved is not None else ())
+                output = self._kept[page.layer - lowest + 1] if page.layer >= lowest else hidden
+                self._run(page.layer, weights, calls[page.layer], hidden, output, self.micro_batch)
                 hidden = output
         return hidden
+
+    def _run(
+        self, layer: int, weights: dict[str, Tensor], call: LayerCall, hidden: States, output: States, micro_batch: int
+    ) -> None:
+        for part in self.micro_batches(len(hidden), micro_batch):
+            output[part] = self.skeleton.run_layer(layer, weights, call, hidden[part])
 
     def backward(
         self,
@@ -205,7 +150,7 @@ class Sweeper:
         """
         kept, first = self._kept, self._kept_from
         assert kept, "a forward sweep kept boundaries"
-        call = self._recorded(input_ids)
+        call = self.recorded(input_ids)
         parts = list(self.micro_batches(len(grad)))
         top = self.n_layers if below is None else below
         with self.pager.pages(range(top - 1, first - 1, -1)) as pages:
@@ -279,7 +224,7 @@ class Sweeper:
             self._activations = Activations(device, self.place, paging_device(device), self.scratch)
         return self._activations.several(count, shape, dtype)
 
-    def _embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None) -> States:
+    def embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None = None) -> States:
         """The first layer's input; where boundaries will be kept, in the place of the lowest one."""
         hidden: States | None = None
         for part in self.micro_batches(len(input_ids), micro_batch):
@@ -300,14 +245,18 @@ class Sweeper:
             self._kept_from = keep_from
         return self._kept[0]
 
+    def forget_boundaries(self) -> None:
+        """Let go of what `forward_keeping` kept."""
+        self._kept = []
+
     def close(self) -> None:
         """No sweep comes: hidden states that were kept can go."""
-        self._kept = []
+        self.forget_boundaries()
         if self._activations is not None:
             self._activations.close()
             self._activations = None
 
-    def _recorded(self, input_ids: Tensor) -> list[LayerCall]:
+    def recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """The recorded calls for this sequence length; they do not depend on the tokens."""
         seq = input_ids.shape[1]
         if seq not in self._calls:
