@@ -129,8 +129,8 @@ def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, gra
         "random", Path("unused"), method, settings, granularity=granularity, layers=(layers.start, layers.stop)
     )
     numbers = resolve_settings(method, settings, config.target)
-    plan = make_plan(config, sweeper.skeleton, numbers)
-    stage = scoring(Sizes(sweeper), config, numbers, plan, (SAMPLES, SEQ_LEN), "device", "host", sweeper.micro_batch)
+    plan = make_plan(config, sweeper.skeleton)
+    stage = scoring(Sizes(sweeper), config, plan, (SAMPLES, SEQ_LEN), "device", "host", sweeper.micro_batch)
     return {**stage.device, **stage.host}
 
 

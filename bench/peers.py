@@ -30,7 +30,6 @@ RUNS = [(method, pattern) for method in ("wanda", "sparsegpt") for pattern in ("
 def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     """One pruning by streamprune, as `streamprune --no-evaluate` does it."""
     from streamprune.config import PruneConfig
-    from streamprune.methods.table import resolve_settings
     from streamprune.output import companions
     from streamprune.pipeline.job import Job
     from streamprune.pipeline.progress import Progress
@@ -39,12 +38,11 @@ def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     from streamprune.streaming.sweeper import default_micro_batch
 
     config = PruneConfig(model=model, output=Path(output), method=method, granularity=pattern)
-    settings = resolve_settings(method, {}, "weights")
     with Source(model, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices").open() as sweeper:
-        plan = make_plan(config, sweeper.skeleton, settings)
+        plan = make_plan(config, sweeper.skeleton)
         Path(output).mkdir()
         beside = companions.prepare(plan.form)
-        Job(config, settings, plan, sweeper, Progress(quiet=True), ids, None, beside).prune_weights(Path(output))
+        Job(config, plan, sweeper, Progress(quiet=True), ids, None, beside).prune_weights(Path(output))
 
 
 def peer(model: str, method: str, pattern: str, ids: Any, output: str) -> None:

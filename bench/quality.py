@@ -95,7 +95,7 @@ TEXTS = {
 def measure(job: dict[str, Any]) -> None:
     """Score once and measure all settings of a job; one line of JSON each, as they are done."""
     from streamprune.config import PruneConfig
-    from streamprune.methods.table import METHODS, resolve_settings
+    from streamprune.methods.table import METHODS
     from streamprune.output import companions
     from streamprune.pipeline.batches import REPAIR_SEQ_LEN
     from streamprune.pipeline.job import Job
@@ -119,12 +119,11 @@ def measure(job: dict[str, Any]) -> None:
             config = PruneConfig(
                 model=job["model"], output=Path("unused"), method=method.name, seed=job["seed"], **options
             )
-            settings = resolve_settings(method.name, {}, config.target)
-            plan = make_plan(config, sweeper.skeleton, settings)
+            plan = make_plan(config, sweeper.skeleton)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
             repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0) if config.compensate else None
             beside = companions.prepare(plan.form)
-            run = Job(config, settings, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
+            run = Job(config, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
             with tempfile.TemporaryDirectory() as directory:
                 start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read

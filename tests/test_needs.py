@@ -179,7 +179,7 @@ def test_what_autograd_saves_of_the_widest_layer_is_counted(ragged):
 def test_every_stage_of_a_plan_has_the_wide_layers_in_it(ragged):
     sweeper, matrices = ragged
     config = PruneConfig("ragged", "out", "magnitude", layers=(0, N_LAYERS), evaluate=False, compensate=True)
-    plan = make_plan(config, sweeper.skeleton, {})
+    plan = make_plan(config, sweeper.skeleton)
     evaluated, _, repaired, written = stages(
         Sizes(sweeper), config, {}, plan, Work(None, SHAPE, SHAPE), "device", "host", BATCH
     )
@@ -229,7 +229,7 @@ def test_what_a_method_keeps_is_what_is_planned(method, target, settings, family
     more = {"stock": True} if target == "units" else {"layers": (1, 4)}
     config = PruneConfig("in", tmp_path / "out", method, settings, granularity=target, ratio=0.5, **more)
     numbers = resolve_settings(method, settings, config.target)
-    plan = make_plan(config, sweeper.skeleton, numbers)
+    plan = make_plan(config, sweeper.skeleton)
 
     def store(name):
         class Store(dict):

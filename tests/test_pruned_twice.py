@@ -133,7 +133,7 @@ def test_one_width_for_all_and_compressed_weights_are_refused(once: Path, tmp_pa
 def test_a_plan_counts_every_layer_s_own_units(once: Path, tmp_path: Path) -> None:
     options = config(once, tmp_path / "out", SECOND["uniform"] | {"ratio": 0.0})
     sweeper = make_sweeper(once)
-    plan = make_plan(options, sweeper.skeleton, {})
+    plan = make_plan(options, sweeper.skeleton)
     stored = tensors(once)
     for layer, costs in plan.costs.items():
         units = sum(cost * sweeper.skeleton.geometries[layer].units(kind) for kind, cost in costs.items())

@@ -21,7 +21,7 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
     config, sweeper, plan, ids = job.config, job.sweeper, job.plan, job.ids
     skeleton, checkpoint = sweeper.skeleton, sweeper.skeleton.checkpoint
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
-    options |= {"settings": job.settings, "micro_batch": sweeper.micro_batch}
+    options |= {"settings": dict(plan.settings), "micro_batch": sweeper.micro_batch}
     # What was decided for the user stands beside what they said.
     options |= {"allocation": plan.choice.allocation, "compensate_target": plan.repair}
     if ids is not None:

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -61,7 +60,6 @@ class Job:
     """
 
     config: PruneConfig
-    settings: dict[str, Any]
     plan: Plan
     sweeper: Sweeper
     progress: Progress
@@ -86,7 +84,7 @@ class Job:
                 self.costs |= self.journal.facts["costs"]
                 return scores
         with self._scoring():
-            METHODS[self.config.method].score(statistics, self.settings, scores)
+            METHODS[self.config.method].score(statistics, self.plan.settings, scores)
         self.sweeper.close()
         if self.journal is not None:
             self.journal.facts["costs"] = self.costs
@@ -135,7 +133,7 @@ class Job:
                 counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
 
             with self._scoring():
-                METHODS[self.config.method].score(statistics, self.settings, WeightPruner(plan.sparsity, write))
+                METHODS[self.config.method].score(statistics, self.plan.settings, WeightPruner(plan.sparsity, write))
             self.sweeper.close()
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)
@@ -184,7 +182,7 @@ class Job:
         """The stage in which the method works; its figures go into `costs`."""
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         shape = (0, 0) if self.ids is None else (len(self.ids), self.ids.shape[1])
-        task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=method.sweeps(self.settings))
+        task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=method.sweeps(self.plan.settings))
         orders = [order for need in method.needs_for(self.config.target) for order in need.passes(task)]
         start, read = time.perf_counter(), checkpoint.bytes_read
         with self._stage(f"scoring {method.name}", orders):

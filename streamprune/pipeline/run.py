@@ -104,7 +104,7 @@ def prune(
     """
     started = time.perf_counter()
     progress = Progress.of(progress)
-    settings = resolve_settings(config.method, config.settings, config.target)
+    resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
         resume.remove_finished(journal_directory)
@@ -112,9 +112,7 @@ def prune(
     form_class(config, form).check_machine()
     with ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
-        directory, facts, written, segments = _score_and_write(
-            config, settings, output, progress, journal_directory, form
-        )
+        directory, facts, written, segments = _score_and_write(config, output, progress, journal_directory, form)
         if segments is not None:
             facts["perplexity"]["after"] = _perplexity_after(config, directory, written.form, segments, progress)
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
@@ -130,7 +128,6 @@ def prune(
 
 def _score_and_write(
     config: PruneConfig,
-    settings: dict[str, Any],
     output: ExitStack,
     progress: Progress,
     journal_directory: Path | None,
@@ -140,7 +137,7 @@ def _score_and_write(
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
-        plan = make_plan(config, skeleton, settings, form)
+        plan = make_plan(config, skeleton, form)
         _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
         beside = _prepare_companions(config, plan, progress)
@@ -158,7 +155,7 @@ def _score_and_write(
         work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
         # The micro-batch is part of the arithmetic: the one that the first run was planned with.
         planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
-        placement = _settle(planned, settings, plan, sweeper, work)
+        placement = _settle(planned, plan, sweeper, work)
         if config.resume:
             carried = max(stage.carried for stage in placement.stages)
             _check_output_space(config, plan, skeleton, journal_directory, carried)
@@ -170,9 +167,7 @@ def _score_and_write(
             journal.save()
         found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
         predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
-        job = Job(
-            config, settings, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted
-        )
+        job = Job(config, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted)
         job.state_scratch = config.scratch if placement.state == "scratch" else None
         directory = output.enter_context(
             atomic_directory(
@@ -224,14 +219,12 @@ def _source(
     return source.open(progress)
 
 
-def _settle(
-    config: PruneConfig, settings: dict[str, Any], plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0
-) -> Placement:
+def _settle(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0) -> Placement:
     """Decide where things stay, and tell the sweeper; `to_come` is what the process does not hold yet, in bytes."""
     skeleton = sweeper.skeleton
     loaded = skeleton.resident_bytes if skeleton.loaded and not is_gpu(skeleton.device) else 0
     baseline = psutil.Process().memory_info().rss - loaded + to_come
-    placement = choose_placement(sweeper, config, settings, plan, work, baseline=baseline)
+    placement = choose_placement(sweeper, config, plan, work, baseline=baseline)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
@@ -249,18 +242,18 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     Raises:
         StreampruneError: as `prune` before its work begins.
     """
-    settings = resolve_settings(config.method, config.settings, config.target)
+    resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
     planned = None if measure else compute_device(config.device)
     if assume is not None:
         planned = card()
         config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
-        plan = make_plan(config, sweeper.skeleton, settings)
+        plan = make_plan(config, sweeper.skeleton)
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held
         work = batches.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
-        placement = _settle(config, settings, plan, sweeper, work, to_come=TEXT_BYTES)
+        placement = _settle(config, plan, sweeper, work, to_come=TEXT_BYTES)
         found = None
         if measure:
             found = rates.measured(sweeper, seq_len, rates.default_cache())

@@ -12,7 +12,7 @@ from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
 from streamprune.figures import human
 from streamprune.methods.needs import KeptState
-from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores
+from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KIND_NAMES, KeptUnits
@@ -72,20 +72,17 @@ class Choice:
     allocation: str | None = None
 
 
-def make_plan(
-    config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], form: type[OutputForm] | None = None
-) -> Plan:
+def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | None = None) -> Plan:
     """Decide, and refuse what cannot be done.
 
     Args:
-        settings: the method's own numbers.
         form: of the output, another than the options say.
 
     Raises:
         UsageError: a ratio, range or layout that does not fit the model.
         StreampruneError: too little memory for the method's state.
     """
-    n_layers = len(skeleton.layers)
+    n_layers, settings = len(skeleton.layers), resolve_settings(config.method, config.settings, config.target)
     if config.target == "weights" and skeleton.family.fused:
         raise UsageError(
             f"--granularity {config.granularity}: most weights of {skeleton.family.model_type} are its experts', which "

@@ -6,8 +6,7 @@ in the heap are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -27,7 +26,6 @@ from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
 def stages(
     sizes: Sizes,
     config: PruneConfig,
-    settings: Mapping[str, Any],
     plan: Plan,
     work: Work,
     where: Place,
@@ -41,7 +39,7 @@ def stages(
     found, n_layers = list[Stage](), sizes.sweeper.n_layers
     if work.evaluation is not None:
         found.append(_evaluation(sizes, work.evaluation, where))
-    found.append(scoring(sizes, config, settings, plan, work.calibration, where, state, micro_batch))
+    found.append(scoring(sizes, config, plan, work.calibration, where, state, micro_batch))
     fitted: Sequence[int] = ()
     if work.repair is not None:
         passes = least_squares.passes(sizes.sweeper, plan.choice.widths)
@@ -70,7 +68,6 @@ def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
 def scoring(
     sizes: Sizes,
     config: PruneConfig,
-    settings: Mapping[str, Any],
     plan: Plan,
     shape: Shape | None,
     where: Place,
@@ -84,7 +81,7 @@ def scoring(
             sweeps does. micro_batch: sequences per layer call.
     """
     method = METHODS[config.method]
-    needs, sweeps = method.needs_for(config.target), method.sweeps(settings)
+    needs, sweeps = method.needs_for(config.target), method.sweeps(plan.settings)
     apart = state == "scratch" or config.resume or config.state_dtype != "float32"
     prunes = config.target == "weights"
     task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, prunes=prunes, apart=apart)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,7 @@ class Placement:
     halved: bool = False
 
 
-def choose_placement(
-    sweeper: Sweeper, config: PruneConfig, settings: Mapping[str, Any], plan: Plan, work: Work, *, baseline: int
-) -> Placement:
+def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work, *, baseline: int) -> Placement:
     """The placement that reads least within the budget.
 
     Args:
@@ -69,7 +67,7 @@ def choose_placement(
     sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
-            (stages(sizes, config, settings, plan, work, where, state, micro_batch), where, state)
+            (stages(sizes, config, plan, work, where, state, micro_batch), where, state)
             for where in _places(config, gpu)
             for state in _state_places(config, plan)
         ]
