@@ -104,7 +104,7 @@ def ragged(tmp_path_factory):
         if name.startswith("model.layers.") and tensor.ndim == 2:
             matrices[int(name.split(".")[2])][name.split(".")[4]] = tuple(tensor.shape)
     assert elements(matrices[0]) < 0.6 * elements(matrices[-1])
-    return make_sweeper(path / "out", dtype=torch.float32, micro_batch=BATCH, pruned=True), matrices
+    return make_sweeper(path / "out", dtype=torch.float32, micro_batch=BATCH), matrices
 
 
 def elements(matrices):
@@ -189,6 +189,16 @@ def test_every_stage_of_a_plan_has_the_wide_layers_in_it(ragged):
     assert repaired.factors == pytest.approx(sum(each["down_proj"][1] ** 3 for each in matrices) / 3)
     largest = sorted((4 * prod(shape) for shape in matrices[-1].values()), reverse=True)
     assert written.host["tensors, cut"] >= 2 * sum(largest[:2])
+
+
+@pytest.mark.parametrize("method", ["moreau", "gblm", "magnitude"])
+def test_a_pruned_model_is_pruned_again_as_planned(method, ragged, tmp_path):
+    source = str(ragged[0].skeleton.checkpoint.path)
+    settings = {"steps": 2} if method == "moreau" else {}
+    given = {"settings": settings, "layers": (1, 5), "samples": 4, "seq_len": 32, "evaluate": False}
+    config = PruneConfig(source, tmp_path / "out", method, **given)
+    planned, facts = foretell(config).placement.stages[0], prune(config).facts
+    assert planned.read == facts["scoring"]["bytes_read"] == facts["memory"]["planned_read"][planned.name] > 0
 
 
 def test_rates_are_measured_on_what_most_layers_are_like(ragged, tmp_path, monkeypatch):
