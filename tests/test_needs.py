@@ -191,6 +191,16 @@ def test_every_stage_of_a_plan_has_the_wide_layers_in_it(ragged):
     assert written.host["tensors, cut"] >= 2 * sum(largest[:2])
 
 
+@pytest.mark.parametrize("method", ["moreau", "gblm", "magnitude"])
+def test_a_pruned_model_is_pruned_again_as_planned(method, ragged, tmp_path):
+    source = str(ragged[0].skeleton.checkpoint.path)
+    settings = {"steps": 2} if method == "moreau" else {}
+    given = {"settings": settings, "layers": (1, 5), "samples": 4, "seq_len": 32, "evaluate": False}
+    config = PruneConfig(source, tmp_path / "out", method, **given)
+    planned, facts = foretell(config).placement.stages[0], prune(config).facts
+    assert planned.read == facts["scoring"]["bytes_read"] == facts["memory"]["planned_read"][planned.name] > 0
+
+
 def test_rates_are_measured_on_what_most_layers_are_like(ragged, tmp_path, monkeypatch):
     sweeper, _ = ragged
     assert Sizes(sweeper).commonest == NARROW
