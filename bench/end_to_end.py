@@ -120,7 +120,6 @@ def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dic
 def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, granularity: str = "units") -> dict:
     """Bytes that streamprune says a method holds, by purpose."""
     from streamprune.config import PruneConfig
-    from streamprune.methods.table import resolve_settings
     from streamprune.planning.decision import make_plan
     from streamprune.planning.footprint import scoring
     from streamprune.streaming.costs import Sizes
@@ -128,7 +127,6 @@ def held(sweeper: Any, method: str, settings: dict[str, Any], layers: range, gra
     config = PruneConfig(
         "random", Path("unused"), method, settings, granularity=granularity, layers=(layers.start, layers.stop)
     )
-    numbers = resolve_settings(method, settings, config.target)
     plan = make_plan(config, sweeper.skeleton)
     stage = scoring(Sizes(sweeper), config, plan, (SAMPLES, SEQ_LEN), "device", "host", sweeper.micro_batch)
     return {**stage.device, **stage.host}

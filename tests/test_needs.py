@@ -181,7 +181,7 @@ def test_every_stage_of_a_plan_has_the_wide_layers_in_it(ragged):
     config = PruneConfig("ragged", "out", "magnitude", layers=(0, N_LAYERS), evaluate=False, compensate=True)
     plan = make_plan(config, sweeper.skeleton)
     evaluated, _, repaired, written = stages(
-        Sizes(sweeper), config, {}, plan, Work(None, SHAPE, SHAPE), "device", "host", BATCH
+        Sizes(sweeper), config, plan, Work(None, SHAPE, SHAPE), "device", "host", BATCH
     )
     tokens, widest = prod(SHAPE), matrices[-1]["down_proj"][1]
     assert evaluated.device["activations"] == repaired.device["activations"] - 2 * 4 * tokens * widest
