@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import transformers
-from conftest import FAMILY_FIELDS, RAGGED, save_tiny
+from tiny_models import FAMILY_FIELDS, RAGGED, save_tiny
 
 from streamprune import Progress, PruneConfig, prune
 from streamprune.methods.table import METHODS

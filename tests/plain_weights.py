@@ -4,8 +4,8 @@ import copy
 import math
 
 import torch
-from conftest import make_sweeper, save_tiny, token_ids, whole_model_gradients
 from plain_methods import LAYERS, SEED
+from tiny_models import make_sweeper, save_tiny, token_ids, whole_model_gradients
 from transformers.pytorch_utils import Conv1D
 
 from streamprune.methods.table import METHODS, WeightPruner, resolve_settings

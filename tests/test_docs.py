@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from conftest import FAMILY_FIELDS, save_tiny
+from tiny_models import FAMILY_FIELDS, save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.cli import cli

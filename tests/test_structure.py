@@ -89,6 +89,14 @@ def test_no_public_name_stands_for_two_things():
     assert twice == {}
 
 
+def test_tests_mirror_the_rooms():
+    """`kernel` for kernels: a folder `kernels` on the path would be taken for the ecosystem's package."""
+    rooms = {room for row in ROWS for room in row if (PACKAGE / room).is_dir()} | {"kernel"}
+    tests = ROOT / "tests"
+    assert {each.name for each in tests.iterdir() if each.is_dir() and each.name != "__pycache__"} == rooms
+    assert {file.name for file in tests.glob("test_*.py")} == {"test_structure.py", "test_docs.py"}
+
+
 def test_kernels_import_only_torch_and_themselves():
     for file in ROOT.joinpath("kernels").rglob("*.py"):
         assert {room_of(module) for module in imported(file)} <= {"kernels"}

@@ -1,0 +1,204 @@
+"""`streamprune verify` finds what is wrong with an output, says what to do, and runs no code unasked.
+
+But for those of test_slim.py, the fresh process is a function call here.
+"""
+
+import io
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from cli_runner import check_refusal, edit_tensors
+from tiny_models import save_tiny, tiny_model, token_ids
+
+from streamprune.commands import _verify_child
+from streamprune.commands.verify import Check, complaint, verify
+
+
+class CalledProcess:
+    """In the place of `subprocess.Popen`: runs the child's main function when its end is waited for."""
+
+    def __init__(self, command: list[str], *, stdout: Any, **options: Any) -> None:
+        self.arguments, self.said, self.stdin = command[3:], Path(stdout.name), io.BytesIO()
+
+    def wait(self) -> int:
+        try:
+            _verify_child.examine(*self.arguments)
+        except Exception:
+            self.said.write_text(traceback.format_exc())
+            return 1
+        return 0
+
+    def kill(self) -> None:
+        pass
+
+    def communicate(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def called(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = SimpleNamespace(Popen=CalledProcess, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("streamprune.commands.verify.subprocess", called)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * 9))
+
+
+@pytest.fixture
+def pruned(streamprune: Any, model: Path, output: Path) -> Path:
+    """The tiny Llama in one width."""
+    options = ("--method", "random", "--no-evaluate", "--quiet", "--stock")
+    assert streamprune("--model", model, "--output", output, *options).code == 0
+    return output
+
+
+def failed(directory: Path, **options: Any) -> dict[str, str]:
+    """What fails, and its detail."""
+    return {check.name: check.detail for check in verify(directory, **options) if not check.passed}
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_good_output_passes(streamprune: Any, pruned: Path) -> None:
+    result = streamprune("verify", pruned)
+    assert result.code == 0 and result.out.count(" ok ") == 5
+
+
+def test_a_missing_tensor_is_named_and_not_reported(streamprune: Any, pruned: Path) -> None:
+    edit_tensors(pruned, lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"))
+    result = streamprune("verify", pruned)
+    message = result.err.splitlines()[-1]
+    assert result.code == 1 and "model.layers.3.mlp.up_proj.weight" in message
+    assert "1 missing" in message and "prune again" in message and "report" not in message
+
+
+def test_a_tensor_that_the_model_does_not_use_is_only_mentioned(pruned: Path) -> None:
+    edit_tensors(pruned, lambda tensors: tensors.update({"v_head.weight": torch.full((1, 48), torch.inf)}))
+    checks = verify(pruned)
+    assert all(check.passed for check in checks)
+    assert "v_head.weight" in checks[0].detail
+
+
+def test_other_tokens_are_said_and_not_reported(streamprune: Any, pruned: Path) -> None:
+    file = pruned / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocabulary = fields["model"]["vocab"]
+    vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
+    file.write_text(json.dumps(fields))
+    result = streamprune("verify", pruned)
+    message = result.err.splitlines()[-1]
+    assert result.code == 1 and "tokens of a text: differ" in message
+    assert "prune again" in message and "report" not in message
+
+
+def test_special_tokens_that_differ_are_found(pruned: Path) -> None:
+    file = pruned / "tokenizer.json"
+    beginning = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [beginning, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+    }
+    template["pair"] = [*template["single"], {"Sequence": {"id": "B", "type_id": 1}}]
+    template["special_tokens"] = {"<s>": {"id": "<s>", "ids": [256], "tokens": ["<s>"]}}
+    edit(file, post_processor=template)
+    assert failed(pruned) == {"tokens of a text": "the special ones differ from the dense model's"}
+
+
+def test_other_logits_are_to_be_reported(streamprune: Any, pruned: Path) -> None:
+    edit_tensors(pruned, lambda tensors: tensors["model.layers.3.mlp.down_proj.weight"].mul_(2))
+    result = streamprune("verify", pruned)
+    message = result.err.splitlines()[-1]
+    assert result.code == 1 and "logits of the masked dense model" in message and "report this" in message
+
+
+def test_what_passed_has_no_complaint(pruned: Path) -> None:
+    assert complaint(pruned, [Check("weights", True, "all matched")]) is None
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+def test_an_attention_that_is_not_installed_is_replaced(field: str, pruned: Path) -> None:
+    edit(pruned / "config.json", **{field: "flash_attention_2"})
+    assert not failed(pruned)
+
+
+def test_code_of_the_output_s_tokenizer_runs_only_where_it_is_trusted(
+    streamprune: Any, model: Path, output: Path
+) -> None:
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    (model / "tokenization_own.py").write_text(code)
+    entry = {"AutoTokenizer": [None, "tokenization_own.Own"]}
+    edit(model / "tokenizer_config.json", tokenizer_class="Own", auto_map=entry)
+    options = ("--method", "random", "--no-evaluate", "--quiet", "--layers", "1:3", "--trust-remote-code")
+    assert streamprune("--model", model, "--output", output, *options).code == 0
+    assert streamprune("verify", output, "--trust-remote-code").code == 0
+    refused = streamprune("verify", output)
+    assert refused.code == 1 and "contains custom code" in refused.err
+
+
+@pytest.mark.parametrize("auto", ["AutoConfig", "AutoModelForCausalLM"])
+def test_other_code_than_ours_is_not_run_unasked(auto: str, streamprune: Any, model: Path, output: Path) -> None:
+    options = ("--method", "random", "--no-evaluate", "--quiet", "--layers", "1:3")
+    assert streamprune("--model", model, "--output", output, *options).code == 0
+    (output / "elsewhere.py").write_text("raise SystemExit")
+    entries = json.loads((output / "config.json").read_text())["auto_map"]
+    edit(output / "config.json", auto_map=entries | {auto: "elsewhere.Own"})
+    check_refusal(streamprune("verify", output), 1, ("config.json", "names other code"), "--trust-remote-code")
+
+
+def test_a_model_that_does_not_load_is_said_in_a_line(streamprune: Any, pruned: Path) -> None:
+    edit(pruned / "config.json", hidden_act="unknown_activation")
+    check_refusal(streamprune("verify", pruned), 1, ("does not load in plain transformers",), "unknown_activation")
+
+
+# The generation that is compared.
+
+
+def deviations(model: Any) -> tuple[bool, bool]:
+    """Whether the cache, and padding, changes more than a thousandth of the logits."""
+    with torch.no_grad():
+        found = _verify_child.generation(model, token_ids(n=2, seq=24))
+    return tuple(off > 1e-3 * scale for off, scale in (found["cache"], found["padding"]))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_generation_of_a_right_model_is_the_same_with_a_cache_and_padding(family: str) -> None:
+    assert deviations(tiny_model(family, dtype=torch.float32)) == (False, False)
+
+
+def test_a_wrong_cache_is_found() -> None:
+    model: Any = tiny_model("llama", dtype=torch.float32)
+    keep = model.model.layers[1].self_attn.k_proj.forward
+
+    def forward(hidden: torch.Tensor) -> torch.Tensor:
+        return keep(hidden) * (1 if hidden.shape[1] > 1 else -1)  # one token at a time
+
+    model.model.layers[1].self_attn.k_proj.forward = forward
+    assert deviations(model)[0]
+
+
+def test_padding_that_is_not_masked_is_found() -> None:
+    model: Any = tiny_model("llama", dtype=torch.float32)
+    keep = model.model.forward
+    model.model.forward = lambda *args, **kwargs: keep(*args, **(kwargs | {"attention_mask": None}))
+    assert deviations(model) == (False, True)
+
+
+def test_the_fresh_process_ends_with_a_failed_comparison(
+    monkeypatch: pytest.MonkeyPatch, streamprune: Any, pruned: Path, tmp_path: Path
+) -> None:
+    monkeypatch.undo()
+    save_tiny(tmp_path / "smaller", "llama", num_hidden_layers=2)
+    before = subprocess.run(["pgrep", "-fc", "_verify_child.py"], capture_output=True, check=False).stdout
+    result = streamprune("verify", pruned, "--source", tmp_path / "smaller")
+    assert result.code == 1 and "has 2 layers, the pruned model came from more" in result.err
+    after = subprocess.run(["pgrep", "-fc", "_verify_child.py"], capture_output=True, check=False).stdout
+    assert int(after) <= int(before)

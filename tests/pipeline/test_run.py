@@ -1,0 +1,126 @@
+"""What run.py decides before and around a run: dtype, device, where models come from, memory for a method's state."""
+
+import gc
+import json
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
+
+from streamprune import PruneConfig, prune
+from streamprune.errors import CheckpointError, UsageError
+from streamprune.storage.checkpoint import Checkpoint, resolve_model
+from streamprune.streaming.device import CudaDevice, compute_dtype
+from streamprune.streaming.pager import Pager
+
+
+def test_the_compute_dtype_of_a_gpu_is_that_of_most_bytes(tmp_path):
+    save_tiny(tmp_path, "llama", dtype=torch.float16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    tensors["model.embeddings.position_ids"] = torch.arange(100_000)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with Checkpoint(tmp_path) as checkpoint:
+        assert compute_dtype(None, torch.device("cuda"), checkpoint) == torch.float16
+        assert compute_dtype(None, torch.device("cpu"), checkpoint) == torch.float32
+        assert compute_dtype("bfloat16", torch.device("cpu"), checkpoint) == torch.bfloat16
+
+
+def test_a_hub_id_is_fetched_without_pickles_or_code(tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(model, **options):
+        asked.update(model=model, **options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert resolve_model("org/name") == tmp_path
+    assert asked["model"] == "org/name"
+    assert not any(pattern in asked["allow_patterns"] for pattern in ("*.bin", "*.py", "*.pt"))
+    resolve_model("org/name", trust_remote_code=True)
+    assert "*.py" in asked["allow_patterns"]
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_one_error(monkeypatch):
+    def fetch(model, **options):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(CheckpointError, match="org/name"):
+        resolve_model("org/name")
+
+
+def test_one_model_is_in_memory_at_a_time(tiny_llama, tmp_path, monkeypatch):
+    from streamprune.streaming.perplexity import perplexity
+
+    original, alive = perplexity, []
+
+    def pagers():
+        gc.collect()
+        return sum(type(thing) is Pager for thing in gc.get_objects())
+
+    def counted(sweeper, segments):
+        alive.append(pagers() - others)
+        return original(sweeper, segments)
+
+    others = pagers()  # of other tests
+
+    monkeypatch.setattr("streamprune.pipeline.run.perplexity", counted)
+    prune(PruneConfig(model=str(tiny_llama), output=tmp_path / "out", method="magnitude"))
+    assert alive == [1, 1]
+
+
+def test_the_python_api_takes_strings_and_refuses_what_the_command_line_would(tiny_llama, tmp_path):
+    options = {"model": str(tiny_llama), "output": str(tmp_path / "out")}
+    text = tmp_path / "text.txt"
+    text.write_text("A sentence of some words. " * 50)
+    result = prune(PruneConfig(method="random", evaluate=str(text), **options))
+    assert result.facts["perplexity"]["text"] == "text.txt"
+    for wrong in ({"sampling": "frist"}, {"emit": "qwen", "stock": True}, {"seed": -1}, {"ratio": float("nan")}):
+        with pytest.raises(UsageError):
+            PruneConfig(**options, **wrong)
+
+
+def test_a_llama_without_defaults_in_its_file_keeps_them_as_a_mistral(tmp_path):
+    from transformers import AutoConfig
+
+    save_tiny(tmp_path / "in", "llama", num_key_value_heads=6, num_attention_heads=6, max_position_embeddings=2048)
+    file = tmp_path / "in" / "config.json"
+    config = json.loads(file.read_text())
+    for name in ("num_key_value_heads", "max_position_embeddings"):
+        del config[name]
+    file.write_text(json.dumps(config))
+    options = {"method": "random", "ratio": 0.0, "stock": True, "emit": "mistral", "evaluate": False}
+    prune(PruneConfig(model=str(tmp_path / "in"), output=tmp_path / "out", **options))
+    written = AutoConfig.from_pretrained(tmp_path / "out")
+    assert written.model_type == "mistral"
+    assert (written.num_key_value_heads, written.max_position_embeddings, written.head_dim) == (6, 2048, 10)
+
+
+def test_cuda_waits_are_on_the_streams_that_the_rules_name():
+    """The rules themselves are proven in test_paging; this is the mapping to CUDA's streams, without a GPU."""
+
+    class Stream:
+        def __init__(self):
+            self.waits = []
+
+        def wait_event(self, event):
+            self.waits.append(event)
+
+        def record_event(self):
+            return self
+
+    device = CudaDevice.__new__(CudaDevice)
+    device.compute, device.copies = Stream(), Stream()
+    assert device.record_copied() is device.copies
+    assert device.record_consumed() is device.compute
+    device.compute_waits("copied")
+    device.copy_waits("consumed")
+    assert device.compute.waits == ["copied"] and device.copies.waits == ["consumed"]
+    waited = []
+    device.chunk_free(SimpleNamespace(synchronize=lambda: waited.append(True)))
+    assert waited == [True]

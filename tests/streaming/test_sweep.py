@@ -1,0 +1,240 @@
+"""Streamed losses, hidden states and gradients equal those of the whole model under autograd."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    FAMILY_NAMES,
+    N_LAYERS,
+    make_sweeper,
+    save_tiny,
+    tiny_model,
+    token_ids,
+    whole_model_gradients,
+)
+
+from streamprune.methods.needs import GRADIENTS
+from streamprune.streaming.binder import Perturbation
+from streamprune.streaming.costs import Sizes, Task
+from streamprune.streaming.statistics import Statistics
+
+LAYERS = range(1, N_LAYERS)
+
+
+def collect(statistics, perturbation=None):
+    """The loss and every gradient that a sweep hands over."""
+    grads = {}
+
+    def consume(ref, weight, grad):
+        assert ref.key not in grads, "each tensor comes once"
+        grads[ref.key] = grad.clone()
+
+    return statistics.gradients(consume, perturbation), grads
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradients_equal_whole_model_autograd(family, tied, tmp_path):
+    model = save_tiny(tmp_path, family, tied=tied)
+    ids = token_ids(seq=20)  # longer than the sliding windows
+    sweeper = make_sweeper(tmp_path)
+    loss, grads = collect(Statistics(sweeper, ids, range(N_LAYERS), seed=0))
+    expected = whole_model_gradients(model, ids)
+    path = sweeper.skeleton.family.layers
+    scored = [m.tensor for m in sweeper.skeleton.family.members if m.scored]
+    names = {(layer, tensor): f"{path}.{layer}.{tensor}" for layer in range(N_LAYERS) for tensor in scored}
+    names = {key: name for key, name in names.items() if name in expected}
+    assert set(grads) == set(names)
+    for key, name in names.items():
+        scale = expected[name].abs().max()
+        assert scale > 0
+        assert (grads[key] - expected[name]).abs().max() <= 1e-10 * scale, name
+    logits = model(ids).logits[:, :-1].detach()
+    whole = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert abs(loss - whole.item()) <= 1e-12 * whole.item()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_micro_batches_give_the_same_gradients_to_rounding(micro_batch, tmp_path):
+    save_tiny(tmp_path, "llama")
+    ids = token_ids(n=5)
+    whole = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    parts = collect(Statistics(make_sweeper(tmp_path, micro_batch=micro_batch), ids, LAYERS, 0))[1]
+    for key, grad in whole.items():
+        # Llama's norms compute in float32 whatever the model's dtype.
+        torch.testing.assert_close(parts[key], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("lowest", [0, 1])
+@pytest.mark.parametrize("micro_batch", [64, 3])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradient_powers_are_sums_over_per_sample_gradients(family, micro_batch, lowest, tmp_path):
+    model = save_tiny(tmp_path, family)
+    ids = token_ids(n=4)
+    sweeper, layers, found = make_sweeper(tmp_path, micro_batch=micro_batch), range(lowest, N_LAYERS), {}
+
+    def consume(ref, weight, sums):
+        assert ref.key not in found and set(sums) == {0, 1, 2}
+        found[ref.key] = {power: value.clone() for power, value in sums.items()}
+
+    loss = Statistics(sweeper, ids, layers, 0).gradient_powers(consume, (0, 1, 2))
+    assert set(found) == set(collect(Statistics(sweeper, ids, layers, 0))[1])
+    samples = [whole_model_gradients(model, ids[n : n + 1]) for n in range(len(ids))]
+    path = sweeper.skeleton.family.layers
+    for (layer, tensor), sums in found.items():
+        per_sample = torch.stack([sample[f"{path}.{layer}.{tensor}"] for sample in samples])
+        # The samples' gradients come from batches of another size, and the norms compute in float32.
+        for value, expected in (
+            (sums[0], per_sample.mean(0)),
+            (sums[1], per_sample.abs().sum(0)),
+            (sums[2], per_sample.square().sum(0)),
+        ):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    assert abs(loss - collect(Statistics(sweeper, ids, layers, 0))[0]) < 1e-12
+    assert not any(module._forward_hooks for layer in sweeper.skeleton.layers for module in layer.modules())
+
+
+def test_perturbed_gradients_equal_those_of_a_perturbed_whole_model(tmp_path):
+    from streamprune.kernels import noise_seed, perturb
+
+    model = save_tiny(tmp_path, "mistral")
+    ids = token_ids()
+    key, sigma = (3, 1, 0), 0.05
+    delta = {(2, "mlp.up_proj.weight"): torch.full((37, 48), 1e-3)}
+    perturbation = Perturbation(sigma, key, delta)
+    _, grads = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 3), perturbation)
+    with torch.no_grad():
+        for layer in LAYERS:
+            for name, weight in model.model.layers[layer].named_parameters():
+                if weight.ndim == 2:
+                    seed = noise_seed(*key, layer, name)
+                    weight.copy_(
+                        perturb(torch.empty_like(weight), weight.clone(), delta.get((layer, name)), sigma, seed)
+                    )
+    expected = whole_model_gradients(model, ids)
+    for (layer, tensor), grad in grads.items():
+        torch.testing.assert_close(grad, expected[f"model.layers.{layer}.{tensor}"], rtol=1e-9, atol=1e-14)
+
+
+def test_sweeps_are_the_same_bits_each_time(tmp_path):
+    save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16)
+    ids = token_ids()
+    perturbation = Perturbation(0.05, (0, 0, 0))
+    statistics = Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0)
+    runs = [collect(statistics, perturbation) for _ in range(2)]
+    fresh = Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0)
+    runs.append(collect(fresh, perturbation))
+    for loss, grads in runs[1:]:
+        assert loss == runs[0][0]
+        assert all(torch.equal(grads[key], runs[0][1][key]) for key in grads)
+
+
+@pytest.mark.parametrize(("chunk", "readers"), [(4096, 1), (5000, 5), (1 << 24, 2)])
+def test_the_size_of_reads_and_their_number_change_no_bit(chunk, readers, tmp_path, monkeypatch):
+    save_tiny(tmp_path, "qwen3", dtype=torch.bfloat16)
+    ids = token_ids()
+    reference = collect(Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0))[1]
+    monkeypatch.setattr("streamprune.streaming.pager.CHUNK_BYTES", chunk)
+    sweeper = make_sweeper(tmp_path, dtype=torch.float32)
+    sweeper.pager.readers = readers
+    grads = collect(Statistics(sweeper, ids, LAYERS, 0))[1]
+    assert all(torch.equal(grads[key], reference[key]) for key in reference)
+
+
+def test_a_columns_signed_score_is_its_inputs_times_their_gradients(tmp_path):
+    """Σ_i W_ij g_ij = Σ_t x_tj ∂L/∂x_tj for the input x of a projection, seen by a hook in the whole model."""
+    model = save_tiny(tmp_path, "mistral")
+    ids, seen = token_ids(), {}
+
+    def keep(name):
+        def hook(module, inputs):
+            inputs[0].retain_grad()
+            seen[name] = inputs[0]
+
+        return hook
+
+    for layer in LAYERS:
+        for name in ("mlp.down_proj", "self_attn.o_proj"):
+            module = model.get_submodule(f"model.layers.{layer}.{name}")
+            module.register_forward_pre_hook(keep((layer, f"{name}.weight")))
+    whole_model_gradients(model, ids)
+    grads = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    for (layer, tensor), x in seen.items():
+        weight = model.get_parameter(f"model.layers.{layer}.{tensor}").detach()
+        signed = (weight * grads[layer, tensor]).sum(dim=0)
+        torch.testing.assert_close(signed, (x * x.grad).sum(dim=(0, 1)).detach(), rtol=1e-6, atol=1e-10)
+
+
+def test_a_tied_checkpoint_may_store_either_name(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    save_tiny(tmp_path, "llama", tied=True)
+    ids, file = token_ids(), tmp_path / "model.safetensors"
+    expected = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[0]
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, file)
+    assert collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[0] == expected
+
+
+def test_head_in_chunks_equals_the_whole_head(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path, "gemma2", tied=True)
+    ids = token_ids(n=3, seq=16)
+    sweeper = make_sweeper(tmp_path)
+    hidden = sweeper.forward(ids)
+    whole, whole_grad = sweeper.head_loss(hidden, ids, with_grad=True)
+    for tokens in (1, 7, 20):
+        monkeypatch.setattr("streamprune.streaming.sweeper.LOGITS_BYTES", tokens * 4 * model.config.vocab_size)
+        loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
+        assert abs(loss - whole) < 1e-10
+        torch.testing.assert_close(grad, whole_grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_sweep_reads_each_layer_once(tmp_path):
+    save_tiny(tmp_path, "llama")
+    statistics = Statistics(make_sweeper(tmp_path), token_ids(), LAYERS, 0)
+    checkpoint, sizes = statistics.sweeper.skeleton.checkpoint, []
+    pager = statistics.sweeper.pager
+    passes = GRADIENTS.passes(Task(Sizes(statistics.sweeper), (3, 12), layers=LAYERS, sweeps=2))
+    for orders in (passes[:2], passes[2:]):
+        foretold = pager.bytes_to_read((order, "back") for order in orders)
+        before = checkpoint.bytes_read
+        collect(statistics)
+        sizes.append(checkpoint.bytes_read - before)
+        assert sizes[-1] == foretold
+    # Two slots hold the two layers at each turn.
+    layers, above = pager.layer_bytes(), sum(map(pager.bytes_of, range(LAYERS[0], N_LAYERS)))
+    assert sizes[0] == layers + above - 2 * pager.bytes_of(0)
+    assert sizes[1] == 2 * above - 4 * pager.bytes_of(0)
+
+
+def test_layers_split_over_shards_and_base_model_names_are_read(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model("gpt2", tied=True)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    ids = token_ids()
+    sharded = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    tensors = {}
+    for file in Path(tmp_path).glob("*.safetensors"):
+        tensors |= load_file(file)
+        file.unlink()
+    (tmp_path / "model.safetensors.index.json").unlink()
+    # As the published GPT-2 names them.
+    save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    plain = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    assert all(torch.equal(sharded[key], plain[key]) for key in sharded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_do_not_underflow_in_half_precision(dtype, tmp_path):
+    save_tiny(tmp_path, "llama", dtype=torch.float32)
+    ids = token_ids(n=5, seq=40)
+    exact = collect(Statistics(make_sweeper(tmp_path), ids, LAYERS, 0))[1]
+    _, rough = collect(Statistics(make_sweeper(tmp_path, dtype=dtype), ids, LAYERS, 0))
+    for key, grad in exact.items():
+        assert rough[key].dtype == torch.float32
+        cosine = torch.nn.functional.cosine_similarity(rough[key].double().flatten(), grad.flatten(), dim=0)
+        assert cosine > 0.99, (key, cosine)
