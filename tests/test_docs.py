@@ -372,3 +372,18 @@ def test_the_example_of_a_family(tmp_path, monkeypatch):
 def test_the_example_of_a_command(monkeypatch, streamprune, earlier, tmp_path):
     monkeypatch.setattr(cli, "commands", dict(cli.commands))
     example("command").test_widths_are_said(streamprune, earlier, tmp_path)
+
+
+def test_the_example_of_a_need(monkeypatch, model, output):
+    module = example("need")
+    monkeypatch.setitem(METHODS, "spread", module.ROW)
+    module.test_the_plan_counts_it(model, output)
+
+
+def test_the_example_of_a_format(tmp_path, output):
+    save_tiny(tmp_path / "half", "llama", dtype=torch.bfloat16)
+    example("format").test_norms_are_float32(tmp_path / "half", output)
+
+
+def test_the_example_of_an_option(model, output):
+    example("option").test_it_is_checked(model, output)
