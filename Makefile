@@ -1,9 +1,9 @@
-# Two commands: `make demo` and `make test`. Each sets up .venv by itself.
+# Two commands: `make demo` and `make test`. Each sets up .venv by itself. CI also runs `make test-slow`.
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slow check clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,7 +16,11 @@ demo: .venv/ready
 
 # A thread per process: two processes that each start two would wait for each other.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# What takes longest: kills at every commit, kernels for every card, the real model, the wheel.
+test-slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 
 # Lint, format and types.
 check: .venv/ready

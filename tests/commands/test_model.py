@@ -16,6 +16,7 @@ from streamprune.streaming.statistics import Statistics
 MODEL = demo.default_cache() / demo.MODEL_NAME
 pytestmark = [
     pytest.mark.model,
+    pytest.mark.slow,
     pytest.mark.skipif(not (MODEL / "config.json").is_file(), reason="run `streamprune demo --fetch-only` first"),
 ]
 

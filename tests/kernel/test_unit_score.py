@@ -43,9 +43,16 @@ def test_line_scores_equal_the_formulas(weight_dtype, grad_dtype, error, shape):
     check_scores("torch", weight_dtype, grad_dtype, error, shape)
 
 
+# In the interpreter a program of many blocks takes seconds: large shapes in the usual dtypes, all in slow tests.
 @needs_triton
-@pytest.mark.parametrize("weight_dtype,grad_dtype,error", TRITON_CASES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape,weight_dtype,grad_dtype,error",
+    [
+        pytest.param(shape, *case, marks=pytest.mark.slow if max(shape) > 500 and case[:2] != (BF16, F32) else ())
+        for shape in SHAPES
+        for case in TRITON_CASES
+    ],
+)
 def test_line_scores_of_the_kernel_equal_the_formulas(weight_dtype, grad_dtype, error, shape):
     check_scores("triton", weight_dtype, grad_dtype, error, shape)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from cli_runner import SHORT, cells, edit_tensors
-from killed_runs import kill_at_any_commit
+from killed_runs import kill_at_commits
 from safetensors.torch import load_file
 from tiny_models import save_tiny
 
@@ -175,4 +175,4 @@ def test_dense_directories_are_read_as_they_are(tiny_llama):
 
 @pytest.mark.parametrize("method", ["magnitude", "gblm"])
 def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(method, package, dense, tmp_path, killing):
-    kill_at_any_commit((method, "2:4", {}, {"compress": True, "layers": (1, 3)}), dense, tmp_path, killing)
+    kill_at_commits((method, "2:4", {}, {"compress": True, "layers": (1, 3)}), dense, tmp_path, killing)

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
+from killed_runs import RUNS, Killed, config, kill_at_commits, weights
 from safetensors import SafetensorError
 
 from streamprune import prune
@@ -23,11 +23,15 @@ from streamprune.storage.journal import JOURNAL, Journal, save_file
 from streamprune.storage.tensor_store import Memory
 
 
-@pytest.mark.parametrize("method,granularity,settings,options", RUNS)
-def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(
-    method, granularity, settings, options, tiny_llama, tmp_path, killing
-):
-    kill_at_any_commit((method, granularity, settings, options), tiny_llama, tmp_path, killing)
+@pytest.mark.parametrize("what", RUNS, ids=str)
+def test_a_run_killed_at_a_commit_ends_with_the_same_bytes(what, tiny_llama, tmp_path, killing):
+    kill_at_commits(what, tiny_llama, tmp_path, killing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", RUNS, ids=str)
+def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(what, tiny_llama, tmp_path, killing):
+    kill_at_commits(what, tiny_llama, tmp_path, killing, every=True)
 
 
 def test_a_run_killed_again_and_again_gets_there(tiny_llama, tmp_path, killing):
@@ -66,7 +70,8 @@ def test_layers_that_are_through_are_not_computed_again(tiny_llama, tmp_path, ki
 def test_what_an_earlier_run_has_passed_is_not_to_come(what, tiny_llama, tmp_path, killing):
     count = killing(-1, "after")
     prune(config(tiny_llama, tmp_path / "whole", *what, resume=True))
-    for number in range(1, next(count) - 1, 4):
+    saves = next(count)
+    for number in (1, saves // 3, 2 * saves // 3, saves - 2):
         killing(number, "after")
         with pytest.raises(Killed):
             prune(config(tiny_llama, tmp_path / f"{number}", *what, resume=True))

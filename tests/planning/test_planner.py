@@ -120,7 +120,7 @@ def test_the_output_does_not_depend_on_where_things_stay(
 
 
 def test_state_goes_to_scratch_where_memory_is_short(tmp_path):
-    save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=32768, dtype=torch.bfloat16)
+    save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=16384, dtype=torch.bfloat16)
     given = {"granularity": "weights", "settings": {"steps": 2, "sigma": 0.0}, "method": "moreau"}
 
     def smallest(**scratch):
@@ -129,7 +129,7 @@ def test_state_goes_to_scratch_where_memory_is_short(tmp_path):
         return int(re.search(r"needs at least (\d+)MiB of memory", str(refusal.value))[1]) * MIB
 
     within, without = smallest(), smallest(scratch=tmp_path / "spill")
-    assert within - without > 300 * MIB
+    assert within - without > 150 * MIB
     held = []
     # In this order: what a run leaves in the process counts in the next one.
     for name, budget in (("short", {"host_memory": (within + without) // 2}), ("free", {})):

@@ -4,7 +4,7 @@ import shutil
 import weakref
 
 import pytest
-from killed_runs import RUNS, Killed, config, kill_at_any_commit, weights
+from killed_runs import RUNS, Killed, config, kill_at_commits, weights
 from tiny_models import make_sweeper, token_ids
 
 from streamprune import prune
@@ -17,7 +17,7 @@ from streamprune.streaming.walk import walk
 
 def test_layer_ppl_in_several_passes_killed_at_any_commit(tiny_llama, tmp_path, killing, monkeypatch):
     monkeypatch.setattr(statistics, "STREAM_BYTES", 2 * 5 * 16 * 48 * 4)  # two of four layers at once
-    kill_at_any_commit(("layer-ppl", "layers", {}, {}), tiny_llama, tmp_path, killing)
+    kill_at_commits(("layer-ppl", "layers", {}, {}), tiny_llama, tmp_path, killing)
 
 
 def with_tokens(run, count):
