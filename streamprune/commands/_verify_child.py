@@ -1,9 +1,9 @@
 """Run by `streamprune verify` in a process of its own: plain transformers only, nothing of streamprune.
 
-python -P _verify_child.py DIRECTORY SCRATCH MODEL_CODE TOKENIZER_CODE
+python -P _verify_child.py SCRATCH
 
-Loads the model, waits for a line on stdin, and takes `ids.safetensors` of SCRATCH: the logits go to
-`logits.safetensors`, all other findings to `findings.json`.
+Imports what every model needs, and waits for the question, a JSON object in a line on stdin. Of the token ids in
+`ids.safetensors` of SCRATCH the logits go to `logits.safetensors`, all other findings to `findings.json`.
 """
 
 import json
@@ -72,14 +72,14 @@ def generation(model: Any, ids: Tensor) -> dict[str, list[float]]:
     }
 
 
-def examine(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> None:
+def examine(scratch: str) -> None:
     """Write the findings into `scratch`."""
     # The dense model runs at the same time; more threads than cores wait for each other at every small product.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    model, info = load(directory, model_code == "1")
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=tokenizer_code == "1")
-    sys.stdin.readline()
-    text = (Path(scratch) / "text.txt").read_text(encoding="utf-8")
+    question = json.loads(sys.stdin.readline())
+    directory, text = question["directory"], question["text"]
+    model, info = load(directory, question["model_code"])
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=question["tokenizer_code"])
     ids = load_file(Path(scratch) / "ids.safetensors")["ids"]
     with torch.no_grad():
         save_file({"logits": model(ids).logits.contiguous()}, Path(scratch) / "logits.safetensors")

@@ -6,6 +6,7 @@ or weights to be pruned. CONTRIBUTING.md says how to add one.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,23 +14,6 @@ from typing import Any, Literal
 
 from streamprune.config import Target
 from streamprune.errors import UsageError
-from streamprune.methods.activation import flap, gblm, wanda, wanda_sp
-from streamprune.methods.depth import block_influence, layer_ppl
-from streamprune.methods.gradient import moreau, moreau_gs, smoothgrad, taylor
-from streamprune.methods.plain import magnitude, random
-from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores, WeightPruner
-from streamprune.methods.sparsegpt import sparsegpt
-
-__all__ = [
-    "METHODS",
-    "LayerScores",
-    "Method",
-    "Setting",
-    "Sparsity",
-    "UnitScores",
-    "WeightPruner",
-    "resolve_settings",
-]
 
 Need = Literal["weights", "gradients", "inputs", "hidden", "losses"]
 
@@ -72,7 +56,8 @@ class Method:
     """A row of the table.
 
     Attributes:
-        score: gives its scores to a sink, one of those for `targets`.
+        function: gives its scores to a sink, one of those for `targets`; as "module:name" in this folder, so that the
+            table can be read without torch, or itself.
         targets: what it can score.
         needs: what it asks of `Statistics`; a calibration text unless that is nothing or "weights".
         calibration: samples and tokens of each, as in its paper.
@@ -83,7 +68,7 @@ class Method:
     """
 
     name: str
-    score: Callable[..., None]
+    function: str | Callable[..., None]
     targets: tuple[Target, ...]
     needs: tuple[Need, ...]
     summary: str
@@ -94,6 +79,14 @@ class Method:
     state_copies: Callable[[Mapping[str, Any], Target], int] = lambda settings, target: 0
     stateless: str = "--method taylor, or --set steps=1 or draws=1"
     allocation: Literal["uniform", "global"] = "uniform"
+
+    @property
+    def score(self) -> Callable[..., None]:
+        """The function itself, imported where the table only names it."""
+        if callable(self.function):
+            return self.function
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"streamprune.methods.{module}"), name)
 
     @property
     def needs_text(self) -> bool:
@@ -130,11 +123,11 @@ def _smoothgrad_state(settings: Mapping[str, Any], target: Target) -> int:
 
 
 _ROWS = (
-    Method("random", random, _ALL, (), "uniform at random, the floor to beat", "-"),
-    Method("magnitude", magnitude, _ALL, ("weights",), "|w|, or the l2 norm of the unit or layer", "-"),
+    Method("random", "plain:random", _ALL, (), "uniform at random, the floor to beat", "-"),
+    Method("magnitude", "plain:magnitude", _ALL, ("weights",), "|w|, or the l2 norm of the unit or layer", "-"),
     Method(
         "taylor",
-        taylor,
+        "gradient:taylor",
         _ALL,
         ("gradients",),
         "first-order effect on the loss, |g w|",
@@ -143,7 +136,7 @@ _ROWS = (
     ),
     Method(
         "smoothgrad",
-        smoothgrad,
+        "gradient:smoothgrad",
         _ALL,
         ("gradients",),
         "|g w| with g averaged over noisy weights",
@@ -158,7 +151,7 @@ _ROWS = (
     ),
     Method(
         "moreau",
-        moreau,
+        "gradient:moreau",
         _ALL,
         ("gradients",),
         "|g w| of the loss's Moreau envelope",
@@ -169,7 +162,7 @@ _ROWS = (
     ),
     Method(
         "moreau-gs",
-        moreau_gs,
+        "gradient:moreau_gs",
         _ALL,
         ("gradients",),
         "moreau with group soft-thresholding",
@@ -182,10 +175,19 @@ _ROWS = (
         sweeps=_moreau_sweeps,
         state_copies=_moreau_state,
     ),
-    Method("wanda", wanda, _ALL, ("inputs",), "|w| times the norm of its input", "Wanda, arXiv 2306.11695", {}, _LONG),
+    Method(
+        "wanda",
+        "activation:wanda",
+        _ALL,
+        ("inputs",),
+        "|w| times the norm of its input",
+        "Wanda, arXiv 2306.11695",
+        {},
+        _LONG,
+    ),
     Method(
         "wanda-sp",
-        wanda_sp,
+        "activation:wanda_sp",
         ("units",),
         ("inputs",),
         "wanda over the columns of o and down",
@@ -195,7 +197,7 @@ _ROWS = (
     ),
     Method(
         "flap",
-        flap,
+        "activation:flap",
         ("units",),
         ("inputs",),
         "variance of the inputs of o and down times their columns' squares, and a bias in their place",
@@ -206,7 +208,7 @@ _ROWS = (
     ),
     Method(
         "gblm",
-        gblm,
+        "activation:gblm",
         _ALL,
         ("gradients", "inputs"),
         "|w| times the norms of its input and of its gradients",
@@ -223,7 +225,7 @@ _ROWS = (
     ),
     Method(
         "sparsegpt",
-        sparsegpt,
+        "sparsegpt:sparsegpt",
         ("weights",),
         ("inputs",),
         "second-order error, and an update of what remains",
@@ -232,11 +234,16 @@ _ROWS = (
         _LONG,
     ),
     Method(
-        "layer-ppl", layer_ppl, ("layers",), ("losses",), "perplexity without the layer", "Shortened LLaMA, 2402.02834"
+        "layer-ppl",
+        "depth:layer_ppl",
+        ("layers",),
+        ("losses",),
+        "perplexity without the layer",
+        "Shortened LLaMA, 2402.02834",
     ),
     Method(
         "block-influence",
-        block_influence,
+        "depth:block_influence",
         ("layers",),
         ("hidden",),
         "1 - cos between a layer's input and output",

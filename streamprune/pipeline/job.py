@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from streamprune.config import PruneConfig
-from streamprune.methods.table import METHODS, LayerScores, UnitScores, WeightPruner
+from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
+from streamprune.methods.table import METHODS
 from streamprune.model.units import KeptUnits, TensorRef
 from streamprune.output import sparse24
 from streamprune.output.companions import Companions

@@ -27,6 +27,7 @@ from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import compute_device, open_model
 from streamprune.planning import allocation, rates
+from streamprune.planning.cards import CARDS
 from streamprune.planning.decision import Plan, describe, make_plan
 from streamprune.planning.placement import Placement, forecast_table, place, say
 from streamprune.planning.stage import Work
@@ -234,7 +235,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     planned = None if measure else compute_device(config.device)
     if assume is not None:
         planned = torch.device("cuda")
-        config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
+        config = replace(config, gpu_memory=config.gpu_memory or CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton, settings)
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held

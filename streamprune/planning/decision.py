@@ -11,7 +11,8 @@ import torch
 from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
 from streamprune.figures import human
-from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores
+from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores
+from streamprune.methods.table import METHODS
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KIND_NAMES, KeptUnits, Kind
