@@ -1,7 +1,7 @@
 """The process in which `streamprune verify` loads a pruned model by plain transformers alone.
 
-It is started before this process has imported torch, and imports its own at the same time: that is a third of the
-seconds that it takes.
+It is started before this process has imported torch, and imports its own at the same time: importing is more than half
+of what it does.
 """
 
 from __future__ import annotations
@@ -40,25 +40,22 @@ class FreshProcess:
         self._process.communicate()
         self._scratch.cleanup()
 
-    def ask(self, directory: Path, text: str, ids: Tensor, *, model_code: bool, tokenizer_code: bool) -> None:
-        """Have `directory` loaded, `text` tokenised and token ids [n, seq] passed.
+    def load(self, directory: Path, *, model_code: bool, tokenizer_code: bool) -> None:
+        """Have it load `directory`; of the code that it brings, it runs what is said."""
+        self._directory = directory
+        self._tell(directory=str(directory), model_code=model_code, tokenizer_code=tokenizer_code)
 
-        Args:
-            model_code, tokenizer_code: run the code that the directory brings for them.
-        """
+    def ask(self, text: str, ids: Tensor) -> None:
+        """Have it tokenise `text`, and pass token ids [n, seq]."""
         from safetensors.torch import save_file
 
-        self._directory = directory
         save_file({"ids": ids.contiguous()}, self.path / "ids.safetensors")
-        question = {
-            "directory": str(directory),
-            "text": text,
-            "model_code": model_code,
-            "tokenizer_code": tokenizer_code,
-        }
+        self._tell(text=text)
+
+    def _tell(self, **fields: Any) -> None:
         with suppress(BrokenPipeError):  # it has failed; `answer` says how
             assert self._process.stdin is not None, "it is a pipe"
-            self._process.stdin.write(json.dumps(question).encode() + b"\n")
+            self._process.stdin.write(json.dumps(fields).encode() + b"\n")
             self._process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
