@@ -85,8 +85,9 @@ def memory(device: str) -> dict:
 def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dict:
     """Scores by sweeps; also what streamprune says it keeps in memory."""
     from streamprune.figures import peak_rss
+    from streamprune.methods.sinks import UnitScores
     from streamprune.methods.table import METHODS as TABLE
-    from streamprune.methods.table import UnitScores, resolve_settings
+    from streamprune.methods.table import resolve_settings
     from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch

@@ -84,6 +84,7 @@ def main(
     from streamprune.commands import demo
     from streamprune.figures import human, table
     from streamprune.pipeline.progress import Progress
+    from streamprune.planning.rates import default_cache
 
     scratch.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix="foretold-", dir=scratch))
@@ -92,7 +93,7 @@ def main(
     try:
         write_model(directory / "model", {**CONFIG, "num_hidden_layers": 12})
         save_tokenizer(directory / "model")
-        models = {SMALL: small or demo.fetch(demo.default_cache(), Progress()), LARGE: directory / "model"}
+        models = {SMALL: small or demo.fetch(default_cache(), Progress()), LARGE: directory / "model"}
         text = {} if data is None else {"calibration": str(data / "wikitext2-valid.txt")}
         for model, method, options in RUNS:
             given = {"samples": 10, "seq_len": 128, "scratch": str(directory), "device": device, **text, **options}

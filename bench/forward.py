@@ -35,7 +35,8 @@ def one(path: str, method: str, granularity: str) -> dict[str, Any]:
 
     from streamprune.config import PruneConfig
     from streamprune.figures import peak_rss
-    from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores, WeightPruner, resolve_settings
+    from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores, WeightPruner
+    from streamprune.methods.table import METHODS, resolve_settings
     from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch

@@ -196,9 +196,10 @@ def main(
         raise click.UsageError("--scratch is missing")
     from streamprune.commands import demo
     from streamprune.pipeline.progress import Progress
+    from streamprune.planning.rates import default_cache
 
     scratch.mkdir(parents=True, exist_ok=True)
-    path = str(model or demo.fetch(demo.default_cache(), Progress()))
+    path = str(model or demo.fetch(default_cache(), Progress()))
     ways = ("streamprune", "disk_offload") if stored else tuple(WAYS)
     job_of = {"model": path, "repeat": repeat, "tokens": tokens, "stored": stored}
     figures = [found for way in ways if (found := measure(way, scratch.absolute(), **job_of)) is not None]

@@ -109,9 +109,11 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
     """
     from streamprune.commands import demo
     from streamprune.methods import gradient, sinks
-    from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+    from streamprune.methods.sinks import UnitScores
+    from streamprune.methods.table import METHODS, resolve_settings
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.source import Source
+    from streamprune.planning.rates import default_cache
     from streamprune.streaming import binder
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch
@@ -130,7 +132,7 @@ def shares(options: dict[str, Any]) -> tuple[list[list[str]], dict[str, float]]:
 
     watched = ((binder.Binder, "bind"), (gradient, "moreau_step"), (sinks, "unit_score"))
     originals = [getattr(owner, name) for owner, name in watched]
-    model = demo.fetch(demo.default_cache(), Progress())
+    model = demo.fetch(default_cache(), Progress())
     with Source(str(model), device="cpu", micro_batch=default_micro_batch(TOKENS)).open() as sweeper:
         ids = torch.randint(0, sweeper.skeleton.config.vocab_size, (SAMPLES, TOKENS))
         layers = range(4, sweeper.n_layers - 2)

@@ -24,9 +24,11 @@ from torch import Tensor
 
 from streamprune.commands import demo
 from streamprune.figures import table
-from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+from streamprune.methods.sinks import UnitScores
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
+from streamprune.planning.rates import default_cache
 from streamprune.storage.journal import Key
 from streamprune.storage.tensor_store import Memory, make_store
 from streamprune.streaming.statistics import Statistics
@@ -93,7 +95,7 @@ def scores_of(model: str, method: str, given: dict[str, Any], dtype: str) -> tup
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(model: Path | None, json_file: Path | None) -> None:
     """Measure, print the table, and write JSON."""
-    path = str(model or demo.fetch(demo.default_cache(), Progress()))
+    path = str(model or demo.fetch(default_cache(), Progress()))
     rows, figures = [["method", "settings", "state", "lowest correlation", "mean", "seconds", f">= {WANTED}"]], []
     for method, given in RUNS:
         exact: UnitScores | None = None

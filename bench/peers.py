@@ -152,9 +152,10 @@ def main(
         raise click.UsageError("--data is needed")
     from streamprune.commands import demo
     from streamprune.pipeline.progress import Progress
+    from streamprune.planning.rates import default_cache
     from streamprune.texts.corpus import open_corpus
 
-    path = str(model or demo.fetch(demo.default_cache(), Progress()))
+    path = str(model or demo.fetch(default_cache(), Progress()))
     corpus = open_corpus(Path(path), data / "wikitext2-valid.txt")
     sequences = corpus.sequences(draws * SAMPLES, SEQ_LEN, "first", 0).split(SAMPLES)
     sides = {"streamprune": sys.executable}

@@ -261,8 +261,9 @@ def main(
     if data is not None:
         from streamprune.commands import demo
         from streamprune.pipeline.progress import Progress
+        from streamprune.planning.rates import default_cache
 
-        path = str(model or demo.fetch(demo.default_cache(), Progress()))
+        path = str(model or demo.fetch(default_cache(), Progress()))
         methods, settings = TABLES[table]
         wanted = {name: options for name, options in settings.items() if not only or name in only}
         for seed in range(seeds):

@@ -54,7 +54,8 @@ MEMORY_SLOPE, R_SQUARED, PER_LAYER, READ = 0.02, 0.99, 1.10, 2.02
 def one(path: Path, place: Literal["device", "scratch"]) -> dict[str, Any]:
     """A pair of sweeps in this process."""
     from streamprune.figures import peak_rss
-    from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+    from streamprune.methods.sinks import UnitScores
+    from streamprune.methods.table import METHODS, resolve_settings
     from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
     from streamprune.streaming.sweeper import default_micro_batch

@@ -32,7 +32,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     """All sweeps with hidden states in one place, in this process."""
     from end_to_end import memory
 
-    from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+    from streamprune.methods.sinks import UnitScores
+    from streamprune.methods.table import METHODS, resolve_settings
     from streamprune.pipeline.source import Source
     from streamprune.streaming.statistics import Statistics
 

@@ -107,8 +107,9 @@ def main(scratch: Path | None, nbytes: int, model: Path | None, json_file: Path 
     from streamprune.commands import demo
     from streamprune.figures import human, table
     from streamprune.pipeline.progress import Progress
+    from streamprune.planning.rates import default_cache
 
-    path = str(model or demo.fetch(demo.default_cache(), Progress()))
+    path = str(model or demo.fetch(default_cache(), Progress()))
     figures, rows = [], [["file", "size", "sampling", "seconds", "memory"]]
     with tempfile.TemporaryDirectory(dir=scratch) as directory:
         for name, write in FORMATS.items():

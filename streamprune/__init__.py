@@ -1,14 +1,102 @@
 """streamprune prunes language models that do not fit in memory by paging their layers through one device.
 
+    from streamprune import PruneConfig, evaluate, plan, prune, verify
+
+    config = PruneConfig(model="SmolLM2-135M", output="pruned", method="taylor", ratio=0.2)
+    print(plan(config).text)
+    result = prune(config)
+    print(evaluate(result.output).perplexity)
+    assert all(check.passed for check in verify(result.output))
+
+`METHODS` and `FAMILIES` are the tables of what there is:
+
+    print([name for name, method in METHODS.items() if "layers" in method.targets])
+    print([name for name, family in FAMILIES.items() if family.ragged])
+
+All errors are a `StreampruneError`, whose text names the thing, the values and the remedy:
+
+    try:
+        prune(config)
+    except StreampruneError as error:
+        print(error)
+
 Importing it also lets transformers load checkpoints whose layers have different widths (`AutoModelForCausalLM`).
+torch and transformers are imported when something of theirs is used.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from streamprune.config import PruneConfig
-from streamprune.errors import StreampruneError
+from streamprune.errors import (
+    CalibrationError,
+    CheckpointError,
+    JournalError,
+    OutputError,
+    StreampruneError,
+    UsageError,
+)
+from streamprune.methods.table import METHODS
 from streamprune.output import ragged
-from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.run import PruneResult, prune
 
-__all__ = ["Progress", "PruneConfig", "PruneResult", "StreampruneError", "prune"]
+if TYPE_CHECKING:
+    from streamprune.commands.comparison import Check
+    from streamprune.commands.verify import verify
+    from streamprune.model.families import FAMILIES
+    from streamprune.pipeline.evaluate import evaluate
+    from streamprune.pipeline.progress import Progress
+    from streamprune.pipeline.run import Forecast, PruneResult, prune
+    from streamprune.pipeline.run import foretell as plan
+    from streamprune.streaming.perplexity import Perplexity
 
-ragged.register()
+__all__ = [
+    "FAMILIES",
+    "METHODS",
+    "CalibrationError",
+    "Check",
+    "CheckpointError",
+    "Forecast",
+    "JournalError",
+    "OutputError",
+    "Perplexity",
+    "Progress",
+    "PruneConfig",
+    "PruneResult",
+    "StreampruneError",
+    "UsageError",
+    "evaluate",
+    "plan",
+    "prune",
+    "verify",
+]
+
+# Where the rest is; what is asked for is imported then.
+_HOMES = {
+    "Check": "commands.comparison:Check",
+    "FAMILIES": "model.families:FAMILIES",
+    "Forecast": "pipeline.run:Forecast",
+    "Perplexity": "streaming.perplexity:Perplexity",
+    "Progress": "pipeline.progress:Progress",
+    "PruneResult": "pipeline.run:PruneResult",
+    "evaluate": "pipeline.evaluate:evaluate",
+    "plan": "pipeline.run:foretell",
+    "prune": "pipeline.run:prune",
+    "verify": "commands.verify:verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+ragged.announce()

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+from streamprune.methods.sinks import UnitScores
+from streamprune.methods.table import METHODS, resolve_settings
 
 LAYERS = (1, 2)  # a layer below and a layer above them stay as they are
 SEED = 5

@@ -8,7 +8,8 @@ from plain_methods import LAYERS, SEED
 from tiny_models import make_sweeper, save_tiny, token_ids, whole_model_gradients
 from transformers.pytorch_utils import Conv1D
 
-from streamprune.methods.table import METHODS, WeightPruner, resolve_settings
+from streamprune.methods.sinks import WeightPruner
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper
 

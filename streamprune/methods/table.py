@@ -6,6 +6,7 @@ or weights to be pruned. CONTRIBUTING.md says how to add one.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,6 @@ from typing import Any, Literal
 
 from streamprune.config import Target
 from streamprune.errors import UsageError
-from streamprune.methods.activation import flap, gblm, wanda, wanda_sp
-from streamprune.methods.depth import block_influence, layer_ppl
-from streamprune.methods.gradient import moreau, moreau_gs, smoothgrad, taylor
 from streamprune.methods.needs import (
     GRADIENTS,
     GRAMS,
@@ -28,20 +26,6 @@ from streamprune.methods.needs import (
     KeptState,
     Need,
 )
-from streamprune.methods.plain import magnitude, random
-from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores, WeightPruner
-from streamprune.methods.sparsegpt import sparsegpt
-
-__all__ = [
-    "METHODS",
-    "LayerScores",
-    "Method",
-    "Setting",
-    "Sparsity",
-    "UnitScores",
-    "WeightPruner",
-    "resolve_settings",
-]
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,8 @@ class Method:
     """A row of the table.
 
     Attributes:
-        score: gives its scores to a sink, one of those for `targets`.
+        function: gives its scores to a sink, one of those for `targets`; as "module:name" in this folder, so that the
+            table can be read without torch, or itself.
         targets: what it can score.
         needs: what it asks of `Statistics`.
         calibration: samples and tokens of each, as in its paper.
@@ -93,7 +78,7 @@ class Method:
     """
 
     name: str
-    score: Callable[..., None]
+    function: str | Callable[..., None]
     targets: tuple[Target, ...]
     needs: tuple[Need, ...]
     summary: str
@@ -104,6 +89,14 @@ class Method:
     states: tuple[KeptState, ...] = ()
     stateless: str = "taylor"
     allocation: Literal["uniform", "global"] = "uniform"
+
+    @property
+    def score(self) -> Callable[..., None]:
+        """The function itself, imported where the table only names it."""
+        if callable(self.function):
+            return self.function
+        module, _, name = self.function.partition(":")
+        return getattr(importlib.import_module(f"streamprune.methods.{module}"), name)
 
     @property
     def needs_text(self) -> bool:
@@ -147,11 +140,11 @@ _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", 
 
 
 _ROWS = (
-    Method("random", random, _ALL, (), "uniform at random, the floor to beat", "-"),
-    Method("magnitude", magnitude, _ALL, (STORED_WEIGHTS,), "|w|, or the l2 norm of the unit or layer", "-"),
+    Method("random", "plain:random", _ALL, (), "uniform at random, the floor to beat", "-"),
+    Method("magnitude", "plain:magnitude", _ALL, (STORED_WEIGHTS,), "|w|, or the l2 norm of the unit or layer", "-"),
     Method(
         "taylor",
-        taylor,
+        "gradient:taylor",
         _ALL,
         (GRADIENTS,),
         "first-order effect on the loss, |g w|",
@@ -160,7 +153,7 @@ _ROWS = (
     ),
     Method(
         "smoothgrad",
-        smoothgrad,
+        "gradient:smoothgrad",
         _ALL,
         (MOVED_GRADIENTS,),
         "|g w| with g averaged over noisy weights",
@@ -175,7 +168,7 @@ _ROWS = (
     ),
     Method(
         "moreau",
-        moreau,
+        "gradient:moreau",
         _ALL,
         (MOVED_GRADIENTS,),
         "|g w| of the loss's Moreau envelope",
@@ -186,7 +179,7 @@ _ROWS = (
     ),
     Method(
         "moreau-gs",
-        moreau_gs,
+        "gradient:moreau_gs",
         _ALL,
         (MOVED_GRADIENTS,),
         "moreau with group soft-thresholding",
@@ -199,10 +192,19 @@ _ROWS = (
         sweeps=_moreau_sweeps,
         states=(_DELTA, _SUM),
     ),
-    Method("wanda", wanda, _ALL, (MOMENTS,), "|w| times the norm of its input", "Wanda, arXiv 2306.11695", {}, _LONG),
+    Method(
+        "wanda",
+        "activation:wanda",
+        _ALL,
+        (MOMENTS,),
+        "|w| times the norm of its input",
+        "Wanda, arXiv 2306.11695",
+        {},
+        _LONG,
+    ),
     Method(
         "wanda-sp",
-        wanda_sp,
+        "activation:wanda_sp",
         ("units",),
         (MOMENTS,),
         "wanda over the columns of o and down",
@@ -212,7 +214,7 @@ _ROWS = (
     ),
     Method(
         "flap",
-        flap,
+        "activation:flap",
         ("units",),
         (MOMENTS,),
         "variance of the inputs of o and down times their columns' squares, and a bias in their place",
@@ -223,7 +225,7 @@ _ROWS = (
     ),
     Method(
         "gblm",
-        gblm,
+        "activation:gblm",
         _ALL,
         (SAMPLE_POWERS, MOMENTS),
         "|w| times the norms of its input and of its gradients",
@@ -240,7 +242,7 @@ _ROWS = (
     ),
     Method(
         "sparsegpt",
-        sparsegpt,
+        "sparsegpt:sparsegpt",
         ("weights",),
         (GRAMS,),
         "second-order error, and an update of what remains",
@@ -249,11 +251,16 @@ _ROWS = (
         _LONG,
     ),
     Method(
-        "layer-ppl", layer_ppl, ("layers",), (LOSSES,), "perplexity without the layer", "Shortened LLaMA, 2402.02834"
+        "layer-ppl",
+        "depth:layer_ppl",
+        ("layers",),
+        (LOSSES,),
+        "perplexity without the layer",
+        "Shortened LLaMA, 2402.02834",
     ),
     Method(
         "block-influence",
-        block_influence,
+        "depth:block_influence",
         ("layers",),
         (HIDDEN,),
         "1 - cos between a layer's input and output",

@@ -2,25 +2,32 @@
 
 transformers has the config schema (`per_layer_config`) but no Llama-like model that reads it. The file
 emitted beside the weights is `_ragged_template.py`, the one for `llama`, with another family's names put in.
-`register` runs those very texts as modules: one source serves a checkpoint read with `trust_remote_code=True`
-and one read after `import streamprune`.
+The module `streamprune.modeling_streamprune_llama` is that very text: one source serves a checkpoint read with
+`trust_remote_code=True` and one read after `import streamprune`.
+
+Importing such a module takes seconds, of which most goes into torch and transformers. So `announce` imports none: a
+stand-in for each family's config waits in the table of transformers, and the first use of it imports the module, which
+registers the classes themselves.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.resources
 import importlib.util
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from streamprune.errors import UsageError
 
+CONFIG_TABLE = "transformers.models.auto.configuration_auto"
 TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
@@ -141,43 +148,112 @@ def ragged_config_fields(model_type: str) -> dict[str, Any]:
 
 
 class _ModelingLoader(importlib.abc.ExecutionLoader):
-    """Loads a modelling file that is on no disk; tracebacks and `inspect.getsource` show it as if it were."""
+    """Loads a modelling file that is on no disk; tracebacks and `inspect.getsource` show it as if it were.
 
-    def __init__(self, model_type: str) -> None:
-        self.model_type = model_type
+    Its classes are registered when it is loaded, whoever asks for it: also an unpickled model does.
+    """
+
+    def __init__(self, family: RaggedFamily) -> None:
+        self.family = family
 
     def get_filename(self, fullname: str) -> str:
-        return str(Path(__file__).with_name(f"{RAGGED_FAMILIES[self.model_type].modeling_module}.py"))
+        return str(Path(__file__).with_name(f"{self.family.modeling_module}.py"))
 
     def get_source(self, fullname: str) -> str:
-        return modeling_source(self.model_type)
+        return modeling_source(self.family.model_type)
+
+    def exec_module(self, module: ModuleType) -> None:
+        import transformers
+
+        super().exec_module(module)
+        config_class = getattr(module, self.family.auto_map["AutoConfig"])
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto in self.family.auto_map.keys() - {"AutoConfig"}:
+            model_class = getattr(module, self.family.auto_map[auto])
+            getattr(transformers, auto).register(config_class, model_class, exist_ok=True)
 
 
-def _load_modeling(model_type: str) -> ModuleType:
-    """The modelling file of `model_type` as the module `streamprune.modeling_streamprune_<model_type>`."""
-    name = f"streamprune.{RAGGED_FAMILIES[model_type].modeling_module}"
-    if name not in sys.modules:
-        loader = _ModelingLoader(model_type)
-        spec = importlib.util.spec_from_loader(name, loader)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        # Under its name, as pickle and transformers' own look at a class's source find modules.
-        sys.modules[name] = module
-    return sys.modules[name]
+class _ConfigTableLoader(importlib.abc.Loader):
+    """Loads transformers' table of configs as `loader` does, and puts the stand-ins into it."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__loader__ = module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        _put_stand_ins(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modelling modules, and stands at the import of transformers' table of configs."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname == CONFIG_TABLE:
+            others = (finder for finder in sys.meta_path if finder is not self)
+            spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _ConfigTableLoader(spec.loader)
+            return spec
+        package, _, name = fullname.rpartition(".")
+        families = (family for family in RAGGED_FAMILIES.values() if package == "streamprune")
+        found = next((family for family in families if family.modeling_module == name), None)
+        return None if found is None else importlib.util.spec_from_loader(fullname, _ModelingLoader(found))
+
+
+def _import_modeling(family: RaggedFamily) -> ModuleType:
+    return importlib.import_module(f"streamprune.{family.modeling_module}")
+
+
+def _put_stand_ins(table: Any) -> None:
+    """Of all families whose own config is not in transformers' `table` yet, by its public `register`."""
+    for family in RAGGED_FAMILIES.values():
+        if f"streamprune_{family.model_type}" not in table.CONFIG_MAPPING:
+            table.AutoConfig.register(f"streamprune_{family.model_type}", _stand_in(family))
+
+
+@functools.cache
+def _stand_in(family: RaggedFamily) -> Any:
+    """A config class whose every object is one of the family's own class, which is imported for it."""
+    from transformers import PreTrainedConfig
+
+    def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return getattr(_import_modeling(family), family.auto_map["AutoConfig"])(*args, **kwargs)
+
+    members = {"model_type": f"streamprune_{family.model_type}", "__module__": __name__, "__new__": make}
+    return type(family.auto_map["AutoConfig"], (PreTrainedConfig,), members)
+
+
+def __getattr__(name: str) -> Any:
+    """The stand-ins under their names: transformers' table of configs can be pickled, and so must they."""
+    for family in RAGGED_FAMILIES.values():
+        if name == family.auto_map["AutoConfig"]:
+            return _stand_in(family)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def announce() -> None:
+    """Makes `AutoConfig`, `AutoModel` and `AutoModelFor…` know the ragged form of every family when they meet it.
+
+    Imports neither torch nor transformers. Safe to call again.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if CONFIG_TABLE in sys.modules:
+        _put_stand_ins(sys.modules[CONFIG_TABLE])
 
 
 def register() -> None:
-    """Makes `AutoConfig`, `AutoModel` and `AutoModelFor…` know the ragged form of every family.
+    """Makes them know all of them at once.
 
     Safe to call again. Imports torch and transformers.
     """
-    import transformers
-
+    announce()
     for family in RAGGED_FAMILIES.values():
-        module = _load_modeling(family.model_type)
-        config_class = getattr(module, family.auto_map["AutoConfig"])
-        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto in family.auto_map.keys() - {"AutoConfig"}:
-            model_class = getattr(module, family.auto_map[auto])
-            getattr(transformers, auto).register(config_class, model_class, exist_ok=True)
+        _import_modeling(family)

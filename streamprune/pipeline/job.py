@@ -12,7 +12,8 @@ from pathlib import Path
 from torch import Tensor
 
 from streamprune.config import PruneConfig
-from streamprune.methods.table import METHODS, LayerScores, UnitScores, WeightPruner
+from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
+from streamprune.methods.table import METHODS
 from streamprune.model.units import KeptUnits, TensorRef
 from streamprune.output.companions import Companions
 from streamprune.output.form import OutputForm

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from streamprune.errors import UsageError
 from streamprune.figures import human, say_peaks
-from streamprune.streaming.device import peaks
 
 LINE_SECONDS = 15.0  # between lines for people
 EVENT_SECONDS = 1.0  # between events for machines
@@ -158,6 +157,8 @@ class _Stage:
 
     def figures(self, now: float) -> dict[str, Any]:
         """What there is to say; bytes/s and shares are over the stage so far."""
+        from streamprune.streaming.device import peaks  # torch: until there is a stage, nothing needs it
+
         elapsed = now - self.start
         return {
             "stage": self.name,

@@ -29,6 +29,7 @@ from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
 from streamprune.planning import rates
+from streamprune.planning.cards import CARDS
 from streamprune.planning.decision import Plan, describe, form_class, make_plan
 from streamprune.planning.placement import Placement, choose_placement, forecast_table, placement_line
 from streamprune.planning.stage import Work
@@ -246,7 +247,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     planned = None if measure else compute_device(config.device)
     if assume is not None:
         planned = card()
-        config = replace(config, gpu_memory=config.gpu_memory or rates.CARDS[assume][1] << 30)
+        config = replace(config, gpu_memory=config.gpu_memory or CARDS[assume][1] << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held

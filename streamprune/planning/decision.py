@@ -12,7 +12,8 @@ from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
 from streamprune.figures import human
 from streamprune.methods.needs import KeptState
-from streamprune.methods.table import METHODS, LayerScores, Sparsity, UnitScores, resolve_settings
+from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KIND_NAMES, KeptUnits
@@ -20,6 +21,7 @@ from streamprune.output.form import OutputForm
 from streamprune.output.mistral import MistralForm
 from streamprune.output.ragged_form import RaggedForm
 from streamprune.output.sparse24 import Sparse24Form
+from streamprune.output.stock import StockForm
 from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, UnitCosts
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
@@ -125,6 +127,13 @@ def form_class(config: PruneConfig, form: type[OutputForm] | None = None) -> typ
     if config.compress:
         return Sparse24Form
     return MistralForm if config.emit == "mistral" else RaggedForm  # which is stock where it can be
+
+
+def written_form(facts: Mapping[str, Any]) -> type[OutputForm]:
+    """The form of an output, by the contents of its streamprune.json."""
+    if facts["options"].get("compress"):
+        return Sparse24Form
+    return RaggedForm if facts["layout"] == "ragged" else StockForm
 
 
 def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:

@@ -21,6 +21,7 @@ from torch import Tensor
 from streamprune.methods.needs import FACTORS_OF_H
 from streamprune.methods.sinks import Sparsity
 from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
+from streamprune.planning.cards import CARDS
 from streamprune.planning.stage import Stage
 from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.costs import Sizes, Task
@@ -31,16 +32,6 @@ from streamprune.streaming.sweeper import Sweeper
 FILE = "rates.json"
 MEASURE_SECONDS = 1.5  # for each of reading, forwards, backwards, and the rest
 FACTOR_WIDTH = 4096  # at most, of the matrix that is factored; the rate grows with it
-# Dense bfloat16 with float32 accumulation in TFLOP/s, and GiB: NVIDIA's whitepapers on GA102, GA100, AD102 and GH100,
-# and the data sheet of the L4.
-CARDS = {
-    "rtx3090": (71.0, 24),
-    "rtx4090": (165.2, 24),
-    "a6000": (154.8, 48),
-    "l4": (121.0, 24),
-    "a100": (312.0, 80),
-    "h100": (989.4, 80),
-}
 UTILISATION = 0.4  # of that, in layers of a few thousand tokens
 DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
 WORK = ("forward", "backward", "noise", "factors", "updates")  # of a Stage, done at the Rates of the same names

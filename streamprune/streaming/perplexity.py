@@ -15,12 +15,16 @@ HIDDEN_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Result of a measurement: perplexity = exp(loss), over `tokens` predicted tokens of `segments`."""
+    """Result of a measurement: perplexity = exp(loss), over `tokens` predicted tokens of `segments`.
+
+    `text` says in words what they are segments of, where whoever measured knows.
+    """
 
     perplexity: float
     loss: float
     segments: int
     tokens: int
+    text: str = ""
 
 
 def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:

@@ -18,7 +18,8 @@ from cli_runner import check_refusal, edit_tensors
 from tiny_models import save_tiny, tiny_model, token_ids
 
 from streamprune.commands import _verify_child
-from streamprune.commands.verify import Check, complaint, verify
+from streamprune.commands.comparison import Check, complaint
+from streamprune.commands.verify import verify
 
 
 class CalledProcess:
@@ -28,11 +29,13 @@ class CalledProcess:
         self.arguments, self.said, self.stdin = command[3:], Path(stdout.name), io.BytesIO()
 
     def wait(self) -> int:
-        try:
-            _verify_child.examine(*self.arguments)
-        except Exception:
-            self.said.write_text(traceback.format_exc())
-            return 1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdin", io.StringIO(self.stdin.getvalue().decode()))
+            try:
+                _verify_child.examine(*self.arguments)
+            except Exception:
+                self.said.write_text(traceback.format_exc())
+                return 1
         return 0
 
     def kill(self) -> None:
@@ -45,9 +48,8 @@ class CalledProcess:
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> None:
     called = SimpleNamespace(Popen=CalledProcess, PIPE=subprocess.PIPE)
-    monkeypatch.setattr("streamprune.commands.verify.subprocess", called)
+    monkeypatch.setattr("streamprune.commands.fresh_process.subprocess", called)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n" * 9))
 
 
 @pytest.fixture

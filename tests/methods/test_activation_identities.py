@@ -5,7 +5,8 @@ import torch
 from plain_methods import LAYERS, assert_scores, run
 from plain_weights import FAMILIES, TinyWeights, assert_same_weights, input_squares, set_matrix
 
-from streamprune.methods.table import METHODS, Sparsity, UnitScores, resolve_settings
+from streamprune.methods.sinks import Sparsity, UnitScores
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.output.slicing import mean_biases
 from streamprune.streaming.inputs import Gram, Moments
 

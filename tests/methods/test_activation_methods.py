@@ -16,7 +16,8 @@ from plain_weights import (
 )
 
 from streamprune.kernels import noise_seed, perturb
-from streamprune.methods.table import METHODS, LayerScores, Sparsity, WeightPruner, resolve_settings
+from streamprune.methods.sinks import LayerScores, Sparsity, WeightPruner
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.units import Geometry, TensorRef
 
 HALF = Sparsity(0.5)

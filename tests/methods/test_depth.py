@@ -12,7 +12,8 @@ from whole_models import STACKS, load, mean_loss, run, skip_layers, stack
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import UsageError
-from streamprune.methods.table import METHODS, LayerScores, resolve_settings
+from streamprune.methods.sinks import LayerScores
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.units import Geometry, all_units
 from streamprune.planning.allocation import layers_to_remove, select_layers
 from streamprune.streaming.statistics import Statistics

@@ -8,7 +8,8 @@ import torch
 from fake_statistics import FAKE_LAYERS, HIDDEN, KINDS, FakeStatistics, G, W, constant, fake_totals, random_tensors
 from plain_methods import assert_scores, group_shrink, line_dim, run
 
-from streamprune.methods.table import METHODS, UnitScores, resolve_settings
+from streamprune.methods.sinks import UnitScores
+from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.units import Geometry, all_units
 
 

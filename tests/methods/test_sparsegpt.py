@@ -8,8 +8,8 @@ from plain_methods import LAYERS
 from plain_weights import TinyWeights, assert_same_weights, check_zeros, whole
 
 from streamprune.errors import StreampruneError
+from streamprune.methods.sinks import Sparsity
 from streamprune.methods.sparsegpt import COLUMN_BLOCK, inverse_factor, prune_and_update
-from streamprune.methods.table import Sparsity
 
 F64 = torch.float64
 

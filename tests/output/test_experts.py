@@ -104,7 +104,8 @@ def test_a_gradient_sweep_holds_no_more_activations_than_are_counted(tmp_path):
 
 @pytest.mark.parametrize("method", ["taylor", "magnitude"])
 def test_layers_are_scored_by_their_attention_matrices(method, tmp_path):
-    from streamprune.methods.table import METHODS, LayerScores, resolve_settings
+    from streamprune.methods.sinks import LayerScores
+    from streamprune.methods.table import METHODS, resolve_settings
 
     model, ids = save_tiny(tmp_path, "mixtral"), token_ids()
     sweeper = make_sweeper(tmp_path)

@@ -1,0 +1,275 @@
+"""What `streamprune verify` compares: a pruned directory, and the dense model masked to what is left in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.commands.fresh_process import FreshProcess
+from streamprune.errors import CheckpointError
+from streamprune.model.families import RAGGED_PREFIX
+from streamprune.model.masking import bias_of, mask_layer, output_matrices
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import KeptUnits, kept_lines, module_of
+from streamprune.output.ragged import modeling_source, ragged_config_fields
+from streamprune.pipeline.source import Source
+from streamprune.planning.decision import written_form
+from streamprune.storage.checkpoint import Checkpoint, read_config, read_json, resolve_model
+from streamprune.streaming.hidden_states import States, whole
+from streamprune.streaming.walk import Visit, walk
+from streamprune.texts.documents import embedded_text
+from streamprune.texts.tokenizer import load_tokenizer
+
+SEQUENCES, SEQ_LEN = 4, 48
+# Two float32 computations of the same sums in another order; a wrong mask or width is off by the logits' size.
+TOLERANCE = 1e-3
+WEIGHTS, TOKENS = "weights", "tokens of a text"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison and what came of it."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def compare(
+    process: FreshProcess, directory: Path, source: str | None, *, trust_remote_code: bool = False
+) -> list[Check]:
+    """The checks of `verify`.
+
+    Args:
+        process: to load the pruned model in.
+
+    Raises:
+        StreampruneError: as `verify`.
+    """
+    facts_file = directory / "streamprune.json"
+    facts = read_json(facts_file)
+    try:
+        change = Change.of(facts)
+        model, form = source or str(facts["source"]["model"]), written_form(facts)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{facts_file} is not as streamprune writes it ({error!r}); prune again") from error
+    if form.own_code and not trust_remote_code:
+        _refuse_foreign_code(directory)
+    if source is None and model.startswith("/") and not Path(model).is_dir():
+        raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
+    with form.readable(directory) as dense:
+        process.load(dense, model_code=form.own_code or trust_remote_code, tokenizer_code=trust_remote_code)
+        text, tokens = _held_out_tokens(model, trust_remote_code)
+        ids = torch.tensor(tokens[0][: SEQUENCES * SEQ_LEN]).view(SEQUENCES, SEQ_LEN)
+        process.ask(text, ids)
+        with _half_the_threads():
+            expected, checks = _masked(model, dense, change, ids, trust_remote_code)
+        checks += _checks(process.answer(), tokens, expected)
+        if dense != directory:
+            packages = ", ".join(" ".join(each) for each in form.versions().items())
+            detail = f"by {packages}; transformers loads that copy"
+            checks.insert(0, Check("weights decompressed", True, detail))
+        return checks
+
+
+@contextmanager
+def _half_the_threads() -> Iterator[None]:
+    """The fresh process has the others: more threads than cores wait for each other at every small product."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def complaint(directory: Path, checks: Sequence[Check]) -> str | None:
+    """What is wrong and what to do about it, in a line; None if all checks passed."""
+    failed = {check.name: check.detail for check in checks if not check.passed}
+    if not failed:
+        return None
+    for name in (WEIGHTS, TOKENS):  # where these differ, the rest does too
+        if name in failed:
+            return f"{directory}: {name}: {failed[name]}; download or copy it again, or prune again"
+    return (
+        f"{directory} does not behave as the masked dense model ({', '.join(failed)}); prune it again and report this"
+    )
+
+
+def _refuse_foreign_code(directory: Path) -> None:
+    """The modelling file will be run: it must be the one that streamprune writes, and the only one."""
+    config = read_config(directory)
+    dense_type = str(config.get("model_type")).removeprefix(RAGGED_PREFIX)
+    fields = ragged_config_fields(dense_type)
+    if config.get("auto_map") != fields["auto_map"]:
+        raise CheckpointError(
+            f"{directory / 'config.json'} names other code than this streamprune writes; "
+            "read it, then pass --trust-remote-code"
+        )
+    file = directory / f"modeling_{fields['model_type']}.py"
+    if not file.is_file() or file.read_text(encoding="utf-8") != modeling_source(dense_type):
+        raise CheckpointError(f"{file} is not as this streamprune writes it; read it, then pass --trust-remote-code")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a run did to its source.
+
+    Attributes:
+        kept: units per layer and kind; None where single weights were pruned.
+        compensated: o and down were fitted anew.
+        biases: o and down have biases in the place of units.
+        method: of its scores.
+        pattern: n and m of N:M, or None; layers: the prunable ones; zeros: how many of the pruned weights are.
+    """
+
+    kept: KeptUnits | None
+    compensated: bool
+    biases: bool
+    method: str
+    pattern: tuple[int, int] | None
+    layers: range
+    zeros: int
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> Change:
+        """As streamprune.json tells it; KeyError and the like where that is not as it was written."""
+        units, options = facts.get("kept"), facts["options"]
+        kept = None if units is None else {int(layer): dict(kinds) for layer, kinds in units.items()}
+        n, _, m = str(options.get("granularity")).partition(":")
+        return cls(
+            kept=kept,
+            compensated=bool(options.get("compensate")),
+            biases=bool(facts.get("output_biases")),
+            method=options["method"],
+            pattern=(int(n), int(m)) if m else None,
+            layers=range(*facts["layers"]),
+            zeros=facts["zeros"]["weights"] if kept is None else 0,
+        )
+
+
+def _held_out_tokens(model: str, trust_remote_code: bool) -> tuple[str, list[list[int]]]:
+    """The embedded text, and the dense model's tokens of it, without the special ones and with them."""
+    with Checkpoint(resolve_model(model, trust_remote_code=trust_remote_code)) as checkpoint:
+        tokenizer, text = load_tokenizer(checkpoint.path, trust_remote_code=trust_remote_code), embedded_text("heldout")
+    return text, [tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)]
+
+
+def _masked(
+    model: str, directory: Path, change: Change, ids: Tensor, trust_remote_code: bool
+) -> tuple[Tensor, list[Check]]:
+    """Logits [n, seq, vocabulary] of the dense model with what went masked, and the checks of pruned rows.
+
+    Weights that the run made itself (fitted ones, biases, those of pruned rows) are taken from `directory` and put
+    where they belong in the dense model. Of pruned rows it is also checked that what is not zero is as it was.
+    """
+    with Source(
+        model, device="cpu", dtype="float32", micro_batch=SEQUENCES, trust_remote_code=trust_remote_code
+    ).open() as sweeper:
+        skeleton = sweeper.skeleton
+        if change.kept is not None and max(change.kept, default=0) >= len(skeleton.layers):
+            raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from more")
+        with Checkpoint(directory) as output, torch.no_grad():
+            masking = _Masking(skeleton, output, change)
+            logits = skeleton.head(whole(walk(sweeper, ids, masking.visit))).float()
+        return logits, masking.checks()
+
+
+def _checks(found: dict[str, Any], tokens: list[list[int]], expected: Tensor) -> list[Check]:
+    """What the fresh process found, against the dense model's tokens and logits [n, seq, vocabulary]."""
+    missing, unexpected = found["missing"], found["unexpected"]
+    unused = f"; {len(unexpected)} more that the model does not use, as {unexpected[0]}" if unexpected else ""
+    weights = f"{len(missing)} missing or of another shape, as {missing[0]}" if missing else f"all matched{unused}"
+    same = found["tokens"] == tokens
+    said = f"{len(tokens[0])} compared"
+    if not same:
+        only = "the special ones " if found["tokens"][0] == tokens[0] else ""
+        said = f"{only}differ from the dense model's"
+    deviation = float((found["logits"] - expected).abs().max())
+    steps = f" over {found['steps']} steps"
+    return [
+        Check(WEIGHTS, not missing, weights),
+        Check(TOKENS, same, said),
+        _close("logits of the masked dense model", deviation, float(expected.abs().max())),
+        _close("generation with and without KV cache", *found["cache"], more=steps),
+        _close("generation with left padding", *found["padding"], more=steps),
+    ]
+
+
+def _close(name: str, deviation: float, scale: float, *, more: str = "") -> Check:
+    """Passed if `deviation` is within TOLERANCE of `scale`, both maximum absolute values."""
+    passed = bool(deviation <= TOLERANCE * max(scale, 1e-6))
+    return Check(name, passed, f"off by {deviation:.1e} of {scale:.1f}{more}")
+
+
+class _Masking:
+    """The visitor that makes each layer of the dense model what it is in the output, at full width."""
+
+    def __init__(self, skeleton: Skeleton, output: Checkpoint, change: Change) -> None:
+        self.skeleton, self.output, self.change = skeleton, output, change
+        self.kept: KeptUnits = skeleton.all_units() if change.kept is None else change.kept
+        self.altered, self.zeros, self.crowded = 0, 0, 0
+
+    def visit(self, visit: Visit) -> States:
+        """The layer's output."""
+        if visit.layer not in self.kept:
+            return visit.hidden
+        if self.change.kept is None:
+            self._take_matrices(visit)
+            return visit.run()
+        mask_layer(self.skeleton, self.kept, visit.layer, visit.weights)
+        with ExitStack() as hooks:
+            for member in output_matrices(self.skeleton, visit.layer):
+                if self.change.compensated:
+                    lines = kept_lines(
+                        member, self.skeleton.geometries[visit.layer], self.kept[visit.layer][member.kind]
+                    )
+                    fitted = self._read(visit.layer, member.tensor).float()
+                    visit.weights[member.tensor].index_copy_(member.dim, lines, fitted)
+                if self.change.biases:
+                    self._add_bias(visit, bias_of(member.tensor), hooks)
+            return visit.run()
+
+    def checks(self) -> list[Check]:
+        """Of pruned weights: the zeros, their pattern, and the rest as they were, where the method changes none."""
+        if self.change.kept is not None:
+            return []
+        checks = [Check("zeros", self.zeros == self.change.zeros, f"{self.zeros:,} of {self.change.zeros:,}")]
+        if self.change.pattern is not None:
+            detail = f"{self.crowded:,} groups of {self.change.pattern[1]} have more than {self.change.pattern[0]}"
+            checks.append(Check("pattern", self.crowded == 0, detail))
+        if self.change.method != "sparsegpt":
+            detail = f"{self.altered:,} differ" if self.altered else "as they were"
+            checks.append(Check("weights that are not zero", self.altered == 0, detail))
+        return checks
+
+    def _read(self, layer: int, tensor: str) -> Tensor:
+        """A tensor of a source layer in the output, where layers are numbered anew."""
+        return self.output.read(self.skeleton.layer_prefix(list(self.kept).index(layer)) + tensor)
+
+    def _add_bias(self, visit: Visit, name: str, hooks: ExitStack) -> None:
+        bias = self._read(visit.layer, name).float()
+        if name in visit.weights:
+            visit.weights[name].copy_(bias)
+            return
+        module = self.skeleton.layers[visit.layer].get_submodule(module_of(name))
+        handle = module.register_forward_hook(lambda module, given, made: made + bias)
+        hooks.callback(handle.remove)
+
+    def _take_matrices(self, visit: Visit) -> None:
+        for name, transposed in self.skeleton.matrices(visit.layer).items():
+            made, stored = self._read(visit.layer, name), visit.page.tensors[name]
+            self.altered += int(((made != stored) & (made != 0)).sum())
+            visit.weights[name].copy_(made)
+            if visit.layer in self.change.layers:
+                self.zeros += made.numel() - int(made.count_nonzero())
+                if self.change.pattern is not None:
+                    n, m = self.change.pattern
+                    groups = (made.T if transposed else made).reshape(-1, m)
+                    self.crowded += int((groups.count_nonzero(dim=1) > n).sum())
