@@ -28,11 +28,11 @@ export PYTHONPATH="$scratch/site" PYTHONSAFEPATH=1  # safe: not from the current
 
 if [[ -n $dry ]]; then
   device=cpu layers=8 repeat=1 model=135M tokens=(--tokens 128)
-  tests=(tests/test_grad_norm.py -k "strided or nothing")
+  tests=(tests/kernel/test_grad_norm.py -k "strided or nothing")
 else
   device=cuda layers=24 repeat=1 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
-  tests=(tests/test_noise_kernel.py tests/test_moreau_step.py tests/test_unit_score.py tests/test_grad_norm.py
-    tests/test_weight_score.py tests/test_cuda.py)
+  tests=(tests/kernel tests/streaming/test_cuda.py
+    --deselect tests/kernel/test_machine_code.py)
   # Most of the tests' time goes into compiling kernels.
   "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
   "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU; --dry runs without one"'
@@ -49,7 +49,7 @@ stage() {  # one that fails does not keep the others from running
   echo "== $1"
   "$python" "${@:2}" || status=1
 }
-stage tests -m pytest -q -p no:cacheprovider "${tests[@]}" > >(tee "$out/tests.txt")
+stage tests -m pytest -q -p no:cacheprovider -p no:benchmark "${tests[@]}" > >(tee "$out/tests.txt")
 stage kernels bench/kernels.py --gpu --model "$model" $dry --json "$out/kernels.json"
 stage "end to end" bench/end_to_end.py --scratch "$scratch" --layers "$layers" --repeat "$repeat" --device "$device" \
   --keep "$scratch/model" $dry --json "$out/end_to_end.json"

@@ -34,7 +34,8 @@ def wanda_sp(statistics: Statistics, settings: dict[str, Any], sink: UnitScores)
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
         norms, matrix = (inputs.squares.double() / statistics.samples).sqrt_(), ref.matrix(weight)
-        sums = torch.linalg.vector_norm(matrix, ord=1, dim=0, dtype=inputs.squares.dtype)
+        dtype = torch.promote_types(matrix.dtype, inputs.squares.dtype)  # weights may be stored in float64
+        sums = torch.linalg.vector_norm(matrix, ord=1, dim=0, dtype=dtype)
         sink.lines(ref, sums.double() / len(matrix) * norms)
 
     statistics.inputs(Moments, consume, lambda ref: ref.cut_by_inputs)
