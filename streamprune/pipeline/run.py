@@ -95,6 +95,9 @@ def prune(
 ) -> PruneResult:
     """Prune a model as `config` says and write the result.
 
+        result = prune(PruneConfig(model="SmolLM2-135M", output="pruned", method="taylor", ratio=0.2))
+        print(result.output, result.facts["parameters"])
+
     Args:
         progress: True for lines or bars on stderr, a class of bars such as `tqdm.notebook.tqdm`, or a `Progress`; by
             default nothing is said.
@@ -239,6 +242,10 @@ def _settle(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to
 
 def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> Forecast:
     """What `prune(config)` will hold and read, a row per stage; seconds where rates are measured or assumed.
+
+    Its public name is `streamprune.plan`:
+
+        print(plan(PruneConfig(model="SmolLM2-135M", output="pruned"), assume="rtx4090").text)
 
     Raises:
         StreampruneError: as `prune` before its work begins.
