@@ -13,7 +13,8 @@ from tiny_models import make_sweeper, save_tiny, token_ids
 import streamprune.methods.needs
 from streamprune import PruneConfig, prune
 from streamprune.methods.needs import GRADIENTS, GRAMS, LOSSES, MOVED_GRADIENTS, STORED_WEIGHTS, KeptState, Need
-from streamprune.methods.table import METHODS, LayerScores, Method, UnitScores, WeightPruner, resolve_settings
+from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
+from streamprune.methods.table import METHODS, Method, resolve_settings
 from streamprune.pipeline.batches import expected_work, open_texts
 from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
