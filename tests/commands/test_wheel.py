@@ -16,7 +16,6 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("build")
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "streamprune", "kernels")
 LOADED = """
 import sys
 from pathlib import Path
