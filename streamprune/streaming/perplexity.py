@@ -15,7 +15,7 @@ HIDDEN_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Result of a measurement: perplexity = exp(loss), over `tokens` predicted tokens of `segments`."""
+    """Result of a measurement: exp(loss), the mean loss in nats over `tokens` predicted tokens of `segments`."""
 
     perplexity: float
     loss: float
@@ -24,12 +24,12 @@ class Perplexity:
 
 
 def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
-    """Forward sweeps that `perplexity` will take."""
+    """Count the forward sweeps that `perplexity` will take."""
     return -(-len(segments) // _group(sweeper, segments.shape[1]))
 
 
 def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
-    """Perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
+    """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
     group = _group(sweeper, segments.shape[1])
     micro_batch = default_micro_batch(segments.shape[1])
     total = 0.0
