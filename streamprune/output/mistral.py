@@ -1,4 +1,4 @@
-"""A bias-free Llama as a Mistral, whose class takes any number of heads."""
+"""Form of a bias-free Llama that is written as a Mistral, whose class takes any number of heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The family's own class: one width for all layers, or fewer layers."""
+"""Form that the family's own class loads: one width for all layers, or fewer layers."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Binder:
 
     @property
     def copies(self) -> bool:
-        """Tell whether unperturbed weights are copied too: stored in another dtype than the compute dtype, or in pieces."""
+        """Tell whether unperturbed weights are copied too: stored in another dtype than needed, or in pieces."""
         skeleton = self.skeleton
         widened = any(entry.dtype != skeleton.dtype for layer in skeleton.entries for entry in layer.values())
         return widened or bool(skeleton.family.fused)
