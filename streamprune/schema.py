@@ -118,6 +118,7 @@ def refuse_idle(config: Any, target: str, chosen: str) -> None:
     """
     for each in fields(config):
         said, flag = each.metadata["option"], flag_of(each.name)
+        # Its default given in so many words does no harm.
         if getattr(config, each.name) == default_of(each):
             continue
         if said.only_for and target not in said.only_for:

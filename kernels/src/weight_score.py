@@ -95,6 +95,7 @@ def prune_n_of_m(
         raise ValueError(f"{n} of {m} cannot be kept in rows of {columns}")
     if weight.numel() == 0 or n == m:
         return weight
+    # Triton's blocks have powers of two as sizes, and comparing every score with every other grows with M².
     if use_triton(weight, backend) and m in (2, 4, 8, 16):
         launch_n_of_m(weight, n, m, x_norm, grad_norm, alpha).run()
         return weight

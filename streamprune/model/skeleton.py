@@ -97,6 +97,7 @@ class Skeleton:
         self.places = [self._find_places(index) for index in range(len(self.layers))]
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
+        # From here on the model's own parameters are those outside the layers.
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
         self._strip, said = contents.settle(checkpoint, self._wanted(), f"{self.model.base_model_prefix}.")
         self.entries = [self._layer_entries(index) for index in range(len(self.layers))]
@@ -106,10 +107,11 @@ class Skeleton:
         self.loaded, self.untied = load, False
         if load:
             self._load_rest()
+            # Some configs fail only when a layer is called: better now than when work has begun.
             with naming_the_field(checkpoint.path, checkpoint.config, "call a layer"):
                 self.record(torch.zeros(1, 2, dtype=torch.int64))
         elif self.config.tie_word_embeddings:
-            self.model.tie_weights()
+            self.model.tie_weights()  # so that its parameters are counted once
 
     def stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""
@@ -173,6 +175,7 @@ class Skeleton:
             return hidden_states
 
         with torch.no_grad(), self._through(keep):
+            # One sequence: there is no padding, so masks and positions are the same for every other.
             self.model.base_model(input_ids[:1].to(self.device), use_cache=False)
         return [calls[index] for index in range(len(self.layers))]
 

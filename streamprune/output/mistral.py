@@ -29,6 +29,7 @@ class MistralForm(StockForm):
         fields = super().config(zeros) | {"head_dim": self.skeleton.geometry.head_dim}
         for name in LLAMA_DEFAULTS:
             fields.setdefault(name, getattr(self.skeleton.config, name))
+        # Without a word of it a Mistral has a sliding window.
         return fields | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
     def set_widths(self, fields: dict[str, Any]) -> None:

@@ -102,6 +102,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         repair = repair_goal(skeleton, "stream" if config.target == "layers" else config.compensate_target)
     something_goes = choice.widths != skeleton.all_units()
     biases = settings.get("bias") == "yes" and repair is None and something_goes
+    # By `keep`, which chooses the family's own class where it takes these widths.
     planned = form_class(config, form)(skeleton, choice.widths, layers, biases).keep(choice.widths)
     if planned.added_biases and (config.stock or not skeleton.family.ragged):
         raise UsageError("no stock class has biases on o and down alone; leave them out with --no-bias")

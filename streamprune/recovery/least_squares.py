@@ -32,7 +32,7 @@ from streamprune.streaming.walk import Visit, journalled_walk
 from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 RepairGoal = Literal["own", "stream"]
-# Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): the README has the table.
+# Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): bench/README.md has the table.
 OWN_RIDGE = 0.001
 STREAM_RIDGE = 0.1
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).

@@ -133,7 +133,7 @@ class Checkpoint:
             CheckpointError: the file ended first, or could not be read.
         """
         self._reader.read_into(file, offset, buffer, stays=stays)
-        with self._lock:
+        with self._lock:  # several readers add to it
             self.bytes_read += len(buffer)
 
     def read(self, name: str) -> Tensor:

@@ -33,7 +33,7 @@ class TensorSpec:
 
 
 class ShardedWriter:
-    """Writes tensors of known shapes to one model.safetensors, or to shards and an index.
+    """Writer of tensors of known shapes to one model.safetensors, or to shards and an index.
 
     All headers are written first, so tensors may come in any order and none is held back. Use as a
     context manager; leaving it normally checks that every tensor came.

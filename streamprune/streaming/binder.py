@@ -35,7 +35,7 @@ class Perturbation:
 
 
 class Binder:
-    """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
+    """Binder of a page's tensors to weights of the compute dtype, in one buffer that stays.
 
     A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot. The pieces of a
     fused parameter are always copied, each to its place.
@@ -105,7 +105,7 @@ class Binder:
             CheckpointError: a stored tensor is not finite.
             UsageError: a weight does not fit into the compute dtype.
         """
-        if page.layer in self._finite:
+        if page.layer in self._finite:  # the file does not change; a method of ten sweeps would look ten times
             return
         for name, stored in page.tensors.items():
             check_finite(self.skeleton.checkpoint.path, f"layer {page.layer}, {name}", stored, at_once(stored))

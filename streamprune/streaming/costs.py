@@ -222,6 +222,7 @@ class Task:
 
     def flops(self, layers: Iterable[int]) -> float:
         """Count FLOPs of a forward pass through layers: matrices, attention's scores and mixing."""
+        # Two products over all tokens of the sequence, of two FLOPs each: scores, and the mixing of values.
         attention = 4 * self.shape[1] * self.sweeper.skeleton.config.hidden_size
 
         def per_token(layer: LayerSizes) -> int:

@@ -96,7 +96,7 @@ class Activations:
         """Give back the room of hidden states that are gone, for others to take."""
         self._live -= 1
         self._free.setdefault(nbytes, []).append(place)
-        if not self._live:
+        if not self._live:  # the next ones may be of another size, and would find this room of no use
             self._free.clear()
             self._end = 0
 

@@ -89,7 +89,7 @@ class Inputs(Generic[Sums]):
             with watch_inputs(layer, {name: partial(self._take, name) for name in self.tensors}):
                 yield
         finally:
-            self._seen.clear()
+            self._seen.clear()  # the next micro-batch has other tensors, and these would stay in memory
 
     def _take(self, name: str, given: Tensor) -> None:
         shared = next((sums for tensor, sums in self._seen if tensor is given), None)  # by q, k and v; gate and up

@@ -1,7 +1,7 @@
 """Paging of layers into permanent device slots, one being read while another is computed on.
 
 On a CPU the readers fill the slot itself. On CUDA they fill pinned chunks, and a copy stream moves those into
-the slot. Three waits make that safe, and each is needed (tests/test_paging.py takes them away one by one):
+the slot. Three waits make that safe, and each is needed (a test takes them away one by one):
 
 - copied[slot]: compute starts on a slot after the last copy into it.
 - consumed[slot]: the copy stream overwrites a slot after the compute that was queued on it.

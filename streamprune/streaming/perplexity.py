@@ -40,7 +40,7 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
         total += loss * len(part)
         del hidden  # before there are the next ones
     loss = total / len(segments)
-    value = math.exp(loss) if loss < 700 else math.inf
+    value = math.exp(loss) if loss < 700 else math.inf  # beyond 709 there is no float64
     return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))
 
 

@@ -164,6 +164,7 @@ class Sweeper:
                 with watched(self.skeleton.layers[layer], weights, collectors) as bound:
                     for part in parts:
                         boundary = hidden[part].detach().requires_grad_(graph)
+                        # The boundary that comes next is brought while the last part of this one is computed on.
                         if layer > first and part.stop == len(grad):
                             ahead(kept[layer - first - 1], parts[0])
                         with torch.enable_grad():

@@ -55,6 +55,7 @@ def sample_sequences(
         return tokens[:needed].view(samples, seq_len)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - seq_len + 1, (samples,), generator=generator)
+    # Drawn longer by the marks, which may have to go from the beginning; at the text's end there may be no more of it.
     windows = [
         without_marks(tokens[start : start + seq_len + len(marks)], marks)[:seq_len] for start in starts.tolist()
     ]
