@@ -1,4 +1,4 @@
-"""The options of a run: one frozen object, checked once. Each option is said here, and nowhere else."""
+"""Options of a run: one frozen object, checked once. Each option is said here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REPAIRED: dict[str, Any] = {"only_with": "compensate"}
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """Everything that decides a pruned checkpoint, by the names of the command line's options.
+    """Options that decide a pruned checkpoint, by the names of the command line's.
 
     `docs/options.md` says of each what it means, its range and its default; None is what it calls the default in words.
     Values that are as good are taken too: paths as strings, sizes as "20GiB", layers as "4:28", numbers as text or
@@ -332,6 +332,7 @@ class PruneConfig:
     )
 
     def __post_init__(self) -> None:
+        # The object is frozen for everybody else; values are converted before anything is compared with them.
         for each in fields(self):
             object.__setattr__(self, each.name, taken(each, getattr(self, each.name)))
         refuse_idle(self, self.target, f"--granularity {self.granularity}")
@@ -343,12 +344,12 @@ class PruneConfig:
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:
-        """(N, M) where N of every M weights stay."""
+        """Return (N, M) where N of every M weights stay, else None."""
         return values.n_of_m(self.granularity)
 
     @property
     def target(self) -> Target:
-        """What is removed, without the pattern."""
+        """Kind of thing that is removed: the granularity without a pattern, so "weights" for 2:4 too."""
         targets: dict[str, Target] = {"units": "units", "layers": "layers"}
         return targets.get(self.granularity, "weights")
 

@@ -1,8 +1,8 @@
-"""The exceptions of streamprune. Each message names the thing, the values and the remedy, on one line."""
+"""Exceptions of streamprune. Each message names the thing, the values and the remedy, on one line."""
 
 
 class StreampruneError(Exception):
-    """Something could not be done. The command line prints the message and exits with `exit_code`."""
+    """Base of all errors: something could not be done. The command line prints the message, exits with `exit_code`."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""Numbers for people."""
+"""Numbers as people read them: bytes with units, peaks of memory, tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def human(nbytes: float) -> str:
-    """Bytes in decimal units: 1.23 GB."""
+    """Write a number of bytes in decimal units: 1.23 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 999.5:
             return f"{nbytes:.3g} {unit}"
@@ -24,13 +24,13 @@ def peak_rss() -> int:
 
 
 def say_peaks(peaks: Mapping[str, float]) -> str:
-    """Of `peaks()`: 1.23 GB, or 1.23 GB (GPU 2.34 GB)."""
+    """Say the peaks of memory that `peaks()` gives, in bytes: "1.23 GB", or "1.23 GB (GPU 2.34 GB)"."""
     gpu = f" (GPU {human(peaks['peak_gpu'])})" if "peak_gpu" in peaks else ""
     return human(peaks["peak_rss"]) + gpu
 
 
 def table(rows: Sequence[Sequence[str]], *, markdown: bool = False) -> str:
-    """Aligned columns, the first row being the header; numbers are aligned right."""
+    """Draw a table of aligned columns, the first row being its header; columns of numbers are aligned right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     numeric = [all(_is_number(row[column]) for row in rows[1:]) for column in range(len(rows[0]))]
 

@@ -1,4 +1,4 @@
-"""What is said of an option, once: help, type and range, what it goes with, what it changes.
+"""Description of an option, in one place: help, type and range, what it goes with, what it changes.
 
 A field of a frozen dataclass carries an `Option` in its metadata. The checks of its value, the command line's option,
 the fingerprint of `--resume`, the recipe on the card and `docs/options.md` are made from it.
@@ -16,7 +16,7 @@ from streamprune.errors import UsageError
 
 @dataclass(frozen=True)
 class Option:
-    """What is said of one field.
+    """Description of one field of a config.
 
     Attributes:
         take: function (flag, value) of `values.py`: the value as its type, or a refusal.
@@ -57,7 +57,7 @@ class Option:
 
     @property
     def range(self) -> str:
-        """The range in words, such as "at least 0 and below 1"; "" without one."""
+        """Say the range in words, such as "at least 0 and below 1"; "" without one."""
         if self.minimum is not None and self.maximum is not None:
             return f"{self.minimum} to {self.maximum}"
         ends = {"at least": self.minimum, "at most": self.maximum, "below": self.below}
@@ -65,7 +65,7 @@ class Option:
         return " and ".join(words).replace(f"below {math.inf}", "finite")
 
     def holds(self, value: float) -> bool:
-        """Whether the value is in the range; NaN is in none."""
+        """Tell whether a value is in the range; NaN is in none."""
         return (
             (self.minimum is None or value >= self.minimum)
             and (self.maximum is None or value <= self.maximum)
@@ -74,27 +74,27 @@ class Option:
 
 
 def option(default: Any, take: Callable[[str, Any], Any], help: str, group: str, **said: Any) -> Any:
-    """A dataclass's field with this default and an `Option`."""
+    """Make a dataclass's field with this default and an `Option` of the other arguments."""
     return field(default=default, metadata={"option": Option(take, help, group, **said)})
 
 
 def options_of(config: Any) -> dict[str, Option]:
-    """What is said of each field of a config, or of a class of them, in the fields' order."""
+    """Return the `Option` of each field of a config, or of a class of configs, by name and in the fields' order."""
     return {each.name: each.metadata["option"] for each in fields(config)}
 
 
 def default_of(each: Field[Any]) -> Any:
-    """A field's default; MISSING if it must be given."""
+    """Return a field's default; MISSING if it must be given."""
     return each.default if each.default_factory is MISSING else each.default_factory()
 
 
 def flag_of(name: str) -> str:
-    """The option's name on the command line."""
+    """Return the name on the command line of the option that is the field `name`: "--micro-batch"."""
     return f"--{name.replace('_', '-')}"
 
 
 def taken(each: Field[Any], value: Any) -> Any:
-    """The value of a field as its type; None stays None where that is the default.
+    """Check and convert a value that was given for a field; None stays None where that is the default.
 
     Raises:
         UsageError: a value of another type, none of the choices, or out of range.
@@ -118,6 +118,7 @@ def refuse_idle(config: Any, target: str, chosen: str) -> None:
     """
     for each in fields(config):
         said, flag = each.metadata["option"], flag_of(each.name)
+        # Its default given in so many words does no harm.
         if getattr(config, each.name) == default_of(each):
             continue
         if said.only_for and target not in said.only_for:

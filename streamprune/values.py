@@ -1,4 +1,4 @@
-"""The values that an option may be given as, from Python or as text, and what they become.
+"""Conversion of the values that an option may be given as, from Python or as text.
 
 Each function takes (name of the option as on the command line, value) and returns a plain Python value, or raises a
 UsageError that names both. numpy's and torch's scalars count as the numbers they are.
@@ -23,7 +23,7 @@ SHOWN = 100  # characters of a value in a message
 
 
 def plain(value: Any) -> Any:
-    """A scalar of numpy or torch as Python's own; anything else as it is."""
+    """Return a scalar of numpy or torch as Python's own; anything else as it is."""
     if not hasattr(value, "item") or getattr(value, "ndim", None) != 0:
         return value
     try:
@@ -33,24 +33,24 @@ def plain(value: Any) -> Any:
 
 
 def text(flag: str, value: Any) -> str:
-    """A string."""
+    """Take a string."""
     return value if isinstance(value, str) else _refuse(flag, value, "give a string")
 
 
 def source(flag: str, value: Any) -> str:
-    """A path or a name as a string."""
+    """Take a path or a name, as a string."""
     name = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     good = isinstance(name, str) and name and "\0" not in name
     return str(name) if good else _refuse(flag, value, "give a path or a name")
 
 
 def path(flag: str, value: Any) -> Path:
-    """A path."""
+    """Take a path."""
     return Path(source(flag, value))
 
 
 def source_or_off(flag: str, value: Any) -> str | bool | None:
-    """A path or a name, False for none, or True for what is taken by default."""
+    """Take a path or a name, False for none, or True for the default, which becomes None."""
     value = plain(value)
     if isinstance(value, bool):
         return None if value else False
@@ -58,13 +58,13 @@ def source_or_off(flag: str, value: Any) -> str | bool | None:
 
 
 def switch(flag: str, value: Any) -> bool:
-    """True or False."""
+    """Take True or False."""
     value = plain(value)
     return value if isinstance(value, bool) else _refuse(flag, value, "give True or False")
 
 
 def whole_number(flag: str, value: Any) -> int:
-    """A whole number."""
+    """Take a whole number below 2^63 in size; 3.0 and "3" are as good as 3."""
     value = plain(value)
     if isinstance(value, str) and re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
         found = int(value)
@@ -77,7 +77,7 @@ def whole_number(flag: str, value: Any) -> int:
 
 
 def number(flag: str, value: Any) -> float:
-    """A number."""
+    """Take a number, also as text; True and False are none."""
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         _refuse(flag, value, "give a number")
@@ -88,7 +88,7 @@ def number(flag: str, value: Any) -> float:
 
 
 def size(flag: str, value: Any) -> int:
-    """Bytes: a number of them, or text with KB, MB, GB, TB or KiB, MiB, GiB, TiB."""
+    """Take a size in bytes: a number, or text with KB, MB, GB, TB or KiB, MiB, GiB, TiB."""
     if not isinstance(value, str):
         return whole_number(flag, value)
     unit = next(unit for unit in SIZE_UNITS if value.strip().upper().endswith(unit))
@@ -100,7 +100,7 @@ def size(flag: str, value: Any) -> int:
 
 
 def layer_range(flag: str, value: Any) -> tuple[int, int]:
-    """Two layers (A, B), end-exclusive, or "A:B"."""
+    """Take two layers (A, B), end-exclusive, as a pair, a range or "A:B"."""
     if isinstance(value, range) and value.step == 1:
         return value.start, value.stop
     ends = value.split(":") if isinstance(value, str) else value
@@ -114,12 +114,13 @@ def layer_range(flag: str, value: Any) -> tuple[int, int]:
 
 
 def dtype(flag: str, value: Any) -> str:
-    """The name of a dtype: "bfloat16", or torch.bfloat16."""
+    """Take a dtype, "bfloat16" or torch.bfloat16, and return its name."""
+    # By the type's name, so that reading options does not import torch.
     return str(value).removeprefix("torch.") if type(value).__name__ in ("str", "dtype") else text(flag, value)
 
 
 def device(flag: str, value: Any) -> str:
-    """The name of a device: "cuda:0", torch.device("cuda", 0), or 0."""
+    """Take a device, "cuda:0", torch.device("cuda", 0) or 0, and return its name."""
     value = plain(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"cuda:{value}"
@@ -127,7 +128,7 @@ def device(flag: str, value: Any) -> str:
 
 
 def granularity(flag: str, value: Any) -> str:
-    """The name of what goes: "units", "layers", "weights", or "N:M"."""
+    """Take the name of what goes: "units", "layers", "weights", or "N:M"."""
     name = text(flag, value)
     if name not in ("units", "layers", "weights"):
         pattern = n_of_m(name)
@@ -139,13 +140,13 @@ def granularity(flag: str, value: Any) -> str:
 
 
 def n_of_m(name: str) -> tuple[int, int] | None:
-    """(N, M) of a granularity "N:M"; None of another one."""
+    """Return (N, M) of a granularity "N:M"; None of another one."""
     match = re.fullmatch(r"([0-9]{1,3}):([0-9]{1,3})", name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def settings(flag: str, value: Any) -> dict[str, Any]:
-    """A method's own numbers by name."""
+    """Take a method's own numbers, by name."""
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         _refuse(flag, value, 'give a dictionary such as {"rho": 0.2}')
     found = {name: plain(each) for name, each in value.items()}

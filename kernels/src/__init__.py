@@ -1,5 +1,5 @@
-"""The element-wise and per-sample operations of streamprune: in each file a torch reference tuned for CPU, a Triton
-kernel, and the function that picks by device.
+"""Element-wise and per-sample operations over whole weights: in each file a torch reference tuned for CPU, a Triton
+kernel, and the function that picks one of them by the device.
 
 Nothing here knows of models, files or methods; only torch and, where it is installed, Triton are imported.
 """

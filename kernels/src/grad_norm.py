@@ -13,6 +13,7 @@ from torch import Tensor
 from streamprune.kernels.launch import Backend, Launch, ceil_div, interpreted, jit, tl, use_triton
 
 POWERS = (0, 1, 2)
+# One choice for all shapes: another block of tokens would change the order of the sums, and with it their last bits.
 BLOCK_OUT, BLOCK_IN, BLOCK_TOKENS = 128, 128, 64
 
 
@@ -58,11 +59,11 @@ def _reference(acc: Tensor, x: Tensor, dy: Tensor, power: int) -> Tensor:
 
 
 def launch(acc: Tensor, x: Tensor, dy: Tensor, power: int) -> Launch:
-    """The start of `grad_norm_kernel` for these operands."""
+    """Describe how `grad_norm_kernel` is started for these operands; shapes as in `grad_norm`."""
     samples, tokens, d_in = x.shape
     d_out = dy.shape[2]
     if power == 0:
-        # A plain sum does not care where a sample ends.
+        # A plain sum does not care where a sample ends: one long sample has fewer blocks that are partly empty.
         x, dy, samples, tokens = x.flatten(0, 1)[None], dy.flatten(0, 1)[None], 1, samples * tokens
     return Launch(
         grad_norm_kernel,
@@ -118,7 +119,7 @@ def grad_norm_kernel(
     BLOCK_TOKENS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One tile [BLOCK_OUT, BLOCK_IN] of acc over all samples; tiles are numbered so that neighbours share operands."""
+    """Add to one tile [BLOCK_OUT, BLOCK_IN] of acc, over all samples; neighbouring programs share their operands."""
     tiles_in = tl.cdiv(d_in, BLOCK_IN)
     tiles_out = tl.cdiv(d_out, BLOCK_OUT)
     band = tl.program_id(0) // (GROUP * tiles_in)
@@ -146,6 +147,7 @@ def grad_norm_kernel(
         if WIDEN:
             dy, x = dy.to(tl.float32), x.to(tl.float32)
         grad = tl.dot(dy, x, grad)
+        # A sample's gradient is whole only behind its last block: the power is taken of it, not of its parts.
         if first + BLOCK_TOKENS >= n_tokens:
             if POWER == 2:
                 total += grad * grad

@@ -1,4 +1,4 @@
-"""How a Triton kernel is started. The only file that knows that Triton may be absent.
+"""Starts of Triton kernels, as descriptions. This is the only file that knows that Triton may be absent.
 
 An op describes a start as a `Launch`; the same description runs on a GPU, in Triton's interpreter, and through the
 ahead-of-time compiler (bench/kernels.py). Choices of block and warps follow from the shape alone: nothing is tuned
@@ -25,14 +25,14 @@ except ImportError:  # a CPU needs no Triton
 
 
 def jit(kernel: Callable[..., None] | None = None, **options: Any) -> Any:
-    """`triton.jit`; where Triton is absent the function itself, which nobody then calls."""
+    """Compile a kernel with `triton.jit`; where Triton is absent return it as it is, which nobody then calls."""
     if triton is None:
         return kernel if kernel is not None else lambda fn: fn
     return triton.jit(kernel, **options)
 
 
 def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
-    """Whether an op on `tensor` runs its kernel: on a GPU where Triton is installed, or as `backend` says.
+    """Tell whether an op on `tensor` runs its kernel: on a GPU where Triton is installed, or as `backend` says.
 
     float64 has no kernels, whatever `backend` says. The interpreter runs kernels on CPU tensors (TRITON_INTERPRET=1
     before the first import).
@@ -48,13 +48,13 @@ def use_triton(tensor: Tensor, backend: Backend | None) -> bool:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter."""
+    """Tell whether kernels run in Triton's interpreter, that is on a CPU, for tests."""
     return triton is not None and triton.knobs.runtime.interpret
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of a kernel.
+    """Description of one start of a kernel.
 
     Attributes:
         kernel: a function under `jit`.
@@ -72,26 +72,27 @@ class Launch:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the compiler is told. Fusion into multiply-adds is said outright: Triton's default for it changes."""
+        """Options of the compiler, by name. Fusion into multiply-adds is said outright: Triton's default changes."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
     def run(self) -> None:
-        """Start it on the device of its first tensor."""
+        """Start the kernel on the device of its first tensor, without waiting for its end."""
         first = next(value for value in self.arguments.values() if isinstance(value, Tensor))
+        # Triton starts on the current device, which need not be that of the tensors where there are several.
         with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 def most_warps() -> int:
-    """Warps that a program may have: 1024 threads, of 32 to a warp, or 64 on an AMD card."""
+    """Number of warps that a program may have: 1024 threads, of 32 to a warp, or of 64 on an AMD card."""
     return 16 if torch.version.hip else 32
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below `n`."""
+    """Return the smallest power of two that is not below `n`."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
+    """Return a / b, rounded up."""
     return -(-a // b)

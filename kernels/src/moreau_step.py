@@ -1,4 +1,4 @@
-"""The proximal step of MoreauPruner on δ = w_t − w, with group soft-thresholding for MoreauPruner-GS.
+"""Proximal step of MoreauPruner on δ = w_t − w, with group soft-thresholding for MoreauPruner-GS.
 
     δ ← (1 − γ/ρ) δ − γ g                                          arXiv 2406.07017, Alg. 1, in δ form
     δ_S ← max(0, 1 − γη/‖δ_S‖₂) δ_S   for each line S              Eq. 12 (GST)
@@ -21,7 +21,7 @@ MOST_ELEMENTS = 1 << 15  # that one program holds in registers
 
 @dataclass(frozen=True)
 class MoreauStep:
-    """What a step leaves.
+    """Result of a step.
 
     Attributes:
         delta: δ after the step [rows, columns], in the memory of the δ (at δ = 0: of the gradient) that was given.
@@ -44,7 +44,7 @@ def moreau_step(
     threshold: float | None = None,
     backend: Backend | None = None,
 ) -> MoreauStep:
-    """One step, in place.
+    """Take one proximal step on δ, in place.
 
     Args:
         delta: δ [rows, columns], any float dtype, or None for δ = 0: then `grad` is overwritten.
@@ -66,7 +66,7 @@ def moreau_step(
 
 
 def soft_threshold(delta: Tensor, dim: int, threshold: float, norms: Tensor) -> Tensor:
-    """Group soft-thresholding alone, in place, for a threshold that comes from the `norms` of `MoreauStep`.
+    """Threshold the lines of δ alone, in place, for a threshold that comes from the `norms` of `MoreauStep`.
 
     Returns:
         The number of lines that are zero afterwards, on δ's device.
@@ -103,7 +103,7 @@ def _with_kernel(
 
 
 def _tile(rows: int, columns: int, dim: int) -> tuple[int, int] | None:
-    """(rows, columns) of a program that holds whole lines; None if a line does not fit.
+    """Return (rows, columns) of the tile of a program that holds whole lines; None if a line does not fit into one.
 
     A column goes with its neighbours, at least 4 and at most 16, so that 16 bytes are contiguous.
     """
@@ -125,7 +125,7 @@ def launch(
     threshold: float | None = None,
     has_delta: bool = True,
 ) -> Launch:
-    """The start of `moreau_rows_kernel` or `moreau_columns_kernel` for these operands."""
+    """Describe how `moreau_rows_kernel` or `moreau_columns_kernel` is started; arguments as in `moreau_step`."""
     rows, columns = delta.shape
     tile = (4, 512) if threshold is None else _tile(rows, columns, dim)
     assert tile is not None, "moreau_step asks whether a line fits"
@@ -163,7 +163,7 @@ def stepped(
     gamma,
     HAS_DELTA: tl.constexpr,
 ):
-    """decay δ − γ g of a tile, in float32."""
+    """Compute decay δ − γ g of a tile, in float32."""
     value = -gamma * tl.load(grad_block, mask=inside, other=0).to(tl.float32)
     if HAS_DELTA:
         value += decay * tl.load(delta_block, mask=inside, other=0).to(tl.float32)
@@ -172,7 +172,7 @@ def stepped(
 
 @jit
 def shrinkage(norm, threshold):
-    """max(0, 1 − γη/‖δ_S‖), also for norms of 0."""
+    """Compute the factor max(0, 1 − γη/‖δ_S‖) of each line, also for norms of 0."""
     kept = norm > threshold
     return tl.where(kept, 1 - tl.div_rn(threshold, tl.where(kept, norm, 1.0)), 0.0)
 
@@ -196,7 +196,7 @@ def moreau_rows_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """δ ← GST(decay δ − γ g) for one tile [BR, BC], which holds whole rows where they are shrunk."""
+    """Set δ ← GST(decay δ − γ g) for one tile [BR, BC], which holds whole rows where they are shrunk."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
     col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
     inside = (row < n_rows) & (col < n_cols)
@@ -229,7 +229,7 @@ def moreau_columns_kernel(
     HALF_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """δ ← GST(decay δ − γ g) for whole columns, in two halves [HR, BC] of rows.
+    """Set δ ← GST(decay δ − γ g) for whole columns, in two halves [HR, BC] of rows.
 
     Registers are what limits a column's length. A tile begins at a 64-bit offset, and inside it 32 bits do; `zero`
     makes the compiler load a half only when the one before is summed, and make addresses anew, not keep them.

@@ -24,11 +24,12 @@ PROGRAM_ELEMENTS = 2048
 
 
 def noise_seed(*key: int | str) -> int:
-    """A 63-bit seed from (seed, step, draw, layer, tensor).
+    """Make a 63-bit seed from (seed, step, draw, layer, tensor).
 
     The noise is a pure function of this key, so the backward sweep sees the forward sweep's noise and a
     second run the first run's, in whatever order layers are visited. torch's CPU generator takes the low 32 bits.
     """
+    # Not Python's hash(), which is salted anew in every process.
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -43,7 +44,7 @@ def perturb(
         weight: w, any float dtype; with 3 or more dimensions contiguous.
         delta: δ, any float dtype, or None for δ = 0.
         sigma: σ, relative; 0 draws no noise.
-        seed: of the noise, from `noise_seed`.
+        seed: the noise's, from `noise_seed`.
         backend: "torch" or "triton" instead of the device's own.
 
     Each operand is read once and `out` written once; the sum is made in float32 (in float64 for a float64 `out`).
@@ -57,6 +58,7 @@ def perturb(
 
 
 def _reference(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, seed: int) -> Tensor:
+    # The sum is made in float32 also for half weights, so that it is rounded once.
     work_dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
     generator = torch.Generator(device=out.device).manual_seed(seed) if sigma else None
     flat_out, flat_weight = out.view(-1), weight.reshape(-1)
@@ -78,7 +80,7 @@ def _reference(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, 
 
 
 def launch(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, seed: int) -> Launch:
-    """The start of `perturb_kernel` for these operands."""
+    """Describe how `perturb_kernel` is started for these operands; arguments as in `perturb`."""
     # Only matrices may be strided: everything else is one line, whose row never changes.
     matrix, operand = weight.ndim == 2, weight if delta is None else delta
     weight_strides = weight.stride() if matrix else (0, 1)
@@ -112,7 +114,7 @@ def launch(out: Tensor, weight: Tensor, delta: Tensor | None, sigma: float, seed
 
 @jit
 def philox4x32(c0, c1, c2, c3, key_lo, key_hi):
-    """Philox4x32-10 of counters and key, all uint32: four blocks of random uint32."""
+    """Return four blocks of random uint32: Philox4x32-10 of counters and key, all uint32."""
     for _ in tl.static_range(10):
         high_0, high_2 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
         low_0 = tl.mul(c0, 0xD2511F53, sanitize_overflow=False)
@@ -125,7 +127,7 @@ def philox4x32(c0, c1, c2, c3, key_lo, key_hi):
 
 @jit
 def normal_pair(x, y):
-    """Two independent standard normals from two blocks of random uint32 (Box and Muller, 1958).
+    """Make two blocks of independent standard normals from two of random uint32 (Box and Muller, 1958).
 
     The angle y/2³² of a turn is a quadrant and a rest in [−π/4, π/4), where a short series is exact to 3e-8; a
     library's sine would carry a path for large arguments, with local memory.
@@ -146,7 +148,7 @@ def normal_pair(x, y):
 
 @jit
 def normals(seed, first, BLOCK: tl.constexpr):
-    """ξ of the elements first … first + BLOCK − 1 [BLOCK]; `first` is a multiple of 4."""
+    """Draw ξ of the elements first … first + BLOCK − 1 [BLOCK]; `first` is a multiple of 4."""
     quads = first // 4 + tl.arange(0, BLOCK // 4)
     seed = seed.to(tl.uint64)
     counter_lo, counter_hi = quads.to(tl.uint32), (quads >> 32).to(tl.uint32)
@@ -157,6 +159,7 @@ def normals(seed, first, BLOCK: tl.constexpr):
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
+# A seed is another one for every tensor; specialised on it, the kernel could be compiled more than once.
 @jit(do_not_specialize=["seed"])
 def perturb_kernel(
     out_ptr,
@@ -175,7 +178,7 @@ def perturb_kernel(
     CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = w (1 + σξ) + δ over one block of elements, numbered along the rows."""
+    """Write out = w (1 + σξ) + δ over one block of elements, numbered along the rows."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     index = first + tl.arange(0, BLOCK)  # [BLOCK]
     inside = index < n_elements

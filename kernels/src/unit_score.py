@@ -1,4 +1,4 @@
-"""Element-wise importance |a ⊙ w| and the Taylor forms, reduced straight to rows or columns, or to groups of them.
+"""Scores of a matrix's rows or columns: element-wise importance |a ⊙ w| or a Taylor form, summed along each of them.
 
     first      Σ |g w|                                arXiv 2305.11627, Eq. 3, |∂L/∂w · w| per weight
     second     Σ |w² F|,  F = (1/N) Σ_n g_n²          (published code: no ½)
@@ -20,7 +20,9 @@ from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, tl, use_t
 
 # Elements reduced at a time on a CPU, so that the product stays in cache and nothing of weight size is made.
 SCORE_BLOCK = 1 << 17
-CHUNK_ROWS = 512  # rows that one program sums of its columns; the chunks are added afterwards
+# Rows that one program sums of its columns. Chunks are added afterwards, in their order: atomic additions would come in
+# any order, and two runs of the same command could differ in a score's last bits.
+CHUNK_ROWS = 512
 
 
 def _second(w: Tensor, fisher: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ def unit_score(
     *,
     backend: Backend | None = None,
 ) -> Tensor:
-    """Scores of the lines of one matrix along `dim`.
+    """Score the lines of one matrix along `dim`.
 
     Args:
         weight: w [rows, columns], any float dtype.
@@ -94,7 +96,11 @@ def _kernel_lines(weight: Tensor, a: Tensor | None, dim: int, form: str, fisher:
 def launch(
     partial: Tensor, weight: Tensor, a: Tensor | None, dim: int, form: str, fisher: Tensor | None = None
 ) -> Launch:
-    """The start of `row_score_kernel` or `column_score_kernel`; `partial` is [chunks of rows, lines], float32."""
+    """Describe how `row_score_kernel` or `column_score_kernel` is started; other arguments as in `unit_score`.
+
+    Args:
+        partial: [chunks of rows, lines], float32; filled with the sums of each chunk.
+    """
     rows, columns = weight.shape
     a = weight if a is None else a
     fisher = weight if fisher is None else fisher
@@ -125,7 +131,7 @@ def element_scores(
     stride_fisher_col,
     FORM: tl.constexpr,
 ):
-    """The form's value of every element of a tile, 0 outside; `row` [BR, 1] and `col` [1, BC] are int64."""
+    """Compute the form's value of each element of a tile, 0 outside; `row` [BR, 1] and `col` [1, BC] are int64."""
     w = tl.load(weight_ptr + row * stride_weight_row + col * stride_weight_col, mask=inside, other=0).to(tl.float32)
     if FORM == "square":
         value = w * w
@@ -161,7 +167,7 @@ def row_score_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Σ over the columns of BLOCK_ROWS rows: each lane adds its columns, the lanes are added at the end."""
+    """Sum over the columns of BLOCK_ROWS rows: each lane adds its columns, the lanes are added at the end."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
     for start in range(0, n_cols, BLOCK_COLS):
@@ -204,7 +210,7 @@ def column_score_kernel(
     BLOCK_COLS: tl.constexpr,
     CHUNK_ROWS: tl.constexpr,
 ):
-    """Σ over one chunk of rows of BLOCK_COLS columns, into this chunk's row of `partial`."""
+    """Sum over one chunk of rows of BLOCK_COLS columns, into this chunk's row of `partial`."""
     col = tl.program_id(0).to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
     first = tl.program_id(1).to(tl.int64) * CHUNK_ROWS
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)

@@ -21,7 +21,7 @@ MOST_COLUMNS = 1 << 15  # of a row that one program holds in registers
 
 
 def weight_score(weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0) -> Tensor:
-    """Scores [d_out, d_in], float32 (float64 for float64 weights).
+    """Score each weight: [d_out, d_in], float32 (float64 for float64 weights).
 
     Args:
         weight: W [d_out, d_in], any float dtype.
@@ -66,6 +66,7 @@ def prune_rows(
     for part in _row_blocks(weight):
         score = weight_score(weight[part], x_norm, None if grad_norm is None else grad_norm[part], alpha)
         threshold = score.kthvalue(count, dim=1, keepdim=True).values
+        # Of the weights that equal the threshold only as many go as are missing, so that a row loses exactly `count`.
         gone, ties = score < threshold, score == threshold
         wanted = count - gone.sum(dim=1, keepdim=True)
         if (ties.sum(dim=1, keepdim=True) > wanted).any():
@@ -94,6 +95,7 @@ def prune_n_of_m(
         raise ValueError(f"{n} of {m} cannot be kept in rows of {columns}")
     if weight.numel() == 0 or n == m:
         return weight
+    # Triton's blocks have powers of two as sizes, and comparing every score with every other grows with M².
     if use_triton(weight, backend) and m in (2, 4, 8, 16):
         launch_n_of_m(weight, n, m, x_norm, grad_norm, alpha).run()
         return weight
@@ -112,7 +114,7 @@ def prune_n_of_m(
 
 
 def _row_blocks(weight: Tensor) -> Iterator[slice]:
-    """Rows at a time: on a CPU few enough to stay in cache, elsewhere all."""
+    """Yield slices of rows to work on at a time: on a CPU few enough to stay in cache, elsewhere all."""
     rows, columns = weight.shape
     step = max(1, ROW_BLOCK // columns) if weight.device.type == "cpu" else rows
     for start in range(0, rows, step):
@@ -137,7 +139,7 @@ def _operands(weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None, a
 def launch_rows(
     weight: Tensor, count: int, x_norm: Tensor | None, grad_norm: Tensor | None, alpha: float = 0.0
 ) -> Launch:
-    """The start of `prune_rows_kernel` for these operands."""
+    """Describe how `prune_rows_kernel` is started for these operands; arguments as in `prune_rows`."""
     rows, columns = weight.shape
     block = max(2, power_of_two(columns))
     return Launch(
@@ -157,7 +159,7 @@ def launch_rows(
 def launch_n_of_m(
     weight: Tensor, n: int, m: int, x_norm: Tensor | None, grad_norm: Tensor | None, alpha: float = 0.0
 ) -> Launch:
-    """The start of `prune_n_of_m_kernel` for these operands."""
+    """Describe how `prune_n_of_m_kernel` is started for these operands; arguments as in `prune_n_of_m`."""
     rows, columns = weight.shape
     groups = 1024 // m
     return Launch(
@@ -170,7 +172,7 @@ def launch_n_of_m(
 
 @jit
 def scores(weight_block, x_norm_ptr, grad_norm_block, alpha, col, inside, HAS_X: tl.constexpr, HAS_GRAD: tl.constexpr):
-    """|w|(‖x‖ + α‖g‖) of a tile. The weights come last: two bytes each, they are the cheapest to wait with."""
+    """Score a tile by |w|(‖x‖ + α‖g‖). Weights are loaded last: two bytes each, they are the cheapest to wait with."""
     if HAS_GRAD:
         factor = alpha * tl.load(grad_norm_block, mask=inside, other=0).to(tl.float32)
         if HAS_X:
@@ -195,7 +197,7 @@ def score_bits(
     HAS_X: tl.constexpr,
     HAS_GRAD: tl.constexpr,
 ):
-    """Bits of the scores of some columns of one row; what is outside lies above every score."""
+    """Return the scores' bits for some columns of one row, int32; what is outside lies above every score."""
     inside = col < n_cols
     weight_block, grad_block = weight_ptr + col * stride_weight_col, grad_norm_ptr + col * stride_grad_col
     score = scores(weight_block, x_norm_ptr, grad_block, alpha, col, inside, HAS_X, HAS_GRAD)
@@ -204,7 +206,7 @@ def score_bits(
 
 @jit
 def kth_smallest(one, other, k, BITS: tl.constexpr):
-    """The k-th smallest (k from 1) of two blocks, of which it is known to be in 0 … 2^BITS − 1; int32."""
+    """Find the k-th smallest number (k from 1) of two blocks, which must lie in 0 … 2^BITS − 1; int32."""
     result = k * 0
     for bit in range(0, BITS):
         candidate = result | (1 << (BITS - 1 - bit))

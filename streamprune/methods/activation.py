@@ -1,4 +1,4 @@
-"""The activation family: Wanda, Wanda-sp, FLAP, and GBLM-Pruner, which adds gradient norms.
+"""Methods that score by activations: Wanda, Wanda-sp, FLAP, and GBLM-Pruner, which adds gradient norms.
 
 Where weights are pruned, a layer is pruned and run again before the next layer's inputs are taken, as published; scores
 of units and layers are those of the dense model.
@@ -17,11 +17,11 @@ from streamprune.model.units import TensorRef
 from streamprune.streaming.inputs import Moments
 from streamprune.streaming.statistics import Statistics
 
-PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α is for gradient norms over so many
+PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α = 100 is for gradient norms over so many
 
 
 def wanda(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """|W_ij| ‖X_j‖₂, with ‖X_j‖ over all tokens, divided by √N (2306.11695, Eq. 1)."""
+    """Score by |W_ij| ‖X_j‖₂, with ‖X_j‖ over all tokens, divided by √N (2306.11695, Eq. 1)."""
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> Tensor | None:
         return sink.add_norms(ref, weight, (inputs.squares / statistics.samples).sqrt_())
@@ -30,7 +30,7 @@ def wanda(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
 
 
 def wanda_sp(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
-    """mean_i |W_ij| ‖X_j‖₂/√N of the columns of o and down, summed over a head's columns (2312.11983)."""
+    """Score the columns of o and down by mean_i |W_ij| ‖X_j‖₂/√N, summed over a head's columns (2312.11983)."""
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
         norms, matrix = (inputs.squares.double() / statistics.samples).sqrt_(), ref.matrix(weight)
@@ -42,7 +42,7 @@ def wanda_sp(statistics: Statistics, settings: dict[str, Any], sink: UnitScores)
 
 
 def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
-    """WIFV: the sample variance of input j times Σ_i W_ij², for the columns of o and down (2312.11983).
+    """Score the columns of o and down by WIFV: the sample variance of input j times Σ_i W_ij² (2312.11983).
 
     Columns are summed to heads before the allocation takes z-scores; the published code takes those of columns and
     averages them over a head. The means of the inputs stay in `sink.means`: a bias W(x̄ ⊙ removed) keeps the
@@ -58,7 +58,7 @@ def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> 
 
 
 def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """|W_ij| (‖X_j‖₂ + α ‖G_ij‖_p), G over the samples' own gradients of the dense model (2311.04902, Eq. 6).
+    """Score by |W_ij| (‖X_j‖₂ + α ‖G_ij‖_p), G the samples' own gradients of the dense model (2311.04902, Eq. 6).
 
     The published code divides ‖X_j‖ by √N and not ‖G‖: `norm=published`. With `norm=mean` both are per sample, ‖G‖₁/N
     or ‖G‖₂/√N, and α counts as much more as makes the two agree at the published N = 128.
@@ -81,6 +81,7 @@ def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
         x_norm = (inputs.squares / samples).sqrt_()
         return sink.add_norms(ref, weight, x_norm, norms.pop(ref.key).to(weight.device), factor)
 
+    # Before any weight is pruned, since the gradients are the dense model's.
     statistics.gradient_powers(keep, (power,))
     if settings["terms"] == "both":
         statistics.inputs(Moments, consume, prunes=isinstance(sink, WeightPruner))

@@ -1,4 +1,4 @@
-"""The gradient family: Taylor, SmoothGrad, MoreauPruner and MoreauPruner-GS.
+"""Methods that score by gradients: Taylor, SmoothGrad, MoreauPruner and MoreauPruner-GS.
 
 g is the gradient of the mean next-token loss. δ = w_t − w is kept in float32 apart from w: iterating on w
 itself would round δ away (a relative error of 1 in bfloat16).
@@ -23,7 +23,7 @@ State = MutableMapping[tuple[int, str], Tensor]
 
 
 def taylor(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """|g w|, |w² F|, |g w − ½ w² F| or the line's |Σ g w|, summed over the unit.
+    """Score by |g w|, |w² F|, |g w − ½ w² F| or the line's |Σ g w|, summed over the unit.
 
     arXiv 2305.11627, Eqs. 3-5, with F = (1/N) Σ_n g_n² and, for `second`, no ½, as its code has it.
     """
@@ -42,7 +42,7 @@ def taylor(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None
 
 
 def smoothgrad(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """|mean g ⊙ w| or mean |g ⊙ w| over noisy copies of the weights (2406.07017 states it both ways)."""
+    """Score by |mean g ⊙ w| or mean |g ⊙ w| over noisy copies of the weights (2406.07017 states it both ways)."""
     sigma, draws = settings["sigma"], settings["draws"]
     if settings["mean"] == "score" and not isinstance(sink, WeightPruner):
         # Sums over units need no state between the draws.
@@ -55,7 +55,7 @@ def smoothgrad(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> 
 
 
 def moreau(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """|δ_T ⊙ w| / ρ after T gradient steps on the Moreau envelope of the loss (2406.07017, Alg. 1)."""
+    """Score by |δ_T ⊙ w| / ρ after T gradient steps on the Moreau envelope of the loss (2406.07017, Alg. 1)."""
     rho, gamma = settings["rho"], settings["gamma"]
 
     def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def moreau(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None
 
 
 def moreau_gs(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """MoreauPruner with group soft-thresholding after each step (2406.07017, §3.3).
+    """Score as `moreau` does, with group soft-thresholding of δ after each step (2406.07017, §3.3).
 
     A group is the unit's own slice of a matrix: a row of q, k, v, gate, up, a column of o and down. With
     `eta_quantile`, η is set at step 0 to that quantile of the matrix's line norms ‖g_S‖₂.
@@ -95,7 +95,7 @@ def _moreau(
     sink: Sink,
     advance: Callable[[TensorRef, Tensor | None, Tensor], Tensor],
 ) -> None:
-    """T updates of δ by `advance`, from the gradient at w + δ + noise; the last is scored as it comes, not stored."""
+    """Make T updates of δ by `advance`, from the gradient at w + δ + noise; score the last as it comes, unstored."""
     rho, steps = settings["rho"], settings["steps"]
     state = statistics.store("delta")  # a sweep binds a layer with its δ before it hands over that layer's gradients
 
@@ -120,7 +120,7 @@ def _mean_gradient(
     draws: int,
     of: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """The gradient at w + δ + noise (or `of` it), averaged over `draws` draws, given tensor by tensor to `finish`."""
+    """Average the gradient at w + δ + noise (or `of` it) over `draws` draws; give it to `finish` tensor by tensor."""
     sums = statistics.store("sum")
 
     def consume(last: bool, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a method can ask for: the layers that are passed for it and what that costs; and what a method keeps.
+"""Needs of methods: what they can ask for, the layers that are passed for it, what that costs; and what they keep.
 
 A need is a row here and a function of `Statistics` that meets it. Nothing here imports torch: the sizes come with the
 `Task` that a need is asked about.
@@ -20,7 +20,7 @@ FACTORS_OF_H = 4 / 3  # FLOPs over width³: two Cholesky factors and an inverse
 
 @dataclass(frozen=True)
 class Need:
-    """Something that a method asks of `Statistics`.
+    """Kind of statistics that a method asks for.
 
     Attributes:
         label: its name for people.
@@ -37,11 +37,11 @@ class Need:
 
 @dataclass(frozen=True)
 class KeptState:
-    """Something that a method keeps between its sweeps, for each scored matrix.
+    """State that a method keeps between its sweeps, for each scored matrix.
 
     Attributes:
         name: of the store.
-        kept: whether it is, with these settings and this target.
+        kept: tells whether it is kept, with these settings and this target.
         without: the settings that do without it.
         numbers: how many are kept of a matrix of a shape, of which the elements are given.
         dtype: of its numbers; None for --state-dtype, float64 in float64 runs.
@@ -57,18 +57,18 @@ class KeptState:
 
 
 def _weights(task: Task) -> Cost:
-    """A sweep over weights as they are stored."""
+    """Cost of a sweep over weights as they are stored."""
     return task.cost(device={"a matrix and its scores": 3 * 4 * task.sizes.most(_largest, task.layers)})
 
 
 def _there_and_back(task: Task) -> list[Sequence[int]]:
-    """Each way passes the layers from the lowest prunable one up; the first forward also those below."""
+    """List the passes of forward and backward sweeps: from the lowest prunable layer up, the first from layer 0."""
     above = task.whole[task.layers[0] :]
     return [task.whole, above[::-1], *[above, above[::-1]] * (task.sweeps - 1)]
 
 
 def _gradients(task: Task, *, moved: bool = False) -> Cost:
-    """Forward and backward sweeps; `moved`: at weights with δ and noise.
+    """Cost of forward and backward sweeps; `moved`: at weights with δ and noise.
 
     The activations of one layer are counted as the inputs and outputs of the matrices that a token passes for one
     micro-batch, and their gradients as three of the widest (a gated MLP's product and its two factors exist together).
@@ -108,7 +108,7 @@ def _up_to_the_last(task: Task) -> list[Sequence[int]]:
 
 
 def _inputs(task: Task, *, gram: bool) -> Cost:
-    """A forward sweep that sums over inputs: moments, or with `gram` Gram matrices for SparseGPT.
+    """Cost of a forward sweep that sums over inputs: moments, or with `gram` Gram matrices for SparseGPT.
 
     Of the activations, every input of a matrix is held for one micro-batch, and an MLP's product beside its factors. A
     layer that is pruned runs twice, first up to its last product. A Gram matrix is factored beside two copies of its
@@ -153,7 +153,7 @@ def _from_what_is_left_out(task: Task) -> list[Sequence[int]]:
 
 
 def _hidden(task: Task, *, left_out: bool = False) -> Cost:
-    """A forward sweep that looks at hidden states; `left_out`: with those of layers left out carried along."""
+    """Cost of a forward sweep that looks at hidden states; `left_out`: with those of layers left out carried along."""
     (passed,), forward = _up_to_the_last(task), task.flops(task.whole)
     streams = max(len(layers) for _, layers in task.left_out) if left_out else 0
     if left_out:
@@ -172,7 +172,7 @@ def _hidden(task: Task, *, left_out: bool = False) -> Cost:
 
 
 def _inputs_of(layer: LayerSizes) -> set[int]:
-    """Widths of what the matrices are given."""
+    """Widths of the matrices' inputs, each once."""
     return {shape[1] for shape in layer.matrices}
 
 

@@ -1,4 +1,4 @@
-"""Scores that need no calibration text."""
+"""Methods that need no calibration text: random scores, and magnitude."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALLEST = 2.0**-25  # between 0 and the next number that torch.rand draws
 
 
 def random(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """Uniform in [0, 1), from (seed, layer, kind or tensor)."""
+    """Score uniformly in [0, 1), from (seed, layer, kind or tensor)."""
 
     def uniform(layer: int, what: str, shape: torch.Size) -> Tensor:
         generator = torch.Generator().manual_seed(noise_seed(statistics.seed, layer, what))
@@ -36,6 +36,7 @@ def random(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None
 
 
 def magnitude(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
-    """|w|; of a unit or a layer the ℓ2 norm of all its weights."""
+    """Score by |w|; a unit or a layer by the ℓ2 norm of all its weights."""
+    # Squares add up over the matrices of a unit; the root is taken of their sum.
     statistics.weights(lambda ref, weight: sink.add(ref, weight, form="square"))
     sink.root()

@@ -1,4 +1,4 @@
-"""Where scores go: to units, to whole layers, or straight into pruned weights.
+"""Sinks of scores: units, whole layers, or weights that are pruned as soon as they are scored.
 
 A method gives each matrix's importance to a sink and does not ask what is pruned. The elements of importance are those
 of `unit_score`'s forms, |w a|, or |w| times norms of inputs and gradients.
@@ -19,7 +19,7 @@ from streamprune.model.units import FLOOR_SLACK, KeptUnits, Kind, TensorRef, fol
 
 
 class _Sums:
-    """What sinks that add up scores share: everything becomes scores of a matrix's lines."""
+    """Base of sinks that add up scores: everything becomes scores of a matrix's lines."""
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Take in a score for each line of a matrix along `ref.dim`."""
@@ -52,7 +52,7 @@ class _Sums:
 
 
 class UnitScores(_Sums):
-    """A float64 score for each of the `units` of each prunable layer; the higher, the more it matters.
+    """Sink of scores for the `units` of each prunable layer, in float64; the higher, the more a unit matters.
 
     `values[layer][kind]` is [units]. What is added for the tensors of a unit is summed (`sum` aggregation).
     `means[layer, tensor]` holds the mean inputs [d_in] of matrices whose pruned inputs a bias shall stand for.
@@ -66,12 +66,12 @@ class UnitScores(_Sums):
         self.means: dict[tuple[int, str], Tensor] = {}
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
-        """Add the scores of one matrix's lines to its units. Summed in the order of the calls."""
+        """Add the scores of one matrix's lines to its units, in the order of the calls."""
         assert ref.member is not None, "with units, only matrices that units cut are scored"
         self.values[ref.layer][ref.member.kind] += fold_lines(ref.member, ref.geometry, lines).cpu()
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """All that is known of a layer, for the journal."""
+        """Return all that is known of a layer, for the journal."""
         means = {f"mean/{tensor}": mean for (of, tensor), mean in self.means.items() if of == layer}
         return {**{str(kind): values for kind, values in self.values.get(layer, {}).items()}, **means}
 
@@ -84,20 +84,20 @@ class UnitScores(_Sums):
                 self.values[layer][name] = tensor  # type: ignore[index]
 
     def root(self) -> None:
-        """The square root of every score: sums of squares become ℓ2 norms."""
+        """Take the square root of every score: sums of squares become ℓ2 norms."""
         for kinds in self.values.values():
             for values in kinds.values():
                 values.sqrt_()
 
     def draw(self, random: Callable[..., Tensor]) -> None:
-        """`random(layer, kind, shape)` in the place of every score."""
+        """Put `random(layer, kind, shape)` in the place of every score."""
         for layer, kinds in self.values.items():
             for kind, values in kinds.items():
                 values.copy_(random(layer, kind, values.shape))
 
 
 class LayerScores(_Sums):
-    """A float64 score for each prunable layer, `values[layer]`; what is added for its matrices is summed."""
+    """Sink of a float64 score for each prunable layer, `values[layer]`; what is added for its matrices is summed."""
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.values = dict.fromkeys(layers, 0.0)
@@ -107,7 +107,7 @@ class LayerScores(_Sums):
         self.values[ref.layer] += float(lines.sum())
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """A layer's score, for the journal."""
+        """Return a layer's score, for the journal."""
         return {"score": torch.tensor(self.values[layer], dtype=torch.float64)} if layer in self.values else {}
 
     def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
@@ -115,24 +115,24 @@ class LayerScores(_Sums):
         self.values[layer] = float(state["score"])
 
     def root(self) -> None:
-        """The square root of every score."""
+        """Take the square root of every score: sums of squares become ℓ2 norms."""
         self.values = {layer: math.sqrt(value) for layer, value in self.values.items()}
 
     def draw(self, random: Callable[..., Tensor]) -> None:
-        """`random(layer, kind, shape)` in the place of every score."""
+        """Put `random(layer, "layer", ())` in the place of every score."""
         self.values = {layer: float(random(layer, "layer", ())) for layer in self.values}
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Which of a row's weights go: the lowest-scored fraction `ratio`, or all but `n` of every `m` in a row."""
+    """Pattern of the weights that go: of a row the lowest-scored fraction `ratio`, or all but `n` of every `m`."""
 
     ratio: float
     n: int = 0
     m: int = 0
 
     def count(self, elements: int) -> int:
-        """How many of `elements` go."""
+        """Count how many of `elements` go."""
         return math.floor(self.ratio * elements + FLOOR_SLACK)
 
     def prune(
@@ -150,7 +150,7 @@ class Sparsity:
 
 
 class WeightPruner:
-    """Prunes a matrix as soon as its importance is known and hands it on: `hand_on(ref, stored, pruned)`.
+    """Sink that prunes a matrix as soon as its importance is known and hands it on: `hand_on(ref, stored, pruned)`.
 
     Weights are compared within an output row, whatever the method.
     """
@@ -167,9 +167,9 @@ class WeightPruner:
         fisher: Tensor | None = None,
         scale: float = 1.0,
     ) -> Tensor:
-        """Prune by a form of `unit_score`; `a` and `fisher` may be overwritten. Returns the pruned weight.
+        """Prune by a form of `unit_score`, and return the pruned weight; `a` and `fisher` may be overwritten.
 
-        A `scale` changes no order, so it is not looked at.
+        `scale` is not looked at, since it changes no order.
         """
         if form == "second":
             assert fisher is not None
@@ -187,26 +187,26 @@ class WeightPruner:
     def add_norms(
         self, ref: TensorRef, weight: Tensor, x_norm: Tensor | None, grad_norm: Tensor | None = None, alpha: float = 0.0
     ) -> Tensor:
-        """Prune by |w|(‖x_j‖ + α‖g‖); returns the pruned weight."""
+        """Prune by |w|(‖x_j‖ + α‖g‖), and return the pruned weight."""
         for norm in (x_norm, grad_norm):
             if norm is not None and not torch.isfinite(norm.sum()):
                 raise StreampruneError(
                     f"layer {ref.layer}, {ref.tensor}: a score is NaN or infinite; try --dtype float32, or with moreau "
                     "a smaller --set gamma"
                 )
-        pruned = weight.clone()
+        pruned = weight.clone()  # the stored one is hashed as it was read
         self.sparsity.prune(ref.matrix(pruned), x_norm, None if grad_norm is None else ref.matrix(grad_norm), alpha)
         return self.put(ref, weight, pruned)
 
     def put(self, ref: TensorRef, weight: Tensor, pruned: Tensor) -> Tensor:
-        """Hand on a weight that has been pruned; returns it."""
+        """Hand on a weight that has been pruned, and return it."""
         if not torch.isfinite(pruned.sum(dtype=torch.float32)):
             raise StreampruneError(f"layer {ref.layer}, {ref.tensor} became NaN or infinite; try --dtype float32")
         self._hand_on(ref, weight, pruned)
         return pruned
 
     def root(self) -> None:
-        """Single weights are in the same order."""
+        """Do nothing: the order of single weights is that of their squares."""
 
 
 Sink = UnitScores | LayerScores | WeightPruner

@@ -18,14 +18,14 @@ MORE_DAMPING = (1, 10, 100)  # tried in turn where rounding leaves H without a C
 
 
 def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPruner) -> None:
-    """Masks by w²/U_jj² and the OBS update, layer by layer on the pruned prefix; q, k, v share H, gate and up too."""
+    """Prune by w²/U_jj² with the OBS update, layer by layer on the pruned prefix; q, k, v share H, gate and up too."""
 
     def consume(ref: TensorRef, weight: Tensor, gram: Gram) -> Tensor:
         if gram.factor is None:
             dead = gram.total.diagonal() == 0
             what = f"layer {ref.layer}, {ref.tensor}"
             gram.factor = inverse_factor(gram.total, settings["damp"], what, statistics.samples / 2), dead
-            gram.total = gram.total.new_empty(0)
+            gram.total = gram.total.new_empty(0)  # overwritten by now, and as large as the factor
         factor, dead = gram.factor
         pruned = weight.clone()
         matrix = ref.matrix(pruned)
@@ -36,7 +36,7 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
 
 
 def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0) -> Tensor:
-    """The upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, with λ = `damp` times the mean of H's diagonal.
+    """Compute the upper Cholesky factor U of (H + λI)⁻¹ = UᵀU, with λ = `damp` times the mean of H's diagonal.
 
     H may be given up to a factor, which changes neither masks nor updates. Inputs that are always zero get H_jj =
     `one`, which counts in λ: 1 beside (2/N) Σ X Xᵀ, so N/2 beside Σ X Xᵀ. `gram` [d_in, d_in] is overwritten: it can
@@ -77,7 +77,7 @@ def prune_and_update(
     """
     rows, columns = weight.shape
     m = sparsity.m or 1
-    block = -(-block // m) * m
+    block = -(-block // m) * m  # a group of M must not lie in two blocks
     # By columns: one of them is then a line of memory.
     work = weight.T.to(factor.dtype).contiguous()
     if sparsity.m == sparsity.n and sparsity.count(columns * rows) == 0:
@@ -107,7 +107,7 @@ def prune_and_update(
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """A mask of exactly the `count` lowest of `scores`; of equal ones the first go."""
+    """Mask exactly the `count` lowest of `scores`; of equal ones the first go."""
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     threshold = scores.kthvalue(count).values

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's tensors are the model's: their names are made the model's own, the others are left out."""
+"""Sorting of a checkpoint's tensors: those of the model get the model's own names, the others are left out."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def settle(checkpoint: Checkpoint, wanted: Wanted, base: str) -> tuple[str, list
 
 
 def _is_float(checkpoint: Checkpoint, choices: tuple[str, ...], strip: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is there in the shape that the model has it, and of floats."""
+    """Tell whether the checkpoint has a tensor, by one of its names, in the model's shape and of floats."""
     found = (checkpoint.tensors.get(choice.removeprefix(strip)) for choice in choices)
     return any(entry and entry.dtype.is_floating_point and entry.shape == tuple(shape) for entry in found)
 
@@ -72,7 +72,7 @@ def _refuse_names(checkpoint: Checkpoint, expected: str) -> None:
 
 
 def leave_out(checkpoint: Checkpoint, used: Container[str]) -> list[str]:
-    """Forget the tensors that are not `used`: a line that says which, if there are any."""
+    """Forget the tensors that are not `used`; return a line that says which, if there are any."""
     left = checkpoint.keep(used)
     if not left:
         return []

@@ -1,4 +1,4 @@
-"""The model families as a table: where the layers are, which tensors a unit cuts, what stock classes accept.
+"""Table of the model families: where the layers are, which tensors a unit cuts, what stock classes accept.
 
 A unit is an attention KV group (one KV head with its query heads) or an MLP channel. A tensor takes part in
 a unit through one of its dimensions, the lines of that dimension being shared out to the units part by part:
@@ -24,7 +24,7 @@ Piece = tuple[int, slice]  # (expert, its rows) of a parameter [experts, rows, c
 
 @dataclass(frozen=True)
 class Fused:
-    """A layer's parameter [experts, rows, columns] that checkpoints hold as matrices, one or more for each expert.
+    """Parameter of a layer [experts, rows, columns] that checkpoints hold as matrices, one or more for each expert.
 
     Attributes:
         parameter: its name inside the layer.
@@ -36,7 +36,7 @@ class Fused:
     parts: tuple[str, ...]
 
     def places(self, shape: Sequence[int]) -> Iterator[tuple[str, Piece]]:
-        """(name of a stored matrix, where it lies in the parameter of this shape), one after another."""
+        """Yield (name of a stored matrix, where it lies in the parameter of this shape), one after another."""
         experts, rows, _ = shape
         each = rows // len(self.parts)
         for expert in range(experts):
@@ -46,7 +46,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table.
+    """Row of the table: what is known of one family.
 
     Attributes:
         model_type: as in config.json.
@@ -71,12 +71,12 @@ class Family:
 
     @property
     def kinds(self) -> tuple[Kind, ...]:
-        """The kinds of unit that can be pruned."""
+        """Kinds of unit that can be pruned, in the order of KINDS."""
         return tuple(kind for kind in KINDS if any(member.kind == kind for member in self.members))
 
 
 def _linear(name: str, dim: int, *parts: Part) -> tuple[Member, ...]:
-    """A projection: rows go with their bias, columns leave it."""
+    """List the members of a projection: rows go with their bias, columns leave it."""
     weight = Member(f"{name}.weight", dim, parts)
     return (weight, Member(f"{name}.bias", 0, parts, scored=False)) if dim == 0 else (weight,)
 
@@ -161,7 +161,7 @@ TEXT_FAMILIES = {"gemma3": "gemma3_text", "llava": "llama", "mistral3": "mistral
 
 
 def family_of(config: Mapping[str, Any], where: object) -> Family:
-    """The family of a config.json; layers of different widths that streamprune wrote are of their dense model's.
+    """Find the family of a config.json; layers of different widths that streamprune wrote are their dense model's.
 
     Args:
         where: the directory, for the message.
@@ -177,7 +177,7 @@ def family_of(config: Mapping[str, Any], where: object) -> Family:
 
 
 def _advice(config: Mapping[str, Any], where: object) -> str:
-    """What to do about a family that is not known: its part that is, or the one that may be meant."""
+    """Say what to do about a family that is not known: use its part that is, or the family that may be meant."""
     model_type, part = str(config.get("model_type") or ""), config.get("text_config")
     text = part.get("model_type", TEXT_FAMILIES.get(model_type)) if isinstance(part, Mapping) else None
     if text in FAMILIES:
@@ -197,7 +197,7 @@ def _advice(config: Mapping[str, Any], where: object) -> str:
 
 
 def _nearest(model_type: str) -> str | None:
-    """The family whose name is most like another's, if any is; one that transformers knows must begin alike."""
+    """Find the family whose name is most like this one, if any is; one that transformers knows must begin alike."""
     if model_type in TEXT_FAMILIES:
         return TEXT_FAMILIES[model_type]
     start = model_type[:2] if model_type in CONFIG_MAPPING_NAMES else ""
@@ -208,9 +208,9 @@ def _nearest(model_type: str) -> str | None:
 
 
 def geometry_of(family: Family, config: Any) -> Geometry:
-    """Sizes of a layer from a transformers config, which fills in what config.json leaves out.
+    """Read the sizes of a layer from a transformers config, which fills in what config.json leaves out.
 
-    Of layers with widths of their own, the ones before they were pruned.
+    Where layers have widths of their own, these are the widths before they were pruned.
     """
     config = config.dense() if hasattr(config, "dense") else config
     heads = config.num_attention_heads
@@ -222,7 +222,7 @@ def geometry_of(family: Family, config: Any) -> Geometry:
 
 
 def layer_geometry(family: Family, usual: Geometry, shapes: Mapping[str, Sequence[int]]) -> Geometry:
-    """Sizes of one layer: those `usual` in its model, but for the units that its tensors of these shapes have."""
+    """Return the sizes of one layer: those `usual` in its model, with the numbers of units that its shapes show."""
     one = replace(usual, kv_groups=1, channels=1)
     counts = dict.fromkeys(family.kinds, 0)  # a layer may lack a kind
     for member in family.members:
@@ -236,13 +236,13 @@ def layer_geometry(family: Family, usual: Geometry, shapes: Mapping[str, Sequenc
 
 
 def stock_takes(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> bool:
-    """Whether the family's own class accepts layers of so many KV groups."""
+    """Tell whether the family's own class accepts layers of so many KV groups."""
     heads = groups * geometry.n_rep
     return family.stock_heads == "any" or (heads > 0 and hidden_size % heads == 0)
 
 
 def unit_costs(family: Family, geometry: Geometry, shapes: Mapping[str, Iterable[int]]) -> dict[Kind, int]:
-    """Parameters that one unit of each kind takes with it, biases and head-spanning norms included.
+    """Count the parameters that one unit of each kind takes with it, biases and head-spanning norms included.
 
     Args:
         shapes: of the layer's tensors, by their names inside the layer.

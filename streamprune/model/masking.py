@@ -1,4 +1,4 @@
-"""A layer at full width that computes what the sliced one does."""
+"""Masking: a layer at full width that computes what the sliced one does."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from streamprune.model.units import KeptUnits, Kind, Member, kept_lines, module_
 
 
 def output_matrices(skeleton: Skeleton, layer: int) -> list[Member]:
-    """The matrices through which a layer's units reach the residual stream: o and down."""
+    """List the matrices through which a layer's units reach the residual stream: o and down."""
     stored = skeleton.matrices(layer)
     return [m for m in skeleton.family.members if m.tensor in stored and m.dim == (0 if stored[m.tensor] else 1)]
 
 
 def bias_of(tensor: str) -> str:
-    """Name of the bias beside a weight."""
+    """Return the name of the bias beside a weight."""
     return f"{module_of(tensor)}.bias"
 
 

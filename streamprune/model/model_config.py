@@ -1,4 +1,4 @@
-"""config.json to transformers' config and to a model on meta; whatever transformers throws names the field.
+"""Conversion of config.json to transformers' config and to a model on meta, with errors that name the field.
 
 A field is to blame if the same step succeeds without it. Those that the exception speaks of are tried first.
 """
@@ -29,7 +29,7 @@ SHOWN_VALUE, SHOWN_REASON = 100, 300  # characters in a message
 
 
 def load_config(path: Path, fields: Mapping[str, Any], *, trust_remote_code: bool = False) -> Any:
-    """transformers' config of a model directory, without a quantization_config.
+    """Load transformers' config of a model directory, without a quantization_config.
 
     Args:
         fields: config.json.
@@ -65,13 +65,13 @@ def empty_model(
     attentions: Callable[[str], bool],
     trust_remote_code: bool = False,
 ) -> tuple[Any, list[str]]:
-    """The whole model on meta, in evaluation mode, and what there is to say of it.
+    """Build the whole model on meta, in evaluation mode; return it, and lines of what there is to say of it.
 
     An attention implementation that cannot run here gives way to transformers' own choice: sdpa, or eager where the
     model has no sdpa.
 
     Args:
-        path: of the model directory. fields: its config.json.
+        path: the model directory. fields: its config.json.
         dtype: what the model is to compute in. attentions: whether an implementation of that name runs there.
 
     Raises:
@@ -95,11 +95,12 @@ def empty_model(
 
 
 def meta_model(config: Any) -> Any:
-    """The whole model on meta, for counting parameters from a config alone."""
+    """Build the whole model on meta, for counting parameters from a config alone."""
     return _build(config, torch.float32, trust_remote_code=False).eval()
 
 
 def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    # Buffers are real: those that are not persistent, such as rotary frequencies, are in no checkpoint.
     with init_empty_weights(include_buffers=False):
         # Experts one after another: the grouped product that transformers prefers has no float64, and takes only
         # widths of whole 16 bytes. Other families do not look at it.
@@ -109,7 +110,7 @@ def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
 
 
 def _check_counts(file: Path, fields: Mapping[str, Any]) -> None:
-    """Sizes that make no model, also where transformers builds one: no layers, no heads, too few tokens."""
+    """Refuse sizes that make no model, also where transformers builds one: no layers, no heads, too few tokens."""
     names: Mapping[str, str] = CONFIG_MAPPING[str(fields["model_type"])].attribute_map
 
     def count(name: str) -> int | None:
@@ -143,7 +144,7 @@ def _config_of(fields: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def naming_the_field(path: Path, fields: Mapping[str, Any], step: str) -> Iterator[None]:
-    """What transformers throws inside names the field of config.json that it speaks of; lack of memory passes.
+    """Turn what transformers throws inside the block into an error that names the field; lack of memory passes.
 
     Raises:
         CheckpointError: in the place of other exceptions.
@@ -165,7 +166,12 @@ def _blame(
     step: str,
     again: Callable[[Mapping[str, Any]], object] | None,
 ) -> CheckpointError:
-    """The error that names the field without which `again` succeeds; without an `again` the one that is spoken of."""
+    """Make the error that names the field to blame.
+
+    Args:
+        step: what transformers was to do, in words.
+        again: does the step with other fields; None where that cannot be tried: then the field that is spoken of.
+    """
     what = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     reason = _short(" ".join(what.split()) if " " in what else f"{type(error).__name__}: {what}", SHOWN_REASON)
     suspects = _suspects(fields, what)
@@ -182,7 +188,7 @@ def _blame(
 
 
 def _suspects(fields: Mapping[str, Any], message: str) -> dict[str, bool]:
-    """All fields but the model's kind, and whether the message is about their name or their value; these first."""
+    """List all fields but the model's kind, and whether the message is about their name or value; these first."""
     words = set(re.findall(r"\w+", message))
 
     def about(name: str) -> bool:
@@ -203,7 +209,7 @@ def _succeeds(attempt: Callable[[Mapping[str, Any]], object], fields: Mapping[st
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers says nothing of the configs that are tried."""
+    """Silence transformers' log inside the block, in which configs are tried."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

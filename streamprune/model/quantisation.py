@@ -1,4 +1,4 @@
-"""Quantised weights: told by config.json, by the tensors' names and dtypes; and what to use instead of them."""
+"""Recognition of quantised weights, by config.json and the tensors' names and dtypes; and what to use instead."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ Entry = TensorEntry | OtherEntry
 
 
 def declared(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json by which its weights are quantised."""
+    """Return the fields of a config.json by which its weights are quantised."""
     return {name: config[name] for name in CONFIG_FIELDS if config.get(name) is not None}
 
 
 def quantised(checkpoint: Checkpoint, unusable: Sequence[str]) -> str | None:
-    """What to say of a checkpoint whose weights are quantised; None if nothing shows that they are.
+    """Say that a checkpoint's weights are quantised, and the remedy; None if nothing shows that they are.
 
     Args:
         unusable: the model's names of tensors that are missing, of another shape or no floats.
@@ -87,7 +87,7 @@ def quantised(checkpoint: Checkpoint, unusable: Sequence[str]) -> str | None:
 
 
 def _method(checkpoint: Checkpoint) -> tuple[str, object]:
-    """The method that the checkpoint names, and the bits of a weight; "" and None where it names none."""
+    """Return the method that the checkpoint names, and the bits of a weight; "" and None where it names none."""
     said = declared(checkpoint.config)
     for name, fields in said.items():
         if not isinstance(fields, dict):
@@ -102,9 +102,9 @@ def _method(checkpoint: Checkpoint) -> tuple[str, object]:
 
 
 def _evidence(checkpoint: Checkpoint, unusable: Sequence[str], named: bool) -> tuple[Entry, str] | None:
-    """A tensor that shows it, and the method whose sign it is, if it is one's.
+    """Find a tensor that shows that weights are quantised, and the method whose sign it is, or "".
 
-    Looked for beside the model's tensors: a tower or head of another kind may be quantised, and is left out.
+    The search is beside the model's tensors: a tower or head of another kind may be quantised, and is left out.
     """
     entries: dict[str, Entry] = {**checkpoint.tensors, **checkpoint.others}
     modules = {name.rpartition(".")[0] for name in unusable[:LOOKED_AT]}
@@ -121,7 +121,7 @@ def _evidence(checkpoint: Checkpoint, unusable: Sequence[str], named: bool) -> t
 
 
 def _original(checkpoint: Checkpoint) -> str | None:
-    """The model that the card or config.json names as the one that this was made from."""
+    """Find the hub id that the card or config.json names as the model that this one was made from."""
     names: list[object] = []
     try:
         base = (metadata_load(checkpoint.path / "README.md") or {}).get("base_model")

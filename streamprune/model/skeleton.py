@@ -1,4 +1,4 @@
-"""The model on meta, its embeddings and head real, and one decoder layer as a pure function.
+"""Skeleton of a model: layers on meta, embeddings and head real, and one decoder layer as a pure function.
 
 transformers itself says how each layer is called: its own forward runs once for one sequence with a port in
 the place of every decoder layer, and the port keeps the arguments (masks, rotary embeddings, per-layer sliding
@@ -29,14 +29,14 @@ from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, 
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments with which transformers calls one layer, apart from the hidden states."""
+    """Arguments with which transformers calls one layer, apart from the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
 class _Port(nn.Module):
-    """Stands where a decoder layer would be and hands its input to the skeleton."""
+    """Module that stands where a decoder layer would be and hands its input to the skeleton."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Port(nn.Module):
 
 
 class Skeleton:
-    """A causal language model without its layers' weights.
+    """Causal language model without its layers' weights.
 
     Args:
         checkpoint: read for embeddings, final norm and head.
@@ -64,8 +64,8 @@ class Skeleton:
         entries: for each layer, its tensors in the checkpoint by their names inside the layer, the checkpoint's.
         places: for each layer, of tensors that are named otherwise in the model: the parameter's name inside the layer,
             and where in it the tensor lies; None for all of it.
-        notes: what of the checkpoint is not taken as it is, a line each. From then on its `tensors` are those that the
-            model uses, by the model's names, and its `config` says nothing of quantisation.
+        notes: what of the checkpoint is not taken as it is, a line each. From here on the checkpoint's `tensors` are
+            those that the model uses, by the model's names, and its `config` says nothing of quantisation.
 
     Raises:
         CheckpointError: unknown family, a config that no model can be built from, quantised weights, a tensor that is
@@ -97,6 +97,7 @@ class Skeleton:
         self.places = [self._find_places(index) for index in range(len(self.layers))]
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
+        # From here on the model's own parameters are those outside the layers.
         setattr(self.model.get_submodule(parent), attribute, nn.ModuleList(self._ports))
         self._strip, said = contents.settle(checkpoint, self._wanted(), f"{self.model.base_model_prefix}.")
         self.entries = [self._layer_entries(index) for index in range(len(self.layers))]
@@ -106,27 +107,28 @@ class Skeleton:
         self.loaded, self.untied = load, False
         if load:
             self._load_rest()
+            # Some configs fail only when a layer is called: better now than when work has begun.
             with naming_the_field(checkpoint.path, checkpoint.config, "call a layer"):
                 self.record(torch.zeros(1, 2, dtype=torch.int64))
         elif self.config.tie_word_embeddings:
-            self.model.tie_weights()
+            self.model.tie_weights()  # so that its parameters are counted once
 
     def stored_name(self, name: str) -> str:
-        """The checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""
+        """Return the checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""
         if name in self.checkpoint.tensors:
             return name
         return dict(self.family.stored_as).get(name, name.removeprefix(self._strip))
 
     def layer_prefix(self, index: int) -> str:
-        """What the checkpoint's names of layer `index` begin with."""
+        """Return what the checkpoint's names of the tensors of layer `index` begin with."""
         return self.stored_name(f"{self.family.layers}.{index}.")
 
     def shapes(self, index: int) -> dict[str, torch.Size]:
-        """Shapes of the parameters of layer `index` by their names inside the layer."""
+        """Return the shapes of the parameters of layer `index`, by their names inside the layer."""
         return {name: parameter.shape for name, parameter in self.layers[index].named_parameters()}
 
     def matrices(self, index: int) -> dict[str, bool]:
-        """Names of the Linears' weights of layer `index`, and whether each is stored transposed, as [d_in, d_out].
+        """Name the Linears' weights of layer `index`, and whether each is stored transposed, as [d_in, d_out].
 
         Experts and their router are none: what they are given cannot be watched, nor their gradients taken one by one.
         """
@@ -149,7 +151,7 @@ class Skeleton:
         ]
 
     def all_units(self, layers: Iterable[int] | None = None) -> KeptUnits:
-        """Every unit of these layers, by default of all."""
+        """List the units of these layers, by default of all."""
         layers = range(len(self.layers)) if layers is None else layers
         return {layer: all_units(self.geometries[layer], self.family.kinds) for layer in layers}
 
@@ -165,7 +167,7 @@ class Skeleton:
         return sum(parameter.nbytes for parameter in self.model.parameters())
 
     def record(self, input_ids: Tensor) -> list[LayerCall]:
-        """How each layer is called for sequences as long as `input_ids` [1, seq]: a call per layer."""
+        """Record how transformers calls each layer for sequences as long as `input_ids` [1, seq]: a call per layer."""
         calls: dict[int, LayerCall] = {}
 
         def keep(index: int, hidden_states: Tensor, call: LayerCall) -> Tensor:
@@ -173,12 +175,13 @@ class Skeleton:
             return hidden_states
 
         with torch.no_grad(), self._through(keep):
+            # One sequence: there is no padding, so masks and positions are the same for every other.
             self.model.base_model(input_ids[:1].to(self.device), use_cache=False)
         return [calls[index] for index in range(len(self.layers))]
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Hidden states before layer 0, [n, seq, d], of `input_ids` [n, seq]."""
+        """Compute the hidden states before layer 0, [n, seq, d], of `input_ids` [n, seq]."""
         first: list[Tensor] = []
 
         def keep(index: int, hidden_states: Tensor, call: LayerCall) -> Tensor:
@@ -191,7 +194,7 @@ class Skeleton:
         return first[0]
 
     def head(self, hidden_states: Tensor) -> Tensor:
-        """Logits [n, seq, vocabulary] of the last layer's output [n, seq, d]: final norm, head, soft-capping.
+        """Compute logits [n, seq, vocabulary] from the last layer's output [n, seq, d]: norm, head, soft-capping.
 
         Differentiable with respect to `hidden_states`. The model's own forward runs on placeholder ids, and its
         last port puts `hidden_states` in.
@@ -206,7 +209,8 @@ class Skeleton:
             return self.model(ids, use_cache=False).logits
 
     def run_layer(self, index: int, weights: Mapping[str, Tensor], call: LayerCall, hidden: Tensor) -> Tensor:
-        """Layer `index` as a function of its weights and of hidden states [n, seq, d]."""
+        """Run layer `index` as a function of its weights and of hidden states [n, seq, d]; return its output."""
+        # No module is changed, so the weights can be views into a slot that the next layer will overwrite.
         output = functional_call(self.layers[index], dict(weights), (hidden, *call.args), call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
@@ -252,7 +256,7 @@ class Skeleton:
         return places
 
     def _layer_shapes(self, index: int) -> dict[str, torch.Size]:
-        """Shapes of what is stored of layer `index`, by the names inside the layer."""
+        """Return the shapes of the tensors that are stored of layer `index`, by their names inside the layer."""
         parameters = dict(self.layers[index].named_parameters())
         moved = {name for name, _ in self.places[index].values()}
         shapes = {name: parameter.shape for name, parameter in parameters.items() if name not in moved}
@@ -286,7 +290,7 @@ class Skeleton:
         return wanted
 
     def _rest_entries(self) -> dict[str, TensorEntry]:
-        """What is stored of everything outside the layers, by the parameters' names."""
+        """Find the stored tensors of everything outside the layers, by the parameters' names."""
         entries = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             stored = name if self.stored_name(name) in self.checkpoint.tensors else self._tied.get(name, name)
@@ -311,7 +315,7 @@ class Skeleton:
         self.model.to(self.device)
 
     def _own_head(self) -> bool:
-        """Whether both of a tied pair are stored and differ."""
+        """Tell whether both of a pair that the config ties are stored, and differ."""
         pairs = [(name, other) for name, other in self._tied.items() if name < other]
         own = [pair for pair in pairs if all(self.stored_name(n) in self.checkpoint.tensors for n in pair)]
         return any(not torch.equal(*map(self.model.get_parameter, pair)) for pair in own)

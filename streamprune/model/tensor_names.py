@@ -16,23 +16,23 @@ Choices = tuple[str, ...]  # the names that one tensor of the model may have in 
 
 @dataclass(frozen=True)
 class Renaming:
-    """The model's names of a file's tensors, by those in the file, and what these lose, in words."""
+    """Mapping from the names in a file to the model's, and the parts that names lose by it, in words."""
 
     names: dict[str, str]
     lost: str
 
 
 def missing(wanted: Iterable[Choices], names: Collection[str], base: str = "") -> list[str]:
-    """The first name of each wanted tensor that is not among `names`, by none of its names without `base`."""
+    """List the wanted tensors, by their first name, of which none of the names (without `base`) is in `names`."""
     return [choices[0] for choices in wanted if not any(each.removeprefix(base) in names for each in choices)]
 
 
 def renaming(wanted: Sequence[Choices], names: Collection[str], base: str) -> Renaming | None:
-    """How wrapped names become the model's.
+    """Find how wrapped names become the model's.
 
     Args:
-        wanted: of all tensors of the model.
-        names: in the file.
+        wanted: the names of each tensor of the model.
+        names: those in the file.
         base: what the model's names begin with and files of a base model lack: "model.".
 
     Returns:
@@ -52,7 +52,7 @@ def renaming(wanted: Sequence[Choices], names: Collection[str], base: str) -> Re
 
 
 def _renamed(wanted: Sequence[Choices], plain: dict[str, str], prefix: str, added: str) -> dict[str, str]:
-    """New names of those tensors that are the model's; empty where some are missing or come twice."""
+    """Rename the tensors that are the model's: new names by old; empty where some are missing or come twice."""
     allowed = {choice for choices in wanted for choice in choices}
     made: dict[str, str] = {}
     for name, short in plain.items():
@@ -74,13 +74,13 @@ def _without_inner(name: str) -> str:
 
 
 def _prefixes(ends: Iterable[str], names: Collection[str]) -> list[str]:
-    """What stands in `names` before one of `ends`, sorted."""
+    """List what stands in `names` before one of `ends`, sorted."""
     found = {name.removesuffix(end) for end in ends for name in names if name.endswith(end)}
     return sorted(prefix for prefix in found if not prefix or prefix.endswith("."))
 
 
 def beginnings(names: Collection[str], count: int = 3) -> str:
-    """What names begin with, the most frequent first, for a message: "'vision.encoder.' (120), 'head.' (2)"."""
+    """Say what names begin with, the most frequent first, for a message: "'vision.encoder.' (120), 'head.' (2)"."""
     tally: dict[str, int] = {}
     for name in names:
         # Up to the first number, or to the last part: what the names of a module's tensors share.

@@ -1,4 +1,4 @@
-"""Units: KV groups and MLP channels, the tensors they cut, the lines of a tensor that are a unit's."""
+"""Units: KV groups and MLP channels, the tensors that they cut, and the lines of a tensor that are a unit's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KIND_NAMES: Mapping[Kind, str] = {"kv_group": "KV groups", "channel": "channels"
 
 @dataclass(frozen=True)
 class Member:
-    """A tensor of a layer that loses lines with a unit.
+    """Tensor of a layer that loses lines with a unit.
 
     Attributes:
         tensor: name inside the layer; families without it (a bias, say) simply lack it.
@@ -39,12 +39,12 @@ class Member:
 
     @property
     def is_norm(self) -> bool:
-        """Whether it is the weight of a norm that spans all units (OLMo 2)."""
+        """Tell whether the tensor is the weight of a norm that spans all units (OLMo 2)."""
         return self.tensor.endswith("norm.weight")
 
     @property
     def kind(self) -> Kind:
-        """The kind of unit that this tensor belongs to."""
+        """Kind of unit that the tensor's lines belong to."""
         return "channel" if self.parts[0] == "channel" else "kv_group"
 
 
@@ -58,22 +58,22 @@ class Geometry:
     channels: int
 
     def units(self, kind: Kind) -> int:
-        """How many units of `kind` the layer has."""
+        """Return the number of units of `kind` in the layer."""
         return self.kv_groups if kind == "kv_group" else self.channels
 
     def part_shape(self, part: Part) -> tuple[int, int]:
-        """(units, lines per unit) of a part."""
+        """Return (units, lines per unit) of a part."""
         if part == "channel":
             return self.channels, 1
         return self.kv_groups, self.head_dim * (self.n_rep if part == "query" else 1)
 
     def lines(self, member: Member) -> int:
-        """Extent of `member` along its cut dimension."""
+        """Return the extent of `member` along its cut dimension."""
         return sum(units * width for units, width in map(self.part_shape, member.parts))
 
 
 def kept_lines(member: Member, geometry: Geometry, kept: Sequence[int]) -> Tensor:
-    """Indices along `member.dim` that remain when the units `kept` (ascending) remain. int64."""
+    """List the indices along `member.dim` that remain when the units `kept` (ascending) do, int64."""
     chosen = torch.as_tensor(kept, dtype=torch.int64)
     indices, start = [], 0
     for part in member.parts:
@@ -94,7 +94,7 @@ def fold_lines(member: Member, geometry: Geometry, lines: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A scored matrix of a layer.
+    """Reference to a scored matrix of a layer.
 
     Attributes:
         tensor: its name inside the layer.
@@ -110,26 +110,26 @@ class TensorRef:
 
     @property
     def key(self) -> tuple[int, str]:
-        """Identifies the tensor in the model."""
+        """Layer and name, which identify the tensor in the model."""
         return self.layer, self.tensor
 
     @property
     def dim(self) -> int:
-        """The dimension whose lines belong to units; output rows where there are none."""
+        """Dimension whose lines belong to units; that of output rows where no unit cuts the matrix."""
         return self.member.dim if self.member is not None else int(self.transposed)
 
     @property
     def cut_by_inputs(self) -> bool:
-        """Whether units cut the matrix's inputs (o and down), not its outputs."""
+        """Tell whether units cut the matrix's inputs (o and down), not its outputs."""
         return self.dim == (0 if self.transposed else 1)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """A view [d_out, d_in] of the weight as stored."""
+        """View a weight as it is stored as [d_out, d_in]."""
         return weight.T if self.transposed else weight
 
 
 def module_of(tensor: str) -> str:
-    """Name of the module that has this parameter."""
+    """Return the name of the module that has this parameter."""
     return tensor.rpartition(".")[0]
 
 

@@ -1,4 +1,4 @@
-"""The model card: README.md of an output."""
+"""Model card: the README.md of an output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamprune.texts import sources
 
 
 def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[PruneConfig] = PruneConfig) -> str:
-    """README.md of an output of this form, from the contents of its streamprune.json and the class of its config."""
+    """Write README.md of an output of this form, from the contents of its streamprune.json and its config's class."""
     kind = "sparse" if "zeros" in facts else "structured-pruning"
     tags = ["pruned", kind, "streamprune", *(["custom_code"] if form.own_code else [])]
     head = ["---", "library_name: transformers", f"base_model: {json.dumps(facts['base_model'])}"]
@@ -60,7 +60,7 @@ def _storage(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
 
 
 def _loading(form: type[OutputForm]) -> list[str]:
-    """How the output is loaded: by what, in code."""
+    """List the lines that say how the output is loaded: by what, and in code."""
     return [
         *([f"{form.read_by}.", ""] if form.read_by else []),
         "```python",
@@ -72,7 +72,7 @@ def _loading(form: type[OutputForm]) -> list[str]:
 
 
 def sizes(facts: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of parameters, non-zero ones where weights were pruned, and bytes, before and after."""
+    """Make rows of parameters, non-zero ones where weights were pruned, and bytes, before and after."""
     rows = [[name, f"{facts[name]['before']:,}", f"{facts[name]['after']:,}"] for name in ("parameters", "bytes")]
     if "zeros" in facts:
         before = facts["parameters"]["before"]
@@ -88,12 +88,12 @@ def _card_rows(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
-    """Perplexity before and after, two decimals."""
+    """Write perplexity before and after, with two decimals."""
     return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
 
 
 def _recipe(facts: Mapping[str, Any], config: type[PruneConfig]) -> dict[str, Any]:
-    """The options that decide the result and were given, or say something in any case, one line each."""
+    """Choose the options of the recipe: those that decide the result and were given, or say something in any case."""
     options, recipe = facts["options"], {}
     for each in fields(config):
         value, said = options[each.name], each.metadata["option"]

@@ -1,4 +1,4 @@
-"""What lies beside the tensors: which of the source's other files come along, and config.json, which is made anew.
+"""Companions of the tensors: which of the source's other files come along, and config.json, which is made anew.
 
 Files come along by name: tokenizers, templates, processors, terms of use, and what code that comes along names. All
 else stays behind: what a training left there, weights in other formats, data.
@@ -45,7 +45,7 @@ MADE_ANEW = ("config.json", "README.md", OWN_FILE)
 
 @dataclass(frozen=True)
 class Companions:
-    """What comes along from a model directory, decided before any layer is read.
+    """Files that come along from a model directory, decided before any layer is read.
 
     Attributes:
         source: the directory.
@@ -89,7 +89,7 @@ class Companions:
 
 
 def prepare(form: OutputForm, *, trust_remote_code: bool = False) -> Companions:
-    """Decide what comes along with an output. Nothing that cannot be read costs more than a note."""
+    """Decide what comes along with an output; a file that cannot be read costs no more than a note."""
     checkpoint = form.skeleton.checkpoint
     source, named = checkpoint.path, checkpoint.config.get("auto_map")
     search = _Search(source, trust_remote_code)
@@ -112,7 +112,7 @@ def prepare(form: OutputForm, *, trust_remote_code: bool = False) -> Companions:
 
 
 def _named_files(source: Path) -> Iterator[str]:
-    """Files below `source` whose names say that they are needed."""
+    """Yield the files below `source` whose names say that they are needed."""
     for path in sorted(source.iterdir()):
         if path.name.startswith(".") or path.name in MADE_ANEW:
             continue
@@ -147,7 +147,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 class _Search:
-    """Collects files, and what there is to say."""
+    """Search for files to come along, and notes on it."""
 
     def __init__(self, source: Path, trust_remote_code: bool) -> None:
         self.source, self.trusted = source, trust_remote_code
@@ -156,7 +156,7 @@ class _Search:
         self.notes: list[str] = []
 
     def take(self, names: Iterable[str]) -> None:
-        """The files that can be read."""
+        """Take the files that can be read, and note those that cannot."""
         for name in names:
             try:
                 with (self.source / name).open("rb") as stream:
@@ -166,7 +166,7 @@ class _Search:
                 self.notes.append(f"{name} cannot be read ({error.strerror}); it does not come along")
 
     def edit(self) -> None:
-        """Files that JSON names; code that it names comes along where it is trusted, and is named no more elsewhere."""
+        """Take the files that JSON names; take the code that it names where it is trusted, else name it no more."""
         for name in sorted(self.files):
             if name.endswith("_config.json") and "/" not in name:
                 try:
@@ -184,7 +184,7 @@ class _Search:
             self.take(f"{CODE_DIRECTORY}/{file.name}" for file in sorted(code))
 
     def code(self, file: str, auto_map: Any) -> Any:
-        """What remains of an `auto_map`: a class per auto class, or a list of two for tokenizers, or such a list."""
+        """Return what remains of an `auto_map`: a class per auto class, or a list of two for tokenizers."""
         if isinstance(auto_map, dict):
             kept = {auto: self.code(file, entry) for auto, entry in auto_map.items()}
             return {auto: entry for auto, entry in kept.items() if entry is not None}
@@ -211,7 +211,7 @@ class _Search:
             )
 
     def _modules(self, reference: str) -> list[str]:
-        """The files of `module.Class`, with the modules beside it that it imports; none if one is missing."""
+        """List the files of `module.Class`, with the modules beside it that it imports; none if one is missing."""
         from transformers.dynamic_module_utils import get_relative_imports
 
         if not re.fullmatch(r"\w+\.\w+", reference):  # a path could lead out of the directory
@@ -231,7 +231,7 @@ class _Search:
         return files
 
     def _there(self, names: Iterable[str]) -> list[str]:
-        """Those that are plain names of files beside config.json, and no weights."""
+        """Choose the names that are plain names of files beside config.json, and no weights."""
         return [
             name
             for name in names
@@ -243,7 +243,7 @@ class _Search:
         ]
 
     def license(self) -> Any:
-        """What the front matter of the source's model card says, if it has one."""
+        """Return the licence that the front matter of the source's model card names, if it has one."""
         card = self.source / "README.md"
         if not card.is_file():
             return None

@@ -1,4 +1,4 @@
-"""What comes out: how the layers are laid out and stored, the config that says so, what loads it.
+"""Forms of output: how the layers are laid out and stored, the config that says so, what loads it.
 
 `OutputForm` is all that the rest of the package asks, and one object of it goes through a run: the decision makes it
 for widths that are known before there are scores, `keep` gives the same form with the units that stay. A format is a
@@ -27,7 +27,7 @@ from streamprune.storage.shards import TensorSpec
 
 @dataclass(frozen=True)
 class OutputForm:
-    """A form of output, for what stays of one model.
+    """Form of output, for what stays of one model.
 
     Attributes:
         skeleton: of the source.
@@ -63,11 +63,11 @@ class OutputForm:
     @classmethod
     @contextmanager
     def readable(cls, directory: Path) -> Iterator[Path]:
-        """An output of this form as whole matrices, for as long as the block runs: itself, or a copy."""
+        """Give an output of this form as whole matrices, for as long as the block runs: itself, or a copy."""
         yield directory
 
     def keep(self, kept: KeptUnits) -> OutputForm:
-        """The form of the same output when these units stay."""
+        """Return the form of the same output when these units stay."""
         return replace(self, kept=kept)
 
     def check(self) -> None:
@@ -84,20 +84,20 @@ class OutputForm:
 
     @property
     def layout(self) -> str:
-        """What became of the layers: "same" as in the source, "stock" (one width for all, or fewer), or "ragged"."""
+        """Layout of the layers: "same" as in the source, "stock" (one width for all, or fewer), or "ragged"."""
         raise NotImplementedError
 
     def note(self, allocation: str | None) -> str:
-        """What is said of loading before the run, with its `allocation`; mostly nothing."""
+        """Say before a run with this `allocation` what is special about loading its output; mostly nothing."""
         return ""
 
     def config(self, zeros: float = 0.0) -> dict[str, Any]:
-        """config.json of the output: the source's JSON with the widths changed and nothing else.
+        """Make config.json of the output: the source's JSON with the widths changed and nothing else.
 
-        It never passes through transformers, which would lose what it does not know (rope_theta of older files).
+        The JSON never passes through transformers, which would lose what it does not know (rope_theta of older files).
 
         Args:
-            zeros: of pruned weights, over all parameters.
+            zeros: share of zeros that pruning made, among all parameters.
         """
         fields = copy.deepcopy(self.skeleton.checkpoint.config)
         if self.skeleton.untied:
@@ -112,16 +112,16 @@ class OutputForm:
 
     @classmethod
     def versions(cls) -> dict[str, str]:
-        """Versions of the packages that writing takes beside the usual ones, by name."""
+        """Return the versions of the packages that writing takes beside the usual ones, by name."""
         return {}
 
     def files(self) -> Mapping[str, str]:
-        """Texts of further files of the output, by name."""
+        """Return the texts of further files of the output, by name."""
         return {}
 
     @cached_property
     def slicer(self) -> Slicer:
-        """What remains of which tensor."""
+        """Slicer that says what remains of each tensor."""
         return Slicer(self.skeleton, self.kept)
 
     @cached_property
@@ -137,11 +137,11 @@ class OutputForm:
 
     @cached_property
     def specs(self) -> list[TensorSpec]:
-        """All tensors of the output, with the source's names but for the layers' numbers, in the source's order."""
+        """Specs of all tensors of the output, by the source's names but for the layers' numbers, in its order."""
         return [spec for name in self.skeleton.checkpoint.tensors for spec in self.specs_of(name)]
 
     def specs_of(self, name: str) -> list[TensorSpec]:
-        """What comes of the source's tensor `name`: nothing if its layer goes, and an added bias behind a weight."""
+        """List what comes of the source's tensor `name`: nothing if its layer goes; behind a weight its added bias."""
         entry = self.skeleton.checkpoint.tensors[name]
         spec = self.slicer.spec(entry)
         if spec is None:
@@ -155,7 +155,7 @@ class OutputForm:
 
     @property
     def added_parameters(self) -> int:
-        """Parameters of the biases that the source has not."""
+        """Number of parameters of the biases that the source has not."""
         return len(self.added_biases) * self.skeleton.config.hidden_size
 
     @property
@@ -164,19 +164,21 @@ class OutputForm:
         return sum(spec.nbytes for spec in self.specs)
 
     def store_specs(self, name: str, spec: TensorSpec) -> list[TensorSpec]:
-        """What is stored in the place of what remains of the source's tensor `name`."""
+        """List what is stored in the place of `spec`, which is what remains of the source's tensor `name`."""
         return [spec]
 
     def store(self, name: str, target: str, tensor: Tensor) -> dict[str, Tensor]:
-        """The same as tensors, for the remaining tensor that is called `target` in the output."""
+        """Return the tensors of `store_specs`, by name, made of the remaining `tensor`: `target` in the output."""
         return {target: tensor}
 
 
 def _layer_fields(skeleton: Skeleton, kept: Iterable[int]) -> dict[str, Any]:
-    """The number of layers, and every list with an entry per layer, also those that transformers fills in."""
+    """Cut the fields of config.json that go by layer: their number, and each list with an entry per layer."""
     layers, n_layers = list(kept), len(skeleton.layers)
     names = skeleton.config.attribute_map
     fields: dict[str, Any] = {names.get("num_hidden_layers", "num_hidden_layers"): len(layers)}
+    # From transformers' config, which has the lists that config.json leaves out too: filled in anew for fewer layers,
+    # they would no longer say of each layer what it was.
     for name, value in skeleton.config.to_dict().items():
         if "layer" in name and isinstance(value, list) and len(value) == n_layers:
             fields[name] = [value[layer] for layer in layers]
@@ -184,7 +186,7 @@ def _layer_fields(skeleton: Skeleton, kept: Iterable[int]) -> dict[str, Any]:
 
 
 def width_fields(skeleton: Skeleton, counts: Mapping[Kind, int]) -> dict[str, int]:
-    """Fields of config.json for a layer with so many units of each kind."""
+    """Make the fields of config.json for a layer with so many units of each kind."""
     fields = {skeleton.family.channels_key: counts["channel"]} if "channel" in counts else {}
     if "kv_group" in counts:
         groups = counts["kv_group"]
@@ -193,5 +195,5 @@ def width_fields(skeleton: Skeleton, counts: Mapping[Kind, int]) -> dict[str, in
 
 
 def widths_of(layer: Mapping[Kind, list[int]]) -> dict[Kind, int]:
-    """How many units of each kind stay."""
+    """Count the units of each kind that stay in a layer."""
     return {kind: len(units) for kind, units in layer.items()}

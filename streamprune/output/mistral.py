@@ -1,4 +1,4 @@
-"""A bias-free Llama as a Mistral, whose class takes any number of heads."""
+"""Form of a bias-free Llama that is written as a Mistral, whose class takes any number of heads."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class MistralForm(StockForm):
         fields = super().config(zeros) | {"head_dim": self.skeleton.geometry.head_dim}
         for name in LLAMA_DEFAULTS:
             fields.setdefault(name, getattr(self.skeleton.config, name))
+        # Without a word of it a Mistral has a sliding window.
         return fields | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
 
     def set_widths(self, fields: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Layers of different widths, or with biases of their own: a modelling file comes with them."""
+"""Form of layers of different widths, or with biases of their own: a modelling file comes with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLDER_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")  # al
 
 
 class RaggedForm(OutputForm):
-    """config.json has the widths before pruning, and under `per_layer_config` those of each layer that differ."""
+    """Layers of different widths: config.json has those before pruning, and `per_layer_config` those that differ."""
 
     own_code = True
     keeps_code = False
@@ -29,13 +29,13 @@ class RaggedForm(OutputForm):
         return "ragged"
 
     def keep(self, kept: KeptUnits) -> OutputForm:
-        """The form of the same output when these units stay: the family's own class if it takes them."""
+        """Return the form of the same output when these units stay: the family's own class if it takes them."""
         form = replace(self, kept=kept)
         return StockForm(self.skeleton, kept, self.layers, self.biases) if form.is_stock else form
 
     @property
     def is_stock(self) -> bool:
-        """Whether the class of the source takes these layers, so that they need not be ragged."""
+        """Tell whether the class of the source takes these layers, so that they need not be ragged."""
         source, everything = self.skeleton.checkpoint.config, self.skeleton.all_units()
         widths = {tuple(widths_of(units).items()) for units in self.kept.values()}
         if self.added_biases or len(widths) > 1 or "per_layer_config" in source:
@@ -94,7 +94,7 @@ class RaggedForm(OutputForm):
 
 
 def _say_rope_in_full(fields: dict[str, Any], config: Any) -> None:
-    """Scaled rope as transformers 5 wants it of model types that it does not know, in place; others stay as they are.
+    """Write scaled rope as transformers 5 wants it of model types that it does not know, in place; leave other rope.
 
     AutoTokenizer reads the config without the modelling file: it then fills in nothing and knows no older spelling.
     """

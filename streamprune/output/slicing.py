@@ -1,4 +1,4 @@
-"""Kept units to sliced tensors, and to the biases that stand for what goes."""
+"""Slicing: from kept units to sliced tensors, and to the biases that stand for what goes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Means = Mapping[tuple[int, str], Tensor]  # x̄ [d_in] of the inputs of (layer, 
 
 
 class Slicer:
-    """What remains of which stored tensor, and under which name."""
+    """Slicer of stored tensors: what remains of each, and under which name."""
 
     def __init__(self, skeleton: Skeleton, kept: KeptUnits) -> None:
         self.geometries, self.kept = skeleton.geometries, kept
@@ -31,14 +31,14 @@ class Slicer:
         self._prefixes = {layer: skeleton.layer_prefix(number) for number, layer in enumerate(kept)}
 
     def name(self, name: str) -> str | None:
-        """The name in the output: layers are numbered anew. None if the tensor's layer goes."""
+        """Return a stored tensor's name in the output, where layers are numbered anew; None if its layer goes."""
         for prefix, layer in self._layers.items():
             if name.startswith(prefix):
                 return self._prefixes[layer] + name.removeprefix(prefix) if layer in self.kept else None
         return name
 
     def _lines(self, name: str) -> tuple[int, Tensor] | None:
-        """(dimension, indices that remain) of a stored tensor, None where nothing goes."""
+        """Return (dimension, indices that remain) of a stored tensor, None where nothing goes."""
         if name not in self._members:
             return None
         layer, member = self._members[name]
@@ -48,7 +48,7 @@ class Slicer:
         return member.dim, kept_lines(member, self.geometries[layer], units)
 
     def spec(self, entry: TensorEntry) -> TensorSpec | None:
-        """Name, dtype and shape of `entry` in the output; None if it goes."""
+        """Return name, dtype and shape of `entry` in the output; None if it goes."""
         name, shape = self.name(entry.name), list(entry.shape)
         if name is None:
             return None
@@ -57,17 +57,18 @@ class Slicer:
         return TensorSpec(name, entry.dtype, tuple(shape))
 
     def cut(self, name: str, tensor: Tensor) -> Tensor:
-        """What remains of a stored tensor."""
+        """Cut a stored tensor to what remains of it."""
         lines = self._lines(name)
         return tensor if lines is None else tensor.index_select(lines[0], lines[1].to(tensor.device))
 
 
 def mean_biases(skeleton: Skeleton, kept: KeptUnits, means: Means, page: Page) -> dict[str, Tensor]:
-    """Biases of o and down that keep the calibration-mean output: W(x̄ ⊙ removed), added to those there are.
+    """Make biases of o and down that keep the calibration-mean output: W(x̄ ⊙ removed), added to those there are.
 
     arXiv 2312.11983, §3.4. Layers without `means` get biases of zero.
     """
     biases = {}
+    # Each layer gets them, since the output's config can only say that all layers have biases or none has.
     for member in output_matrices(skeleton, page.layer) if page.layer in kept else ():
         weight, name = page.tensors[member.tensor], bias_of(member.tensor)
         mean = means.get((page.layer, member.tensor))

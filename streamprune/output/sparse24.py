@@ -1,6 +1,6 @@
-"""2:4 weights in the sparse-24-bitmask format of compressed-tensors: two values and four bits for every four weights.
+"""Form of 2:4 weights in compressed-tensors' sparse-24-bitmask: two values and four bits for every four weights.
 
-The one module that knows that package, which is imported when it is needed.
+No other module knows that package, which is imported when it is needed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_SHARD_SIZE = 5_000_000_000  # of the temporary dense copy
 
 
 class Sparse24Form(StockForm):
-    """2:4 matrices of the prunable layers as what is not zero and where that is; everything else as always."""
+    """Prunable layers' 2:4 matrices stored as what is not zero and where that is; everything else as always."""
 
     stored_as = FORMAT
     read_by = READ_BY
@@ -70,7 +70,7 @@ class Sparse24Form(StockForm):
 
     @cached_property
     def packed(self) -> dict[str, str]:
-        """The stored names of the matrices, and their modules' in the model."""
+        """Stored names of the compressed matrices, and the names of their modules in the model."""
         return matrices(self.skeleton, self.layers)
 
     def store_specs(self, name: str, spec: TensorSpec) -> list[TensorSpec]:
@@ -81,7 +81,7 @@ class Sparse24Form(StockForm):
 
 
 def library() -> Any:
-    """compressed-tensors' class of a compressed matrix.
+    """Import compressed-tensors' class of a compressed matrix.
 
     Raises:
         StreampruneError: no such package, or one that has lost the format (0.15).
@@ -94,12 +94,12 @@ def library() -> Any:
 
 
 def version() -> str:
-    """Of the package."""
+    """Return the version of compressed-tensors that is installed."""
     return importlib.metadata.version(PACKAGE)
 
 
 def matrices(skeleton: Skeleton, layers: Iterable[int]) -> dict[str, str]:
-    """What is compressed: the stored name of each matrix of `layers`, and its module's name in the model.
+    """Name what is compressed: the stored name of each matrix of `layers`, and its module's name in the model.
 
     Raises:
         UsageError: a matrix is stored transposed, so the format's rows are not those of 2:4.
@@ -118,10 +118,10 @@ def matrices(skeleton: Skeleton, layers: Iterable[int]) -> dict[str, str]:
 
 
 def parts(name: str, matrix: Tensor) -> dict[str, Tensor]:
-    """The tensors that are stored for a 2:4 matrix [d_out, d_in], on the CPU, or on meta if it is there.
+    """Compress a 2:4 matrix [d_out, d_in] into the tensors that are stored, on the CPU, or on meta if it is there.
 
     Args:
-        name: of the matrix, ends in ".weight".
+        name: the matrix's, which ends in ".weight".
 
     Returns:
         By name, in the place of ".weight": ".shape" int64 [2, 1], ".compressed" [d_out, d_in / 2] in the matrix's
@@ -135,13 +135,13 @@ def parts(name: str, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def specs(spec: TensorSpec) -> list[TensorSpec]:
-    """What is announced to the writer in the place of a matrix."""
+    """List the tensors that are announced to the writer in the place of a matrix."""
     made = parts(spec.name, torch.empty(spec.shape, dtype=spec.dtype, device="meta"))
     return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()]
 
 
 def config_fields(modules: Iterable[str], sparsity: float) -> dict[str, Any]:
-    """The fields of config.json by which readers find the compressed modules.
+    """Make the fields of config.json by which readers find the compressed modules.
 
     Every one is named: whatever else the model has, and layers that are not pruned, is stored as always.
 
@@ -156,7 +156,7 @@ def config_fields(modules: Iterable[str], sparsity: float) -> dict[str, Any]:
 
 
 def is_compressed(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of compressed weights."""
+    """Tell whether a config.json is of compressed weights."""
     fields = config.get("quantization_config")
     sparse = fields.get("sparsity_config") if isinstance(fields, dict) else None
     return isinstance(sparse, dict) and sparse.get("format") == FORMAT
@@ -164,7 +164,7 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def decompressed(directory: Path) -> Iterator[Path]:
-    """`directory` itself, or a dense copy for as long as the block runs if its weights are compressed.
+    """Give `directory` itself, or a dense copy for as long as the block runs if its weights are compressed.
 
     The copy is made one tensor at a time, beside `directory` (its disk has room for models), or in the system's
     temporary directory where that cannot be written to. What is not weights is linked.
@@ -191,7 +191,7 @@ def decompressed(directory: Path) -> Iterator[Path]:
 
 
 def _write_dense(source: Checkpoint, matrix_class: Any, dense: Path) -> None:
-    """All tensors of `source`, each compressed one as the matrix that it stands for."""
+    """Write all tensors of `source`, each compressed one as the matrix that it stands for."""
     dense_specs, prefixes = [], {}
     for name, entry in source.tensors.items():
         prefix, _, part = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""The family's own class: one width for all layers, or fewer layers."""
+"""Form that the family's own class loads: one width for all layers, or fewer layers."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class StockForm(OutputForm):
     def config(self, zeros: float = 0.0) -> dict[str, Any]:
         fields = super().config(zeros)
         if self.layout != "same" and self.skeleton.family.stock_heads != "fixed":
+            # Left out, it would be the hidden size over the new number of heads.
             fields["head_dim"] = self.skeleton.geometry.head_dim
         return fields
 

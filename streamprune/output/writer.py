@@ -1,4 +1,4 @@
-"""The tensors of the output directory: hashed, cut and written several at a time."""
+"""Writing of the output's tensors: the source's are hashed, cut and written several at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WRITERS = 4  # tensors of a layer that are cut and written at the same time
 
 
 class OutputWriter:
-    """Writes the pruned tensors, in any order, and hashes the source's on the way. A context manager.
+    """Writer of the pruned tensors, in any order, that hashes the source's on the way. A context manager.
 
     Args:
         digests: of source tensors that an earlier run has put there, layer by layer; filled in as tensors are put.
@@ -45,7 +45,7 @@ class OutputWriter:
         self._writer.__exit__(*exc)
 
     def sync(self) -> None:
-        """What has been put is on the disk."""
+        """Wait until what has been put is on the disk."""
         self._writer.sync()
 
     def put(self, name: str, source: Tensor, made: Tensor | None = None) -> None:
@@ -59,7 +59,7 @@ class OutputWriter:
                 self._writer.write(part, tensor)
 
     def put_layer(self, page: Page, made: Mapping[str, Tensor]) -> None:
-        """Write what remains of a layer; `made` by names inside it: replaced tensors, and new ones."""
+        """Write what remains of a layer; `made` has replaced tensors and new ones, by names inside the layer."""
         prefix = self.skeleton.layer_prefix(page.layer)
 
         def put(name: str) -> None:
@@ -80,7 +80,7 @@ class OutputWriter:
             self._writer.write(target, made[name])
 
     def untouched(self) -> list[int]:
-        """The source layers of which nothing has been put yet."""
+        """List the source layers of which nothing has been put yet."""
         return [
             layer
             for layer, entries in enumerate(self.skeleton.entries)
@@ -96,7 +96,7 @@ class OutputWriter:
         """Write all that has not been put yet, one source layer in memory at a time.
 
         Args:
-            make: what is made of a layer, for `put_layer`.
+            make: makes the replaced and new tensors of a layer, for `put_layer`.
             done: called after every layer.
 
         Returns:

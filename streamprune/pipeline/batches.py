@@ -1,4 +1,4 @@
-"""The tokens of a run: what the method, the repair and the evaluation compute on."""
+"""Tokens of a run: what the method, the repair and the evaluation compute on."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ PASSED_A_SECOND = 50e6
 
 
 def positions(skeleton: Skeleton) -> int:
-    """The longest sequence that the model takes."""
+    """Return the length of the longest sequence that the model takes, in tokens."""
     return getattr(skeleton.config, "max_position_embeddings", None) or 10**9
 
 
 def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | None = None) -> Work:
-    """Sequences of each part of a run and tokens of each: as asked, or as the method's paper has it for a given text.
+    """Count the sequences of each part of a run and the tokens of each: as asked, else as the method's paper has it.
 
     Args:
-        text_tokens: of the calibration text, as many as the repair may take; before it is read, one that is given is
-            taken to have them.
+        text_tokens: tokens of the calibration text, counted up to what the repair may take; None before the text is
+            read: a text of the user's is then taken to have as many.
     """
     limit, method = positions(skeleton), METHODS[config.method]
     samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
@@ -56,11 +56,11 @@ def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | No
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a run computes on, int64.
+    """Token ids that a run computes on, int64.
 
     Attributes:
-        calibration: of the method [n, seq]. repair: of the least squares [n, seq]. evaluation: of the perplexity before
-            and after [n, seq]. None where there is none.
+        calibration: those of the method [n, seq]. repair: of the least squares [n, seq]. evaluation: of the perplexity
+            before and after [n, seq]. None where there are none.
         beginning: the tokens that begin each sequence, and what they are called.
         said: all of it in words.
     """
@@ -74,14 +74,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Texts:
-    """The opened texts of a run: what can be wrong with them is known, but little was read."""
+    """Opened texts of a run: what can be wrong with them is known, but little was read."""
 
     tokenizer: Any = None
     calibration: Corpus | None = None
     evaluation: Corpus | None = None
 
     def plan(self, config: PruneConfig, skeleton: Skeleton) -> str:
-        """What will be read of texts that are given, a line for each."""
+        """Say what will be read of the texts that the user gave, a line for each."""
         lines = []
         if self.calibration is not None and config.calibration is not None:
             work = expected_work(config, skeleton)
@@ -140,7 +140,7 @@ def open_texts(
     render = chat_renderer(tokenizer)
 
     def corpus(source: str | Path | None, prose: str) -> Corpus | None:
-        """The text that was named, or that of the package; None for a pipe that is not to be read yet."""
+        """Open the text that was named, or that of the package; None for a pipe that is not to be read yet."""
         if source is None:
             return Corpus(documents.embedded(prose), tokenizer, start)
         if planned and _is_pipe(str(source)):
@@ -158,7 +158,7 @@ def open_texts(
 
 
 def _what_is_read(corpus: Corpus, samples: int, sampling: str) -> str:
-    """Of a text, for so many sequences, in words."""
+    """Say how much of a text is read for so many sequences."""
     stored, where = corpus.documents.stored, corpus.documents.where
     if sampling == "first":
         return f"the beginning of {where}"
@@ -175,7 +175,7 @@ def _is_pipe(source: str) -> bool:
 
 
 def _repair_ids(config: PruneConfig, skeleton: Skeleton, corpus: Corpus) -> Tensor:
-    """`compensate_tokens` tokens for the least squares, or as many as the text has."""
+    """Take sequences [n, seq] for the least squares: `compensate_tokens` tokens, or as many as the text has."""
     count = corpus.count(config.compensate_tokens)
     if count < 1:
         raise CalibrationError(f"--calibration {config.calibration}: the text has no tokens; give a longer one")

@@ -1,4 +1,4 @@
-"""What streamprune.json says of a run: enough to repeat it, and what came of it."""
+"""Facts of a run, for streamprune.json: enough to repeat it, and what came of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streamprune.texts import sources
 
 
 def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens) -> dict[str, Any]:
-    """What streamprune.json says of a run up to its writing."""
+    """Gather what streamprune.json says of a run up to its writing."""
     config, sweeper, plan, ids = job.config, job.sweeper, job.plan, job.ids
     skeleton, checkpoint = sweeper.skeleton, sweeper.skeleton.checkpoint
     options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
@@ -70,5 +70,5 @@ def _source_name(model: str) -> str:
 
 
 def _base_name(model: str) -> str:
-    """What the card calls the source: a hub id as it is, a directory by its name."""
+    """Name the source for the card: a hub id as it is, a directory by its last name."""
     return Path(model).absolute().name if Path(model).is_dir() else model

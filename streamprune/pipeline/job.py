@@ -1,4 +1,4 @@
-"""The part of a run that scores and writes: units or layers by their scores, or weights as they are scored."""
+"""Part of a run that scores and writes: units or layers by their scores, or weights as they are scored."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 @dataclass(frozen=True)
 class Done:
-    """What a job has written.
+    """Result of a job: what it has written.
 
     Attributes:
         form: of the output, with the units that stay.
@@ -48,7 +48,7 @@ class Done:
 
 @dataclass
 class Job:
-    """A planned run on an open model.
+    """Job: a planned run on an open model.
 
     Attributes:
         ids: calibration tokens [n, seq] of the method, if it needs any.
@@ -73,7 +73,7 @@ class Job:
     predicted: Mapping[str, float] = field(default_factory=dict)
 
     def score(self) -> UnitScores | LayerScores:
-        """Scores of units or layers."""
+        """Score units or layers by the method, or take the scores from the journal if all of them are there."""
         statistics = self._statistics(self.journal)
         layers = self.config.target == "layers"
         scores = (
@@ -86,7 +86,7 @@ class Job:
                 return scores
         with self._scoring():
             METHODS[self.config.method].score(statistics, self.plan.settings, scores)
-        self.sweeper.close()
+        self.sweeper.close()  # hidden states go before the repair and the writing take memory
         if self.journal is not None:
             self.journal.facts["costs"] = self.costs
             self.journal.finish_scores(self.plan.layers)
@@ -126,6 +126,7 @@ class Job:
         shard_size = self.config.max_shard_size
         with OutputWriter(plan.form, directory, shard_size, digests) as writer:
             if journal is not None:
+                # Tensors are on the disk before a commit says that they need not be written again.
                 journal.before_commit = writer.sync
 
             def write(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
@@ -142,13 +143,13 @@ class Job:
         return self._finish(plan.form, directory, source_hash, zeros=(zeros, total))
 
     def _finish(self, form: OutputForm, directory: Path, source_hash: str, *, zeros: tuple[int, int] = (0, 0)) -> Done:
-        """Write what lies beside the tensors."""
+        """Write what lies beside the tensors, and return the result."""
         config = form.config(zeros[0] / form.skeleton.parameters)
         self.companions.write(config, directory, files=form.files())
         return Done(form, zeros, source_hash)
 
     def _saves(self, writer: OutputWriter) -> Callable[[], None]:
-        """What makes all that was written so far count, where the run can be resumed."""
+        """Return a function that makes all that was written so far count, where the run can be resumed."""
         if self.journal is None:
             return lambda: None
         self.journal.before_commit = writer.sync
@@ -174,13 +175,13 @@ class Job:
             )
 
     def _stage(self, name: str, orders: Iterable[Sequence[int]]) -> AbstractContextManager[None]:
-        """A stage that passes the layers in these orders."""
+        """Open a stage of the progress that passes the layers in these orders."""
         total = sum(self.sweeper.pager.bytes_of(layer) for order in orders for layer in order)
         return self.progress.stage(name, total, self.predicted.get(name))
 
     @contextmanager
     def _scoring(self) -> Iterator[None]:
-        """The stage in which the method works; its figures go into `costs`."""
+        """Open the stage in which the method works; its figures go into `costs`."""
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         shape = (0, 0) if self.ids is None else (len(self.ids), self.ids.shape[1])
         task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=method.sweeps(self.plan.settings))

@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, plain lines elsewhere, or JSON for machines."""
+"""Progress of a run while it works: a bar on a terminal, plain lines elsewhere, or JSON for machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVENT_SECONDS = 1.0  # between events for machines
 
 
 class Progress:
-    """Give `advance` to what reads layers, and wrap each long step in `stage`.
+    """Reporter of progress: give `advance` to what reads layers, and wrap each long step in `stage`.
 
     Args:
         stream: to write to, by default stderr.
@@ -46,7 +46,7 @@ class Progress:
 
     @classmethod
     def of(cls, given: Any) -> Progress:
-        """What `prune` may be given as its progress: one of these, True, a class of bars, or nothing for silence.
+        """Make a Progress of what `prune` may be given: one of these, True, a class of bars, or nothing for silence.
 
         Raises:
             UsageError: anything else.
@@ -60,12 +60,12 @@ class Progress:
         raise UsageError(f"progress {given!r}: give True, a class of bars such as tqdm, or a Progress")
 
     def say(self, text: str) -> None:
-        """A few lines about the run, unless quiet."""
+        """Say a few lines about the run, unless quiet."""
         self._tell("message", {"text": text}, text)
 
     @contextmanager
     def stage(self, name: str, total: int, seconds: float | None = None) -> Iterator[None]:
-        """A step that passes `total` bytes of layers, for which a plan predicted `seconds`."""
+        """Open a step that passes `total` bytes of layers, for which a plan predicted `seconds`."""
         self._tell("stage", {"stage": name, "total_bytes": total, "predicted_seconds": seconds}, None)
         bar = self._bars(
             total=total,
@@ -88,7 +88,7 @@ class Progress:
     def advance(
         self, nbytes: int, *, read: int | None = None, layer: int | None = None, waited: float = 0.0, skipped: int = 0
     ) -> None:
-        """A layer of `nbytes` is done.
+        """Report that a layer of `nbytes` is done.
 
         Args:
             skipped: bytes that the stage passes less than was said, since an earlier run has passed them.
@@ -115,7 +115,7 @@ class Progress:
             self._tell("progress", figures, f"{stage.name}: {stage.share:.0%}, {_so_far(figures)}")
 
     def _tell(self, event: str, fields: Mapping[str, Any], line: str | None) -> None:
-        """The event with its fields to machines, the line, if there is one, to people."""
+        """Write the event with its fields for machines, or the line, if there is one, for people."""
         text = json.dumps({"event": event, **fields}) if self.as_json else line
         if text is not None and not self.quiet:
             print(text, file=self.stream, flush=True)
@@ -123,7 +123,7 @@ class Progress:
 
 @dataclass
 class _Stage:
-    """A stage so far.
+    """State of a stage so far.
 
     Attributes:
         total, done: bytes of layers, and those that were passed. read: bytes read for them.
@@ -145,7 +145,7 @@ class _Stage:
     waited: float = 0.0
 
     def skip(self, nbytes: int) -> None:
-        """Of `total`, so many bytes will not be passed."""
+        """Take off `total` so many bytes that will not be passed."""
         if self.predicted is not None and self.total:
             self.predicted *= (self.total - nbytes) / self.total
         self.total -= nbytes
@@ -156,7 +156,7 @@ class _Stage:
         return self.done / self.total if self.total else 1.0
 
     def figures(self, now: float) -> dict[str, Any]:
-        """What there is to say; bytes/s and shares are over the stage so far."""
+        """Gather the figures to report, by name; bytes/s and shares are over the stage so far."""
         from streamprune.streaming.device import peaks  # torch: until there is a stage, nothing needs it
 
         elapsed = now - self.start
@@ -174,7 +174,7 @@ class _Stage:
         }
 
     def _eta(self, elapsed: float) -> float | None:
-        """Seconds to the end after t seconds, at the share f of the bytes; None where nothing is known.
+        """Estimate the seconds to the end, after t seconds at the share f of the bytes; None where nothing is known.
 
         Without a plan t (1 − f) / f: what is left over the measured rate. A plan of P seconds has (1 − f) P left, which
         measuring corrects by the ratio r = t / (f P) of measured to predicted so far, weighted by the share done:
@@ -189,7 +189,7 @@ class _Stage:
 
 
 def _so_far(figures: Mapping[str, Any]) -> str:
-    """Where a stage stands: layer 17, 1.2 GB/s, waiting for reads 12%, ETA 3:20, peak memory 2.3 GB."""
+    """Say where a stage stands: layer 17, 1.2 GB/s, waiting for reads 12%, ETA 3:20, peak memory 2.3 GB."""
     eta = figures["eta_seconds"]
     parts = [
         *([f"layer {figures['layer']}"] if figures["layer"] is not None else []),

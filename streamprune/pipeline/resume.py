@@ -1,4 +1,4 @@
-"""Going on from an earlier run: what it must have in common with this one, and what it has left."""
+"""Resumption of an earlier run: what it must have in common with this one, and what it has left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ def open_journal(
     directory: Path,
     progress: Progress,
 ) -> Journal:
-    """The journal of this run, or of the one before that it goes on from."""
+    """Open the journal of this run, or of the one before that it goes on from.
+
+    Raises:
+        UsageError: the journal there is of another run.
+        OutputError: it cannot be written, or another run uses it.
+        JournalError: it is damaged.
+    """
     journal = Journal(directory, _fingerprint(config, skeleton, ids, repair_ids))
     try:
         _take_over(journal, directory / "output", progress)
@@ -39,7 +45,7 @@ def open_journal(
 
 
 def _take_over(journal: Journal, partial_output: Path, progress: Progress) -> None:
-    """What of an earlier run's output counts stays, the rest goes."""
+    """Keep what counts of an earlier run's output, and remove the rest."""
     if journal.facts.get("digests") and not partial_output.is_dir():
         progress.say(
             f"{partial_output} is gone; the run begins anew{', from its scores' * bool(journal.facts.get('scored'))}"
@@ -55,12 +61,13 @@ def _take_over(journal: Journal, partial_output: Path, progress: Progress) -> No
 def _fingerprint(
     config: PruneConfig, skeleton: Skeleton, ids: Tensor | None, repair_ids: Tensor | None
 ) -> dict[str, str | None]:
-    """What decides the bytes that come out: options, versions, tokens, and the source's headers, sizes and dates."""
+    """Gather what decides the bytes that come out: options, versions, tokens, the source's headers, sizes and dates."""
     options = {
         flag_of(name): str(getattr(config, name))
         for name, said in options_of(config).items()
         if said.changes_bytes and not said.resolved
     }
+    # Not a hash of the weights, which would read the whole checkpoint before the run begins.
     source = hashlib.sha256(repr(sorted(skeleton.checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
     source.update((skeleton.checkpoint.path / "config.json").read_bytes())
     for file in skeleton.checkpoint.files:
@@ -72,25 +79,25 @@ def _fingerprint(
 
 
 def hash_ids(ids: Tensor | None) -> str | None:
-    """SHA-256 of token ids, int64: the text may change or go, what was computed on is known."""
+    """Hash token ids, int64, by SHA-256: the text may change or go, what was computed on is known."""
     return None if ids is None else hashlib.sha256(byte_view(ids.contiguous())).hexdigest()
 
 
 def already_there(journal_directory: Path | None) -> int:
-    """Bytes that an earlier run has taken for its output and its state."""
+    """Count the bytes that an earlier run has taken for its output and its state."""
     if journal_directory is None or not journal_directory.is_dir():
         return 0
     return sum(file.stat().st_size for file in journal_directory.rglob("*") if file.is_file())
 
 
 def remove_finished(directory: Path) -> None:
-    """The journal of a run that was killed when its output was there already: none is under way in it any more."""
+    """Remove the journal of a run that was killed when its output was there already: nothing in it is under way."""
     if (directory / JOURNAL).is_file() and not (directory / "output").exists() and not in_use(directory):
         remove_journal(directory)
 
 
 def say_what_stays(directory: Path, progress: Progress, kind: type[BaseException] | None, *rest: object) -> None:
-    """Of a run that did not end well: where its journal is. One that holds nothing goes."""
+    """Say, of a run that did not end well, where its journal is; a journal that holds nothing goes."""
     if kind is not None and not (directory / JOURNAL).is_file():
         remove_journal(directory)
     elif kind is not None and not issubclass(kind, JournalError):

@@ -1,4 +1,4 @@
-"""The whole pipeline on one page: from a PruneConfig to a directory that loads."""
+"""Whole pipeline on one page: from a PruneConfig to a directory that loads."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the pag
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What came of a run.
+    """Result of a run.
 
     Attributes:
         output: the directory. layout: "same", "stock" or "ragged".
@@ -72,7 +72,7 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class _Written:
-    """What is left of an output's form when the source is closed."""
+    """Remainder of an output's form when the source is closed: its class, and the units that stay."""
 
     form: type[OutputForm]
     kept: KeptUnits
@@ -80,7 +80,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will do: in words, and where things stay; `seconds` of each stage where rates are known."""
+    """Forecast of a run: in words, and where things stay; `seconds` of each stage where rates are known."""
 
     text: str
     placement: Placement
@@ -101,7 +101,7 @@ def prune(
     Args:
         progress: True for lines or bars on stderr, a class of bars such as `tqdm.notebook.tqdm`, or a `Progress`; by
             default nothing is said.
-        form: of the output, another than the options say.
+        form: class of the output's form, where it is another than the options say.
 
     Raises:
         StreampruneError: anything that cannot be done, with the remedy; nothing is left at the output then.
@@ -137,7 +137,11 @@ def _score_and_write(
     journal_directory: Path | None,
     form: type[OutputForm] | None,
 ) -> tuple[Path, dict[str, Any], _Written, Tensor | None]:
-    """Everything that needs the source: the new directory (on `output`), its facts, kept units, evaluation ids."""
+    """Do everything that needs the source.
+
+    Returns:
+        The new directory, which `output` renames when it is closed; the facts; form and kept units; evaluation ids.
+    """
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
@@ -199,7 +203,7 @@ def _check_output_space(
 
 
 def _prepare_companions(config: PruneConfig, plan: Plan, progress: Progress) -> companions.Companions:
-    """What comes along beside the tensors; what does not is said."""
+    """Decide what comes along beside the tensors, and say what does not."""
     found = companions.prepare(plan.form, trust_remote_code=config.trust_remote_code)
     for note in found.notes:
         progress.say(note)
@@ -209,7 +213,7 @@ def _prepare_companions(config: PruneConfig, plan: Plan, progress: Progress) -> 
 def _source(
     config: PruneConfig, progress: Progress | None = None, *, planned: torch.device | None = None
 ) -> AbstractContextManager[Sweeper]:
-    """The model that is pruned, opened as the options say."""
+    """Open the model that is pruned, as the options say."""
     source = Source(
         config.model,
         device=config.device,
@@ -241,7 +245,7 @@ def _settle(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to
 
 
 def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> Forecast:
-    """What `prune(config)` will hold and read, a row per stage; seconds where rates are measured or assumed.
+    """Forecast what `prune(config)` will hold and read, a row per stage; seconds where rates are measured or assumed.
 
     Its public name is `streamprune.plan`:
 
@@ -297,7 +301,11 @@ def _perplexity_after(
 
 
 def _refuse_in_place(config: PruneConfig, source: Path) -> None:
-    """--overwrite must not remove what the run reads."""
+    """Refuse an output that is or holds what the run reads: --overwrite would remove it.
+
+    Raises:
+        OutputError: it names what is read.
+    """
     output = config.output.resolve()
     batches = [Path(text) for text in (config.calibration, config.evaluate) if text]
     for read in (source, *batches):

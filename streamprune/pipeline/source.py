@@ -1,4 +1,4 @@
-"""A model opened for sweeps."""
+"""Source of a run: a model, opened for sweeps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from streamprune.streaming.sweeper import Sweeper
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and how it is computed with and read. The options of `PruneConfig` by the same names.
+    """Model, and how it is computed with and read; the options of `PruneConfig` by the same names.
 
     Attributes:
         model: directory or hub id.
@@ -45,7 +45,7 @@ class Source:
 
     @contextmanager
     def open(self, progress: Progress | None = None) -> Iterator[Sweeper]:
-        """The model ready for sweeps for as long as the block runs: checkpoint, skeleton and pager.
+        """Open the model for sweeps, as long as the block runs: checkpoint, skeleton and pager.
 
         Raises:
             StreampruneError: a model that cannot be read, a device that is not there.

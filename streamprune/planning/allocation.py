@@ -1,4 +1,4 @@
-"""From scores to what is kept: how many units go from each layer, and which; or which layers."""
+"""Allocation: from scores to what is kept, how many units go from each layer and which; or which layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ UnitCosts = Mapping[int, Mapping[Kind, int]]  # parameters of a unit, by layer a
 
 @dataclass(frozen=True)
 class Ratios:
-    """What is to be removed of each prunable layer.
+    """Fractions that are to be removed of each prunable layer.
 
     Attributes:
         total: fraction of its prunable parameters.
@@ -42,11 +42,13 @@ def uniform(
     *,
     stock: bool,
 ) -> dict[Kind, int]:
-    """Units to remove from a layer: whole KV groups by floor(r·groups), then channels that fill the rest of its
-    parameter budget to the nearest channel. Where no channels can go, the nearest KV group.
+    """Count the units to remove from a layer, by kind.
+
+    Whole KV groups go by floor(r·groups), then channels fill the rest of the layer's parameter budget to the nearest
+    channel. Where no channels can go, KV groups meet the budget to the nearest group.
 
     Args:
-        geometry: of the layer.
+        geometry: sizes of the layer.
         costs: parameters of one of its units of each kind.
         stock: land on a head count that the family's stock class accepts; channels take the rest.
 
@@ -71,7 +73,7 @@ def uniform(
 def _groups(
     family: Family, geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, hidden_size: int, *, stock: bool
 ) -> int:
-    """KV groups to remove from a layer."""
+    """Count the KV groups to remove from a layer."""
     share = ratios.total if ratios.attention is None else ratios.attention
     alone = "channel" not in costs  # nothing else makes up what rounding leaves
     groups = math.floor(share * geometry.kv_groups + (0.5 if alone else FLOOR_SLACK))
@@ -85,7 +87,7 @@ def _groups(
 
 
 def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, groups: int) -> int:
-    """Channels to remove from a layer that loses so many KV groups."""
+    """Count the channels to remove from a layer that loses so many KV groups."""
     if ratios.mlp is not None:
         wanted = ratios.mlp * geometry.channels
     else:
@@ -105,18 +107,19 @@ def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, gro
 
 
 def _stock_groups(family: Family, geometry: Geometry, groups: int, hidden_size: int) -> int:
-    """The largest number of groups up to `groups` after which the stock class accepts the head count."""
+    """Return the largest number of groups, up to `groups`, after whose removal the stock class takes the heads."""
     while groups and not stock_takes(family, geometry, geometry.kv_groups - groups, hidden_size):
         groups -= 1
     return groups
 
 
 def keep_highest(scores: Tensor, removed: int) -> list[int]:
-    """Indices (ascending) that remain when exactly `removed` of `scores` [units] go, the lowest first.
+    """List the indices (ascending) that remain when exactly `removed` of `scores` [units] go, the lowest first.
 
     Of equal scores the lowest index goes first.
     """
     _check_finite(scores)
+    # By rank, not by a threshold: equal scores on its wrong side would change the count.
     order = torch.argsort(scores, stable=True)
     return sorted(order[removed:].tolist())
 
@@ -129,7 +132,7 @@ def _check_finite(scores: Tensor) -> None:
 def select(
     scores: Mapping[int, Mapping[Kind, Tensor]], removed: Mapping[int, Mapping[Kind, int]], everything: KeptUnits
 ) -> KeptUnits:
-    """Kept units of every layer when so many go of some; of the others, `everything`."""
+    """Return the kept units of every layer when so many go of some; of the others, `everything`."""
     return everything | {
         layer: {kind: keep_highest(scores[layer][kind], count) for kind, count in counts.items()}
         for layer, counts in removed.items()
@@ -138,7 +141,7 @@ def select(
 
 @dataclass(frozen=True)
 class GlobalRule:
-    """How units of all prunable layers are compared.
+    """Rule by which the units of all prunable layers are compared.
 
     Attributes:
         ratio: fraction of their parameters that goes.
@@ -153,18 +156,22 @@ class GlobalRule:
     round_to: int = 1
 
     def step(self, kind: Kind) -> int:
-        """How many units of a kind go together."""
+        """Return how many units of a kind go together."""
         return self.round_to if kind == "channel" else 1
 
     def most(self, kind: Kind, units: int) -> int:
-        """How many of `units` a layer may lose."""
+        """Return how many of its `units` a layer may lose."""
         step = self.step(kind)
         least = max(1, math.ceil(self.min_keep * units - FLOOR_SLACK))
         return max(0, units - -(-least // step) * step)
 
 
 def check_global(rule: GlobalRule, costs: UnitCosts, prunable: KeptUnits) -> None:
-    """Refuse a ratio that `min_keep` does not leave room for in the prunable layers, of which all units are given."""
+    """Refuse a ratio that `min_keep` does not leave room for in the prunable layers, of which all units are given.
+
+    Raises:
+        UsageError: with the largest ratio that there is room for.
+    """
     rooms = [
         (costs[layer][kind], len(units), rule.most(kind, len(units)))
         for layer, kinds in prunable.items()
@@ -185,7 +192,7 @@ def allocate_globally(
     costs: UnitCosts,
     everything: KeptUnits,
 ) -> KeptUnits:
-    """Kept units when the lowest of all layers with scores go, until the budget of parameters is met.
+    """Choose kept units when the lowest of all layers with scores go, until the budget of parameters is met.
 
     Units go in blocks of `rule.step`, in the order of their mean scores (per unit); the first block of a layer is as
     small as makes the rest a multiple. A block that is too large for what is left of the budget is passed over, so
@@ -208,7 +215,7 @@ def allocate_globally(
 
 
 def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tuple[float, int]]:
-    """(mean normalised score, size) of the blocks of one layer and kind that may go, lowest first."""
+    """List (mean normalised score, size) of the blocks of one layer and kind that may go, lowest first."""
     _check_finite(values)
     ordered = values.double().sort().values
     if rule.normalize == "raw":
@@ -224,7 +231,7 @@ def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tup
 
 
 def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:
-    """How many of the prunable layers go: the nearest number to the ratio.
+    """Count the prunable layers that go: the nearest number to the ratio.
 
     Raises:
         UsageError: none although the ratio is not 0, or all of the model.
@@ -238,7 +245,7 @@ def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:
 
 
 def select_layers(scores: Mapping[int, float], count: int, everything: KeptUnits, *, contiguous: bool) -> KeptUnits:
-    """All units of the layers that remain when the `count` lowest-scored go, or the lowest run of `count`."""
+    """Return all units of the layers that remain when the `count` lowest-scored go, or the lowest run of `count`."""
     prunable = list(scores)
     values = torch.tensor([scores[layer] for layer in prunable], dtype=torch.float64)
     if contiguous and count:
@@ -252,7 +259,7 @@ def select_layers(scores: Mapping[int, float], count: int, everything: KeptUnits
 
 
 def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool, whole: bool = False) -> range:
-    """The prunable layers: `given` as [A, B), by default [4, L − 2) as published, or the `whole` model.
+    """Return the prunable layers: `given` as [A, B), by default [4, L − 2) as published, or the `whole` model.
 
     Raises:
         UsageError: a range that is empty, outside the model, or not all layers with `stock`.

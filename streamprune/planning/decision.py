@@ -1,4 +1,4 @@
-"""What is decided before any layer's weights are read: what goes, how the output is laid out, what it takes."""
+"""Decisions before any layer's weights are read: what goes, how the output is laid out, what it takes."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choice:
-    """What goes.
+    """Choice of what goes.
 
     Attributes:
-        widths: kept units of some choice of the same size: what is to be known before there are scores.
-        keep: kept units by the scores.
-        what: in words.
-        allocation: of units: "uniform" or "global".
+        widths: kept units of some choice of the same size, from which sizes are known before there are scores.
+        keep: gives the kept units by the scores.
+        what: the choice in words.
+        allocation: that of units: "uniform" or "global".
     """
 
     widths: KeptUnits
@@ -75,10 +75,10 @@ class Choice:
 
 
 def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | None = None) -> Plan:
-    """Decide, and refuse what cannot be done.
+    """Decide what a run does to a model, and refuse what cannot be done.
 
     Args:
-        form: of the output, another than the options say.
+        form: class of the output's form, where it is another than the options say.
 
     Raises:
         UsageError: a ratio, range or layout that does not fit the model.
@@ -104,6 +104,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         repair = repair_goal(skeleton, "stream" if config.target == "layers" else config.compensate_target)
     something_goes = choice.widths != skeleton.all_units()
     biases = settings.get("bias") == "yes" and repair is None and something_goes
+    # By `keep`, which chooses the family's own class where it takes these widths.
     planned = form_class(config, form)(skeleton, choice.widths, layers, biases).keep(choice.widths)
     if planned.added_biases and (config.stock or not skeleton.family.ragged):
         raise UsageError("no stock class has biases on o and down alone; leave them out with --no-bias")
@@ -121,7 +122,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
 
 
 def form_class(config: PruneConfig, form: type[OutputForm] | None = None) -> type[OutputForm]:
-    """The form of output that the options say, or the `form` that is given instead."""
+    """Return the form of output that the options say, or the `form` that is given instead."""
     if form is not None:
         return form
     if config.compress:
@@ -137,7 +138,7 @@ def written_form(facts: Mapping[str, Any]) -> type[OutputForm]:
 
 
 def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:
-    """All units stay."""
+    """Choose for `weights` and N:M, where all units stay."""
     everything = skeleton.all_units()
     share = config.granularity if config.n_of_m else f"{1 - _ratio(config):.1%}"
     where = "in blocks of their columns" if config.method == "sparsegpt" and not config.n_of_m else "in every row"
@@ -189,7 +190,7 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, lay
 
 
 def _span(counts: Iterable[int]) -> str:
-    """Numbers of different layers as one, or as the least and the largest."""
+    """Write the numbers of several layers as one, or as the least and the largest."""
     found = sorted(set(counts))
     return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
@@ -222,7 +223,11 @@ def _ratio(config: PruneConfig) -> float:
 
 
 def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsity:
-    """The pattern, which every matrix of the prunable layers must be able to have."""
+    """Make the pattern of weights, which every matrix of the prunable layers must be able to have.
+
+    Raises:
+        UsageError: M does not divide the rows of a matrix.
+    """
     n, m = config.n_of_m or (0, 0)
     for layer in layers if m else ():
         for name, transposed in skeleton.matrices(layer).items():
@@ -236,7 +241,7 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
 
 
 def _state(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], layers: range) -> dict[KeptState, int]:
-    """Bytes of what the method keeps between its sweeps."""
+    """Count the bytes of what the method keeps between its sweeps, by kind of state."""
     scored = {member.tensor for member in skeleton.family.members if member.scored}
     elements = [
         skeleton.shapes(layer)[name].numel()
@@ -254,7 +259,7 @@ def _state(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any],
 
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
-    """The plan in a few lines."""
+    """Describe a plan in a few lines."""
     total, gone = skeleton.parameters, removed_parameters(skeleton, plan.costs, plan.choice.widths)
     what = plan.choice.what
     if config.target != "weights":
@@ -280,12 +285,12 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
 
 
 def prunable_parameters(skeleton: Skeleton, costs: UnitCosts, layers: Iterable[int]) -> int:
-    """Parameters of all units of these layers."""
+    """Count the parameters of all units of these layers."""
     return sum(cost * skeleton.geometries[layer].units(kind) for layer in layers for kind, cost in costs[layer].items())
 
 
 def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) -> int:
-    """Parameters that go when `kept` stay; added biases are not counted."""
+    """Count the parameters that go when `kept` stay; added biases are not counted."""
     gone = 0
     for layer, everything in skeleton.all_units().items():
         if layer in kept:

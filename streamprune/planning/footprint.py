@@ -1,4 +1,4 @@
-"""What each step of a run holds, passes and computes: bytes by purpose, layers in order, FLOPs.
+"""Footprint of each step of a run: bytes held by purpose, layers passed in order, FLOPs.
 
 Everything comes from config.json and the shard headers. Bytes are upper bounds of what tensors need at one time; holes
 in the heap are not counted.
@@ -32,9 +32,9 @@ def stages(
     state: Place,
     micro_batch: int,
 ) -> list[Stage]:
-    """The steps of a run, with hidden states at `where` and the method's state on the host or on scratch.
+    """List the steps of a run, with hidden states at `where` and the method's state on the host or on scratch.
 
-    Reading is not filled in yet.
+    Bytes read are not filled in yet, since they depend on how many layers stay on the device.
     """
     found, n_layers = list[Stage](), sizes.sweeper.n_layers
     if work.evaluation is not None:
@@ -51,7 +51,7 @@ def stages(
 
 
 def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
-    """Forward sweeps over groups of segments, as `perplexity` makes them."""
+    """Stage of forward sweeps over groups of segments, as `perplexity` makes them."""
     count = sweeps_needed(sizes.sweeper, torch.empty(shape, device="meta"))
     whole = Task(sizes, shape)
     group = Task(sizes, (-(-shape[0] // count), shape[1]), default_micro_batch(shape[1]), where)
@@ -74,7 +74,7 @@ def scoring(
     state: Place,
     micro_batch: int,
 ) -> Stage:
-    """The stage in which the method works: of what it needs, the largest counts, and all the work.
+    """Stage in which the method works: of what its needs hold the largest counts, and of their work the sum.
 
     Args:
         shape: sequences, and tokens of each. where: hidden states stay there. state: what the method keeps between
@@ -108,7 +108,7 @@ def scoring(
 def _repair(
     sizes: Sizes, config: PruneConfig, shape: Shape, where: Place, passes: Sequence[Sequence[int]], gaps: int
 ) -> Stage:
-    """Hidden states of both models before and after a layer and after gaps, and a layer's least squares."""
+    """Stage of the repair: hidden states of both models before and after a layer and after gaps, least squares."""
     task, fitted = Task(sizes, shape, config.micro_batch or default_micro_batch(shape[1]), where), passes[-1]
     inputs, size = sizes.most(_widest_input, fitted), task.sum_itemsize
     apart = where == "device" and is_gpu(sizes.sweeper.skeleton.device)  # those after gaps go to the host
@@ -141,7 +141,7 @@ def _widest_input(layer: LayerSizes) -> int:
 
 
 def _writing(sizes: Sizes, rest: Sequence[int], nbytes: int) -> Stage:
-    """Layers that were not written on the way, embeddings and head: `nbytes` with what was."""
+    """Stage that writes the layers that were not written on the way, embeddings and head: `nbytes` with what was."""
     # Embeddings and head are read once more and written as a whole, the tensors of a layer some at a time.
     largest = max(entry.nbytes for entry in sizes.sweeper.skeleton.checkpoint.tensors.values())
     together = sizes.most(lambda layer: sum(layer.stored[:WRITERS]), range(sizes.sweeper.n_layers))

@@ -1,4 +1,4 @@
-"""Where hidden states and layers stay in a run, so that it fits into its budget and reads least."""
+"""Placement of hidden states and layers in a run, so that it fits into its budget and reads least."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GPU_SHARE = 0.9  # of what is free, where no budget is given
 
 @dataclass(frozen=True)
 class Placement:
-    """Where things stay in a run.
+    """Places where things stay in a run.
 
     Attributes:
         slots: layers that the device may hold. place: where hidden states stay. state: what the method keeps does.
@@ -51,13 +51,13 @@ class Placement:
 
 
 def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work, *, baseline: int) -> Placement:
-    """The placement that reads least within the budget.
+    """Choose the placement that reads least within the budget.
 
     Args:
         baseline: bytes of the process without any tensors of the model.
 
     Raises:
-        StreampruneError: nothing fits; names the smallest budget that would do.
+        StreampruneError: nothing fits; it names the smallest budget that would do.
     """
     gpu = is_gpu(sweeper.skeleton.device)
     if config.gpu_memory is not None and not gpu:
@@ -65,6 +65,7 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
     limits = _limits(config, sweeper, gpu)
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
     sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
+    # Smaller micro-batches come last: sums differ by them in their last bits, by where things stay they do not.
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
             (stages(sizes, config, plan, work, where, state, micro_batch), where, state)
@@ -89,7 +90,7 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
 
 
 def _places(config: PruneConfig, gpu: bool) -> list[Place]:
-    """Where hidden states may stay, the fastest first."""
+    """List the places where hidden states may stay, the fastest first."""
     places: list[Place] = ["device"]
     if gpu:
         places.append("host")
@@ -99,26 +100,27 @@ def _places(config: PruneConfig, gpu: bool) -> list[Place]:
 
 
 def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
-    """Where the method's state may stay; what can be resumed has it in the journal."""
+    """List the places where the method's state may stay; a run that can be resumed has it in its journal."""
     spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
     return ["host", "scratch"] if spill else ["host"]
 
 
 def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]:
-    """Bytes of the device (none of its own beside a CPU) and of the process."""
+    """Return the bytes that the device (0 where it is the CPU) and the process may hold."""
     process = psutil.Process().memory_info().rss
     host = config.host_memory if config.host_memory is not None else psutil.virtual_memory().available + process
     if not gpu:
         return 0, host
     device = config.gpu_memory
     if device is None:
+        # Embeddings and head are there already, and are among what is planned: so they count as free.
         loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.loaded else 0
         device = int(free_memory(sweeper.skeleton.device) * GPU_SHARE) + loaded
     return device, host
 
 
 def _micro_batches(config: PruneConfig, default: int) -> list[int]:
-    """As the user says; else the default, and halves of it where memory is short."""
+    """List the micro-batches to try: what the user says, else the default, and halves of it where memory is short."""
     if config.micro_batch is not None:
         return [config.micro_batch]
     sizes = [default]
@@ -128,21 +130,21 @@ def _micro_batches(config: PruneConfig, default: int) -> list[int]:
 
 
 def _peaks(found: Sequence[Stage], gpu: bool) -> tuple[int, int]:
-    """Peak bytes of tensors on the device and in the process."""
+    """Return the peak bytes of tensors on the device and in the process."""
     if gpu:
         return max(sum(stage.device.values()) for stage in found), max(sum(stage.host.values()) for stage in found)
     return 0, max(sum(stage.device.values()) + sum(stage.host.values()) for stage in found)
 
 
 def _slots(sweeper: Sweeper, config: PruneConfig, left: int, gpu: bool) -> int:
-    """What is left over keeps layers; beside a CPU only what is left of a budget: the page cache keeps them too."""
+    """Count the slots that `left` bytes allow; on a CPU two without a budget, since the page cache keeps layers too."""
     if not gpu and config.host_memory is None:
         return 2
     return max(2, min(sweeper.n_layers, 2 + left // sweeper.pager.slot_bytes))
 
 
 def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[Stage]:
-    """Bytes that each stage reads, all of them in turn."""
+    """Fill in the bytes that each stage reads: in turn, since one begins with the layers that the last one left."""
     pager, before = sweeper.pager, 0
     kept, pager.slots = pager.slots, slots
     passes: list[tuple[Sequence[int], Turn]] = []
@@ -157,7 +159,7 @@ def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[
 
 
 def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, int], limits: tuple[int, int]) -> str:
-    """One line with the smallest budget that would do."""
+    """Say in one line what budget is lacking, the smallest that would do, and what to try instead."""
     device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in needed)
     host += baseline + DRIFT
     lacking = []
@@ -186,7 +188,7 @@ def _mib(nbytes: int) -> str:
 
 
 def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) -> str:
-    """A row per stage: bytes held, read and written, and seconds where rates are known."""
+    """Draw a table with a row per stage: bytes held, read and written, and seconds where rates are known."""
     gpu = placement.device_bytes > 0
     extra = (placement.slots - 2) * sweeper.pager.slot_bytes
     baseline = placement.host_bytes - max(
@@ -209,7 +211,7 @@ def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) 
 
 
 def placement_line(placement: Placement, sweeper: Sweeper) -> str:
-    """The placement in one line."""
+    """Describe a placement in one line."""
     where = {"device": "stay in memory", "host": "go to host memory", "scratch": f"go to {placement.scratch}"}
     state = f", the method's state to {placement.scratch}" if placement.state == "scratch" else ""
     gpu = f"{human(placement.device_bytes)} on the GPU and " if placement.device_bytes else ""
@@ -222,7 +224,7 @@ def placement_line(placement: Placement, sweeper: Sweeper) -> str:
 
 
 def placement_facts(placement: Placement) -> dict[str, Any]:
-    """What streamprune.json says of a placement."""
+    """Return what streamprune.json says of a placement."""
     return {
         "slots": placement.slots,
         "hidden_states": placement.place,

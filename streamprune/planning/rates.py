@@ -1,6 +1,6 @@
-"""How fast this machine reads and computes, measured in seconds on one layer, or what a card is assumed to do.
+"""Rates at which this machine reads and computes, measured in seconds on one layer, or assumed of a card.
 
-Where layers differ, that is one of the shapes that most of them have.
+Where layers differ, the one that is measured has the shapes that most of them have.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed a
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
+    """Rates: bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
 
-    `noise`, `factors` and `updates` are those of a Stage's work of that name, a second.
+    `noise`, `factors` and `updates` are how much of a Stage's work of that name is done in a second.
     """
 
     read: float
@@ -55,36 +55,37 @@ class Rates:
 
 
 def assumed(card: str) -> Rates:
-    """What a row of CARDS gives, with an NVMe drive."""
+    """Return the rates of a row of CARDS, with an NVMe drive."""
     peak, _ = CARDS[card]
     flops = peak * 1e12 * UTILISATION
     return Rates(DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {peak:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s")
 
 
 def seconds(stage: Stage, rates: Rates) -> float:
-    """Of a stage: reading hides behind computing, or the other way round."""
+    """Estimate the seconds that a stage takes: reading hides behind computing, or the other way round."""
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
     # The scratch disk is taken to be as fast as the checkpoint's, or the same.
     return max((stage.read + stage.moved) / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
 
 
 def default_cache() -> Path:
-    """$XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
+    """Return the directory $XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
 
 
 def known(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates | None:
-    """What was measured here before for layers of these sizes."""
+    """Return the rates that were measured here before for layers of these sizes, if there are any."""
     rates = _saved(cache).get(_key(sweeper, seq_len))
     return None if rates is None else Rates(**rates)
 
 
 def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
-    """Rates of this machine with this model's layers; kept in `cache` for the next time."""
+    """Measure the rates of this machine with this model's layers, unless they are known; keep them in `cache`."""
     rates = known(sweeper, seq_len, cache)
     if rates is None:
         rates = Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here", *_beside(sweeper))
         cache.mkdir(parents=True, exist_ok=True)
+        # A file of this process's own, renamed when it is whole: several processes may measure at the same time.
         new = cache / f"{FILE}.{os.getpid()}"
         new.write_text(json.dumps(_saved(cache) | {_key(sweeper, seq_len): asdict(rates)}, indent=1))
         new.rename(cache / FILE)
@@ -99,7 +100,7 @@ def _saved(cache: Path) -> dict[str, Any]:
 
 
 def _key(sweeper: Sweeper, seq_len: int) -> str:
-    """What rates depend on: the device, the disk, and the sizes of a layer's call."""
+    """Name what rates depend on: the device, the disk, and the sizes of a layer's call."""
     skeleton = sweeper.skeleton
     device = device_name(skeleton.device) if is_gpu(skeleton.device) else platform.processor()
     shapes = sorted(tuple(shape) for shape in skeleton.shapes(Sizes(sweeper).commonest).values())
@@ -108,7 +109,7 @@ def _key(sweeper: Sweeper, seq_len: int) -> str:
 
 
 def _read(sweeper: Sweeper) -> float:
-    """Bytes/s of a sweep that computes nothing."""
+    """Measure the bytes/s of a sweep that computes nothing."""
     checkpoint, start = sweeper.skeleton.checkpoint, time.perf_counter()
     before = checkpoint.bytes_read
     with sweeper.pager.pages(range(sweeper.n_layers)) as pages:
@@ -119,7 +120,7 @@ def _read(sweeper: Sweeper) -> float:
 
 
 def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
-    """FLOP/s of a layer forwards, and backwards with its weights' gradients and the forward pass they need."""
+    """Measure FLOP/s of a layer forwards, and backwards with its weights' gradients and the forward pass they need."""
     skeleton, batch, sizes = sweeper.skeleton, sweeper.micro_batch, Sizes(sweeper)
     layer = sizes.commonest
     ids = torch.zeros((1, seq_len), dtype=torch.int64)
@@ -146,7 +147,7 @@ def _compute(sweeper: Sweeper, seq_len: int) -> tuple[float, float]:
 
 
 def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
-    """Rates of noise, of triangular factors, of SparseGPT's columns."""
+    """Measure the rates of noise (weights/s), triangular factors (FLOP/s) and SparseGPT's columns (weights/s)."""
     skeleton, sizes = sweeper.skeleton, Sizes(sweeper)
     layer, width = sizes.commonest, sizes.most(lambda each: max(each.inputs), range(sweeper.n_layers))
     width = min(FACTOR_WIDTH, width)
@@ -165,7 +166,7 @@ def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
 
 
 def _seconds_of(run: Callable[[], object], device: torch.device) -> float:
-    run()
+    run()  # the first time takes longer: kernels are loaded, memory is taken
     synchronize(device)
     taken, start = 0, time.perf_counter()
     while time.perf_counter() - start < MEASURE_SECONDS:

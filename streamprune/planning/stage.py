@@ -1,4 +1,4 @@
-"""A step of a run in numbers."""
+"""Steps of a run in numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streamprune.streaming.costs import Cost, Shape
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed on: sequences of the method, of the repair and of the evaluation."""
+    """Sequences that a run computes on: those of the method, of the repair and of the evaluation; None without one."""
 
     calibration: Shape | None
     repair: Shape | None
@@ -19,7 +19,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage(Cost):
-    """A step of a run: what it costs, and what it reads and writes.
+    """Step of a run: what it costs, and what it reads and writes.
 
     Attributes:
         passes: the layers it passes, in order. read: bytes of them that are not in memory yet.

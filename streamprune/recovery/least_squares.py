@@ -32,7 +32,7 @@ from streamprune.streaming.walk import Visit, journalled_walk
 from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 RepairGoal = Literal["own", "stream"]
-# Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): the README has the table.
+# Measured on SmolLM2-135M at 8k to 131k tokens (bench/quality.py compensate): bench/README.md has the table.
 OWN_RIDGE = 0.001
 STREAM_RIDGE = 0.1
 # A layer as it is written: (its page, tensors that were fitted, by their names inside the layer).
@@ -41,9 +41,9 @@ Goals = MutableMapping[Key, Any]  # hidden states, or pieces of them, by (layer,
 
 
 def repair_goal(skeleton: Skeleton, wanted: RepairGoal | None) -> RepairGoal:
-    """What to fit to: as `wanted`, else `stream` where the family allows it.
+    """Choose what to fit to: as `wanted`, else `stream` where the family allows it.
 
-    It needs a layer's output to be its residual plus `down`'s output times a constant.
+    `stream` needs a layer's output to be its residual plus `down`'s output times a constant.
 
     Raises:
         UsageError: `stream` is wanted, and there are experts in the place of `down`, or a norm stands between them.
@@ -112,7 +112,7 @@ def compensate(
 
 
 def passes(sweeper: Sweeper, kept: KeptUnits) -> list[range]:
-    """The layers that `compensate` passes: up to the last gap, then up to the last layer that is fitted."""
+    """List the passes of `compensate`: up to the last gap, then up to the last layer that is fitted."""
     gone = _gone(sweeper, kept)
     fitted = [*_cut(sweeper.skeleton, kept), *(_before(layer, gone) for layer in gone)]
     return [*([range(max(gone) + 1)] if gone else []), range(max(fitted, default=-1) + 1)]
@@ -123,7 +123,7 @@ def _gone(sweeper: Sweeper, kept: KeptUnits) -> list[int]:
 
 
 def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
-    """The layers that lose units."""
+    """List the layers that lose units."""
     everything = skeleton.all_units()
     return [layer for layer, kinds in kept.items() if kinds != everything[layer]]
 
@@ -131,7 +131,7 @@ def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
 def _find_goals(
     sweeper: Sweeper, input_ids: Tensor, gone: list[int], micro_batch: int, goals: Goals, journal: Journal | None
 ) -> None:
-    """By the layer before each run of layers that go: the dense model's hidden states after the run."""
+    """Keep the dense model's hidden states after each run of layers that go, in `goals` by the layer before it."""
     ends = {end: _before(end, gone) for end in gone if end + 1 not in gone}
 
     def keep(visit: Visit) -> dict[str, States]:
@@ -147,7 +147,7 @@ def _find_goals(
 
 
 def _before(layer: int, gone: list[int]) -> int:
-    """The layer before the run of layers that ends with `layer`; −1 if it begins the model."""
+    """Return the layer before the run of layers that ends with `layer`; −1 if the run begins the model."""
     while layer in gone:
         layer -= 1
     return layer
@@ -155,7 +155,7 @@ def _before(layer: int, gone: list[int]) -> int:
 
 @dataclass
 class _Repair:
-    """The visitor that fits each layer and writes it."""
+    """Visitor that fits each layer and writes it."""
 
     sweeper: Sweeper
     kept: KeptUnits
@@ -186,6 +186,8 @@ class _Repair:
                 continue
             weight = visit.weights[member.tensor]
             lines = kept_lines(member, geometry, units[kind]).to(weight.device)
+            # The own output is that of the unpruned layer, so it is masked after the fit; the error against a goal is
+            # that of the pruned layer, so it is masked before.
             if wanted is not None:
                 mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
                 matrix = self._to_goal(visit, member, lines, wanted)
@@ -209,7 +211,7 @@ class _Repair:
         return found[0] if found else None
 
     def _to_own_output(self, visit: Visit, member: Member, lines: Tensor) -> Tensor:
-        """W' [d_out, kept] that puts out from x_S what W puts out from x; the unit's other matrices are still whole."""
+        """Fit W' [d_out, kept] that puts out from x_S what W does from x; the units' other matrices are still whole."""
         skeleton = self.sweeper.skeleton
         weights, pruned = visit.weights, None
         if any(m.kind == member.kind and m.is_norm for m in skeleton.family.members):
@@ -230,7 +232,7 @@ class _Repair:
         return self._solve(right, cross[lines] if gram is None else gram, ridge, visit.layer)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> Tensor:
-        """W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
+        """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
         matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
         cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
@@ -246,13 +248,17 @@ class _Repair:
         return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
 
     def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
-        """What the module of `member` is given [tokens, d_in] for some sequences; no more of the layer is computed."""
+        """Compute the input [tokens, d_in] of `member`'s module for some sequences, and no more of the layer."""
         with _given(visit, member, enough=True) as seen:
             self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
         return seen[0]
 
     def _solve(self, right: Tensor, gram: Tensor, ridge: float, layer: int) -> Tensor:
-        """right (H_S + λI)⁻¹; `gram` is overwritten."""
+        """Return right (H_S + λI)⁻¹ [d_out, kept]; `gram` is overwritten.
+
+        Raises:
+            StreampruneError: H_S + λI is singular.
+        """
         gram.diagonal().add_(ridge * gram.diagonal().mean())
         lower, failed = torch.linalg.cholesky_ex(gram)
         if failed:
@@ -264,7 +270,7 @@ class _Repair:
 
 @contextmanager
 def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[list[Tensor]]:
-    """What the module of `member` is given [tokens, d_in] in the block; with `enough` a pass ends where it is."""
+    """Collect the inputs [tokens, d_in] of `member`'s module in the block; with `enough` a pass ends at the first."""
     seen: list[Tensor] = []
 
     def see(given: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""safetensors checkpoints: headers, extents and raw reads. Knows nothing of models.
+"""Checkpoints of safetensors files: headers, extents and raw reads. Nothing here knows of models.
 
-Shards are never memory-mapped: reads into buffers that the caller keeps (readers.py) are faster and leave no
+Shards are never memory-mapped: reads into buffers that the caller keeps (reader.py) are faster and leave no
 file pages in the process. Pickled weights are refused.
 """
 
@@ -58,7 +58,7 @@ OTHER_DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes at `offset` (from the start of the file) of `files[file]`."""
+    """Place of one tensor: `nbytes` bytes at `offset` (from the start of the file) of `files[file]`."""
 
     name: str
     dtype: torch.dtype
@@ -70,7 +70,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class OtherEntry:
-    """A tensor of a dtype that is not read: its dtype as the file has it, and its bytes in `files[file]`."""
+    """Tensor of a dtype that is not read: its dtype as the file has it, and its bytes in `files[file]`."""
 
     name: str
     dtype: str
@@ -79,7 +79,7 @@ class OtherEntry:
 
 
 class Checkpoint:
-    """A directory of safetensors shards, opened once. Usable from several threads; close when done.
+    """Directory of safetensors shards, opened once. Several threads may read from it; close it when done.
 
     Args:
         path: a directory with config.json and model.safetensors or its index.
@@ -133,18 +133,18 @@ class Checkpoint:
             CheckpointError: the file ended first, or could not be read.
         """
         self._reader.read_into(file, offset, buffer, stays=stays)
-        with self._lock:
+        with self._lock:  # several readers add to it
             self.bytes_read += len(buffer)
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, in memory of its own."""
+        """Read one tensor as it is stored, into memory of its own."""
         entry = self.tensors[name]
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         self.read_into(entry.file, entry.offset, byte_view(raw))
         return raw.view(entry.dtype).view(entry.shape)
 
     def _place(self, entry: TensorEntry | OtherEntry, expected: bool) -> None:
-        """Enter a tensor; of those in two shards the one that the index means, without a word of it the last."""
+        """Enter a tensor; of one that two shards hold, the index decides, and where it does not, the last counts."""
         if expected or (entry.name not in self.tensors and entry.name not in self.others):
             for entries in (self.tensors, self.others):
                 entries.pop(entry.name, None)
@@ -158,7 +158,7 @@ class Checkpoint:
         return None if entry is None else self.files[entry.file]
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Call tensors otherwise from now on: new names by those in the files."""
+        """Give tensors other names from now on: new names by those in the files."""
         self.tensors = {
             (new := names.get(name, name)): replace(entry, name=new) for name, entry in self.tensors.items()
         }
@@ -166,7 +166,7 @@ class Checkpoint:
         self.misplaced = {names.get(name, name): file for name, file in self.misplaced.items()}
 
     def keep(self, names: Container[str]) -> list[TensorEntry | OtherEntry]:
-        """Forget all tensors but these; returns the forgotten ones."""
+        """Forget all tensors but these, and return the forgotten ones."""
         entries: list[TensorEntry | OtherEntry] = [*self.tensors.values(), *self.others.values()]
         self.tensors = {name: entry for name, entry in self.tensors.items() if name in names}
         self.others = {}
@@ -179,11 +179,12 @@ class Checkpoint:
 
 
 def is_finite(tensor: Tensor, at_once: int = FINITE_BLOCK) -> bool:
-    """Whether it holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size.
+    """Tell whether a tensor holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size.
 
     Args:
         at_once: elements that are summed together: a sum in another dtype than the tensor's copies what it sums.
     """
+    # Sums of large finite numbers may overflow: only then is each element looked at.
     blocks = tensor.flatten().split(at_once)
     return all(bool(torch.isfinite(each.sum(dtype=torch.float32)) or torch.isfinite(each).all()) for each in blocks)
 
@@ -199,13 +200,18 @@ def check_finite(path: Path, what: str, tensor: Tensor, at_once: int = FINITE_BL
 
 
 def byte_view(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as bytes."""
+    """View the memory of a contiguous CPU tensor as bytes."""
+    # As bytes first: numpy has no bfloat16.
     array: Any = tensor.view(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
-    """The directory of `model`: a path, or a hub id fetched (safetensors and text files only) into its cache."""
+    """Find the directory of `model`: a path, or a hub id, which is fetched (safetensors and text files only).
+
+    Raises:
+        CheckpointError: neither a directory nor a model of the hub that can be fetched.
+    """
     path = Path(model)
     if path.is_dir():
         return path
@@ -230,7 +236,11 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model directory."""
+    """Read config.json of a model directory.
+
+    Raises:
+        CheckpointError: there is none, or it is no JSON object.
+    """
     file = path / "config.json"
     if file.is_file():
         return read_json(file)
@@ -241,7 +251,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a CheckpointError that names the file."""
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds something else.
+    """
     try:
         value = json.loads(retried(partial(file.read_text, encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
@@ -252,7 +266,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _say(file: Path, otherwise: str, error: Exception | None = None) -> str:
-    """What is wrong with a file: what it is instead, where it can be read and that can be told."""
+    """Say what is wrong with a file: what it is instead, where that can be told, and `otherwise` where it cannot."""
     try:
         return f"{file} {(not isinstance(error, OSError) and mistaken(file)) or otherwise}"
     except OSError:
@@ -260,7 +274,7 @@ def _say(file: Path, otherwise: str, error: Exception | None = None) -> str:
 
 
 def _locate_shards(path: Path, named: object = None) -> tuple[list[Path], dict[str, Path]]:
-    """The shard files in order, and where the index says each tensor lies (empty without an index).
+    """List the shard files in order, and say where the index places each tensor (empty without an index).
 
     Args:
         named: config.json's own name for the file or the index (`transformers_weights`).
@@ -300,7 +314,7 @@ def _locate_shards(path: Path, named: object = None) -> tuple[list[Path], dict[s
 
 
 def read_header(file: Path, number: int = 0) -> list[TensorEntry | OtherEntry]:
-    """The tensor entries of one safetensors file, in the order of its header.
+    """Read the tensor entries of one safetensors file, in the order of its header.
 
     Raises:
         CheckpointError: a header or a tensor that does not fit the file, an unknown dtype.
@@ -319,11 +333,12 @@ def read_header(file: Path, number: int = 0) -> list[TensorEntry | OtherEntry]:
 
 
 def _header_text(file: Path) -> tuple[int, bytes]:
-    """Bytes of the file, and the header as it is written there."""
+    """Return the size of a file in bytes, and its header as it is written there."""
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        # Before it is believed: a damaged length could ask for any amount of memory.
         if header_size > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(_say(file, f"has {size} bytes, its header claims {header_size}; download it again"))
         return size, stream.read(header_size)

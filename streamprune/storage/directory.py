@@ -1,4 +1,4 @@
-"""A directory that appears only when it is whole, and what is asked of its place before work begins."""
+"""Directory that appears only when it is whole, and checks of its place before work begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OWN_FILE = "streamprune.json"  # in every output, and the only thing that --over
 
 
 def write_json(file: Path, value: object) -> None:
-    """Indented JSON with a final newline, as transformers writes it; file names that are no UTF-8 are escaped."""
+    """Write indented JSON with a final newline, as transformers does; file names that are no UTF-8 are escaped."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -57,7 +57,7 @@ def check_space(directory: Path, needs: int, what: str = "the output") -> None:
 
 @contextmanager
 def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = None) -> Iterator[Path]:
-    """A temporary sibling of `output` that takes its name when the block ends well, and goes away otherwise.
+    """Give a temporary sibling of `output` that takes its name when the block ends well, and goes away otherwise.
 
     Args:
         temporary: on the same disk; it stays if the block does not end well.
@@ -78,6 +78,7 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
         temporary.mkdir(exist_ok=keep)
         lock = _hold(temporary)
         yield temporary
+        # On the disk before it has the name: a rename can outlive a power cut that the contents did not.
         sync_directory(temporary)
         check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
         _replace(output, temporary)
@@ -97,7 +98,7 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
 
 
 def sync_path(path: Path) -> None:
-    """A file's contents, or a directory's names, are on the disk."""
+    """Wait until a file's contents, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -106,7 +107,7 @@ def sync_path(path: Path) -> None:
 
 
 def _existing(directory: Path) -> Path:
-    """It, or what of its parents is there."""
+    """Return the directory, or the nearest of its parents that is there."""
     directory = directory.absolute()
     while not directory.exists():
         directory = directory.parent
@@ -114,7 +115,7 @@ def _existing(directory: Path) -> Path:
 
 
 def _remove_dead(output: Path) -> None:
-    """What earlier runs for this output were writing when they were killed: nobody holds it."""
+    """Remove what earlier runs for this output were writing when they were killed: directories that nobody holds."""
     for partial in output.parent.iterdir():
         if partial.name.startswith(f".{output.name}{PARTIAL}") and (lock := _hold(partial)) is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -122,7 +123,11 @@ def _remove_dead(output: Path) -> None:
 
 
 def _hold(directory: Path) -> int | None:
-    """A lock that goes with the process; None where another has it, or the filesystem has none."""
+    """Lock a directory until the descriptor that is returned is closed, or the process ends.
+
+    Returns:
+        None where another process has the lock, or the filesystem has none.
+    """
     descriptor = None
     try:
         descriptor = os.open(directory, os.O_RDONLY)

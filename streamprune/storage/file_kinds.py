@@ -1,6 +1,7 @@
-"""What stands where weights or JSON should be: a pointer, a web page, part of a download, an adapter, a pickle.
+"""Recognition of what stands where weights or JSON should be: a pointer, a web page, part of a download, an adapter, a
+pickle.
 
-Told by its first bytes and by the files beside it; nothing is opened that could run code.
+A file is told by its first bytes and by the files beside it; nothing is opened that could run code.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ OF_TOKENIZERS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens
 
 
 def mistaken(file: Path) -> str | None:
-    """The rest of "FILE ...": what it is instead of weights or JSON, with the remedy; None if it cannot be told."""
+    """Say what a file is instead of weights or JSON, and the remedy; None if it cannot be told.
+
+    The words go on from the file's name: "FILE is a web page, ...".
+    """
     with file.open("rb") as stream:
         head, size = stream.read(FIRST_BYTES), file.stat().st_size
     if (placeholder := placeholder_of(head)) is not None:
@@ -44,7 +48,7 @@ def mistaken(file: Path) -> str | None:
 
 
 def placeholder_of(head: bytes) -> str | None:
-    """The rest of "FILE ...", with the remedy, where these first bytes are a pointer's or a web page's."""
+    """Say that a file with these first bytes is a Git LFS pointer or a web page, as `mistaken` does; else None."""
     if head.startswith(POINTER):
         return "is a Git LFS pointer, not the file itself; download it with git lfs pull"
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith(PAGES):
@@ -53,13 +57,13 @@ def placeholder_of(head: bytes) -> str | None:
 
 
 def unfinished(file: Path) -> Path | None:
-    """What a downloader keeps of `file` until it is whole, if that lies beside it or in the hub client's directory."""
+    """Find the file in which a downloader keeps `file` until it is whole, beside it or where the hub's client does."""
     beside = (file.with_name(file.name + suffix) for suffix in PARTIAL_SUFFIXES)
     return next((each for each in beside if each.is_file()), None) or _hub_partial(file.parent)
 
 
 def partials(directory: Path) -> list[Path]:
-    """All parts of unfinished downloads in `directory`, sorted."""
+    """List the parts of unfinished downloads in `directory`, sorted."""
     found = sorted(each for each in directory.iterdir() if each.name.endswith(PARTIAL_SUFFIXES) and each.is_file())
     hub = _hub_partial(directory)
     return found if hub is None else [*found, hub]
@@ -84,7 +88,7 @@ def refuse_placeholders(directory: Path) -> None:
 
 
 def refuse_unfinished(shards: Iterable[Path]) -> None:
-    """Refuse shards that aria2 is not done with: it makes them at full size at once, and tells by a file beside.
+    """Refuse shards that aria2 is not done with: it makes them at full size at once, and a file beside them tells.
 
     Raises:
         CheckpointError: the first of them.
@@ -97,7 +101,7 @@ def refuse_unfinished(shards: Iterable[Path]) -> None:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Refuse what PEFT wrote, in a directory without a model of its own.
+    """Refuse an adapter that PEFT wrote, in a directory without a model of its own.
 
     Raises:
         CheckpointError: with the base model, if it is named.
@@ -119,7 +123,7 @@ def refuse_without_weights(directory: Path, single: str, index: str) -> NoReturn
     """Refuse a directory that has neither the file `single` nor `index`.
 
     Raises:
-        CheckpointError: with what it has instead, and the remedy for that.
+        CheckpointError: always; it says what the directory has instead, and the remedy for that.
     """
     refuse_adapter(directory)
 

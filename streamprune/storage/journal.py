@@ -1,4 +1,4 @@
-"""A run's journal: after every layer of every sweep, what it takes to go on from there.
+"""Journal of a run: after every layer of every sweep, what it takes to go on from there.
 
 A directory beside the output holds what methods keep between sweeps, the scores so far, the hidden states or
 gradient that the sweep carries, and journal.json, which names the files that count. Files are written under new names,
@@ -32,10 +32,10 @@ Key = tuple[int, str]
 
 
 class Scores(Protocol):
-    """Scores that can be saved layer by layer."""
+    """Interface of scores that can be saved layer by layer."""
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
-        """What the scores hold of a layer."""
+        """Return the tensors that hold a layer's scores, by name."""
 
     def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
         """Take back what `layer_state` gave."""
@@ -43,7 +43,7 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """Where a sweep goes on.
+    """Place at which a sweep goes on.
 
     Attributes:
         layer: the last one that is finished; END if the whole sweep is.
@@ -58,7 +58,7 @@ class Point:
 
 
 class Journal:
-    """The journal of one run.
+    """Journal of one run, in a directory that no other run can use meanwhile.
 
     Args:
         directory: made if need be.
@@ -82,6 +82,7 @@ class Journal:
         self._files: dict[str, str] = {}  # what is saved: the file that holds it
         self._point: tuple[int, int, float | None] | None = None  # sweep, layer, loss
         self._scores: Scores | None = None
+        # As it comes back from a file, so that the two can be compared: tuples become lists there.
         fingerprint = json.loads(json.dumps(fingerprint))
         with self._told():
             directory.mkdir(parents=True, exist_ok=True)
@@ -123,7 +124,7 @@ class Journal:
                 )
 
     def forget(self) -> None:
-        """Begin anew, from the scores if all of them are there: what was saved belongs to an output that is gone."""
+        """Begin anew where the output that was being written is gone; from the scores, if all of them are there."""
         scored = self.facts.get("scored")
         self.facts = {name: value for name, value in self.facts.items() if scored and name != "digests"}
         self._files = {name: file for name, file in self._files.items() if scored and name.startswith("scores/")}
@@ -136,7 +137,7 @@ class Journal:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Errors of the disk, by the directory's name."""
+        """Turn errors of the disk inside the block into an OutputError that names the directory."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -154,11 +155,12 @@ class Journal:
                 scores.load_layer(int(layer), self._read(name))
 
     def store(self, name: str) -> MutableMapping[Key, Tensor]:
-        """Tensors by (layer, tensor) that survive the run."""
+        """Open a store of tensors by (layer, tensor), called `name`, that survives the run."""
         return _Store(self, name)
 
     def begin(self) -> Point | None:
-        """The next sweep begins: where it goes on, None at its start."""
+        """Begin the next sweep: return where it goes on, None if that is its start."""
+        # Sweeps have no names: a run that goes on calls them in the same order, so their number says which it is.
         self._sweep += 1
         if self._point is None or self._sweep > self._point[0]:
             return None
@@ -183,7 +185,7 @@ class Journal:
     def commit(
         self, layer: int, carry: Mapping[str, Iterable[Tensor]] | None = None, loss: float | None = None
     ) -> None:
-        """A layer of the current sweep is finished, and all that was put for it; END: the sweep is.
+        """Record that a layer of the current sweep is finished, with all that was put for it; END: the whole sweep.
 
         `carry`: what the sweep hands on, by name, in pieces: one of them at a time is in memory.
         """
@@ -197,7 +199,7 @@ class Journal:
         self.save()
 
     def finish_scores(self, layers: Sequence[int]) -> None:
-        """All scores are there: the method need not be asked again. Sweeps that come are counted anew."""
+        """Record that all scores are there, so that the method is not asked again. Later sweeps are counted anew."""
         for layer in layers:
             self._save_scores(layer)
         self.facts["scored"] = True
@@ -210,7 +212,7 @@ class Journal:
             self._write(f"scores/{layer}", state)
 
     def save(self) -> None:
-        """Make what was written so far count."""
+        """Make what was written so far count, by a journal.json that names it."""
         self.before_commit()
         value = {
             "fingerprint": self._fingerprint,
@@ -219,6 +221,7 @@ class Journal:
             "number": self._number,
             "point": self._point,
         }
+        # A rename replaces the old journal in one step; files that only the old one named are removed after it.
         file, new = self.directory / JOURNAL, self.directory / f"{JOURNAL}.new"
         with self._told():
             with new.open("w", encoding="utf-8") as stream:
@@ -230,7 +233,7 @@ class Journal:
         self._remove_unnamed()
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Under a new file name; what it supersedes goes with the next commit."""
+        """Write tensors to a file of a new name; the file that it supersedes goes with the next commit."""
         self._number += 1
         file = self.directory / f"{self._number}.safetensors"
         with self._told():
@@ -255,7 +258,7 @@ class Journal:
 
 
 class _Store(MutableMapping[Key, Tensor]):
-    """Tensors in the journal's files; they count from the next commit on."""
+    """Mapping of (layer, tensor) to tensors in the journal's files; they count from the next commit on."""
 
     def __init__(self, journal: Journal, name: str) -> None:
         self._journal, self._name = journal, name
@@ -286,7 +289,7 @@ class _Store(MutableMapping[Key, Tensor]):
 
 
 def in_use(directory: Path) -> bool:
-    """Whether a run that is alive has this journal."""
+    """Tell whether a run that is alive uses the journal in `directory`."""
     try:
         with (directory / LOCK).open("r+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -298,6 +301,6 @@ def in_use(directory: Path) -> bool:
 
 
 def remove_journal(directory: Path) -> None:
-    """The output is whole. The journal goes first: without it the rest counts for nothing."""
+    """Remove a journal whose output is whole. journal.json goes first: without it the rest counts for nothing."""
     (directory / JOURNAL).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)

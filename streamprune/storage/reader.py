@@ -1,4 +1,4 @@
-"""Bytes of shards into memory: through the page cache or around it, and on disks that fail for a moment.
+"""Reads of shards into memory: through the page cache or around it, and on disks that fail for a moment.
 
 Network disks answer a read with an error now and then, and the same read works a second later: such reads are tried
 again before a run that took hours is given up.
@@ -33,7 +33,7 @@ BOUNCE_BYTES = (1 << 20) + DISK_BLOCK  # 1 MiB from any offset
 
 
 class Reader:
-    """Shards, each opened when it is first read. Usable from several threads; close when done.
+    """Reader of shards, each opened when it is first read. Several threads may use it; close it when done.
 
     Args:
         files: the shards.
@@ -130,11 +130,11 @@ class Reader:
             return known
 
     def _read(self, descriptor: int, offset: int, buffer: memoryview) -> int:
-        """The first bytes of `buffer`, as many as one read gives."""
+        """Fill the first bytes of `buffer`, as many as one read through the page cache gives; return their number."""
         return self._preadv(descriptor, [buffer], offset)
 
     def _read_blocks(self, descriptor: int, offset: int, buffer: memoryview) -> int:
-        """The same around the page cache."""
+        """Fill the first bytes of `buffer` around the page cache; return their number."""
         # Offset, length and address must be multiples of the block. Whole blocks go straight to their place where the
         # buffer lies in memory as in the file; what is left, or else everything, comes by way of a bounce buffer, as
         # much as it holds. Only the end of a file may lie inside a block: there the read is short.
@@ -160,7 +160,7 @@ class Reader:
 
 
 def retried(read: Callable[[], T], sleep: Callable[[float], object] = time.sleep) -> T:
-    """What `read` gives, which is called again where the disk fails for a moment: for headers and other small files.
+    """Call `read`, again where the disk fails for a moment, and return its result: for headers and other small files.
 
     Raises:
         OSError: the last one, or one that does not pass.
@@ -180,5 +180,5 @@ def _whole_blocks(nbytes: int) -> int:
 
 
 def _bounce() -> memoryview:
-    """Memory that starts at a page, and so at a block."""
+    """Make a bounce buffer: memory that starts at a page, and so at a block."""
     return memoryview(mmap.mmap(-1, BOUNCE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

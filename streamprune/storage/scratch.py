@@ -1,4 +1,4 @@
-"""Files without a name on a scratch disk."""
+"""Files without a name on a scratch disk, which go with the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamprune.storage.checkpoint import byte_view
 
 
 def scratch_file(directory: Path | None) -> int:
-    """A file without a name.
+    """Make a file without a name in `directory`, and return its descriptor.
 
     Raises:
         OutputError: it cannot be made.
@@ -22,14 +22,14 @@ def scratch_file(directory: Path | None) -> int:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix="streamprune-", dir=directory)
-        os.unlink(name)
+        os.unlink(name)  # so that nothing is left behind, however the process ends
     except OSError as error:
         raise OutputError(f"--scratch {directory}: {error.strerror}; choose another") from error
     return descriptor
 
 
 def write_at(descriptor: int, tensor: Tensor, offset: int, scratch: Path | None) -> None:
-    """Write a tensor in host memory to a file on `scratch`.
+    """Write a tensor in host memory to a file on `scratch`, at `offset` bytes.
 
     Raises:
         OutputError: the disk is full, or fails.
@@ -43,7 +43,7 @@ def write_at(descriptor: int, tensor: Tensor, offset: int, scratch: Path | None)
 
 
 def read_at(descriptor: int, tensor: Tensor, offset: int, scratch: Path | None) -> None:
-    """Fill a tensor in host memory from there.
+    """Fill a tensor in host memory from a file on `scratch`, at `offset` bytes.
 
     Raises:
         OutputError: the file is shorter than it was, or the disk fails.

@@ -1,4 +1,4 @@
-"""Sharded safetensors output, written in any order, and a directory that appears only when it is whole."""
+"""Writer of sharded safetensors checkpoints, whose tensors may come in any order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TensorSpec:
 
 
 class ShardedWriter:
-    """Writes tensors of known shapes to one model.safetensors, or to shards and an index.
+    """Writer of tensors of known shapes to one model.safetensors, or to shards and an index.
 
     All headers are written first, so tensors may come in any order and none is held back. Use as a
     context manager; leaving it normally checks that every tensor came.
@@ -87,7 +87,7 @@ class ShardedWriter:
         self._pending.discard(name)
 
     def sync(self) -> None:
-        """What has been written is on the disk, under its name."""
+        """Wait until what has been written is on the disk, under its name."""
         sync_directory(self.directory)
         sync_path(self.directory.parent)
 
@@ -102,7 +102,7 @@ class ShardedWriter:
             }
             position += spec.nbytes
         encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % 8)
+        encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes, as safetensors itself has it
         if self._taken_over and (not file.is_file() or file.stat().st_size != 8 + len(encoded) + position):
             raise OutputError(f"{file} is not what an earlier run has left there; remove {self.directory.parent}")
         create = 0 if self._taken_over else os.O_CREAT | os.O_EXCL

@@ -1,4 +1,4 @@
-"""What a method keeps between sweeps: in memory, on a scratch disk, or in the journal, as it is or narrower."""
+"""Stores for what a method keeps between sweeps: in memory, on scratch or in the journal, as it is or narrower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeStore = Callable[[str], MutableMapping[Key, Tensor]]
 
 
 class _Places(MutableMapping[Key, Tensor]):
-    """Keys that are held; a place outlives its key, and is used again when the key comes back."""
+    """Base of stores that know which keys they hold; a place outlives its key, and serves again when it comes back."""
 
     def __init__(self) -> None:
         self._held: set[Key] = set()
@@ -33,7 +33,7 @@ class _Places(MutableMapping[Key, Tensor]):
 
 
 class Memory(_Places):
-    """Tensors on the host, copied into large blocks that stay.
+    """Store of tensors on the host, copied into large blocks that stay.
 
     Kept where they were made, among a layer's activations, they would leave holes in the heap, more with every layer. A
     block is larger than what the C library ever takes from its heap, so it lies apart.
@@ -58,7 +58,7 @@ class Memory(_Places):
         self._held.add(key)
 
     def _room(self, value: Tensor) -> Tensor:
-        nbytes = -(-value.nbytes // 64) * 64
+        nbytes = -(-value.nbytes // 64) * 64  # as in a slot: enough for any dtype and for vector loads
         if self._used + nbytes > len(self._block):
             self._block, self._used = torch.empty(max(BLOCK_BYTES, nbytes), dtype=torch.uint8), 0
         place = self._block[self._used : self._used + value.nbytes].view(value.dtype).view(value.shape)
@@ -67,7 +67,7 @@ class Memory(_Places):
 
 
 class Scratch(_Places):
-    """Tensors in a file without a name on a scratch disk; they come back as new ones in host memory.
+    """Store of tensors in a file without a name on a scratch disk; they come back as new ones in host memory.
 
     Raises:
         OutputError: the disk is full, or fails.
@@ -100,7 +100,7 @@ class Scratch(_Places):
 
 
 class Narrow(MutableMapping[Key, Tensor]):
-    """Keeps float32 tensors in a narrower dtype; they come back as float32."""
+    """Store that keeps float32 tensors in a narrower dtype within another store; they come back as float32."""
 
     def __init__(self, store: MutableMapping[Key, Tensor], dtype: torch.dtype) -> None:
         self._store, self._dtype = store, dtype
@@ -125,7 +125,7 @@ class Narrow(MutableMapping[Key, Tensor]):
 def make_store(
     name: str, *, journal: Journal | None = None, scratch: Path | None = None, dtype: str = "float32"
 ) -> MutableMapping[Key, Tensor]:
-    """What a method keeps between sweeps: in the journal of a run that can be resumed, on scratch, or in memory."""
+    """Make the store `name` of a method: in the journal of a run that can be resumed, on scratch, or in memory."""
     if journal is not None:
         store: MutableMapping[Key, Tensor] = journal.store(name)
     else:

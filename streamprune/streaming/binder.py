@@ -1,4 +1,4 @@
-"""From a page to the weights that a layer computes with: widened, perturbed, checked."""
+"""Binding: from a page to the weights that a layer computes with, widened, perturbed and checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALIGNED_ELEMENTS = 16  # bound tensors begin at multiples of this, for vector lo
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Weights moved to w + δ + σ|w|ξ in the prunable layers.
+    """Change of the weights to w + δ + σ|w|ξ in the prunable layers.
 
     Attributes:
         sigma: relative standard deviation of the noise.
@@ -35,7 +35,7 @@ class Perturbation:
 
 
 class Binder:
-    """Makes a page's tensors into weights of the compute dtype, in one buffer that stays.
+    """Binder of a page's tensors to weights of the compute dtype, in one buffer that stays.
 
     A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot. The pieces of a
     fused parameter are always copied, each to its place.
@@ -58,7 +58,7 @@ class Binder:
 
     @property
     def copies(self) -> bool:
-        """Whether weights are copied that nothing moves: stored in another dtype than they compute in, or in pieces."""
+        """Tell whether unperturbed weights are copied too: stored in another dtype than needed, or in pieces."""
         skeleton = self.skeleton
         widened = any(entry.dtype != skeleton.dtype for layer in skeleton.entries for entry in layer.values())
         return widened or bool(skeleton.family.fused)
@@ -71,7 +71,7 @@ class Binder:
         *,
         own: bool = False,
     ) -> dict[str, Tensor]:
-        """Weights by the parameters' names inside the layer; valid until the next call.
+        """Return weights by the parameters' names inside the layer; valid until the next call.
 
         Args:
             perturbation: moves the tensors `scored`.
@@ -99,8 +99,13 @@ class Binder:
         return weights
 
     def _check_first(self, page: Page, weights: Mapping[str, Tensor]) -> None:
-        """At a layer's first visit: what was stored, and what became of it in a narrower dtype, is finite."""
-        if page.layer in self._finite:
+        """Refuse NaN and infinity, at a layer's first visit, in what is stored and in its weights of a narrower dtype.
+
+        Raises:
+            CheckpointError: a stored tensor is not finite.
+            UsageError: a weight does not fit into the compute dtype.
+        """
+        if page.layer in self._finite:  # the file does not change; a method of ten sweeps would look ten times
             return
         for name, stored in page.tensors.items():
             check_finite(self.skeleton.checkpoint.path, f"layer {page.layer}, {name}", stored, at_once(stored))
@@ -112,7 +117,7 @@ class Binder:
                 )
 
     def _within(self, weights: Mapping[str, Tensor], layer: int, name: str) -> Tensor:
-        """The part of the bound weights that a stored tensor makes up."""
+        """View the part of the bound weights that a stored tensor makes up."""
         parameter, place = self.skeleton.places[layer].get(name, (name, None))
         return weights[parameter] if place is None else weights[parameter][place]
 
@@ -124,7 +129,7 @@ class Binder:
 
 
 def _perturb(out: Tensor, stored: Tensor, perturbation: Perturbation, layer: int, name: str) -> None:
-    """`perturb` with δ brought from where it is kept here, so that a thread has one tensor's δ at a time."""
+    """Call `perturb`, with δ brought here from where it is kept, so that a thread has one tensor's δ at a time."""
     delta = perturbation.delta.get((layer, name))
     seed = noise_seed(*perturbation.key, layer, name)
     perturb(out, stored, None if delta is None else delta.to(out.device), perturbation.sigma, seed)

@@ -1,4 +1,4 @@
-"""What work on a model costs: bytes held, moved and carried, FLOPs; and the formulas that all kinds of work share.
+"""Costs of work on a model: bytes held, moved and carried, FLOPs; and the formulas that all kinds of work share.
 
 Everything comes from config.json and the shard headers. Bytes held are upper bounds of what tensors need at one time,
 so of layers of different shapes the largest counts; FLOPs are sums over layers.
@@ -49,7 +49,7 @@ class Cost:
 
 
 def one_after_another(costs: Sequence[Cost]) -> Cost:
-    """The largest of what each holds, and the work of all."""
+    """Add up costs of works that follow one another: the largest of what each holds, and the work of all."""
 
     def most(held: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
         return max(held, key=lambda each: sum(each.values()))
@@ -87,17 +87,17 @@ class LayerSizes:
 
     @property
     def weights(self) -> int:
-        """Elements of all matrices."""
+        """Number of elements of all matrices."""
         return sum(map(torch.Size.numel, self.matrices))
 
     @property
     def largest(self) -> int:
-        """Elements of the largest matrix."""
+        """Number of elements of the largest matrix."""
         return max(map(torch.Size.numel, self.matrices))
 
     @property
     def widest(self) -> int:
-        """The longest side of what a token passes."""
+        """Longest side of the matrices that a token passes."""
         return max(max(shape) for shape in self.passed)
 
 
@@ -125,25 +125,25 @@ class Sizes:
 
     @cached_property
     def _kinds(self) -> tuple[list[LayerSizes], list[int]]:
-        """The different ones, and which of them each layer is."""
+        """Different sizes that layers have, and for each layer the number of its own among them."""
         found: dict[LayerSizes, int] = {}
         layers = (_sizes_of(self.sweeper.skeleton, layer) for layer in range(self.sweeper.n_layers))
         numbers = [found.setdefault(sizes, len(found)) for sizes in layers]
         return list(found), numbers
 
     def most(self, of: Callable[[LayerSizes], int], layers: Iterable[int]) -> int:
-        """The largest of what is held for one of `layers` at a time."""
+        """Return the largest value of `of` over `layers`: for what is held for one layer at a time."""
         kinds, numbers = self._kinds
         return max((of(kinds[number]) for number in {numbers[layer] for layer in layers}), default=0)
 
     def total(self, of: Callable[[LayerSizes], float], layers: Iterable[int]) -> float:
-        """The sum of what is done in each of `layers`."""
+        """Return the sum of `of` over `layers`: for what is done in each."""
         kinds, numbers = self._kinds
         return sum(times * of(kinds[number]) for number, times in Counter(numbers[layer] for layer in layers).items())
 
     @property
     def commonest(self) -> int:
-        """The first layer of the shapes that most layers have."""
+        """First of the layers that have the most frequent shapes."""
         _, numbers = self._kinds
         return numbers.index(Counter(numbers).most_common(1)[0][0])
 
@@ -172,7 +172,7 @@ class Task:
 
     @property
     def sweeper(self) -> Sweeper:
-        """That of the model."""
+        """Sweeper of the model."""
         return self.sizes.sweeper
 
     @property
@@ -182,22 +182,22 @@ class Task:
 
     @property
     def sum_itemsize(self) -> int:
-        """Bytes of a number of sums, factors and gradients: float32, float64 in float64 runs."""
+        """Bytes of a number in sums, factors and gradients: float32, float64 in float64 runs."""
         return max(self.itemsize, 4)
 
     @property
     def whole(self) -> range:
-        """All layers."""
+        """Range of all layers."""
         return range(self.sweeper.n_layers)
 
     @property
     def tokens(self) -> int:
-        """Those of all sequences."""
+        """Number of tokens of all sequences."""
         return self.shape[0] * self.shape[1]
 
     @property
     def tokens_at_once(self) -> int:
-        """Those of a micro-batch."""
+        """Number of tokens of a micro-batch."""
         return min(self.micro_batch, self.shape[0]) * self.shape[1]
 
     @property
@@ -207,21 +207,22 @@ class Task:
 
     @property
     def left_out(self) -> list[tuple[int, Sequence[int]]]:
-        """The passes of a sweep with each layer left out in turn: where each begins, and the layers left out in it."""
+        """Passes of a sweep with each layer left out in turn: where each begins, and the layers left out in it."""
         return passes_without(self.layers, self.hidden_bytes)
 
     @property
     def logits(self) -> int:
-        """Logits, their softmax and its gradient for the tokens that go through the head together, in bytes."""
+        """Bytes of logits, their softmax and its gradient for the tokens that go through the head together."""
         return 3 * min(LOGITS_BYTES, self.tokens * self.sweeper.skeleton.config.vocab_size * 4)
 
     def forward_activations(self, layers: Iterable[int]) -> int:
-        """Bytes of one micro-batch without gradients: an MLP's product beside its factors, and attention's inputs."""
+        """Count bytes of a micro-batch without gradients: an MLP's product beside its factors, attention's inputs."""
         widest = self.sizes.most(lambda layer: layer.widest, layers)
         return (3 * widest + 4 * self.sweeper.skeleton.config.hidden_size) * self.tokens_at_once * self.itemsize
 
     def flops(self, layers: Iterable[int]) -> float:
-        """Multiplications and additions of a forward pass through layers: matrices, attention's scores and mixing."""
+        """Count FLOPs of a forward pass through layers: matrices, attention's scores and mixing."""
+        # Two products over all tokens of the sequence, of two FLOPs each: scores, and the mixing of values.
         attention = 4 * self.shape[1] * self.sweeper.skeleton.config.hidden_size
 
         def per_token(layer: LayerSizes) -> int:
@@ -236,7 +237,7 @@ class Task:
         return 2.0 * config.vocab_size * config.hidden_size * self.tokens
 
     def gram_flops(self, widths: Iterable[int]) -> float:
-        """FLOPs of Σ x xᵀ over all tokens, for inputs of these widths."""
+        """Count FLOPs of Σ x xᵀ over all tokens, for inputs of these widths."""
         return float(sum(2 * self.tokens * width**2 for width in widths))
 
     def cost(
@@ -250,7 +251,7 @@ class Task:
         host: Mapping[str, int] | None = None,
         **work: float,
     ) -> Cost:
-        """What every stage holds, with all hidden states `states` times, and what is given here.
+        """Make the cost of a stage: what every stage holds, all hidden states `states` times, and what is given here.
 
         Args:
             moves: times that as many hidden states as are held go to scratch or come from it, where they stay there.
@@ -275,7 +276,7 @@ class Task:
         )
 
     def _states(self, count: int) -> tuple[dict[str, int], dict[str, int], int]:
-        """Bytes of `count` times all hidden states: on the device, on the host, on scratch."""
+        """Count bytes of `count` times all hidden states: on the device, on the host, on scratch."""
         if not count:
             return {}, {}, 0
         nbytes = self.hidden_bytes
@@ -289,5 +290,5 @@ class Task:
 
 
 def _pinned(nbytes: int) -> int:
-    """torch rounds pinned memory up to a power of two."""
+    """Return the bytes that pinned memory of `nbytes` takes: torch rounds them up to a power of two."""
     return 1 << (nbytes - 1).bit_length()

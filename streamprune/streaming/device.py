@@ -1,4 +1,4 @@
-"""What paging asks of a device: memory, copies beside the computing, events."""
+"""Devices as paging sees them: memory, copies beside the computing, events; and all that depends on their kind."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ READ_THREADS, GPU_READ_THREADS = 2, 4  # beside a GPU the processor has nothing 
 
 
 class Device(Protocol):
-    """What paging asks of a device. Events are opaque; recording and waiting only queue work."""
+    """Interface of a device to paging. Events are opaque; recording and waiting only queue work."""
 
     direct: bool  # readers may write the slot's memory themselves
     read_threads: int  # how many read, where the user does not say
 
     def buffer(self, nbytes: int) -> Tensor:
-        """Device memory, uint8 [nbytes]; where it is direct, from a page's boundary."""
+        """Take device memory, uint8 [nbytes]; where the device is direct, from a page's boundary."""
 
     def chunk(self, nbytes: int) -> Tensor:
-        """Host memory that the device can copy from, uint8 [nbytes], from a page's boundary."""
+        """Take host memory that the device can copy from, uint8 [nbytes], from a page's boundary."""
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Queue a copy of a chunk on the copy stream; the event of its completion."""
+        """Queue a copy of a chunk on the copy stream, and return the event of its completion."""
 
     def record_copied(self) -> Any:
-        """An event after all copies queued so far."""
+        """Record an event after all copies queued so far."""
 
     def record_consumed(self) -> Any:
-        """An event after all compute queued so far."""
+        """Record an event after all compute queued so far."""
 
     def compute_waits(self, copied: Any) -> None:
-        """Compute queued from now on starts after the event."""
+        """Let compute that is queued from now on start after the event."""
 
     def copy_waits(self, consumed: Any) -> None:
-        """Copies queued from now on start after the event."""
+        """Let copies that are queued from now on start after the event."""
 
     def chunk_free(self, event: Any) -> None:
         """Block the calling reader until its chunk has been copied out."""
 
 
 class HostDevice:
-    """A CPU: memory is memory, everything is finished when it returns."""
+    """CPU: readers write the slots themselves, and everything is finished when it returns."""
 
     direct, read_threads = True, READ_THREADS
 
@@ -84,7 +84,7 @@ class HostDevice:
 
 
 class CudaDevice:
-    """One GPU: pinned chunks, a copy stream beside the current one, CUDA events."""
+    """GPU: pinned chunks, a copy stream beside the current one, CUDA events."""
 
     direct, read_threads = False, GPU_READ_THREADS
 
@@ -121,7 +121,7 @@ class CudaDevice:
 
 
 class PlannedDevice(HostDevice):
-    """A device that is planned for and need not be there: sizes are as on it, nothing is run."""
+    """Device that is planned for and need not be there: sizes are as on it, nothing is run."""
 
     def __init__(self, device: torch.device) -> None:
         self.direct = not is_gpu(device)
@@ -129,7 +129,7 @@ class PlannedDevice(HostDevice):
 
 
 def paging_device(device: torch.device, *, planned: bool = False) -> Device:
-    """The paging side of a torch device, or of one that is only planned for."""
+    """Return the paging side of a torch device, or of one that is only planned for."""
     if planned:
         return PlannedDevice(device)
     return CudaDevice(device) if is_gpu(device) else HostDevice()
@@ -139,17 +139,21 @@ def paging_device(device: torch.device, *, planned: bool = False) -> Device:
 
 
 def is_gpu(device: torch.device) -> bool:
-    """Whether it has memory of its own."""
+    """Tell whether a device has memory of its own."""
     return device.type == "cuda"
 
 
 def card() -> torch.device:
-    """A GPU to plan for, whether there is one or not."""
+    """Return a GPU to plan for, whether there is one or not."""
     return torch.device("cuda")
 
 
 def compute_device(name: str | None) -> torch.device:
-    """The torch device of `--device`; by default the first GPU, or the CPU."""
+    """Return the torch device of `--device`; by default the first GPU, or the CPU.
+
+    Raises:
+        UsageError: no device's name, or a device that is not there.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -164,7 +168,7 @@ def compute_device(name: str | None) -> torch.device:
 
 
 def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """The compute dtype: as asked; else float32 on a CPU (few are fast in bfloat16), the stored one on a GPU."""
+    """Choose the compute dtype: as asked; else float32 on a CPU (few are fast in bfloat16), on a GPU the stored one."""
     if name is not None:
         return getattr(torch, name)
     if device.type == "cpu":
@@ -178,7 +182,7 @@ def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint
 
 
 def attentions(device: torch.device, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Whether an attention that transformers may have takes this dtype on this device, by its name.
+    """Make a function that tells, by its name, whether an attention of transformers takes this dtype on this device.
 
     On a CPU flex_attention has no backward, and the kernels of others take half precision only.
     """
@@ -186,32 +190,32 @@ def attentions(device: torch.device, dtype: torch.dtype) -> Callable[[str], bool
 
 
 def device_name(device: torch.device) -> str:
-    """What sums depend on, in words."""
+    """Name what the last bits of sums depend on: the GPU, or the CPU's number of threads."""
     return torch.cuda.get_device_name(device) if is_gpu(device) else f"cpu, {torch.get_num_threads()} threads"
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a GPU."""
+    """Return the bytes that are free on a GPU."""
     return torch.cuda.mem_get_info(device)[0]
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was queued."""
+    """Wait for all that was queued on a GPU."""
     if is_gpu(device):
         torch.cuda.synchronize(device)
 
 
 def draw_threads(device: torch.device) -> int:
-    """Tensors that noise is drawn for together: torch draws normals in one thread of a CPU."""
+    """Return how many tensors noise is drawn for together: on a CPU torch draws normals in one thread."""
     return 1 if is_gpu(device) else torch.get_num_threads()
 
 
 def at_once(tensor: Tensor) -> int:
-    """Elements that a sum in another dtype takes together: on a CPU it makes a copy of what it sums."""
+    """Return how many elements a sum in another dtype takes together: on a CPU it copies what it sums."""
     return max(1, tensor.numel()) if is_gpu(tensor.device) else FINITE_BLOCK
 
 
 def peaks() -> dict[str, int]:
-    """Bytes: "peak_rss", and "peak_gpu" of tensors where a GPU was used."""
+    """Return the peaks so far in bytes: "peak_rss", and "peak_gpu" of tensors where a GPU was used."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return {"peak_rss": peak_rss()} | ({"peak_gpu": gpu} if gpu else {})

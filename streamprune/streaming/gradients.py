@@ -1,4 +1,4 @@
-"""How a layer's backward pass hands over what a method asked for: weight gradients, or norms over samples of them.
+"""Collectors that hand over what a method asked of a layer's backward pass: weight gradients, or their sample norms.
 
 Both come tensor by tensor, as autograd reaches them, and are summed over micro-batches. For norms no weight gradient is
 ever made: a Linear's input X and its output's gradient dY are captured, and `grad_norm` makes Σ_n |dY_nᵀ X_n|^p.
@@ -28,15 +28,15 @@ PowersConsumer = Callable[[TensorRef, Tensor, dict[int, Tensor]], None]
 
 
 def gradient_scale(dtype: torch.dtype) -> float:
-    """How much larger than themselves gradients are carried in a compute dtype."""
+    """Return how many times larger than themselves gradients are carried in a compute dtype."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 class GradientCollector:
-    """Sums one tensor's gradient over micro-batches and hands it over with the last of them.
+    """Collector that sums one tensor's gradient over micro-batches and hands it over with the last of them.
 
-    Called by autograd as soon as the gradient of a micro-batch is there; it frees that gradient, so that
-    a layer's gradients do not exist together unless there are several micro-batches.
+    Autograd calls the collector as soon as the gradient of a micro-batch is there. That gradient is freed, so that a
+    layer's gradients do not exist together unless there are several micro-batches.
     """
 
     def __init__(self, consume: Consumer, ref: TensorRef, stored: Tensor, parts: int) -> None:
@@ -47,6 +47,7 @@ class GradientCollector:
         grad, leaf.grad = leaf.grad, None
         assert grad is not None
         scale = gradient_scale(grad.dtype)
+        # Sums of half gradients would lose what is small beside the sum.
         grad = grad if grad.dtype == torch.float64 else grad.float()
         if scale != 1:
             grad = grad.div_(scale)
@@ -58,7 +59,7 @@ class GradientCollector:
 
 
 class PowerCollector:
-    """Sums |g_n|^p over the samples of all micro-batches, for some powers p; `shape` is (samples, seq)."""
+    """Collector that sums |g_n|^p over the samples of all micro-batches, for powers p; `shape` is (samples, seq)."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ MakeCollector = Callable[[TensorRef, Tensor, int], Collector]  # from (tensor, i
 def watched(
     layer: nn.Module, weights: Mapping[str, Tensor], collectors: Sequence[Collector]
 ) -> Iterator[dict[str, Tensor]]:
-    """The weights to run `layer` with, so that its backward passes inside the block feed the collectors."""
+    """Give the weights to run `layer` with, so that its backward passes inside the block feed the collectors."""
     bound, ends = dict(weights), {}
     for collector in collectors:
         name = collector.ref.tensor

@@ -1,7 +1,7 @@
 """Hidden states of all sequences between layers and between sweeps: on the device, on the host, or on a scratch disk.
 
-Spilled, only parts of them are on the device, a micro-batch at a time: it computes on any number of sequences. A thread
-carries parts away behind the computing and brings the next one ahead of it.
+Of spilled ones only parts are on the device, a micro-batch at a time, so that it computes on any number of sequences. A
+thread carries parts away behind the computing and brings the next one ahead of it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PIECE_BYTES = 256 << 20
 
 
 class Activations:
-    """Where a sweeper's hidden states are, and the thread that moves them.
+    """Memory or file of a sweeper's hidden states, and the thread that moves them.
 
     Args:
         place: on the "device", in "host" memory (pinned; beside a CPU it is the device's), or in a file on "scratch".
@@ -49,7 +49,7 @@ class Activations:
         self._staging = torch.empty(0, dtype=torch.uint8)
 
     def several(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
-        """New hidden states [n, seq, d], with anything in them.
+        """Make `count` new hidden states [n, seq, d], with anything in them.
 
         Raises:
             OutputError: the scratch disk is full or cannot be written.
@@ -69,7 +69,11 @@ class Activations:
             self._descriptor = -1
 
     def room(self, nbytes: int) -> Tensor | int:
-        """Pinned memory, or an offset in the file."""
+        """Take room for hidden states: pinned memory, or an offset in the file.
+
+        Raises:
+            OutputError: the scratch disk is full or cannot be written.
+        """
         self._live += 1
         if self._free.get(nbytes):
             return self._free[nbytes].pop()
@@ -89,15 +93,15 @@ class Activations:
         return offset
 
     def release(self, nbytes: int, place: Tensor | int) -> None:
-        """Hidden states are gone; others take their room."""
+        """Give back the room of hidden states that are gone, for others to take."""
         self._live -= 1
         self._free.setdefault(nbytes, []).append(place)
-        if not self._live:
+        if not self._live:  # the next ones may be of another size, and would find this room of no use
             self._free.clear()
             self._end = 0
 
     def bring(self, place: Tensor | int, offset: int, buffer: Tensor) -> Future[None]:
-        """Start to fill a new tensor on the device."""
+        """Start to fill a new tensor on the device; the future is done when its values are there."""
 
         def work() -> None:
             host = buffer if self.transfers.direct else self._host(place, offset, buffer)
@@ -110,7 +114,7 @@ class Activations:
         return self._submit(work)
 
     def fetch(self, place: Tensor | int, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """A part, in host memory, to be read only."""
+        """Return a part in host memory, to be read only, once all that was carried away before has arrived."""
         if isinstance(place, Tensor):
             self._submit(lambda: None).result()
             return place[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
@@ -133,7 +137,7 @@ class Activations:
         self._writes.append(self._submit(work))
 
     def _submit(self, work: Callable[[], None]) -> Future[None]:
-        """In order: what is read was written before. After a failure nothing counts."""
+        """Queue work for the one thread, so that what is read was written before. After a failure all work fails."""
         ready = self.transfers.record_consumed()  # after all that was queued on the tensor's memory
 
         def run() -> None:
@@ -151,7 +155,7 @@ class Activations:
         return self._worker.submit(run)
 
     def _host(self, place: Tensor | int, offset: int, like: Tensor) -> Tensor:
-        """Pinned memory in the shape of a part: where it stays, or on its way to the file."""
+        """View pinned memory in the shape of a part: where it stays, or on its way to or from the file."""
         if isinstance(place, int):
             if len(self._staging) < like.nbytes:
                 self._staging = self.transfers.chunk(like.nbytes)
@@ -177,11 +181,11 @@ class Spilled:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them."""
+        """Bytes of all sequences."""
         return self.shape.numel() * self.dtype.itemsize
 
     def __getitem__(self, part: slice) -> Tensor:
-        """A part, and a start on the one after it."""
+        """Return a part, and start to bring the one after it."""
         start, stop = part.start, part.stop
         self.ahead(part)
         buffer, coming = self._coming.pop((start, stop))
@@ -191,18 +195,19 @@ class Spilled:
         return buffer
 
     def __setitem__(self, part: slice, value: Tensor) -> None:
-        """Write a part; `value` must not change afterwards."""
+        """Start to write a part; `value` must not change afterwards."""
+        # What is on its way to the device there is older than this value.
         for start, stop in [key for key in self._coming if key[0] < part.stop and part.start < key[1]]:
             del self._coming[start, stop]
         self._owner.carry(self._place, part.start * self._of_one, value.detach())
 
     def fetch(self, part: slice) -> Tensor:
-        """A part in host memory, to be read only."""
+        """Return a part in host memory, to be read only."""
         shape = torch.Size((part.stop - part.start, *self.shape[1:]))
         return self._owner.fetch(self._place, part.start * self._of_one, shape, self.dtype)
 
     def ahead(self, part: slice) -> None:
-        """Start to bring a part."""
+        """Start to bring a part to the device, unless it is on its way."""
         if (part.start, part.stop) not in self._coming:
             shape = (part.stop - part.start, *self.shape[1:])
             buffer = torch.empty(shape, dtype=self.dtype, device=self._owner.device)
@@ -214,13 +219,13 @@ States = Tensor | Spilled  # hidden states [n, seq, d]; parts of the first are v
 
 
 def ahead(states: States, part: slice) -> None:
-    """`states[part]` will be asked for soon."""
+    """Announce that `states[part]` will be asked for soon."""
     if isinstance(states, Spilled):
         states.ahead(part)
 
 
 def pieces(states: States) -> Iterator[Tensor]:
-    """Some sequences after others in host memory, to be read only: PIECE_BYTES of them, or one."""
+    """Yield pieces of hidden states in host memory, to be read only: as many sequences as PIECE_BYTES hold, or one."""
     step = max(1, PIECE_BYTES * len(states) // max(1, states.nbytes))
     for start in range(0, len(states), step):
         part = slice(start, min(start + step, len(states)))
@@ -228,5 +233,5 @@ def pieces(states: States) -> Iterator[Tensor]:
 
 
 def whole(states: States) -> Tensor:
-    """All of them in host memory, to be read only."""
+    """Return all hidden states in host memory, to be read only."""
     return torch.cat(list(pieces(states)))

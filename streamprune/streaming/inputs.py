@@ -1,4 +1,4 @@
-"""Sums over what the Linears of a layer are given: moments of each column, or the Gram matrix."""
+"""Sums over the inputs of a layer's Linears: moments of each column, or the Gram matrix."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 
 class Moments:
-    """Per column of a Linear's input, over all tokens: Σx², the mean, and Σ(x − mean)² by Chan's update.
+    """Moments of each column of a Linear's input over all tokens: Σx², the mean, and Σ(x − mean)² by Chan's update.
 
-    float32 (float64 for float64 inputs); `count` is tokens.
+    They are [columns] in float32 (float64 for float64 inputs); `count` is the number of tokens.
     """
 
     def __init__(self, columns: int, x: Tensor) -> None:
@@ -27,6 +27,7 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Take in tokens [tokens, columns]."""
         x, count = x.to(self.mean.dtype), len(x)
+        # Not Σx² − count · mean², in which the two nearly cancel where a column hardly varies.
         squares, mean = x.square().sum(dim=0), x.mean(dim=0)
         shift, total = mean - self.mean, self.count + count
         deviations = (x - mean).square_().sum(dim=0)
@@ -42,9 +43,9 @@ class Moments:
 
 
 class Gram:
-    """Σ x xᵀ over all tokens of a Linear's input [columns, columns], float32 (float64 for float64 inputs).
+    """Gram matrix Σ x xᵀ [columns, columns] of a Linear's input over all tokens, float32 (float64 for float64 inputs).
 
-    `factor` is for what is made of it, once for all matrices that share the input; it goes with the last of them.
+    `factor` has room for what a method makes of it once for all matrices that share the input.
     """
 
     def __init__(self, columns: int, x: Tensor) -> None:
@@ -88,7 +89,7 @@ class Inputs(Generic[Sums]):
             with watch_inputs(layer, {name: partial(self._take, name) for name in self.tensors}):
                 yield
         finally:
-            self._seen.clear()
+            self._seen.clear()  # the next micro-batch has other tensors, and these would stay in memory
 
     def _take(self, name: str, given: Tensor) -> None:
         shared = next((sums for tensor, sums in self._seen if tensor is given), None)  # by q, k and v; gate and up

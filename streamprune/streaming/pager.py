@@ -1,4 +1,4 @@
-"""Layers into permanent device slots, one being read while another is computed on.
+"""Paging of layers into permanent device slots, one being read while another is computed on.
 
 On a CPU the readers fill the slot itself. On CUDA they fill pinned chunks, and a copy stream moves those into
 the slot. Three waits make that safe, and each is needed (tests/streaming/test_paging.py takes them away one by one):
@@ -38,7 +38,7 @@ Turn = Literal["back", "again"]  # how a sweep is followed by the next
 
 @dataclass(frozen=True)
 class Page:
-    """A layer in its slot: tensors as stored, by their names inside the layer, views into the slot."""
+    """Layer in its slot: tensors as stored, by their names inside the layer, views into the slot."""
 
     layer: int
     tensors: dict[str, Tensor]
@@ -46,12 +46,13 @@ class Page:
 
 @dataclass(frozen=True)
 class Step:
-    """A layer's turn in a sweep.
+    """Turn of a layer in a sweep.
 
     Attributes:
-        read: its slot does not hold it yet.
-        after: the last step before it that uses the slot, −1 if none does: it is filled when that one is through.
-        kept: nothing is read over it in this sweep.
+        read: the layer must be read; else the slot holds it.
+        after: the last step before this one that uses the slot, −1 if none does: the slot is filled when that one is
+            through.
+        kept: nothing is read over the layer in this sweep.
     """
 
     layer: int
@@ -62,7 +63,7 @@ class Step:
 
 
 def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> list[Step]:
-    """Which slot each layer of a sweep takes: that which holds it, else the one that is needed last.
+    """Choose the slot of each layer in a sweep: the one that holds it, else the one whose layer is needed last.
 
     Args:
         held: the layer of each slot now; at least two slots.
@@ -98,7 +99,7 @@ def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> li
 
 @dataclass(frozen=True)
 class _Read:
-    """One read: `nbytes` at `offset` of shard `file` to `position` in the slot; `stays`: also in the page cache."""
+    """Read of `nbytes` at `offset` of shard `file` to `position` in the slot; `stays`: also in the page cache."""
 
     file: int
     offset: int
@@ -109,7 +110,7 @@ class _Read:
 
 @dataclass
 class _Slot:
-    """Device memory for a layer.
+    """Slot: device memory for one layer.
 
     Attributes:
         layer: the one that it holds, None before any.
@@ -123,7 +124,7 @@ class _Slot:
 
 
 class Pager:
-    """Slots and the threads that fill them.
+    """Pager of a model's layers: slots on the device, and the threads that fill them.
 
     Two slots are enough; with more, the layers at which one sweep ends are there when the next one begins.
 
@@ -138,7 +139,7 @@ class Pager:
     Attributes:
         slots: how many layers the device may hold, at least 2; memory is taken when they are first needed. To be set
             between sweeps, upwards.
-        slot_bytes: of a slot, which the largest layer fits.
+        slot_bytes: bytes of a slot, which the largest layer fits.
         page_cache: bytes of the page cache that layers may take, to be set between sweeps; half of what is free.
     """
 
@@ -162,7 +163,7 @@ class Pager:
 
     @property
     def _chunk_count(self) -> int:
-        """While a thread reads one chunk, another is on its way to the device."""
+        """Number of pinned chunks: while a thread reads one, another is on its way to the device."""
         return 0 if self.device.direct else 2 * self.readers
 
     @property
@@ -171,21 +172,21 @@ class Pager:
         return self._chunk_count * CHUNK_BYTES
 
     def layer_bytes(self) -> int:
-        """Bytes of all layers: what one sweep reads."""
+        """Return the bytes of all layers: what one sweep reads at the most."""
         return sum(map(self.bytes_of, range(len(self.entries))))
 
     def bytes_of(self, layer: int) -> int:
-        """Bytes of one layer as stored."""
+        """Return the bytes of one layer as stored."""
         return sum(entry.nbytes for entry in self.entries[layer].values())
 
     def skip(self, planned: Iterable[int], passed: Iterable[int] = ()) -> None:
-        """Layers that were to be passed and are not, since an earlier run has; `passed` are instead."""
+        """Tell the progress that layers `planned` are not passed, since an earlier run has; `passed` are instead."""
         nbytes = sum(map(self.bytes_of, planned)) - sum(map(self.bytes_of, passed))
         if nbytes:
             self._progress(0, skipped=nbytes)
 
     def bytes_to_read(self, sweeps: Iterable[tuple[Sequence[int], Turn]]) -> int:
-        """Bytes that these sweeps will read, one after another, given what the slots hold now."""
+        """Count the bytes that these sweeps will read, one after another, given what the slots hold now."""
         held, total = self._held(), 0
         for order, then in sweeps:
             for step in schedule(order, held, then):
@@ -198,10 +199,10 @@ class Pager:
 
     @contextmanager
     def pages(self, order: Sequence[int], then: Turn = "back") -> Iterator[Iterator[Page]]:
-        """The layers of `order`, one at a time; a page is valid until the next one is asked for.
+        """Give the layers of `order` as pages, one at a time; a page is valid until the next one is asked for.
 
-        A context manager, so that the filling thread is stopped however the block ends. `then` says what to keep for:
-        a next sweep that comes "back" the same way, or one that goes it "again".
+        This is a context manager, so that the filling thread is stopped however the block ends. `then` says what to
+        keep layers for: a next sweep that comes "back" the same way, or one that goes it "again".
         """
         steps = schedule(order, self._held(), then)
         if self._chunks is None:
@@ -252,7 +253,7 @@ class Pager:
                         return
                     slot = self._slots[step.slot]
                     if step.read:
-                        slot.layer = None
+                        slot.layer = None  # until all of it is there: a read that fails leaves parts of two layers
                         self.device.copy_waits(slot.consumed)
                         reads = [readers.submit(self._read, slot.buffer, read) for read in self._reads(step.layer)]
                         try:
@@ -307,7 +308,7 @@ class Pager:
 
 
 class _Handover:
-    """Filled slots from the filling thread to the consumer, and word of their release back."""
+    """Exchange between the filling thread and the consumer: filled slots one way, word of their release the other."""
 
     def __init__(self) -> None:
         self._filled: queue.Queue[BaseException | None] = queue.Queue()
@@ -315,7 +316,7 @@ class _Handover:
         self._changed = threading.Condition()
 
     def take(self) -> None:
-        """Wait until the next step's slot is filled; raises what the filling thread met."""
+        """Wait until the next step's slot is filled; raise the error that the filling thread met."""
         error = self._filled.get()
         if error is not None:
             raise error
@@ -324,7 +325,7 @@ class _Handover:
         self._filled.put(error)
 
     def wait_for(self, step: int) -> bool:
-        """Wait until the consumer has released the slot of that step; whether the sweep goes on."""
+        """Wait until the consumer has released the slot of that step, and tell whether the sweep goes on."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._released >= step)
             return not self._stopped
@@ -341,7 +342,7 @@ class _Handover:
 
 
 def _lay_out(entries: Mapping[str, TensorEntry], *, as_in_file: bool) -> tuple[dict[str, int], int]:
-    """Where each tensor of a layer starts in a slot, and where the last one ends.
+    """Lay a layer's tensors out in a slot: the byte at which each starts, and the byte at which the last one ends.
 
     With `as_in_file` a tensor lies among the slot's blocks as among the file's, so that a direct read can put whole
     blocks in their place.

@@ -28,12 +28,12 @@ class Perplexity:
 
 
 def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
-    """Forward sweeps that `perplexity` will take."""
+    """Count the forward sweeps that `perplexity` will take."""
     return -(-len(segments) // _group(sweeper, segments.shape[1]))
 
 
 def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
-    """Perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
+    """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
     group = _group(sweeper, segments.shape[1])
     micro_batch = default_micro_batch(segments.shape[1])
     total = 0.0
@@ -44,7 +44,7 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
         total += loss * len(part)
         del hidden  # before there are the next ones
     loss = total / len(segments)
-    value = math.exp(loss) if loss < 700 else math.inf
+    value = math.exp(loss) if loss < 700 else math.inf  # beyond 709 there is no float64
     return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))
 
 

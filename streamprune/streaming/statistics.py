@@ -1,4 +1,4 @@
-"""What a method can ask for. It sees tensors and scores, never files, paging or devices."""
+"""Statistics that a method can ask for. A method sees tensors and scores, never files, paging or devices."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ STREAM_BYTES = 2 << 30
 
 
 def passes_without(layers: Sequence[int], hidden_bytes: int) -> list[tuple[int, Sequence[int]]]:
-    """The passes of `Statistics.losses_without`: the layer where each begins, and the layers left out in it.
+    """List the passes of `Statistics.losses_without`: the layer where each begins, and the layers left out in it.
 
-    All but the first begin above the layers of the one before. `hidden_bytes` are those of all sequences.
+    Every pass but the first begins above the layers of the one before. `hidden_bytes` are those of all sequences.
     """
     size = max(1, STREAM_BYTES // hidden_bytes)
     groups = [layers[first : first + size] for first in range(0, len(layers), size)]
@@ -36,7 +36,7 @@ def passes_without(layers: Sequence[int], hidden_bytes: int) -> list[tuple[int, 
 
 
 class Statistics:
-    """Sweeps over one model and one calibration batch.
+    """Source of statistics: each method here makes sweeps over one model and one calibration batch.
 
     Attributes:
         layers: the prunable layers.
@@ -67,7 +67,7 @@ class Statistics:
         return self.input_ids
 
     def _begin(self) -> Point | None:
-        """The next sweep: where an earlier run left it."""
+        """Begin the next sweep; return where an earlier run left it, None if nowhere."""
         return None if self._journal is None else self._journal.begin()
 
     def _commit(self, layer: int, carry: Mapping[str, States] | None = None, loss: float | None = None) -> None:
@@ -75,11 +75,11 @@ class Statistics:
             self._journal.commit(layer, {name: pieces(states) for name, states in (carry or {}).items()}, loss)
 
     def _carried(self, point: Point, name: str = "hidden") -> States:
-        """Hidden states that an earlier run's sweep handed on."""
+        """Bring back the hidden states that an earlier run's sweep handed on."""
         return self.sweeper.states(point.carry[name], self.samples)
 
     def weights(self, consume: Callable[[TensorRef, Tensor], object]) -> None:
-        """One sweep over the scored matrices of the prunable layers as they are stored."""
+        """Hand over the scored matrices of the prunable layers as they are stored, in one sweep."""
         point, pager = self._begin(), self.sweeper.pager
         if point is not None and point.layer == END:
             pager.skip(self.layers)
@@ -98,11 +98,11 @@ class Statistics:
         self._commit(END)
 
     def gradients(self, consume: Consumer, perturbation: Perturbation | None = None) -> float:
-        """One forward and one backward sweep over the calibration batch; returns the mean loss in nats."""
+        """Hand over gradients by one forward and one backward sweep; return the mean loss in nats."""
         return self._sweep(partial(GradientCollector, consume), perturbation)
 
     def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
-        """The same for Σ_n |g_n|^p over the samples' own gradients, and the mean gradient for p = 0."""
+        """Hand over Σ_n |g_n|^p over the samples' own gradients, for p = 0 the mean gradient; else as `gradients`."""
         return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self._ids.shape[1])), None)
 
     def inputs(
@@ -113,12 +113,12 @@ class Statistics:
         *,
         prunes: bool = False,
     ) -> None:
-        """One forward sweep that hands over sums over what each scored matrix is given.
+        """Hand over sums over the inputs of each scored matrix, in one forward sweep.
 
         Args:
             kind: `Moments` or `Gram`; matrices with the same input are given the same object, one after another.
             consume: is given (matrix, its weight as stored, sums).
-            of: the matrices that are wanted.
+            of: tells whether a matrix is wanted.
             prunes: what `consume` returns, if anything, takes the place of the weight. Once a layer's matrices are
                 through, the layer runs with the new ones, and that output goes on.
         """
@@ -142,7 +142,7 @@ class Statistics:
         self._walk(collect, change=prunes)
 
     def hidden(self, consume: Callable[[int, Iterator[tuple[Tensor, Tensor]]], None]) -> None:
-        """One forward sweep that hands over (layer, its inputs and outputs [., seq, d]) for each prunable layer."""
+        """Hand over (layer, its inputs and outputs [., seq, d]) for each prunable layer, in one forward sweep."""
 
         def show(visit: Visit) -> States:
             output = visit.run()
@@ -153,7 +153,7 @@ class Statistics:
         self._walk(show, change=False)
 
     def _walk(self, visit: Visitor, *, change: bool = True) -> None:
-        """A forward sweep up to the last prunable layer."""
+        """Walk forwards up to the last prunable layer."""
         self._again, stop = False, self.layers[-1] + 1  # the boundaries go
 
         def carry(each: Visit) -> dict[str, States]:
@@ -162,7 +162,7 @@ class Statistics:
         journalled_walk(self.sweeper, self._journal, self._ids, carry, stop, change=change)
 
     def losses_without(self) -> dict[int, float]:
-        """Mean loss in nats with each prunable layer left out.
+        """Return the mean loss in nats with each prunable layer left out, by layer.
 
         All of them are carried through one pass over the layers, as far as their hidden states fit into STREAM_BYTES.
         """
@@ -186,9 +186,9 @@ class Statistics:
     def _without(
         self, layers: Sequence[int], begin: int, dense: list[States], point: Point | None
     ) -> dict[int, States]:
-        """Hidden states at the end without each of `layers`.
+        """Compute the hidden states [n, seq, d] after the last layer without each of `layers`, by layer.
 
-        `dense` holds what layer `begin` is given in the whole model, and then what the layer above `layers` is.
+        `dense` holds the input of layer `begin` in the whole model, and in the end that of the layer above `layers`.
         """
         streams: dict[int, States] = {}
         if point is not None:
@@ -211,7 +211,7 @@ class Statistics:
         return streams
 
     def _sweep_layers(self, again: bool, stop: int | None = None) -> list[int]:
-        """What a sweep passes: forwards to layer `stop`, `again` from the lowest prunable one, and back."""
+        """List the layers of a sweep: forwards to layer `stop`, `again` from the lowest prunable one, and back."""
         layers = range(self.sweeper.n_layers if stop is None else stop)
         return [*layers[self.layers[0] if again else 0 :], *layers[self.layers[0] :]]
 

@@ -29,12 +29,12 @@ DEFAULT_MICRO_BATCH_TOKENS = 2048
 
 
 def default_micro_batch(seq_len: int) -> int:
-    """Sequences computed at once where the user does not say."""
+    """Return how many sequences are computed at once where the user does not say."""
     return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
 
 
 class Sweeper:
-    """Runs sweeps of one model.
+    """Runner of forward and backward sweeps of one model.
 
     Args:
         skeleton: embeddings, head and layer functions.
@@ -61,7 +61,7 @@ class Sweeper:
 
     @cached_property
     def scored(self) -> list[dict[str, TensorRef]]:
-        """The scored matrices of each layer, by their names inside it."""
+        """Scored matrices of each layer, by their names inside it."""
         return [_refs(self.skeleton, layer, self.scope) for layer in range(self.n_layers)]
 
     @property
@@ -71,7 +71,7 @@ class Sweeper:
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, *, micro_batch: int | None = None, then: Turn = "back") -> States:
-        """Hidden states after the last layer [n, seq, d]. Each layer works in place.
+        """Compute the hidden states after the last layer [n, seq, d]; each layer works in place.
 
         Args:
             input_ids: [n, seq].
@@ -97,7 +97,7 @@ class Sweeper:
         perturbed: Sequence[int] = (),
         stop: int | None = None,
     ) -> States:
-        """The same, up to layer `stop`; the inputs of layer `lowest` and of those above it are kept for `backward`.
+        """Compute the hidden states up to layer `stop`; keep the inputs of layer `lowest` and above for `backward`.
 
         Args:
             input_ids: [n, seq].
@@ -137,7 +137,7 @@ class Sweeper:
         below: int | None = None,
         done: Callable[[int, States], None] = lambda layer, grad: None,
     ) -> None:
-        """From dL/dh after the last layer down to the lowest boundary that `forward` kept, feeding collectors.
+        """Carry dL/dh from the last layer down to the lowest boundary that `forward_keeping` kept; feed collectors.
 
         Args:
             input_ids: [n, seq], as in the forward sweep.
@@ -164,6 +164,7 @@ class Sweeper:
                 with watched(self.skeleton.layers[layer], weights, collectors) as bound:
                     for part in parts:
                         boundary = hidden[part].detach().requires_grad_(graph)
+                        # The boundary that comes next is brought while the last part of this one is computed on.
                         if layer > first and part.stop == len(grad):
                             ahead(kept[layer - first - 1], parts[0])
                         with torch.enable_grad():
@@ -174,12 +175,13 @@ class Sweeper:
                 done(layer, grad)
 
     def head_loss(self, hidden: States, input_ids: Tensor, *, with_grad: bool) -> tuple[float, States | None]:
-        """Mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].
+        """Compute the mean next-token loss (nats) and, if asked, its gradient with respect to `hidden` [n, seq, d].
 
         The gradient is `gradient_scale(dtype)` times as large; what `backward` hands over is not.
         """
         n, seq, _ = hidden.shape
         targets = input_ids.to(self.skeleton.device)
+        # Blocks of tokens are added up in float64, so that their number costs no digits.
         total = torch.zeros((), dtype=torch.float64, device=targets.device)
         grad = self.states_like(hidden) if with_grad else None
         count = n * (seq - 1)
@@ -203,7 +205,7 @@ class Sweeper:
         return float(total) / count, grad
 
     def states(self, pieces: Iterable[Tensor], count: int) -> States:
-        """Hidden states [count, seq, d] where those of this sweeper stay, of pieces of them on the CPU."""
+        """Put hidden states [count, seq, d] together, where this sweeper's stay, from pieces of them on the CPU."""
         states, start = None, 0
         for piece in pieces:
             if states is None:
@@ -215,7 +217,7 @@ class Sweeper:
         return states
 
     def states_like(self, states: States) -> States:
-        """New ones of the same shape, with anything in them."""
+        """Make new hidden states of the same shape, with anything in them."""
         return self._new_states(1, tuple(states.shape), states.dtype)[0]
 
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
@@ -225,7 +227,7 @@ class Sweeper:
         return self._activations.several(count, shape, dtype)
 
     def embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None = None) -> States:
-        """The first layer's input; where boundaries will be kept, in the place of the lowest one."""
+        """Compute the first layer's input [n, seq, d]; where boundaries are to be kept, in the place of the lowest."""
         hidden: States | None = None
         for part in self.micro_batches(len(input_ids), micro_batch):
             embedded = self.skeleton.embed(input_ids[part])
@@ -240,6 +242,7 @@ class Sweeper:
         if keep_from is None:
             return self._new_states(1, shape, dtype)[0]
         if not self._kept or self._kept_from != keep_from or self._kept[0].shape != shape:
+            # The old ones go before there are new ones, so that both are never in memory.
             self._kept = []
             self._kept = self._new_states(self.n_layers - keep_from + 1, shape, dtype)
             self._kept_from = keep_from
@@ -250,28 +253,28 @@ class Sweeper:
         self._kept = []
 
     def close(self) -> None:
-        """No sweep comes: hidden states that were kept can go."""
+        """Let go of all hidden states and their files: no sweep comes."""
         self.forget_boundaries()
         if self._activations is not None:
             self._activations.close()
             self._activations = None
 
     def recorded(self, input_ids: Tensor) -> list[LayerCall]:
-        """The recorded calls for this sequence length; they do not depend on the tokens."""
+        """Return the recorded calls for this sequence length; they do not depend on the tokens."""
         seq = input_ids.shape[1]
         if seq not in self._calls:
             self._calls[seq] = self.skeleton.record(input_ids)
         return self._calls[seq]
 
     def micro_batches(self, n: int, size: int | None = None) -> Iterator[slice]:
-        """`n` sequences in parts of `size`, by default the sweeper's own."""
+        """Yield `n` sequences in slices of `size`, by default the sweeper's own."""
         size = size or self.micro_batch
         for start in range(0, n, size):
             yield slice(start, min(start + size, n))
 
 
 def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -> dict[str, TensorRef]:
-    """The scored matrices of a layer by their names inside it."""
+    """Return the scored matrices of a layer by their names inside it."""
     geometry, stored = skeleton.geometries[layer], skeleton.matrices(layer)
     members = {m.tensor: m for m in skeleton.family.members if m.scored}
     names = stored if scope == "matrices" else [name for name in members if name in stored]
@@ -279,7 +282,7 @@ def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -
 
 
 def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Blocks of at most about `tokens` tokens of [n, seq]: rows, and the columns of each block in them."""
+    """Yield blocks of at most about `tokens` tokens of [n, seq]: rows, and the columns of each block in them."""
     rows, columns = max(1, tokens // seq), min(seq, tokens)
     for top in range(0, n, rows):
         yield slice(top, min(top + rows, n)), [slice(x, min(x + columns, seq)) for x in range(0, seq, columns)]

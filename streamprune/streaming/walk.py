@@ -20,7 +20,7 @@ from streamprune.streaming.sweeper import Sweeper
 
 @dataclass
 class Visit:
-    """A layer in a forward sweep, before its output is made: its Linears can be watched, its weights changed.
+    """Visit of a layer in a forward sweep, before its output is made: Linears can be watched, weights changed.
 
     Attributes:
         page: the layer as it is stored.
@@ -42,11 +42,11 @@ class Visit:
         return self.page.layer
 
     def parts(self) -> Iterator[slice]:
-        """The sequences in micro-batches."""
+        """Yield the sequences in micro-batches, as slices."""
         return self.sweeper.micro_batches(len(self.hidden), self.micro_batch)
 
     def run(self, hidden: States | None = None, *, inputs: Inputs[Any] | None = None) -> States:
-        """The layer's output [n, seq, d] with the weights as they are now.
+        """Compute the layer's output [n, seq, d] with the weights as they are now.
 
         Args:
             hidden: instead of the layer's own input.
@@ -81,7 +81,7 @@ def walk(
     change: bool = True,
     micro_batch: int | None = None,
 ) -> States:
-    """A forward sweep in which `visit` makes each layer's output; returns the last one [n, seq, d].
+    """Make a forward sweep in which `visit` makes each layer's output; return the last one [n, seq, d].
 
     Args:
         input_ids: [n, seq].
@@ -113,7 +113,7 @@ def journalled_walk(
     change: bool = True,
     micro_batch: int | None = None,
 ) -> None:
-    """A walk up to layer `stop` that is committed behind every layer, and begins where the journal has it.
+    """Walk up to layer `stop`, commit behind every layer, and begin where the journal says.
 
     Args:
         visit: gives what the layer hands on, by name; "hidden" goes to the next layer.

@@ -1,4 +1,4 @@
-"""Looking at what the Linears of a layer are given, for as long as a block runs."""
+"""Hooks that show the inputs and outputs of a layer's Linears, for as long as a block runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streamprune.model.units import module_of
 
 
 class SeenEnough(Exception):
-    """Raised by who has seen all it wants: what comes after it in the layer is not computed."""
+    """Signal of a watcher that has seen all it wants: what comes after it in the layer is not computed."""
 
 
 @contextmanager

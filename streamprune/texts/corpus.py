@@ -27,7 +27,7 @@ SAID_AFTER, SAID_EVERY = 1.0, 15.0  # seconds of reading until a line says so
 
 
 def joined(documents: Documents) -> Iterator[str]:
-    """The text of all records, in pieces."""
+    """Yield the text of all records in pieces, with the separator between records."""
     return _with_separators(documents.records(), documents.separator)
 
 
@@ -39,7 +39,7 @@ def _with_separators(texts: Iterator[str], separator: str) -> Iterator[str]:
 def sample_sequences(
     tokens: Tensor, samples: int, seq_len: int, sampling: str, seed: int, marks: tuple[int, ...] = ()
 ) -> Tensor:
-    """Sequences [samples, seq_len] of the tokens of a text.
+    """Take sequences [samples, seq_len] from the tokens of a text.
 
     Args:
         sampling: "random" draws windows at seeded positions; "first" takes consecutive ones from the start.
@@ -55,6 +55,7 @@ def sample_sequences(
         return tokens[:needed].view(samples, seq_len)
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(tokens) - seq_len + 1, (samples,), generator=generator)
+    # Drawn longer by the marks, which may have to go from the beginning; at the text's end there may be no more of it.
     windows = [
         without_marks(tokens[start : start + seq_len + len(marks)], marks)[:seq_len] for start in starts.tolist()
     ]
@@ -62,7 +63,7 @@ def sample_sequences(
 
 
 def without_marks(tokens: Tensor, marks: tuple[int, ...]) -> Tensor:
-    """Tokens without the marks that they begin with, if they do."""
+    """Return tokens without the marks that they begin with, if they do."""
     return tokens[len(marks) :] if marks and tokens[: len(marks)].tolist() == list(marks) else tokens
 
 
@@ -75,7 +76,7 @@ def _too_short(tokens: str, samples: int, seq_len: int) -> str:
 
 @dataclasses.dataclass
 class Corpus:
-    """The token sequences of a text.
+    """Source of token sequences out of a text.
 
     Attributes:
         beginning: tokens that every sequence begins with; the others are the text's.
@@ -89,11 +90,11 @@ class Corpus:
     clock: Callable[[], float] = time.perf_counter
 
     def count(self, most: int) -> int:
-        """How many tokens the text has; where it has more, any number from `most` on."""
+        """Count the tokens of the text; where it has more than `most`, any number from `most` on."""
         return len(self._leading(most)) if self._whole is None else len(self._whole)
 
     def sequences(self, samples: int, seq_len: int, sampling: str, seed: int) -> Tensor:
-        """Ids [samples, seq_len], int64: the beginning, and then tokens of the text.
+        """Take sequences of ids [samples, seq_len], int64: the beginning, and then tokens of the text.
 
         Args:
             sampling: "random" draws windows, "first" takes consecutive ones from the start of the text, "records" the
@@ -115,7 +116,7 @@ class Corpus:
         return self._begun(found)
 
     def segments(self, seq_len: int, samples: int | None, most: int | None = None) -> Tensor:
-        """Non-overlapping sequences [n, seq_len] from the start of the text, each with the beginning; the rest goes.
+        """Cut non-overlapping sequences [n, seq_len] from the text's start, each with the beginning; the rest goes.
 
         Args:
             samples: how many; None for all there are, up to `most`.
@@ -137,7 +138,7 @@ class Corpus:
         return self._begun(tokens[: n * length].view(n, length))
 
     def describe(self, ids: Tensor) -> str:
-        """Sequences in words: 10 x 128 tokens, each <bos> and 127 of the text."""
+        """Describe sequences in words: 10 x 128 tokens, each <bos> and 127 of the text."""
         n, seq_len = ids.shape
         if not self.beginning:
             return f"{n} x {seq_len} tokens"
@@ -155,7 +156,7 @@ class Corpus:
         return torch.cat([start, windows], dim=1) if self.beginning else windows
 
     def _leading(self, count: int | None) -> Tensor:
-        """The first `count` tokens of the text at least, or all it has."""
+        """Return the first `count` tokens of the text at least, or all that it has."""
         if self._whole is not None:
             return self._whole
         blocks, total, told = [], 0, _Told(self)
@@ -168,7 +169,7 @@ class Corpus:
 
     @cached_property
     def _whole(self) -> Tensor | None:
-        """All tokens of a text of up to WHOLE_CHARACTERS, None of a longer one."""
+        """Token ids of the whole text, if it has up to WHOLE_CHARACTERS; None for a longer one."""
         pieces, length = [], 0
         for piece in joined(self.documents):
             pieces.append(piece)
@@ -178,7 +179,7 @@ class Corpus:
         return torch.cat([torch.empty(0, dtype=torch.int64), *token_blocks(self.tokenizer, pieces)])
 
     def _from_places(self, samples: int, length: int, seed: int) -> Tensor:
-        """Windows [samples, length] of a text that is too long to be tokenised as a whole."""
+        """Take windows [samples, length] from a text that is too long to be tokenised as a whole."""
         documents, draw, windows = self.documents, random.Random(seed), Windows(self._encode, length)
         if documents.places is not None:
             at_places(documents, windows, samples, draw)
@@ -194,7 +195,7 @@ class Corpus:
         return torch.stack(windows.found)
 
     def _from_records(self, samples: int, length: int, seed: int) -> Tensor:
-        """The starts [samples, length] of as many records."""
+        """Take the starts [samples, length] of as many records."""
         documents, draw = self.documents, random.Random(seed)
         if documents.prose:
             raise UsageError(f"--sampling records: {documents.where} is prose without records; use random or first")
@@ -227,7 +228,7 @@ def open_corpus(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Corpus:
-    """A text for the tokenizer of a model directory."""
+    """Open a text for the tokenizer of a model directory; arguments as the options of `PruneConfig`."""
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     begins = beginning(tokenizer, bos)
     if not isinstance(source, Documents):
@@ -236,14 +237,14 @@ def open_corpus(
 
 
 class _Told:
-    """Says how much of a text was read, after a second of reading and then now and again."""
+    """Reporter of how much of a text was read, after a second of reading and then now and again."""
 
     def __init__(self, corpus: Corpus) -> None:
         self._corpus, self._characters = corpus, 0
         self._next = corpus.clock() + SAID_AFTER
 
     def passing(self, pieces: Iterable[str]) -> Iterator[str]:
-        """The pieces."""
+        """Pass pieces on and count their characters."""
         for piece in pieces:
             self._characters += len(piece)
             if (now := self._corpus.clock()) >= self._next:

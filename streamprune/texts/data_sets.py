@@ -1,4 +1,4 @@
-"""Data sets that the package `datasets` reads: of the hub, as a stream, and those that were saved to disk."""
+"""Data sets that the package `datasets` reads: the hub's, as a stream, and those that were saved to disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def _datasets(source: object) -> Any:
 
 
 def saved_to_disk(path: Path, split: str, field: str, render: Render) -> Documents:
-    """What `save_to_disk` has written."""
+    """Open a data set that `save_to_disk` has written, as texts.
+
+    Raises:
+        CalibrationError: it cannot be loaded, or has no such split or column.
+    """
     datasets = _datasets(path)
     try:
         data = datasets.load_from_disk(str(path))
@@ -50,7 +54,11 @@ def saved_to_disk(path: Path, split: str, field: str, render: Render) -> Documen
 
 
 def from_hub(source: str, field: str, render: Render) -> Documents:
-    """A data set of the hub as a stream: no more is fetched than is read."""
+    """Open a data set of the hub as a stream of texts: no more is fetched than is read.
+
+    Raises:
+        CalibrationError: it cannot be loaded, or has no such column.
+    """
     datasets = _datasets(source)
     name, _, split = source.partition(":")
     where, reasons = f"data set {source}", []
@@ -83,7 +91,7 @@ def from_hub(source: str, field: str, render: Render) -> Documents:
 
 
 def _texts(rows: Iterable[Any], field: str, where: str, render: Render) -> Iterator[str]:
-    """The texts that are not empty."""
+    """Yield the texts of rows that are not empty."""
     try:
         for number, row in enumerate(rows, 1):
             if text := text_of(row, field, f"{where}, row {number}", render):
@@ -93,7 +101,7 @@ def _texts(rows: Iterable[Any], field: str, where: str, render: Render) -> Itera
 
 
 def _hub_names(name: str) -> list[tuple[str, str]]:
-    """What NAME may mean: (repository, configuration), the likelier one first."""
+    """List what NAME may mean: (repository, configuration), the likelier one first."""
     parts = name.split("/")
     if len(parts) == 3:
         return [("/".join(parts[:2]), parts[2])]

@@ -1,4 +1,4 @@
-"""A text as records: from its start, or from random places. Knows nothing of where it comes from."""
+"""Texts as records, from their start or from random places, wherever they come from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORD = 64  # characters within which a place moves to the end or the beginning o
 
 @dataclass(frozen=True)
 class Documents:
-    """A text as records.
+    """Text as records.
 
     Attributes:
         where: its name, for messages.
@@ -27,7 +27,7 @@ class Documents:
         records: all of them, from the start.
         places: endless random places, any character of the text as likely as any other; None where only a pass through
             the whole text would find one.
-        shuffled: of a source without an end in reach: its records in random order.
+        shuffled: the records in random order, of a source without an end in reach.
         prose: whether there is no telling one record from the next.
         nbytes: of the text at the most, where they are known. stored: of its files, which may be compressed.
     """
@@ -43,22 +43,22 @@ class Documents:
 
 
 def embedded_text(name: str) -> str:
-    """Prose in the package: "calibration" (about 4,000 words) or "heldout" (about 2,400 others)."""
+    """Read prose of the package: "calibration" (about 4,000 words) or "heldout" (about 2,400 others)."""
     return resources.files("streamprune").joinpath("data", f"{name}.txt").read_text(encoding="utf-8")
 
 
 def embedded(name: str) -> Documents:
-    """That prose as documents."""
+    """Return prose of the package, "calibration" or "heldout", as documents."""
     return Documents(f"the embedded {name} text", "", lambda: iter([embedded_text(name)]), prose=True)
 
 
 def no_messages(messages: Messages) -> str:
-    """In the place of a chat template where there is no tokenizer."""
+    """Refuse conversations: takes the place of a chat template where there is no tokenizer."""
     raise CalibrationError("conversations need a tokenizer with a chat template; give texts")
 
 
 def from_word(text: str) -> str:
-    """A text from the first word that begins in it, where there is one near; "" where it ends with the one it is in."""
+    """Cut off what precedes the first word that begins in a text, if one begins near; "" if none begins at all."""
     gap = next((n for n, letter in enumerate(text[:WORD]) if letter.isspace()), None)
     if gap is None:
         return "" if len(text) < WORD else text
@@ -66,7 +66,7 @@ def from_word(text: str) -> str:
 
 
 def whole_words(text: str, most: int) -> str:
-    """A text, cut off between two words where it is longer than `most` characters."""
+    """Cut a text off between two words where it is longer than `most` characters."""
     if len(text) <= most:
         return text
     gap = next((n for n in range(most, max(0, most - WORD), -1) if text[n].isspace()), most)

@@ -1,4 +1,4 @@
-"""The formats of texts: from the bytes of a file to its records, one at a time. Knows nothing of tokens.
+"""Formats of texts: from the bytes of a file to its records, one at a time. Nothing here knows of tokens.
 
 Prose has one record. JSON records and the rows of tables have a field that holds the text, or a conversation.
 """
@@ -48,21 +48,21 @@ ROLES |= {"observation": "tool", "function": "tool"}
 
 
 class Readable(Protocol):
-    """What bytes are read from."""
+    """Interface of what bytes are read from."""
 
     def read(self, count: int, /) -> bytes:
-        """The next bytes, `count` at the most; none at the end."""
+        """Read the next bytes, `count` at the most; none at the end."""
         ...
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix of the format, in lower case and without that of a compression."""
+    """Return the suffix of a file's format, in lower case, whatever suffix of a compression follows."""
     name = path.name.lower()
     return Path(name.removesuffix(next((each for each in COMPRESSIONS if name.endswith(each)), ""))).suffix
 
 
 def compression_of(path: Path) -> str:
-    """How a file is compressed, as one of COMPRESSIONS, or "": by what it begins with, whatever it is called."""
+    """Tell how a file is compressed, as one of COMPRESSIONS, or "": by its first bytes, whatever it is called."""
     marks = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
     with path.open("rb") as stream:
         head = stream.read(max(map(len, marks)))
@@ -73,7 +73,7 @@ def compression_of(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path, where: object) -> Iterator[IO[bytes]]:
-    """The uncompressed bytes of a file.
+    """Open a file for its uncompressed bytes, as long as the block runs.
 
     Raises:
         CalibrationError: it cannot be opened, or is found to be damaged while it is read.
@@ -102,7 +102,7 @@ def _stream(path: Path, where: object) -> Any:
 
 
 def decoded(stream: Readable, where: object, at: int = 0) -> Iterator[str]:
-    """The text of a stream, of which byte `at` is the next, in pieces; lines end with "\\n", a byte order mark goes.
+    """Decode a stream, of which byte `at` is the next, piece by piece; lines end with "\\n", a byte order mark goes.
 
     Raises:
         CalibrationError: bytes that are not UTF-8, with the first of them.
@@ -128,7 +128,7 @@ def decoded(stream: Readable, where: object, at: int = 0) -> Iterator[str]:
 
 
 def _refuse_other_encodings(chunk: bytes, where: object, at: int) -> None:
-    """By the mark that a file begins with, and by bytes that no text in UTF-8 has."""
+    """Refuse UTF-16 and UTF-32, told by the mark that a file begins with and by bytes that no text in UTF-8 has."""
     marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
     marks |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
     for mark, name in marks.items() if at == 0 else ():
@@ -141,10 +141,10 @@ def _refuse_other_encodings(chunk: bytes, where: object, at: int) -> None:
 
 
 def kind_of(path: Path, where: object, field: str) -> RecordKind:
-    """The format of a file, by its suffix and by what it begins with: syntax is never taken for prose.
+    """Tell the format of a file, by its suffix and by what it begins with: syntax is never taken for prose.
 
     Args:
-        field: of the text; a first line of columns that has it makes a table.
+        field: name of the text's field; a first line of columns that has it makes a table.
 
     Raises:
         CalibrationError: a format that is not read, or what is no text at all.
@@ -168,19 +168,20 @@ def kind_of(path: Path, where: object, field: str) -> RecordKind:
 
 
 class _Again:
-    """A stream of which the start was read already."""
+    """Stream whose start was read already, put together again."""
 
     def __init__(self, start: bytes, stream: IO[bytes]) -> None:
         self._start, self._stream = start, stream
 
     def read(self, count: int) -> bytes:
-        """The start, then what follows it."""
+        """Return the start, then read on."""
         start, self._start = self._start, b""
         return start or self._stream.read(count)
 
 
 def _kind_of_json(head: str, *, sure: bool) -> RecordKind | None:
-    """Of a text that begins as JSON records do: one in a line, or values over many lines, or in an array.
+    """Tell the format of a text that begins as JSON records do: "lines" with a record in each, or "values" over many
+    lines or in an array; None for any other text.
 
     Args:
         sure: its name says that it is JSON; else prose may begin with brackets too.
@@ -211,7 +212,7 @@ def _parsed(text: str) -> Any:
 
 
 def _kind_of_table(head: str, field: str) -> RecordKind | None:
-    """Of a text whose first line names columns, the field of the text among them."""
+    """Tell the format of a text whose first line names columns, the text's field among them: "csv", "tsv" or None."""
     line = head.partition("\n")[0].rstrip("\r")
     for delimiter, kind in ((",", "csv"), ("\t", "tsv")):
         columns = [column.strip().strip('"') for column in line.split(delimiter)]
@@ -221,7 +222,7 @@ def _kind_of_table(head: str, field: str) -> RecordKind | None:
 
 
 def text_of(record: Any, field: str, where: str, render: Render) -> str:
-    """The text of a record, "" where it has none: a string, or the string or conversation under `field`.
+    """Return the text of a record, "" where it has none: a string, or the string or conversation under `field`.
 
     Raises:
         CalibrationError: no such field, or one of numbers.
@@ -241,7 +242,7 @@ def text_of(record: Any, field: str, where: str, render: Render) -> str:
 
 
 def _message(message: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
-    """A message with a role and a content, whichever names a data set has for them."""
+    """Return a message with a "role" and a "content", whichever names a data set has for them."""
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
@@ -255,7 +256,7 @@ def _message(message: Mapping[str, Any], field: str, where: str) -> dict[str, An
 
 
 def _repaired(text: str) -> str:
-    """Without lone halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
+    """Replace lone halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -264,7 +265,7 @@ def _repaired(text: str) -> str:
 
 
 def lines_of(pieces: Iterable[str]) -> Iterator[str]:
-    """The lines of a text that comes in pieces. Unlike str.splitlines not at U+2028, which JSON strings may hold."""
+    """Yield the lines of a text that comes in pieces: not split at U+2028, as by str.splitlines: JSON may hold it."""
     rest: list[str] = []  # joined at the line's end: a line may be longer than all pieces
     for piece in pieces:
         first, *others = piece.split("\n")
@@ -277,7 +278,7 @@ def lines_of(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def json_line(line: str, where: str) -> Any:
-    """The value in a line, None in an empty one."""
+    """Parse the value in a line, None in an empty one."""
     line = line.strip("\ufeff \t\r")  # files with marks of their own may have been put together
     if not line:
         return None
@@ -288,14 +289,14 @@ def json_line(line: str, where: str) -> Any:
 
 
 def json_lines(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value) of each line."""
+    """Yield (where it stands, value) for each line."""
     for number, line in enumerate(lines_of(pieces), 1):
         if (value := json_line(line, f"{where}:{number}")) is not None:
             yield f"{where}:{number}", value
 
 
 def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any]]:
-    """(where it stands, value) of each item of arrays, or of several values, a value in memory at a time."""
+    """Yield (where it stands, value) for each item of arrays, or each of several values, one in memory at a time."""
     decoder, source, text, position, number = json.JSONDecoder(), iter(pieces), "", 0, 0
     in_array, arrays, wanted = False, 0, TEXT_CHUNK
     while True:
@@ -308,6 +309,7 @@ def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any
             value, end = decoder.raw_decode(text, position)
         except (ValueError, RecursionError) as raised:
             error = raised
+        # A number that ends where the text read so far ends may go on in the next piece.
         if error is None and end < len(text):
             position, number, wanted = end, number + 1, TEXT_CHUNK
             yield f"{where}, record {number}", value
@@ -326,14 +328,14 @@ def json_values(pieces: Iterable[str], where: object) -> Iterator[tuple[str, Any
 
 
 def _is_final(error: Exception, text: str) -> bool:
-    """Whether no more text could mend it: nested too deeply, or wrong before the end."""
+    """Tell whether no further text could mend an error of parsing: nested too deeply, or wrong before the end."""
     if not isinstance(error, json.JSONDecodeError):
         return True
     return error.pos < len(text) - LONGEST_WORD and not error.msg.startswith("Unterminated string")
 
 
 def _gathered(source: Iterator[str], characters: int) -> str:
-    """As many characters of the pieces, or all there are."""
+    """Join pieces until there are as many characters, or no more pieces."""
     parts, length = [], 0
     for piece in source:
         parts.append(piece)
@@ -344,7 +346,7 @@ def _gathered(source: Iterator[str], characters: int) -> str:
 
 
 def table_rows(pieces: Iterable[str], delimiter: str, where: object) -> Iterator[tuple[str, Any]]:
-    """(where it stands, row by column) of each row of a table whose first line names the columns."""
+    """Yield (where it stands, row by column) for each row of a table whose first line names the columns."""
     limit = csv.field_size_limit(2**31 - 1)  # of 128 KiB; a book in a cell is longer
     try:
         reader = csv.DictReader((line + "\n" for line in lines_of(pieces)), delimiter=delimiter, strict=True)

@@ -1,4 +1,4 @@
-"""Where a text comes from, by its name: a file, a directory, a pipe, or a data set."""
+"""Sources of texts by their names: a file, a directory, a pipe, or a data set."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from streamprune.values import STANDARD_INPUT
 
 
 def open_documents(source: str | Path, field: str = "text", render: Render = no_messages) -> Documents:
-    """The text of a file, a directory, standard input ("-"), or a hub data set "name[/configuration][:split]".
+    """Open the text of a file, a directory, standard input ("-"), or a hub data set "name[/configuration][:split]".
 
     Args:
-        field: of the text in records.
-        render: the text of a conversation.
+        field: name of the text's field in records.
+        render: makes the text of a conversation.
 
     Raises:
         CalibrationError: it is not there, or not of a kind that is read.
@@ -47,16 +47,17 @@ def open_documents(source: str | Path, field: str = "text", render: Render = no_
 
 
 def shown(source: str) -> str:
-    """What a card calls a text: a file by its name, a data set as it is."""
+    """Name a text for a model card: a file by its last name, a data set as it is."""
     if source in STANDARD_INPUT or source.startswith("/dev/fd/"):
         return "standard input" if source in STANDARD_INPUT else "a pipe"
     return Path(source).name if Path(source).exists() else source
 
 
 def _directory_of(name: str) -> tuple[Path | None, str]:
-    """A directory and a split, of "DIRECTORY[:SPLIT]"; None if it is no directory's name."""
+    """Split "DIRECTORY[:SPLIT]" into the two; None and "" if it is no directory's name."""
     if Path(name).is_dir():
         return Path(name), ""
+    # A directory's own name may have colons, so the last one after a directory counts.
     ends = [at for at, letter in enumerate(name) if at and letter == ":" and Path(name[:at]).is_dir()]
     return (Path(name[: ends[-1]]), name[ends[-1] + 1 :]) if ends else (None, "")
 
@@ -66,7 +67,7 @@ def _open_file(path: Path, field: str, render: Render) -> Documents:
 
 
 class _Kept:
-    """What came out of a pipe, in a file without a name that goes with this object."""
+    """Contents of a pipe, in a file without a name that goes with this object."""
 
     descriptor = -1
 
@@ -82,10 +83,11 @@ class _Kept:
 
 
 def _from_pipe(source: str, field: str, render: Render) -> Documents:
-    """Standard input, or what a shell passes as /dev/fd/N."""
+    """Open standard input, or what a shell passes as /dev/fd/N."""
     if source == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise CalibrationError("-: standard input is a terminal or closed; pass a text through a pipe, or give a file")
     where = "standard input" if source == "-" else source
+    # A pipe can be read once, and its text is begun more than once: to tell its format, to count, to draw from it.
     try:
         with open(sys.stdin.fileno() if source == "-" else source, "rb", closefd=source != "-") as pipe:
             kept = _Kept(pipe)
@@ -96,7 +98,7 @@ def _from_pipe(source: str, field: str, render: Render) -> Documents:
 
 
 def _from_directory(path: Path, split: str, field: str, render: Render) -> Documents:
-    """A data set that was saved to disk, or the files below a directory: those of records, or without any, of prose."""
+    """Open a data set that was saved to disk, or the files below a directory: those of records, else those of prose."""
     saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     if saved or (path / "dataset_dict.json").is_file():
         return data_sets.saved_to_disk(path, split, field, render)

@@ -22,7 +22,7 @@ PARQUET_ROWS = 256  # of a parquet file that are in memory at a time
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file of texts.
+    """File of texts.
 
     Attributes:
         where: what messages call it.
@@ -37,7 +37,7 @@ class TextFile:
     kept: object = None
 
     def records(self) -> Iterator[str]:
-        """All records."""
+        """Yield all records from the start of the file."""
         if self.kind == "parquet":
             yield from self._texts(self._rows())
             return
@@ -54,11 +54,15 @@ class TextFile:
 
     @property
     def can_seek(self) -> bool:
-        """Whether reading can begin anywhere."""
+        """Tell whether reading can begin anywhere in the file."""
         return self.kind in ("prose", "lines") and not records.compression_of(self.path)
 
     def at(self, part: float) -> tuple[float, Beginning]:
-        """The place before which this part of the file lies, in [0, 1), and the part of the file there that is text."""
+        """Find the place before which this part of the file lies, in [0, 1), and the share of text in what is there.
+
+        Returns:
+            (probability with which the place is to be taken, the place).
+        """
         size = self.path.stat().st_size
         offset = int(part * size)
         if self.kind == "prose":
@@ -67,7 +71,8 @@ class TextFile:
         lines = records.lines_of(self._pieces(start))
         line, where = next(lines), f"{self.where}, byte {start:,} or after"
         first = self._text(records.json_line(line, where), where)
-        # A line has names, marks and other fields beside the text.
+        # A line has names, marks and other fields beside the text: by this share a place is taken, so that every
+        # character of the texts is as likely as any other.
         share = len(json.dumps(first, ensure_ascii=line.isascii())) / max(1, len(line))
         rest = (self._text(records.json_line(line, where), where) for line in lines)
         texts = chain([first], (text for text in rest if text))
@@ -77,11 +82,11 @@ class TextFile:
         return text_of(value, self.field, where, self.render)
 
     def _texts(self, values: Iterable[tuple[str, Any]]) -> Iterator[str]:
-        """The texts that are not empty."""
+        """Yield the texts of values that are not empty."""
         return (text for where, value in values if (text := self._text(value, where)))
 
     def _pieces(self, offset: int) -> Iterator[str]:
-        """The text from the first character that begins at `offset` or after."""
+        """Yield the text from the first character that begins at byte `offset` or after."""
         with records.opened(self.path, self.where) as stream:
             stream.seek(offset)
             skipped = next((n for n, byte in enumerate(stream.read(4)) if byte & 0xC0 != 0x80), 0)
@@ -89,7 +94,7 @@ class TextFile:
             yield from records.decoded(stream, self.where, offset + skipped)
 
     def _line_around(self, offset: int, size: int) -> tuple[int, int]:
-        """Where the line begins that holds the byte at `offset`, and where it ends."""
+        """Find the offsets at which the line begins that holds the byte at `offset`, and at which it ends."""
         with records.opened(self.path, self.where) as stream:
             start, stop = offset, offset
             while start > 0:
@@ -124,7 +129,7 @@ class TextFile:
         return file
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
-        """(where it stands, value of the field) of each row, a batch of them in memory at a time."""
+        """Yield (where it stands, value of the field) for each row, a batch of rows in memory at a time."""
         file, row = self._parquet(), 0
         import pyarrow
 
@@ -138,7 +143,7 @@ class TextFile:
 
 
 def from_files(files: Sequence[TextFile], where: str) -> Documents:
-    """One text out of all files, in this order."""
+    """Join files into one text, in this order."""
     prose = all(file.kind == "prose" for file in files)
     sizes = list(accumulate(file.path.stat().st_size for file in files))
 

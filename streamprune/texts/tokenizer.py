@@ -1,4 +1,4 @@
-"""What tokenizers make of texts: their tokens, what begins them, and conversations by their template."""
+"""Tokenizers: the tokens of texts, the marks that begin them, and conversations by their chat template."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ PROBES = ("a", "A", "1", ".")  # texts that show what a tokenizer adds, if it ha
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory."""
+    """Load the tokenizer of a model directory.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds for missing or damaged files
@@ -36,7 +40,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def beginning(tokenizer: Any, bos: str) -> tuple[int, ...]:
-    """The tokens that begin every sequence.
+    """Return the tokens that begin every sequence.
 
     Args:
         bos: "auto" for what encoding a text puts before it, "always" for BOS, "never" for none.
@@ -60,7 +64,7 @@ def beginning(tokenizer: Any, bos: str) -> tuple[int, ...]:
 
 
 def chat_renderer(tokenizer: Any) -> Callable[[Messages], str]:
-    """The text of a conversation by the tokenizer's chat template."""
+    """Make a function that gives the text of a conversation by the tokenizer's chat template."""
 
     def render(messages: Messages) -> str:
         try:
@@ -75,12 +79,12 @@ def chat_renderer(tokenizer: Any) -> Callable[[Messages], str]:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Token ids [tokens] of a text without special tokens, int64."""
+    """Return the token ids [tokens] of a text without special tokens, int64."""
     return torch.cat([torch.empty(0, dtype=torch.int64), *token_blocks(tokenizer, [text])])
 
 
 def token_blocks(tokenizer: Any, pieces: Iterable[str]) -> Iterator[Tensor]:
-    """Token ids of a text that comes in pieces, a block of it at a time: those of the whole text."""
+    """Yield the token ids of a text that comes in pieces, a block of it at a time: together those of the whole text."""
 
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -95,7 +99,7 @@ def token_blocks(tokenizer: Any, pieces: Iterable[str]) -> Iterator[Tensor]:
 
 
 def _blocks(pieces: Iterable[str]) -> Iterator[str]:
-    """The text in blocks of about BLOCK_CHARACTERS that have the tokens of the whole, where they end with a line."""
+    """Cut a text into blocks of about BLOCK_CHARACTERS that keep the tokens of the whole where they end with a line."""
     rest = ""
     for piece in pieces:
         rest += piece
@@ -110,7 +114,7 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _end_of_block(text: str, start: int, stop: int) -> int:
-    """After a line whose end is a token of its own, else before a word, else after any line."""
+    """Find a block's end: after a line whose end is a token of its own, else before a word, else after any line."""
     for letter, allowed, after in (("\n", LINE_END, 1), (" ", BEFORE_WORD, 0), ("\n", ANYWHERE, 1)):
         at = text.rfind(letter, start + 1, stop)
         while at > start:

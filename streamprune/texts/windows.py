@@ -23,7 +23,7 @@ PASSES = 4  # through a text in which reading cannot begin anywhere, where token
 
 
 class Windows:
-    """Windows [length] of texts that have as many tokens.
+    """Collection of windows, the first `length` tokens of texts that have as many.
 
     Attributes:
         found: the windows. passed: characters of the text, where all of it has passed.
@@ -36,7 +36,7 @@ class Windows:
         self._characters = 0.0
 
     def add(self, text: str) -> bool:
-        """Whether a window begins with this text."""
+        """Take a window from the start of a text, and tell whether the text has tokens enough for it."""
         tokens = self._encode(text)
         if len(tokens) < self.length:
             return False
@@ -46,7 +46,7 @@ class Windows:
 
     @property
     def characters_per_token(self) -> float:
-        """Of the windows so far."""
+        """Mean number of characters for a token in the windows so far."""
         return self._characters / max(1, len(self.found) * self.length)
 
 
@@ -61,7 +61,7 @@ def at_places(documents: Documents, windows: Windows, samples: int, draw: random
 
 
 def _growing(place: Beginning, separator: str, length: int) -> Iterator[str]:
-    """The text from a place on, each time twice as much of it, as long as there is more."""
+    """Yield the text from a place on, each time twice as much of it, as long as there is more."""
     share, rest = place
     text = next(rest, "")
     text = from_word(text[int(share * len(text)) :]) or next(rest, "")
@@ -78,20 +78,20 @@ def _growing(place: Beginning, separator: str, length: int) -> Iterator[str]:
 
 
 class _Slot:
-    """The text that a window will be made of: where it began last, and the last one that is long enough."""
+    """Text that a window will be made of: that of the last beginning, and the last one that was long enough."""
 
     def __init__(self) -> None:
         self.text, self.complete = "", ""
 
     def begin(self, text: str, wanted: int) -> bool:
-        """Begin anew; whether it is still to grow."""
+        """Begin anew with this text, and tell whether it is still to grow."""
         if len(self.text) >= wanted:
             self.complete = self.text
         self.text = text[:wanted]
         return len(self.text) < wanted
 
     def grow(self, text: str, wanted: int) -> bool:
-        """Go on with the text; whether it is still to grow."""
+        """Go on with this text, and tell whether it is still to grow."""
         text = text if self.text else text.lstrip()
         self.text += text[: wanted - len(self.text)]
         return len(self.text) < wanted
@@ -110,7 +110,7 @@ def of_stream(pieces: Callable[[], Iterable[str]], windows: Windows, samples: in
 
 
 def _one_pass(pieces: Iterable[str], count: int, wanted: int, draw: random.Random) -> tuple[list[_Slot], int]:
-    """Slots filled by one pass through the text, and its characters."""
+    """Fill slots in one pass through a text; return them and the number of its characters."""
     slots, growing, passed = [_Slot() for _ in range(count)], set[int](), 0
     upcoming = [(0, number) for number in range(count)]  # at which character each begins anew
     for piece in pieces:
@@ -131,7 +131,7 @@ def _one_pass(pieces: Iterable[str], count: int, wanted: int, draw: random.Rando
 def starts_of_records(
     records: Iterable[str], encode: Encode, samples: int, length: int, draw: random.Random
 ) -> list[Tensor]:
-    """The starts [length] of `samples` of the records that have as many tokens, each as likely as any other.
+    """Take the starts [length] of `samples` of the records that have as many tokens, each as likely as any other.
 
     Each record draws a key, and those with the largest stay; only records whose key is large enough are tokenised.
     """
