@@ -7,12 +7,16 @@ be run, and a text to tokenise. Of the token ids that are in `ids.safetensors` o
 `logits.safetensors`; all other findings go to `findings.json`.
 """
 
+import gc
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+# ruff: noqa: E402
+# What imports make stays: to look through it for garbage, again and again, would be a fifth of their time.
+gc.disable()
 import torch
 import transformers.generation.utils
 import transformers.modeling_layers
@@ -21,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+gc.enable()
 PROMPT_TOKENS, GENERATED_TOKENS, PADDING = 12, 16, 5
 
 
