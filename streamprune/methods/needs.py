@@ -40,7 +40,7 @@ class KeptState:
     """State that a method keeps between its sweeps, for each scored matrix.
 
     Attributes:
-        name: of the store.
+        name: name of the store.
         kept: tells whether it is kept, with these settings and this target.
         without: the settings that do without it.
         numbers: how many are kept of a matrix of a shape, of which the elements are given.

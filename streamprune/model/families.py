@@ -245,7 +245,7 @@ def unit_costs(family: Family, geometry: Geometry, shapes: Mapping[str, Iterable
     """Count the parameters that one unit of each kind takes with it, biases and head-spanning norms included.
 
     Args:
-        shapes: of the layer's tensors, by their names inside the layer.
+        shapes: shapes of the layer's tensors, by their names inside the layer.
     """
     costs: dict[Kind, int] = dict.fromkeys(family.kinds, 0)
     for member in family.members:

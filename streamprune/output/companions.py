@@ -52,7 +52,7 @@ class Companions:
         copied: files below it, as they are.
         edited: JSON files that are written with other contents, by name.
         auto_map: what config.json still says of code, where its layout is one that the code knows.
-        license: of the source's model card.
+        license: licence that the source's model card names.
         notes: what is to be said of all this, a line each.
     """
 

@@ -30,7 +30,7 @@ class OutputForm:
     """Form of output, for what stays of one model.
 
     Attributes:
-        skeleton: of the source.
+        skeleton: skeleton of the source.
         kept: units per layer and kind; layers that are not in it go.
         layers: the prunable ones.
         biases: o and down get biases in the place of their pruned inputs, added to those there are.

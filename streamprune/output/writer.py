@@ -23,7 +23,7 @@ class OutputWriter:
     """Writer of the pruned tensors, in any order, that hashes the source's on the way. A context manager.
 
     Args:
-        digests: of source tensors that an earlier run has put there, layer by layer; filled in as tensors are put.
+        digests: SHA-256 of each source tensor that an earlier run has put there; filled in as tensors are put.
 
     Raises:
         CheckpointError: NaN or infinite weights in the source.

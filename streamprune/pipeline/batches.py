@@ -59,8 +59,8 @@ class Tokens:
     """Token ids that a run computes on, int64.
 
     Attributes:
-        calibration: those of the method [n, seq]. repair: of the least squares [n, seq]. evaluation: of the perplexity
-            before and after [n, seq]. None where there are none.
+        calibration: ids for the method [n, seq]. repair: ids for the least squares [n, seq]. evaluation: ids for the
+            perplexity before and after [n, seq]. None where there are none.
         beginning: the tokens that begin each sequence, and what they are called.
         said: all of it in words.
     """

@@ -36,7 +36,7 @@ class Done:
     """Result of a job: what it has written.
 
     Attributes:
-        form: of the output, with the units that stay.
+        form: the output's form, with the units that stay.
         zeros: how many of the pruned weights are zero, and of how many.
         source_hash: SHA-256 of the source's tensors.
     """
@@ -52,10 +52,10 @@ class Job:
 
     Attributes:
         ids: calibration tokens [n, seq] of the method, if it needs any.
-        repair_ids: those of the least squares after units or layers are gone.
-        costs: of scoring: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
+        repair_ids: tokens [n, seq] of the least squares after units or layers are gone.
+        costs: what scoring took: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
         companions: what comes along beside the tensors.
-        journal: of a run that can be resumed.
+        journal: the journal of a run that can be resumed.
         state_scratch: directory of what the method keeps between sweeps, where it is not in memory or the journal.
         predicted: seconds of the stages, where rates of this machine are known.
     """

@@ -23,7 +23,7 @@ class Progress:
     """Reporter of progress: give `advance` to what reads layers, and wrap each long step in `stage`.
 
     Args:
-        stream: to write to, by default stderr.
+        stream: file to write to, by default stderr.
         quiet: say nothing.
         as_json: one JSON object per line, told apart by its "event", instead of bars and lines.
         bars: a class of bars, such as `tqdm.notebook.tqdm`; by default tqdm's own where the stream is a terminal.

@@ -36,8 +36,8 @@ class Plan:
         settings: the method's own numbers.
         costs: parameters of a unit, by layer and kind.
         choice: what goes, and how it is chosen.
-        sparsity: of weights.
-        form: of the output, with the widths of `choice`: with a global allocation its bytes are right to a unit.
+        sparsity: the pattern of weights that go; None where units or layers go.
+        form: the output's form, with the widths of `choice`: with a global allocation its bytes are right to a unit.
         repair: what o and down are fitted to afterwards, if they are.
         state: bytes of what the method keeps between its sweeps.
     """

@@ -86,7 +86,7 @@ def compensate(
         ridge: λ relative to the mean of H_S's diagonal; None for OWN_RIDGE or, with `stream`, STREAM_RIDGE,
             and more where there are few tokens: inputs per token.
         micro_batch: sequences per layer call.
-        journal: of a run that can be resumed.
+        journal: the journal of a run that can be resumed.
 
     Raises:
         StreampruneError: H_S is singular, with λ = 0 or too few tokens.

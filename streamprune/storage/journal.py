@@ -49,7 +49,7 @@ class Point:
         layer: the last one that is finished; END if the whole sweep is.
         carry: what it handed on, by name: pieces of hidden states on the CPU, some sequences after others. They are
             read as they are asked for, and are gone with the next commit.
-        loss: of a sweep's forward half, where it has one and is the last that was begun.
+        loss: loss of a sweep's forward half, where the sweep has one and is the last that was begun.
     """
 
     layer: int

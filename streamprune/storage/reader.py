@@ -39,8 +39,8 @@ class Reader:
         files: the shards.
         kind: "buffered" reads through the page cache, but around it what is not to stay there, on filesystems that can;
             "direct" (O_DIRECT) reads everything around it.
-        preadv: in the place of `os.preadv` (tests).
-        sleep: in the place of `time.sleep` (tests).
+        preadv: takes the place of `os.preadv` (tests).
+        sleep: takes the place of `time.sleep` (tests).
     """
 
     def __init__(

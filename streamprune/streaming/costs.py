@@ -153,7 +153,7 @@ class Task:
     """Sequences that go through a model, and how: what the cost of work depends on.
 
     Attributes:
-        sizes: of the model.
+        sizes: shapes of the model's layers.
         shape: sequences, and tokens of each; (0, 0) where no text is read.
         micro_batch: sequences per layer call. where: hidden states stay.
         layers: the prunable ones. sweeps: forward-and-backward sweeps that a method takes over them.

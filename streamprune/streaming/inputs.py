@@ -68,7 +68,7 @@ class Inputs(Generic[Sums]):
     """Sums over the inputs of some Linears of a layer; those that are given the very same tensor share one.
 
     Attributes:
-        sums: by the tensors' names, after the layer has run.
+        sums: the sums by the tensors' names, after the layer has run.
     """
 
     def __init__(self, kind: type[Sums], tensors: Sequence[str]) -> None:

@@ -41,7 +41,7 @@ class Statistics:
     Attributes:
         layers: the prunable layers.
         samples: calibration sequences.
-        seed: of the run.
+        seed: the run's seed.
         store: gives what a method keeps between sweeps, by name: tensors by (layer, tensor).
     """
 

@@ -24,8 +24,8 @@ class Visit:
 
     Attributes:
         page: the layer as it is stored.
-        weights: in the compute dtype, by their names inside the layer; of a sweep that may change them, copies: what is
-            changed here takes effect.
+        weights: weights in the compute dtype, by their names inside the layer; copies in a sweep that may change them:
+            what is changed here takes effect.
         hidden: the layer's input [n, seq, d].
     """
 

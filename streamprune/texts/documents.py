@@ -29,7 +29,7 @@ class Documents:
             the whole text would find one.
         shuffled: the records in random order, of a source without an end in reach.
         prose: whether there is no telling one record from the next.
-        nbytes: of the text at the most, where they are known. stored: of its files, which may be compressed.
+        nbytes: bytes of the text at the most, where they are known. stored: bytes of its files, compressed or not.
     """
 
     where: str
