@@ -30,12 +30,7 @@ NO_BEGINNING = """
 what which who whose why when where how whether if that those these this it its such some all every each both none one
 also not up of by in as from to at on for with without under after before
 """
-# To be mended by those who work on the commands and on the outputs of different widths; empty once they have.
-BEGINNINGS_TO_COME = {
-    *(PACKAGE.joinpath("commands").rglob("*.py")),
-    *(PACKAGE / name for name in ("__init__.py", "cli.py", "methods/table.py")),
-    *(PACKAGE / "output" / name for name in ("ragged.py", "_ragged_template.py")),
-}
+TEMPLATE = PACKAGE / "output" / "_ragged_template.py"  # its text is in checkpoints: it stays as it is
 
 
 def dotted(file):
@@ -135,7 +130,7 @@ def test_public_things_have_docstrings(file):
             assert ast.get_docstring(node), node.name
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file not in BEGINNINGS_TO_COME], ids=dotted)
+@pytest.mark.parametrize("file", [file for file in FILES if file != TEMPLATE], ids=dotted)
 def test_docstrings_begin_with_a_verb_or_a_noun(file):
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (said := ast.get_docstring(node)):

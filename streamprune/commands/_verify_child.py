@@ -59,7 +59,7 @@ def generate(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def off_without_cache(model: Any, prompt: Tensor, tokens: Tensor, logits: Tensor) -> list[float]:
-    """How far the logits of generated tokens are from those of one pass over the finished sequence, and their size.
+    """Measure how far the logits of generated tokens are from those of one pass over the sequence, and their size.
 
     Step by step without a cache every step is such a pass, over less.
     """
@@ -69,7 +69,7 @@ def off_without_cache(model: Any, prompt: Tensor, tokens: Tensor, logits: Tensor
 
 
 def generation(model: Any, ids: Tensor) -> dict[str, list[float]]:
-    """Of prompts of `ids` [n, seq]: whole ones and padded ones, generated together, each against one without either."""
+    """Compare whole and padded prompts of `ids` [n, seq], generated together, each with one without either."""
     n, length = len(ids), PROMPT_TOKENS + PADDING
     whole, short = ids[:, :length], ids[:, :PROMPT_TOKENS]
     padding = torch.zeros(n, PADDING, dtype=ids.dtype)

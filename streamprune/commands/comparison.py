@@ -1,4 +1,4 @@
-"""What `streamprune verify` compares: a pruned directory, and the dense model masked to what is left in it."""
+"""Comparison of a pruned directory with the dense model, masked to what is left: the work of `streamprune verify`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WEIGHTS, TOKENS = "weights", "tokens of a text"
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison and what came of it."""
+    """Result of one comparison."""
 
     name: str
     passed: bool
@@ -90,7 +90,7 @@ def _half_the_threads() -> Iterator[None]:
 
 
 def complaint(directory: Path, checks: Sequence[Check]) -> str | None:
-    """What is wrong and what to do about it, in a line; None if all checks passed."""
+    """Say in a line what is wrong and what to do about it; None if all checks passed."""
     failed = {check.name: check.detail for check in checks if not check.passed}
     if not failed:
         return None
@@ -119,7 +119,7 @@ def _refuse_foreign_code(directory: Path) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What a run did to its source.
+    """Changes that a run made to its source.
 
     Attributes:
         kept: units per layer and kind; None where single weights were pruned.
@@ -139,7 +139,7 @@ class Change:
 
     @classmethod
     def of(cls, facts: dict[str, Any]) -> Change:
-        """As streamprune.json tells it; KeyError and the like where that is not as it was written."""
+        """Read them from streamprune.json; KeyError and the like where that is not as it was written."""
         units, options = facts.get("kept"), facts["options"]
         kept = None if units is None else {int(layer): dict(kinds) for layer, kinds in units.items()}
         n, _, m = str(options.get("granularity")).partition(":")
@@ -182,7 +182,7 @@ def _masked(
 
 
 def _checks(found: dict[str, Any], tokens: list[list[int]], expected: Tensor) -> list[Check]:
-    """What the fresh process found, against the dense model's tokens and logits [n, seq, vocabulary]."""
+    """Compare what the fresh process found with the dense model's tokens and logits [n, seq, vocabulary]."""
     missing, unexpected = found["missing"], found["unexpected"]
     unused = f"; {len(unexpected)} more that the model does not use, as {unexpected[0]}" if unexpected else ""
     weights = f"{len(missing)} missing or of another shape, as {missing[0]}" if missing else f"all matched{unused}"
@@ -237,7 +237,7 @@ class _Masking:
             return visit.run()
 
     def checks(self) -> list[Check]:
-        """Of pruned weights: the zeros, their pattern, and the rest as they were, where the method changes none."""
+        """List the checks of pruned weights: zeros, pattern, and the rest unchanged where the method changes none."""
         if self.change.kept is not None:
             return []
         checks = [Check("zeros", self.zeros == self.change.zeros, f"{self.zeros:,} of {self.change.zeros:,}")]

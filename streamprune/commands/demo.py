@@ -129,7 +129,7 @@ def run(model: Path, progress: Progress) -> str:
 
 @dataclass(frozen=True)
 class _Use:
-    """What a model wrote, in how many seconds, and the bytes that its process needed."""
+    """Sentence that a model wrote, seconds that it took, and bytes that its process needed."""
 
     sentence: str
     seconds: float

@@ -19,7 +19,7 @@ from streamprune.planning.cards import CARDS
 @click.option("--assume", type=click.Choice(list(CARDS)), help="Take a card's data sheet and an NVMe drive.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def plan_command(measure: bool, assume: str | None, debug: bool, **options: Any) -> None:
-    """What a run with the same options will hold, read and take, from config.json and headers alone."""
+    """Say what a run with the same options will hold, read and take, from config.json and headers alone."""
     if measure and assume:
         raise UsageError("--measure and --assume exclude each other")
     if options["model"] is None:

@@ -17,7 +17,7 @@ from streamprune.pipeline.progress import Progress
 
 
 def config_of_options(options: dict[str, Any]) -> PruneConfig:
-    """What the options of the main command, or of `plan`, say.
+    """Make the config that the options of the main command, or of `plan`, ask for.
 
     Raises:
         UsageError: they cannot be meant. All that can be told from the options alone is told here, before torch is
@@ -38,7 +38,7 @@ def config_of_options(options: dict[str, Any]) -> PruneConfig:
 
 @contextmanager
 def progress_of_options(quiet: bool, json_progress: bool) -> Iterator[Progress]:
-    """What `--quiet` and `--json-progress` ask for."""
+    """Give the progress that `--quiet` and `--json-progress` ask for, for as long as the block runs."""
     if quiet and json_progress:
         raise UsageError("--quiet and --json-progress exclude each other; leave one of them out")
     if json_progress:

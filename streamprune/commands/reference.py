@@ -95,7 +95,7 @@ def _parameters(options: Sequence) -> list[click.Parameter]:
 
 
 def _records(context: click.Context, parameters: Iterable[click.Parameter]) -> dict[str, str]:
-    """What --help says of each option, by how it writes it: "--ratio FLOAT"."""
+    """Read what --help says of each option, by how it writes it: "--ratio FLOAT"."""
     options = [each for each in parameters if isinstance(each, click.Option)]
     return dict(record for each in options if (record := each.get_help_record(context)))
 

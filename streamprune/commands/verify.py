@@ -54,7 +54,7 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
 
 @contextmanager
 def _collecting_nothing() -> Iterator[None]:
-    """What imports make stays: to look through it for garbage, again and again, would be a fifth of their time."""
+    """Keep the collector still: what imports make stays, and to look through it for garbage takes a fifth of them."""
     collects = gc.isenabled()
     gc.disable()
     try:

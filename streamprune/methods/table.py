@@ -30,7 +30,7 @@ from streamprune.methods.needs import (
 
 @dataclass(frozen=True)
 class Setting:
-    """One of a method's own numbers: its default, what it may be, and one line on it."""
+    """Number of a method's own: its default, what it may be, and one line on it."""
 
     default: Any
     meaning: str
@@ -100,11 +100,11 @@ class Method:
 
     @property
     def needs_text(self) -> bool:
-        """Whether a calibration text is read."""
+        """Tell whether a calibration text is read."""
         return any(need.reads_text for need in self.needs)
 
     def needs_for(self, target: Target) -> tuple[Need, ...]:
-        """What it asks for: weights that go are read by every method."""
+        """List what it asks for; weights that go are read by every method."""
         return self.needs or ((STORED_WEIGHTS,) if target == "weights" else ())
 
 
@@ -271,7 +271,7 @@ METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}
 
 
 def resolve_settings(method: str, given: Mapping[str, Any], target: Target | None = None) -> dict[str, Any]:
-    """All of a method's numbers: `given` over the defaults.
+    """Resolve all of a method's numbers: `given` over the defaults.
 
     Raises:
         UsageError: an unknown method or name, a value out of range, or a method that has no scores for `target`.

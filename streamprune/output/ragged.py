@@ -33,7 +33,7 @@ TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionA
 
 @dataclass(frozen=True)
 class RaggedFamily:
-    """One row of the table.
+    """Row of the table of families that have a ragged form.
 
     Attributes:
         model_type: of the dense model.
@@ -67,7 +67,7 @@ class RaggedFamily:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the modelling file says of this family only, in an order that all families keep."""
+        """Names that the modelling file has of this family only, in an order that all families keep."""
         return (
             f"streamprune_{self.model_type}",
             f"`{self.model_type}`",
@@ -212,7 +212,7 @@ def _import_modeling(family: RaggedFamily) -> ModuleType:
 
 
 def _put_stand_ins(table: Any) -> None:
-    """Of all families whose own config is not in transformers' `table` yet, by its public `register`."""
+    """Put a stand-in into transformers' `table`, by its public `register`, for each family that is not in it yet."""
     for family in RAGGED_FAMILIES.values():
         if f"streamprune_{family.model_type}" not in table.CONFIG_MAPPING:
             table.AutoConfig.register(f"streamprune_{family.model_type}", _stand_in(family))
