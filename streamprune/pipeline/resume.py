@@ -13,6 +13,7 @@ from streamprune.config import PruneConfig
 from streamprune.errors import JournalError
 from streamprune.figures import human
 from streamprune.model.skeleton import Skeleton
+from streamprune.output.form import OutputForm
 from streamprune.pipeline.progress import Progress
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import byte_view
@@ -27,15 +28,16 @@ def open_journal(
     repair_ids: Tensor | None,
     directory: Path,
     progress: Progress,
+    form: type[OutputForm] | None = None,
 ) -> Journal:
-    """Open the journal of this run, or of the one before that it goes on from.
+    """Open the journal of this run, or of the one before that it goes on from; `form` as `prune` was given it.
 
     Raises:
         UsageError: the journal there is of another run.
         OutputError: it cannot be written, or another run uses it.
         JournalError: it is damaged.
     """
-    journal = Journal(directory, _fingerprint(config, skeleton, ids, repair_ids))
+    journal = Journal(directory, _fingerprint(config, skeleton, ids, repair_ids, form))
     try:
         _take_over(journal, directory / "output", progress)
     except BaseException:
@@ -59,7 +61,11 @@ def _take_over(journal: Journal, partial_output: Path, progress: Progress) -> No
 
 
 def _fingerprint(
-    config: PruneConfig, skeleton: Skeleton, ids: Tensor | None, repair_ids: Tensor | None
+    config: PruneConfig,
+    skeleton: Skeleton,
+    ids: Tensor | None,
+    repair_ids: Tensor | None,
+    form: type[OutputForm] | None,
 ) -> dict[str, str | None]:
     """Gather what decides the bytes that come out: options, versions, tokens, the source's headers, sizes and dates."""
     options = {
@@ -75,7 +81,8 @@ def _fingerprint(
     versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
     tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
     compute = {"compute dtype": str(skeleton.dtype), "compute device": device_name(skeleton.device)}
-    return {**options, **versions, **tokens, **compute, "source": source.hexdigest()}
+    named = {"output form": None if form is None else form.__qualname__}
+    return {**options, **named, **versions, **tokens, **compute, "source": source.hexdigest()}
 
 
 def hash_ids(ids: Tensor | None) -> str | None:

@@ -156,7 +156,7 @@ def _score_and_write(
             progress.say(tokens.said)
         journal = None
         if journal_directory is not None:
-            journal = resume.open_journal(config, skeleton, ids, repair_ids, journal_directory, progress)
+            journal = resume.open_journal(config, skeleton, ids, repair_ids, journal_directory, progress, form)
             output.callback(journal.release)
             output.push(partial(resume.say_what_stays, journal_directory, progress))
         saved = {} if journal is None else journal.facts

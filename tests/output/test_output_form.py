@@ -99,6 +99,8 @@ def test_a_toy_form_goes_on_after_a_kill(tiny_llama: Path, tmp_path: Path, killi
     with pytest.raises(Killed):
         prune(config(tiny_llama, tmp_path / "toy", evaluate=False, resume=True), form=HalvesForm)
     killing(-1, "after")
+    with pytest.raises(UsageError, match="output form HalvesForm, this run has None"):
+        prune(config(tiny_llama, tmp_path / "toy", evaluate=False, resume=True))
     again = prune(config(tiny_llama, tmp_path / "toy", evaluate=False, resume=True), form=HalvesForm).output
     assert weights(whole) == weights(again)
 
