@@ -40,7 +40,7 @@ SPARE_BYTES = 2_000_000_000  # hidden states on --scratch, and what the estimate
 COMPARED = {True: 14, False: 6}  # tensors whose values are looked at: such that lost units, and others
 BYTES = 2  # of a bfloat16
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-COMMAND = [sys.executable, "-c", "from streamprune.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "streamprune"]
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

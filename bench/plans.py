@@ -127,7 +127,7 @@ def main(more: tuple[str, ...]) -> None:
         for name, options in PLANS:
             arguments = ["plan", "--model", name, "--no-evaluate", *options.split(), *more]
             print(f"$ streamprune {' '.join(arguments)}", flush=True)
-            command = [sys.executable, "-c", "from streamprune.cli import main; main()", *arguments]
+            command = [sys.executable, "-m", "streamprune", *arguments]
             subprocess.run(command, cwd=directory, check=False, stderr=subprocess.STDOUT)
             print(flush=True)
 

@@ -18,16 +18,15 @@ import click
 
 from streamprune.figures import table
 
-COMMAND = "from streamprune.cli import main; main()"
 ROWS = {
     "python": [sys.executable, "-c", ""],
     "import transformers": [sys.executable, "-c", "import transformers"],
     "import streamprune": [sys.executable, "-c", "import streamprune"],
     "import both": [sys.executable, "-c", "import streamprune, transformers"],
-    "--help": [sys.executable, "-c", COMMAND, "--help"],
-    "--version": [sys.executable, "-c", COMMAND, "--version"],
-    "methods": [sys.executable, "-c", COMMAND, "methods"],
-    "--ratio 2": [sys.executable, "-c", COMMAND, "--model", "a", "--output", "b", "--ratio", "2"],
+    "--help": [sys.executable, "-m", "streamprune", "--help"],
+    "--version": [sys.executable, "-m", "streamprune", "--version"],
+    "methods": [sys.executable, "-m", "streamprune", "methods"],
+    "--ratio 2": [sys.executable, "-m", "streamprune", "--model", "a", "--output", "b", "--ratio", "2"],
 }
 
 

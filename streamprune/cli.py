@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from click.core import ParameterSource
@@ -59,8 +59,8 @@ for _command in (plan_command, evaluate_command, verify_command, methods_command
     cli.add_command(_command)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Entry point: one line for an error, exit code 0 done, 1 could not be done, 2 usage."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command in this process: one line for an error, exit code 0 done, 1 could not be done, 2 usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, as_json = "--debug" in arguments, "--json-progress" in arguments
     if not debug:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-COMMAND = [sys.executable, "-c", "from streamprune.cli import main; main()"]
+COMMAND = [sys.executable, "-m", "streamprune"]
 SHORT = ("--seq-len", "16", "--samples", "2")
 REMEDY = r"\b(download|export|give|use|pass|choose|lower|make room|leave|copy|convert|prune|write|name)\b"
 Outcome = namedtuple("Outcome", "code out err")

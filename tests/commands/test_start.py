@@ -201,3 +201,18 @@ assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
 @pytest.mark.parametrize("use", ["a config by its type", "a stand-in", "the module"])
 def test_the_first_use_of_a_family_registers_its_own_classes(use: str, ragged: Path) -> None:
     run(FIRST_USES, use, ragged / "llama")
+
+
+def test_the_command_ends_though_a_thread_waits_for_ever() -> None:
+    """A thread may wait for a lock that Ctrl-C came upon and left held; the interpreter would wait for the thread."""
+    code = """
+import sys, threading
+from streamprune.__main__ import command
+threading.Thread(target=threading.Event().wait).start()
+sys.argv = ["streamprune", "verify", "nowhere"]
+command()
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("streamprune: nowhere")

@@ -79,27 +79,26 @@ def test_ctrl_c_while_the_filling_thread_starts_leaves_no_thread(streamprune, mo
 def test_a_signal_in_the_middle_of_scoring_ends_a_real_process_cleanly(number, model, output, tmp_path):
     before = snapshot(tmp_path)
     options = ["--method", "moreau", "--set", "steps=20000", *SHORT]
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, "--model", str(model), "--output", str(output), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
-    )
-    try:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:  # the stage before scoring says when it is done
-            lines.append(line)
-            if line.startswith("perplexity before:"):
-                break
-        time.sleep(0.5)
-        process.send_signal(number)
-        start = time.perf_counter()
-        out, rest = process.communicate(timeout=20)
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stderr is not None
+            lines = []
+            for line in process.stderr:  # the stage before scoring says when it is done
+                lines.append(line)
+                if line.startswith("perplexity before:"):
+                    break
+            time.sleep(0.5)
+            process.send_signal(number)
+            start = time.perf_counter()
+            out, rest = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert lines[-1].startswith("perplexity before:"), "".join(lines)
     assert time.perf_counter() - start < 5
     assert process.returncode == 1

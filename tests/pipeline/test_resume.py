@@ -7,11 +7,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from cli_runner import COMMAND
 from killed_runs import RUNS, Killed, config, kill_at_commits, weights
 from safetensors import SafetensorError
 
@@ -294,7 +294,7 @@ def test_what_is_put_without_a_commit_does_not_count(tmp_path):
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_journal_and_no_output(signal_number, tiny_llama, tmp_path):
     command = [
-        *(sys.executable, "-c", "from streamprune.cli import main; main()"),
+        *COMMAND,
         *("--model", tiny_llama, "--method", "moreau-gs", "--set", "steps=400", "--samples", "4", "--seq-len", "16"),
         *("--no-evaluate", "--resume", "--output", tmp_path / "out"),
     ]
