@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from marks import slow
 from ragged_models import dense_model, random_cuts, tokens, write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -178,11 +179,12 @@ def ragged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("order", IMPORTS)
+@pytest.mark.parametrize("order", ["first", *map(slow, list(IMPORTS)[1:])])
 def test_ragged_checkpoints_load_whenever_the_package_was_imported(order: str, ragged: Path) -> None:
     run(f"{IMPORTS[order]}\n{LOADS}", ragged)
 
 
+@pytest.mark.slow
 def test_a_ragged_model_can_be_unpickled_where_nothing_was_imported(ragged: Path) -> None:
     run(f"import streamprune.errors\n{LOADS}", ragged)
     run(
@@ -198,7 +200,7 @@ assert type(AutoModelForCausalLM.from_config(model.config)) is type(model)
     )
 
 
-@pytest.mark.parametrize("use", ["a config by its type", "a stand-in", "the module"])
+@pytest.mark.parametrize("use", ["a stand-in", slow("a config by its type"), slow("the module")])
 def test_the_first_use_of_a_family_registers_its_own_classes(use: str, ragged: Path) -> None:
     run(FIRST_USES, use, ragged / "llama")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from kernel_inputs import needs_triton
 
-pytestmark = needs_triton
+pytestmark = [needs_triton, pytest.mark.slow]
 BENCH = Path(__file__).parent.parent.parent / "bench"
 
 
@@ -26,10 +26,7 @@ def run_bench(mode, tmp_path, *options):
 MOST_SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "gfx942": 64}  # KiB per program
 
 
-@pytest.mark.parametrize(
-    "target",
-    [pytest.param(each, marks=pytest.mark.slow if each in ("sm_80", "sm_86", "sm_89") else ()) for each in MOST_SHARED],
-)
+@pytest.mark.parametrize("target", MOST_SHARED)
 def test_machine_code_of_every_kernel(target, tmp_path):
     if target == "gfx942" and "amd" not in pytest.importorskip("triton.backends").backends:
         pytest.skip("this Triton has no AMD backend")
@@ -46,7 +43,6 @@ def test_machine_code_of_every_kernel(target, tmp_path):
             assert (figure["async_copies"] > 0) == product, name
 
 
-@pytest.mark.slow
 def test_kernels_move_the_least_bytes(tmp_path):
     figures = run_bench("traffic", tmp_path)
     for figure in figures:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file
 from tiny_models import FAMILY_NAMES, N_LAYERS, make_sweeper, save_tiny, token_ids, whole_model_gradients
 from whole_models import STACKS, load, mean_loss, run, skip_layers, stack
@@ -307,7 +308,7 @@ def test_ratio_zero_gives_the_same_bytes(method, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("family", "method"), [("gemma2", "block-influence"), ("opt", "layer-ppl")])
+@pytest.mark.parametrize(("family", "method"), [("gemma2", "block-influence"), slow("opt", "layer-ppl")])
 def test_the_command_line_removes_layers_and_verify_passes(family, method, streamprune, tmp_path, output):
     save_tiny(tmp_path / "in", family, dtype=torch.float32)
     options = ("--granularity", "layers", "--method", method, "--layers", "0:4", "--ratio", "0.5", "--contiguous")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from marks import slow
 from safetensors.torch import load_file
 from tiny_models import EXPERTS, N_LAYERS, make_sweeper, save_tiny, token_ids, whole_model_gradients
 from torch.utils.flop_counter import FlopCounterMode
@@ -127,11 +128,11 @@ def test_layers_are_scored_by_their_attention_matrices(method, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--stock", "--ratio", "0.4", "--method", "taylor"),
-        ("--stock", "--ratio", "0.4", "--method", "wanda-sp"),
+        slow(("--stock", "--ratio", "0.4", "--method", "taylor")),
+        slow(("--stock", "--ratio", "0.4", "--method", "wanda-sp")),
         ("--stock", "--ratio", "0.4", "--method", "random", "--compensate", "--compensate-tokens", "640"),
         ("--granularity", "layers", "--method", "taylor", "--layers", "0:4", "--ratio", "0.5"),
-        ("--granularity", "layers", "--method", "layer-ppl", "--layers", "0:4", "--ratio", "0.25"),
+        slow(("--granularity", "layers", "--method", "layer-ppl", "--layers", "0:4", "--ratio", "0.25")),
     ],
     ids=" ".join,
 )

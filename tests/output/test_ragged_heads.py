@@ -186,6 +186,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_heads_and_adapters_need_no_streamprune_where_remote_code_is_trusted(tmp_path: Path) -> None:
     paths = [str(make(tmp_path, model_type)[0]) for model_type in ("llama", "gemma3_text")]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}

@@ -140,6 +140,7 @@ print(json.dumps(read))
 """
 
 
+@pytest.mark.slow
 def test_tokenizers_and_configs_load_with_and_without_remote_code(
     outputs: dict[str, tuple[Path, Path]], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from cli_runner import COMMAND, SHORT, Outcome, environment, running_threads, snapshot
+from marks import slow
 
 
 def check_interrupted(result: Outcome) -> None:
@@ -75,7 +76,7 @@ def test_ctrl_c_while_the_filling_thread_starts_leaves_no_thread(streamprune, mo
     check_interrupted(streamprune("--model", model, "--output", output, "--quiet", *SHORT))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
 def test_a_signal_in_the_middle_of_scoring_ends_a_real_process_cleanly(number, model, output, tmp_path):
     before = snapshot(tmp_path)
     options = ["--method", "moreau", "--set", "steps=20000", *SHORT]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli_runner import COMMAND
 from killed_runs import RUNS, Killed, config, kill_at_commits, weights
+from marks import slow
 from safetensors import SafetensorError
 
 from streamprune import prune
@@ -63,8 +64,8 @@ def test_layers_that_are_through_are_not_computed_again(tiny_llama, tmp_path, ki
     [
         ("moreau", "units", {"steps": 3}, {}),
         ("gblm", "units", {}, {}),
-        ("magnitude", "layers", {}, {"compensate": True, "compensate_tokens": 64}),
-        ("sparsegpt", "weights", {}, {}),
+        slow(("magnitude", "layers", {}, {"compensate": True, "compensate_tokens": 64})),
+        slow(("sparsegpt", "weights", {}, {})),
     ],
 )
 def test_what_an_earlier_run_has_passed_is_not_to_come(what, tiny_llama, tmp_path, killing):
@@ -291,7 +292,7 @@ def test_what_is_put_without_a_commit_does_not_count(tmp_path):
     assert torch.equal(again[1, "q"], torch.ones(3))
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, slow(signal.SIGTERM)])
 def test_a_signal_leaves_a_journal_and_no_output(signal_number, tiny_llama, tmp_path):
     command = [
         *COMMAND,

@@ -9,6 +9,7 @@ import statistics
 import pytest
 import torch
 from cli_runner import check_refusal
+from marks import slow
 from plain_methods import SIZES, unit_totals
 from safetensors.torch import load_file
 from tiny_models import whole_model_gradients
@@ -254,7 +255,7 @@ TINY = Geometry(kv_groups=3, n_rep=2, head_dim=10, channels=37)
 TINY_COSTS = {"kv_group": 6 * 10 * 48, "channel": 3 * 48}
 
 
-@pytest.mark.parametrize("normalize", ["zscore", "raw"])
+@pytest.mark.parametrize("normalize", ["zscore", slow("raw")])
 def test_taylor_compared_over_all_layers(normalize, streamprune, tiny_llama, output):
     options = ("--method", "taylor", "--allocation", "global", "--normalize", normalize)
     removed = check_run(streamprune, tiny_llama, output, *options)
@@ -275,7 +276,7 @@ def flap_scores(model, ids, layer, kind):
     return ((x - x.mean(0)) ** 2).sum(0) / (len(x) - 1) * matrix(module).square().sum(0)
 
 
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("bias", [True, slow(False)], ids=["bias", "no-bias"])
 def test_flap_compares_all_layers_by_itself(bias, streamprune, tiny_llama, output):
     removed = check_run(streamprune, tiny_llama, output, "--method", "flap", *(() if bias else ("--no-bias",)))
     model, ids, scores = load(tiny_llama), ids_of(tiny_llama), {}
