@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from marks import slow
 from plain_methods import LAYERS, SEED, assert_scores, run
 from plain_weights import (
     FAMILIES,
@@ -242,7 +243,7 @@ def test_rows_lose_what_the_plain_method_takes(family, method, settings, tiny):
     assert_same_weights(found, plain_weights(model, method, sparsity, settings))
 
 
-@pytest.mark.parametrize("n,m", [(2, 4), (5, 8)])
+@pytest.mark.parametrize("n,m", [(2, 4), slow(5, 8)])
 @pytest.mark.parametrize("method,settings", [ON_WEIGHTS[0], ON_WEIGHTS[1], *ON_WEIGHTS[8:11], ON_WEIGHTS[-1]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_n_of_every_m_stay_as_in_the_plain_method(family, method, settings, n, m, tiny):

@@ -107,6 +107,7 @@ def test_the_package_finds_the_format_by_the_config(package, pair):
     assert all(torch.equal(restored[n], t) for n, t in load_file(pair[0] / "model.safetensors").items())
 
 
+@pytest.mark.slow
 def test_verify_and_eval_read_it(pair, streamprune):
     plain, output, _ = pair
     result = streamprune("verify", output)

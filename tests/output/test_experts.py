@@ -131,7 +131,7 @@ def test_layers_are_scored_by_their_attention_matrices(method, tmp_path):
         slow(("--stock", "--ratio", "0.4", "--method", "taylor")),
         slow(("--stock", "--ratio", "0.4", "--method", "wanda-sp")),
         ("--stock", "--ratio", "0.4", "--method", "random", "--compensate", "--compensate-tokens", "640"),
-        ("--granularity", "layers", "--method", "taylor", "--layers", "0:4", "--ratio", "0.5"),
+        slow(("--granularity", "layers", "--method", "taylor", "--layers", "0:4", "--ratio", "0.5")),
         slow(("--granularity", "layers", "--method", "layer-ppl", "--layers", "0:4", "--ratio", "0.25")),
     ],
     ids=" ".join,

@@ -64,7 +64,7 @@ def test_the_first_output_has_layers_of_different_widths(once: Path) -> None:
     assert (sweeper.skeleton.geometry.kv_groups, sweeper.skeleton.geometry.channels) == (3, 37)
 
 
-@pytest.mark.parametrize("name", [n if n in ("global", "repaired", "layers") else slow(n) for n in SECOND])
+@pytest.mark.parametrize("name", [n if n in ("global", "repaired") else slow(n) for n in SECOND])
 def test_it_is_pruned_again_and_behaves_as_the_masked_first_output(name: str, once: Path, tmp_path: Path) -> None:
     result = prune(config(once, tmp_path / "twice", SECOND[name]))
     checks = verify(result.output)

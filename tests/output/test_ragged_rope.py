@@ -101,6 +101,7 @@ def rotary(path: Path, **config: Any) -> list[torch.Tensor]:
     return [part for kind in kinds for part in model.model.rotary_emb(hidden, positions, *kind)]
 
 
+@pytest.mark.slow
 def test_rotary_embeddings_are_those_of_the_dense_model(outputs: dict[str, tuple[Path, Path]]) -> None:
     for name, (source, output) in outputs.items():
         for actual, expected in zip(rotary(output), rotary(source), strict=True):

@@ -276,6 +276,7 @@ def test_the_same_options_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_loading_without_streamprune_needs_only_trust_remote_code(tmp_path):
     save_tiny(tmp_path / "in", "llama", dtype=torch.float32)
     run(tmp_path / "in", tmp_path / "out", layers=(1, 3))

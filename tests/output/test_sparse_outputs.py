@@ -175,7 +175,7 @@ def test_methods_and_seeds_choose_different_weights(sources, streamprune, tmp_pa
     assert len(set(chosen)) == len(METHODS) + 1
 
 
-@pytest.mark.parametrize("method,pattern", [slow("wanda", "2:4"), ("sparsegpt", "weights")])
+@pytest.mark.parametrize("method,pattern", [slow("wanda", "2:4"), slow("sparsegpt", "weights")])
 def test_verify_passes_and_the_card_says_that_the_files_are_not_smaller(method, pattern, sources, streamprune, output):
     result = prune(streamprune, sources(), output, "--method", method, "--granularity", pattern)
     assert "(same)" in result.out

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 from killed_runs import RUNS, Killed, config, kill_at_commits, weights
+from marks import slow
 from tiny_models import make_sweeper, token_ids
 
 from streamprune import prune
@@ -29,7 +30,7 @@ IN_PIECES = [RUNS[1], with_tokens(RUNS[7], 320), with_tokens(RUNS[10], 320), RUN
 
 
 @pytest.mark.parametrize("what", IN_PIECES, ids=str)
-@pytest.mark.parametrize("place", ["memory", "scratch"])
+@pytest.mark.parametrize("place", [slow("memory"), "scratch"])
 def test_hidden_states_go_into_the_journal_in_pieces(what, place, tiny_llama, tmp_path, killing, monkeypatch):
     expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
     sequence, written = 16 * 48 * 4, {}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from tiny_models import (
     FAMILY_NAMES,
     N_LAYERS,
@@ -66,8 +67,7 @@ def test_micro_batches_give_the_same_gradients_to_rounding(micro_batch, tmp_path
         torch.testing.assert_close(parts[key], grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("lowest", [0, 1])
-@pytest.mark.parametrize("micro_batch", [64, 3])
+@pytest.mark.parametrize("micro_batch,lowest", [(64, 0), (3, 1), slow(64, 1), slow(3, 0)])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_gradient_powers_are_sums_over_per_sample_gradients(family, micro_batch, lowest, tmp_path):
     model = save_tiny(tmp_path, family)
