@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from streamprune.config import PruneConfig
@@ -21,12 +22,14 @@ from streamprune.output.slicing import mean_biases
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.progress import Progress
 from streamprune.planning.decision import Plan
+from streamprune.planning.footprint import state_blocks
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
-from streamprune.storage.tensor_store import make_store
+from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.device import peaks
 from streamprune.streaming.pager import Page
+from streamprune.streaming.state import StateStream
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -157,6 +160,15 @@ class Job:
 
     def _statistics(self, journal: Journal | None) -> Statistics:
         store = partial(make_store, journal=journal, scratch=self.state_scratch, dtype=self.config.state_dtype)
+        device, kept = self.sweeper.pager.device, {state.name for state in self.plan.state}
+        if kept and not device.direct and journal is None and self.state_scratch is None:
+            blocks = state_blocks(self.plan, self.sweeper)
+            dtype = getattr(torch, self.config.state_dtype)
+            self.sweeper.state = stream = StateStream(blocks, device.another(), device.another(), dtype=dtype)
+            return self._over(journal, lambda name: stream.store(name) if name in kept else store(name))
+        return self._over(journal, store)
+
+    def _over(self, journal: Journal | None, store: MakeStore) -> Statistics:
         return Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, journal, store)
 
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:
