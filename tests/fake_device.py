@@ -32,7 +32,10 @@ class FakeDevice:
     def buffer(self, nbytes):
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
-    chunk = arena = buffer
+    chunk = buffer
+
+    def arena(self, nbytes):
+        return self.buffer(nbytes), True
 
     def release(self, arena): ...
 

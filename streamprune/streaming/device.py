@@ -33,8 +33,8 @@ class Device(Protocol):
     def chunk(self, nbytes: int) -> Tensor:
         """Take host memory that the device can copy from, uint8 [nbytes], from a page's boundary."""
 
-    def arena(self, nbytes: int) -> Tensor:
-        """Take host memory as `chunk` does, of any size: it takes no more than that, and seconds less. To be released."""
+    def arena(self, nbytes: int) -> tuple[Tensor, bool]:
+        """Take host memory of any size, uint8 [nbytes], to be released; tell whether copies go beside the computing."""
 
     def release(self, arena: Tensor) -> None:
         """Give back the memory of `arena`, once all copies to it and from it are through."""
@@ -84,7 +84,10 @@ class HostDevice:
     def buffer(self, nbytes: int) -> Tensor:
         return _large_pages(nbytes)
 
-    chunk = arena = buffer
+    chunk = buffer
+
+    def arena(self, nbytes: int) -> tuple[Tensor, bool]:
+        return _large_pages(nbytes), True
 
     def release(self, arena: Tensor) -> None: ...
 
@@ -121,13 +124,12 @@ class CudaDevice:
     def chunk(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)  # whole pages
 
-    def arena(self, nbytes: int) -> Tensor:
-        # torch pins at 1.6 GB/s, and rounds up to a power of two; large pages are registered at 5 GB/s (H100, 7B).
+    def arena(self, nbytes: int) -> tuple[Tensor, bool]:
+        # torch pins at 1.6 GB/s, and rounds up to a power of two; large pages are registered at 5 GB/s (H100).
         memory = _large_pages(nbytes)
         with torch.cuda.device(self.device):
-            # Where it is refused (a limit on locked memory) the driver stages the copies itself, which is slower.
-            torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)
-        return memory
+            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)
+        return memory, int(error) == 0  # else the driver stages each copy, and whoever queues it waits
 
     def release(self, arena: Tensor) -> None:
         self.compute.synchronize()

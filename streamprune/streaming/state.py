@@ -76,6 +76,7 @@ class StateStream:
 
     Attributes:
         slots: how many layers' state the device may hold, at least 2; to be set before the first sweep.
+        registered: the device copies from the arena and to it beside its computing.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class StateStream:
         self._used = dict.fromkeys(self._blocks, 0)
         self._places: dict[Name, _Place] = {}
         self.held: set[Name] = set()
-        self._arena: Tensor | None = None
+        self._arena, self.registered = up.arena(max(1, self._end))
         self._slots: list[_Slot] = []
         self._now: _Slot | None = None
 
@@ -103,9 +104,7 @@ class StateStream:
         """Let go of all state: no sweep comes."""
         self.held.clear()
         self._slots.clear()
-        if self._arena is not None:
-            self._up.release(self._arena)
-            self._arena = None
+        self._up.release(self._arena)
 
     def store(self, name: str) -> MutableMapping[Key, Tensor]:
         """Return the store `name`: tensors by (layer, tensor), of the layer that is passing."""
@@ -144,8 +143,6 @@ class StateStream:
                 device.compute_waits(device.record_copied())
 
     def _begin(self, order: Sequence[int], then: Turn) -> list[Step]:
-        if self._arena is None:
-            self._arena = self._up.arena(max(1, self._end))
         held = [self._slots[number].layer if number < len(self._slots) else None for number in range(self.slots)]
         steps = schedule([layer for layer in order if layer in self._blocks], held, then)
         while len(self._slots) <= max((step.slot for step in steps), default=-1):
@@ -198,7 +195,6 @@ class StateStream:
             wait(event)
 
     def _block(self, layer: int) -> Tensor:
-        assert self._arena is not None, "a sweep takes it before it copies"
         return self._arena[self._starts[layer] : self._starts[layer] + self._blocks[layer]]
 
     def _runs(self, names: Iterable[Name]) -> Iterator[tuple[int, int]]:

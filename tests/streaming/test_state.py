@@ -1,15 +1,20 @@
 """A method's state passes the device with its layers: each of three waits is needed, and values are those of a dict."""
 
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fake_device import FakeDevice
+from safetensors.torch import load_file
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 
+from streamprune import PruneConfig, prune
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.storage.tensor_store import make_store
+from streamprune.streaming.device import HUGE_PAGE, CudaDevice
 from streamprune.streaming.pager import Page
 from streamprune.streaming.state import StateStream, aligned
 from streamprune.streaming.statistics import Statistics
@@ -136,3 +141,56 @@ def test_scores_are_those_of_state_in_memory(method, settings, dtype, slots, tmp
     expected = scores_of(tmp_path, method, settings, layers, dtype=dtype)
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     assert not stream.held, "the last sweep takes what was kept"
+
+
+@pytest.mark.parametrize(
+    ("method", "granularity", "settings"),
+    [
+        ("moreau-gs", "units", {"steps": 3, "eta_quantile": 0.2}),
+        ("moreau", "layers", {"steps": 2, "draws": 2}),
+        ("smoothgrad", "weights", {"draws": 3}),
+        ("gblm", "2:4", {}),
+    ],
+)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "llama", dtype=torch.float32, head_dim=8, intermediate_size=40)
+    found, device = [], Immediate()
+    for name in ("memory", "passing"):
+        config = PruneConfig(
+            str(tmp_path / "model"),
+            tmp_path / name,
+            method,
+            settings,
+            granularity,
+            layers=(1, 4),
+            samples=3,
+            seq_len=16,
+            state_dtype=state_dtype,
+            evaluate=False,
+        )
+        found.append(load_file(prune(config).output / "model.safetensors"))
+        monkeypatch.setattr("streamprune.streaming.device.paging_device", lambda *given, **options: device)
+    assert len(device.queues) == 4, "copies to the device and from it have streams of their own"
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_an_arena_is_registered_with_the_gpu_and_given_back(monkeypatch):
+    """The calls of CUDA's runtime that this makes, without a GPU."""
+    called, error = [], [0]
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda pointer, nbytes, flags: called.append((pointer, nbytes, flags)) or error[0],
+        cudaHostUnregister=lambda pointer: called.append(pointer),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    device = CudaDevice.__new__(CudaDevice)
+    device.device, stream = torch.device("cuda"), SimpleNamespace(synchronize=lambda: called.append("through"))
+    device.compute = device.copies = stream
+    memory, registered = device.arena(3 << 20)
+    assert registered and len(memory) == 3 << 20 and memory.data_ptr() % HUGE_PAGE == 0
+    device.release(memory)
+    assert called == [(memory.data_ptr(), 3 << 20, 0), "through", "through", memory.data_ptr()]
+    error[0] = 2  # out of memory: a limit on what may be locked
+    assert device.arena(4096)[1] is False
