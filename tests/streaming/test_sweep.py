@@ -238,3 +238,31 @@ def test_gradients_do_not_underflow_in_half_precision(dtype, tmp_path):
         assert rough[key].dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(rough[key].double().flatten(), grad.flatten(), dim=0)
         assert cosine > 0.99, (key, cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_graphs_that_are_kept_change_no_bit_and_save_the_recomputing(family, dtype, tmp_path):
+    save_tiny(tmp_path, family)
+    ids, layers, seen = token_ids(n=5, seq=12), range(1, N_LAYERS), []
+    for graphs in (0, 2, N_LAYERS):
+        sweeper, found, calls = make_sweeper(tmp_path, dtype=dtype, micro_batch=2), {}, []
+        sweeper.graphs, run_layer = graphs, sweeper.skeleton.run_layer
+        sweeper.skeleton.run_layer = lambda *given, run=run_layer, calls=calls: calls.append(given[0]) or run(*given)
+        statistics = Statistics(sweeper, ids, layers, 0)
+
+        def consume(ref, weight, grad, found=found):
+            found["mean", ref.key] = grad.clone(), weight.clone()
+
+        def consume_powers(ref, weight, sums, found=found):
+            found["powers", ref.key] = sums[0].clone(), sums[2].clone()
+
+        statistics.gradients(consume, Perturbation(0.05, (0, 0, 0)))
+        statistics.gradient_powers(consume_powers, (0, 2))
+        first, again = N_LAYERS + N_LAYERS - 1, 2 * (N_LAYERS - 1)  # layers of a sweep and of the next one
+        assert len(calls) == 3 * (first + again - 2 * min(graphs, N_LAYERS - 1)), "of three micro-batches each"
+        seen.append(found)
+    assert seen[0].keys() == seen[1].keys() == seen[2].keys()
+    for other in seen[1:]:
+        for key, pair in seen[0].items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, other[key], strict=True)), key
