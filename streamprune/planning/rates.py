@@ -56,7 +56,7 @@ class Rates:
 
 def assumed(card: str) -> Rates:
     """Return the rates of a row of CARDS, with an NVMe drive."""
-    peak, _ = CARDS[card]
+    peak = CARDS[card].tflops
     flops = peak * 1e12 * UTILISATION
     return Rates(DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {peak:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s")
 
