@@ -25,8 +25,8 @@ SHEETS = {
     "h100": (66.9, 3350),
 }
 # Pageable memory in copies of 64 MiB, measured on an RTX 4090's host over PCIe 4 (NVlabs/cuda-oxide, pull request 976):
-# 12.9 GB/s up, where 16 MiB, which fit into the processor's cache, took 18.4. Down 12.3 of 16 MiB; of 64 MiB by the same
-# proportion.
+# 12.9 GB/s up, where it was 18.4 of 16 MiB, which fit into the processor's cache. Down 12.3 of 16 MiB; of 64 MiB by the
+# same proportion.
 PAGEABLE_UP, PAGEABLE_DOWN = 12.9e9, 12.3e9 * 12.9 / 18.4
 FRESH = 1.4e9  # down into memory that the system gives out page by page (pytorch/pytorch, pull request 138018)
 PINNING = 1.6e9  # measured on an H100's host, of a large allocation

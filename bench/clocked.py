@@ -131,7 +131,9 @@ def _sink(config: PruneConfig, plan: Plan, sweeper: Sweeper) -> Any:
     if config.target == "weights":
         assert plan.sparsity is not None
         return WeightPruner(plan.sparsity, lambda ref, stored, pruned: None)
-    return LayerScores(plan.layers) if config.target == "layers" else UnitScores(sweeper.skeleton.all_units(plan.layers))
+    return (
+        LayerScores(plan.layers) if config.target == "layers" else UnitScores(sweeper.skeleton.all_units(plan.layers))
+    )
 
 
 @contextmanager

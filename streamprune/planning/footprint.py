@@ -57,7 +57,8 @@ def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
     group = Task(sizes, (-(-shape[0] // count), shape[1]), default_micro_batch(shape[1]), where)
     cost = group.cost(
         states=1,
-        moves=2 * len(whole.whole) * count,
+        brought=len(whole.whole) * count,
+        taken=len(whole.whole) * count,
         carries=0,
         device={"activations": group.forward_activations(whole.whole), "logits": group.logits},
         forward=whole.flops(whole.whole) + whole.head_flops,
@@ -81,15 +82,19 @@ def scoring(
             sweeps does. micro_batch: sequences per layer call.
     """
     method = METHODS[config.method]
-    needs, sweeps = method.needs_for(config.target), method.sweeps(plan.settings)
+    needs, sweeps = method.needs_for(config.target, plan.settings), method.sweeps(plan.settings)
     apart = state == "scratch" or config.resume or config.state_dtype != "float32"
     prunes = config.target == "weights"
-    task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, prunes=prunes, apart=apart)
+    sums = method.sums(plan.settings)
+    task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, sums, prunes=prunes, apart=apart)
     # Scores that nothing is read for take no more than those of weights.
     cost = one_after_another([need.cost(task) for need in needs or (STORED_WEIGHTS,)])
     # A run that can be resumed keeps the state in its journal.
     kept, spills = {} if config.resume else plan.state, state == "scratch"
-    kept_bytes, kept_moves = sum(kept.values()), sum(each.moves * nbytes for each, nbytes in kept.items())
+    kept_bytes = sum(kept.values())
+    brought = sum(each.brought(plan.settings) * nbytes for each, nbytes in plan.state.items())
+    taken = sum(each.taken(plan.settings) * nbytes for each, nbytes in plan.state.items())
+    gpu = is_gpu(sizes.sweeper.skeleton.device)
     host = {
         "pinned chunks": sizes.sweeper.pager.chunk_bytes,
         "state of the method": 0 if spills else kept_bytes,
@@ -98,7 +103,9 @@ def scoring(
     changed = {
         "host": {**cost.host, **host},
         "scratch": cost.scratch + (kept_bytes if spills else 0),
-        "moved": cost.moved + (sweeps * kept_moves if spills else 0),
+        "moved": cost.moved + (brought + taken if spills else 0),
+        "up": cost.up + brought * gpu,
+        "down": cost.down + taken * gpu,
         "carried": cost.carried if config.resume else 0,
     }
     passes = [order for need in needs for order in need.passes(task)]
@@ -120,7 +127,9 @@ def _repair(
 
     cost = task.cost(
         states=5 + (0 if apart else gaps),
-        moves=len(fitted),
+        # The dense model's layer; o, down's error and its goal, and the pruned layer's output.
+        brought=5 * len(fitted),
+        taken=2 * len(fitted),
         carries=2 + gaps if config.resume else 0,
         own=True,
         device={
