@@ -70,7 +70,7 @@ class Machine:
         return self.half if dtype.itemsize == 2 else self.single
 
 
-def machine(card: str, **other: float) -> Machine:
+def machine_of(card: str, **other: float) -> Machine:
     """The machine of a card of the planner's table, with `other` rates than it has by default."""
     peak, (single, memory), link = CARDS[card].tflops * 1e12, SHEETS[card], CARDS[card].link * 1e9
     rates = {

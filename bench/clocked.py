@@ -3,8 +3,7 @@
     python bench/clocked.py [--model llama-2-7b ...] [--card h100 ...] [--method taylor ...] [--json FILE]
 
 Runs the scoring of each method by the virtual clock (virtual_clock.py) on checkpoints of headers alone, and prints its
-seconds beside those of the busiest of link, disk and arithmetic. Sequences that are computed together are as many as
---tokens-at-once says, so that a run has fewer operations to look at.
+seconds beside those of the busiest of link, disk and arithmetic.
 """
 
 from __future__ import annotations
@@ -13,15 +12,14 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import psutil
 import torch
-from clock_rates import Machine, machine
+from clock_rates import Machine, machine_of
 from plans import MODELS, write_headers
 from virtual_clock import META, Clock, Sweep, running
 
@@ -39,13 +37,22 @@ from streamprune.streaming.pager import Pager, Turn
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
-GIB = 1 << 30
-HOST_MEMORY = 512 * GIB
+HOST_MEMORY = 1 << 40
+SLACK = 1.10  # of a sweep over its busiest resource, beside one layer that nothing hides
+# A run of a method, each of whose sweeps is as any of its others.
+SHORTER: dict[str, dict[str, Any]] = {
+    "smoothgrad": {"settings": {"draws": 3}},
+    "moreau": {"settings": {"steps": 3}},
+    "moreau-gs": {"settings": {"steps": 3}},
+    "sparsegpt": {"granularity": "weights", "layers": (0, 1)},
+    "layer-ppl": {"granularity": "layers"},
+    "block-influence": {"granularity": "layers"},
+}
 
 
 @dataclass
 class Clocked:
-    """A run by the clock: seconds of its scoring, its sweeps, and what the main thread waited for."""
+    """A run by the clock: seconds of its scoring, its sweeps, what the main thread waited for, bytes over the link."""
 
     seconds: float
     sweeps: list[Sweep]
@@ -58,6 +65,11 @@ class Clocked:
         """Seconds below which nothing can bring the sweeps, one after another."""
         return sum(sweep.busy.bound for sweep in self.sweeps)
 
+    @property
+    def late(self) -> list[Sweep]:
+        """Sweeps that take longer than their busiest resource, some slack, and one layer."""
+        return [each for each in self.sweeps if each.busy.elapsed > SLACK * each.busy.bound + each.one_layer]
+
 
 def score(
     path: Path,
@@ -65,33 +77,29 @@ def score(
     method: str,
     *,
     gpu_memory: int,
-    granularity: str = "units",
     warm: bool = False,
     again: bool = False,
     slots: int | None = None,
-    change: Any = None,
+    at_once: int | None = None,
     **options: Any,
 ) -> Clocked:
     """Score a checkpoint of headers by the clock.
 
     Args:
         gpu_memory: bytes. warm: the page cache holds the checkpoint before. again: the second time in a process.
-        slots: layers on the device, where not as many as the plan says.
+        slots: layers on the device. at_once: sequences per layer call; where not as many as the plan says.
         options: of the `PruneConfig`.
     """
-    given = {"gpu_memory": gpu_memory, "host_memory": HOST_MEMORY, "evaluate": False, "ratio": None, **options}
-    given = {name: value for name, value in given.items() if value is not None}
-    config = PruneConfig(str(path), Path("unused"), method, granularity=granularity, **given)
+    given = {"gpu_memory": gpu_memory, "host_memory": HOST_MEMORY, "evaluate": False, **options}
+    config = PruneConfig(str(path), Path("unused"), method, **given)
     clock = Clock(machine)
-    with running(clock), opened(config) as (sweeper, plan, shape):
+    with running(clock), _opened(config) as (sweeper, plan, shape):
         placement = _settle(sweeper, config, plan, shape)
-        sweeper.pager.slots = slots or sweeper.pager.slots
+        sweeper.pager.slots, sweeper.micro_batch = slots or placement.slots, at_once or placement.micro_batch
+        clock.warm = warm
         ids = torch.zeros(shape, dtype=torch.int64) if shape else None
-        if warm:
-            clock.cached = _Everything()
         for _ in range(2 if again else 1):
-            before, clock.sweeps = clock.world.now, []
-            waits, linked = dict(clock.waits), dict(clock.linked)
+            begun, waits, linked, clock.sweeps = clock.world.now, dict(clock.waits), dict(clock.linked), []
             store = partial(make_store, journal=None, scratch=None, dtype=config.state_dtype)
             statistics = Statistics(sweeper, ids, plan.layers, config.seed, None, store)
             with _noting_sweeps(clock):
@@ -99,24 +107,34 @@ def score(
                 clock.synchronize()
         waits = {name: value - waits.get(name, 0) for name, value in clock.waits.items()}
         linked = {name: value - linked.get(name, 0) for name, value in clock.linked.items()}
-        return Clocked(clock.world.now - before, clock.sweeps, waits, linked, placement)
+        return Clocked(clock.world.now - begun, clock.sweeps, waits, linked, placement)
 
 
-class _Everything(set[Any]):
-    def __contains__(self, item: object) -> bool:
-        return True
+def forward(path: Path, machine: Machine, shape: tuple[int, int], *, slots: int, warm: bool = False) -> Clocked:
+    """Make a forward pass over sequences by the clock, the second time in a process."""
+    config = PruneConfig(str(path), Path("unused"), "taylor", samples=shape[0], seq_len=shape[1], evaluate=False)
+    clock = Clock(machine)
+    with running(clock), _opened(config) as (sweeper, plan, _):
+        config_of_slots = {"gpu_memory": 1 << 40, "host_memory": HOST_MEMORY}
+        placement = _settle(sweeper, PruneConfig(**vars(config) | config_of_slots), plan, shape)
+        sweeper.pager.slots, clock.warm = slots, warm
+        for _ in range(2):
+            begun, clock.sweeps = clock.world.now, []
+            with _noting_sweeps(clock):
+                sweeper.forward(torch.zeros(shape, dtype=torch.int64))
+                clock.synchronize()
+        return Clocked(clock.world.now - begun, clock.sweeps, dict(clock.waits), dict(clock.linked), placement)
 
 
 @contextmanager
-def opened(config: PruneConfig) -> Iterator[tuple[Sweeper, Plan, tuple[int, int] | None]]:
+def _opened(config: PruneConfig) -> Iterator[tuple[Sweeper, Plan, tuple[int, int] | None]]:
     """A sweeper whose model is on `meta`, the plan, and the shape of the method's text."""
     source = Source(config.model, planned=META, scope="units" if config.target == "units" else "matrices")
     with source.open() as sweeper:
         sweeper.skeleton.model.to(META).requires_grad_(False)
-        plan = make_plan(config, sweeper.skeleton)
-        samples, seq_len = METHODS[config.method].calibration
-        shape = (config.samples or samples, config.seq_len or seq_len)
-        yield sweeper, plan, shape if METHODS[config.method].needs_text else None
+        plan, row = make_plan(config, sweeper.skeleton), METHODS[config.method]
+        samples, seq_len = row.calibration
+        yield sweeper, plan, (config.samples or samples, config.seq_len or seq_len) if row.needs_text else None
 
 
 def _settle(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tuple[int, int] | None) -> Placement:
@@ -131,9 +149,9 @@ def _sink(config: PruneConfig, plan: Plan, sweeper: Sweeper) -> Any:
     if config.target == "weights":
         assert plan.sparsity is not None
         return WeightPruner(plan.sparsity, lambda ref, stored, pruned: None)
-    return (
-        LayerScores(plan.layers) if config.target == "layers" else UnitScores(sweeper.skeleton.all_units(plan.layers))
-    )
+    if config.target == "layers":
+        return LayerScores(plan.layers)
+    return UnitScores(sweeper.skeleton.all_units(plan.layers))
 
 
 @contextmanager
@@ -145,10 +163,60 @@ def _noting_sweeps(clock: Clock) -> Iterator[None]:
         notes.append((len(order), clock.busy()))
         return pages(self, order, then)
 
-    Pager.pages = noted
+    setattr(Pager, "pages", noted)  # noqa: B010
     try:
         yield
     finally:
-        Pager.pages = pages
+        setattr(Pager, "pages", pages)  # noqa: B010
     for (layers, begun), (_, ended) in zip(notes, [*notes[1:], (0, clock.busy())], strict=True):
         clock.sweeps.append(Sweep(layers, ended.since(begun)))
+
+
+@click.command()
+@click.option("--model", "models", type=click.Choice(list(MODELS)), multiple=True, default=tuple(MODELS)[:3])
+@click.option("--card", "cards", type=click.Choice(list(CARDS)), multiple=True, default=tuple(CARDS))
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=tuple(METHODS)[1:])
+@click.option("--tokens", default=16384, show_default=True, help="Computed at once: more of them, fewer operations.")
+@click.option("--warm", is_flag=True, help="The page cache holds the checkpoint.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(
+    models: Sequence[str],
+    cards: Sequence[str],
+    methods: Sequence[str],
+    tokens: int,
+    warm: bool,
+    json_file: Path | None,
+) -> None:
+    """Run, print the table, and write JSON."""
+    rows = [["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "of the busiest", "late sweeps"]]
+    figures = []
+    with tempfile.TemporaryDirectory() as directory:
+        for model in models:
+            write_headers(Path(directory) / model, MODELS[model])
+        for model, card, method in ((m, c, each) for m in models for c in cards for each in methods):
+            at_once = max(1, tokens // METHODS[method].calibration[1])
+            found = score(
+                Path(directory) / model,
+                machine_of(card),
+                method,
+                gpu_memory=CARDS[card].gib << 30,
+                warm=warm,
+                at_once=at_once,
+                **SHORTER.get(method, {}),
+            )
+            parts = [
+                sum(getattr(each.busy, name) for each in found.sweeps) for name in ("up", "down", "disk", "compute")
+            ]
+            cells = [f"{found.seconds:.2f}", *(f"{part:.2f}" for part in parts), f"{found.seconds / found.bound:.2f}"]
+            rows.append([model, card, method, *cells, f"{len(found.late)} of {len(found.sweeps)}"])
+            sweeps = [asdict(sweep) for sweep in found.sweeps]
+            said = {"model": model, "card": card, "method": method, "seconds": found.seconds}
+            figures.append({**said, "waits": found.waits, "linked": found.linked, "sweeps": sweeps})
+            click.echo(" ".join(rows[-1]), err=True)
+    print(table(rows, markdown=True))
+    if json_file:
+        json_file.write_text(json.dumps({"tokens": tokens, "warm": warm, "figures": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

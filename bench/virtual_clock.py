@@ -44,14 +44,15 @@ class Busy:
     """What a part of a run asked of each resource, in seconds at the resource's own rate.
 
     Attributes:
-        up, down: bytes over the link, at the rate of pinned memory. disk: bytes read. compute: operations.
-        elapsed: seconds that it took.
+        up, down: bytes over the link, at the rate of pinned memory. disk: bytes read. compute: operations, and
+            launches: the host's work to start them. elapsed: seconds that it took.
     """
 
     up: float = 0
     down: float = 0
     disk: float = 0
     compute: float = 0
+    launches: float = 0
     elapsed: float = 0
 
     def since(self, before: Busy) -> Busy:
@@ -61,7 +62,7 @@ class Busy:
     @property
     def bound(self) -> float:
         """Seconds below which nothing can bring it: the busiest resource's."""
-        return max(self.up, self.down, self.disk, self.compute)
+        return max(self.up, self.down, self.disk, self.compute, self.launches)
 
 
 @dataclass
@@ -89,16 +90,19 @@ class Clock:
     down: Engine = field(default_factory=Engine)
     disk: Engine = field(default_factory=Engine)
     compute: float = 0  # seconds of work
+    launches: float = 0  # seconds of the host
     waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of the main thread, by what for
     sweeps: list[Sweep] = field(default_factory=list)
     pinned: set[int] = field(default_factory=set)
     touched: set[int] = field(default_factory=set)
     cached: set[tuple[int, int]] = field(default_factory=set)
+    warm: bool = False  # the page cache holds the checkpoint
     linked: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # bytes by direction
 
     def run(self, seconds: float) -> None:
         """Queue an operation of the compute stream."""
         self.world.spend(self.machine.launch)
+        self.launches += self.machine.launch
         self.streams["compute"] = max(self.streams["compute"], self.world.now) + seconds
         self.compute += seconds
 
@@ -138,7 +142,7 @@ class Clock:
 
     def read(self, place: tuple[int, int], nbytes: int) -> None:
         """Let the calling reader read from the disk, or again from the page cache."""
-        if place in self.cached:
+        if self.warm or place in self.cached:
             self.world.spend(nbytes / self.machine.page_cache)
             self.disk.busy += nbytes / (self.machine.page_cache * GPU_READ_THREADS)
             return
@@ -148,7 +152,7 @@ class Clock:
 
     def busy(self) -> Busy:
         """Return what was asked for so far."""
-        return Busy(self.up.busy, self.down.busy, self.disk.busy, self.compute, self.world.now)
+        return Busy(self.up.busy, self.down.busy, self.disk.busy, self.compute, self.launches, self.world.now)
 
 
 class ClockDevice:

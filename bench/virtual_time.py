@@ -144,12 +144,15 @@ class Queue:
 
 
 class Condition:
-    """`threading.Condition`; a lock need not be held, since one thread runs at a time."""
+    """`threading.Condition`. One thread runs at a time, so there is no lock; a thread that is ahead of others lets them
+    look first at what it is about to change.
+    """
 
     def __init__(self, world: World) -> None:
         self._world, self._told = world, 0.0
 
     def __enter__(self) -> Condition:
+        self._world.turn()
         return self
 
     def __exit__(self, *exc: object) -> None: ...
