@@ -36,6 +36,7 @@ WRITE_ONLY = {aten.copy_, aten.zero_, aten.fill_, aten.normal_}  # to their firs
 # FLOPs of a matrix of n rows, over n³ (Golub and Van Loan): a Cholesky factor, an inverse or a solution from it.
 FACTORS = {aten.linalg_cholesky_ex: 1 / 3, aten.cholesky_inverse: 2 / 3, aten.cholesky_solve: 2}
 BACKWARD_OF_ATTENTION = 2.5  # FLOPs of FlashAttention's backward over its forward pass (2307.08691, §4.1)
+SMALL = 1 << 20  # bytes; smaller tensors of the host are real
 FRESH = 32 << 20  # larger ones the C library takes from the system each time (M_MMAP_THRESHOLD's limit)
 
 
@@ -115,10 +116,11 @@ class Clock:
         self.waits[what] += max(0.0, time - self.world.now)
         self.world.until(time)
 
-    def copy(self, stream: str, target: Tensor, source: Tensor, *, waits: bool = False) -> float:
+    def copy(self, stream: str, target: Tensor, source: Tensor, *, waits: bool = False, new: bool = False) -> float:
         """Queue a copy over the link on a stream, and return when it is through; a copy that `waits` blocks the host.
 
-        Of pageable memory, the driver copies through a buffer of its own, and the host waits.
+        Of pageable memory, the driver copies through a buffer of its own, and the host waits. `new` memory, if it is
+        large, and what was never written before is given out by the system on the way.
         """
         up = source.device.type == "cpu"
         host, nbytes = (source, target.nbytes) if up else (target, source.nbytes)
@@ -126,10 +128,8 @@ class Clock:
         link, ideal = (self.up, self.machine.link_up) if up else (self.down, self.machine.link_down)
         self.linked["up" if up else "down"] += nbytes
         rate = ideal if pinned else min(ideal, self.machine.pageable_up if up else self.machine.pageable_down)
-        if not pinned and not up and host.data_ptr() not in self.touched:
+        if not pinned and not up and (host.nbytes > FRESH if new else self._first(host)):
             rate = self.machine.fresh
-            if host.nbytes <= FRESH or host.untyped_storage().nbytes() > host.nbytes:  # else it comes and goes
-                self.touched.add(host.data_ptr())
         self.world.turn()
         if waits or not pinned:
             self.wait_for(self.streams[stream], stream)
@@ -139,6 +139,13 @@ class Clock:
         if waits or not pinned:
             self.wait_for(ended, "link")
         return ended
+
+    def _first(self, host: Tensor) -> bool:
+        """Tell whether memory that stays, and is no part of the heap, is written for the first time."""
+        if host.nbytes < SMALL or host.data_ptr() in self.touched:
+            return False
+        self.touched.add(host.data_ptr())
+        return True
 
     def read(self, place: tuple[int, int], nbytes: int) -> None:
         """Let the calling reader read from the disk, or again from the page cache."""
@@ -236,7 +243,7 @@ class CostMode(TorchDispatchMode):
             if args[0].is_meta != (device.type == "meta"):
                 like = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": device}
                 made = torch.empty(args[0].shape, **like)
-                self.clock.copy("compute", made, args[0], waits=not kwargs.get("non_blocking"))
+                self.clock.copy("compute", made, args[0], waits=not kwargs.get("non_blocking"), new=True)
                 return made
         if not _on_device(args, kwargs):
             return self._on_host(func, args, kwargs)
@@ -249,7 +256,7 @@ class CostMode(TorchDispatchMode):
         """Large tensors of the host hold nothing: what is made of them is made of none, in the time of memory."""
         given = [each for each in args if isinstance(each, Tensor)]
         nbytes = sum(each.nbytes for each in given)
-        if nbytes < 1 << 20 or self._is_view(func):
+        if nbytes < SMALL or self._is_view(func):
             return func(*args, **kwargs)
         self.clock.world.spend(nbytes / self.clock.machine.host_memory)
         if func._schema.is_mutable:
