@@ -133,10 +133,10 @@ def test_two_sums_of_a_weight_take_twice_the_room(tiny_llama, tmp_path, monkeypa
 
 def test_flops_of_a_sweep_that_prunes_are_those_that_torch_counts(tmp_path):
     save_tiny(tmp_path, "llama", num_hidden_layers=N_LAYERS)
-    sweeper, ids = make_sweeper(tmp_path), token_ids(4, 8)
+    sweeper, ids = make_sweeper(tmp_path), token_ids(8, 1)
     for prunes in (False, True):
-        task = Task(Sizes(sweeper), (4, 8), 2, layers=range(4, 7), prunes=prunes)
+        task = Task(Sizes(sweeper), (8, 1), 2, layers=range(4, 7), prunes=prunes)
         with FlopCounterMode(display=False) as counter:
             Statistics(sweeper, ids, range(4, 7), 0).inputs(Moments, lambda *_: None, prunes=prunes)
-        # torch does not count attention on a CPU, which of so short sequences is little.
-        assert counter.get_total_flops() == pytest.approx(MOMENTS.cost(task).forward, rel=0.05)
+        # torch does not count attention on a CPU, which of one token is little.
+        assert counter.get_total_flops() == pytest.approx(MOMENTS.cost(task).forward, rel=0.01)
