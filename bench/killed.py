@@ -110,7 +110,7 @@ def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
     """Trials until `kills` have landed, over all commands."""
     from random_model import save_tokenizer, write_model
 
-    import streamprune.cli  # noqa: F401  what the children need is imported once
+    import streamprune.pipeline.run  # noqa: F401  what the children need is imported once
 
     draw, rows = random.Random(0), []
     model = scratch / "model"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from streamprune.config import PruneConfig
@@ -21,12 +22,14 @@ from streamprune.output.slicing import mean_biases
 from streamprune.output.writer import OutputWriter
 from streamprune.pipeline.progress import Progress
 from streamprune.planning.decision import Plan
+from streamprune.planning.footprint import state_blocks
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
-from streamprune.storage.tensor_store import make_store
+from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.device import peaks
 from streamprune.streaming.pager import Page
+from streamprune.streaming.state import StateStream
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -74,7 +77,7 @@ class Job:
 
     def score(self) -> UnitScores | LayerScores:
         """Score units or layers by the method, or take the scores from the journal if all of them are there."""
-        statistics = self._statistics(self.journal)
+        statistics = self._statistics()
         layers = self.config.target == "layers"
         scores = (
             LayerScores(self.plan.layers) if layers else UnitScores(self.sweeper.skeleton.all_units(self.plan.layers))
@@ -119,7 +122,7 @@ class Job:
         skeleton, plan = self.sweeper.skeleton, self.plan
         assert plan.sparsity is not None, "the plan has a pattern wherever weights go"
         journal = self.journal
-        statistics = self._statistics(journal)
+        statistics = self._statistics()
         saved = journal.facts if journal is not None else {}
         counts: dict[str, list[int]] = saved.setdefault("zeros", {})  # by matrix: zeros, and of how many
         digests = saved.setdefault("digests", {})
@@ -155,9 +158,24 @@ class Job:
         self.journal.before_commit = writer.sync
         return self.journal.save
 
-    def _statistics(self, journal: Journal | None) -> Statistics:
-        store = partial(make_store, journal=journal, scratch=self.state_scratch, dtype=self.config.state_dtype)
-        return Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, journal, store)
+    def _statistics(self) -> Statistics:
+        config = self.config
+        return Statistics(self.sweeper, self.ids, self.plan.layers, config.seed, self.journal, self._stores())
+
+    def _stores(self) -> MakeStore:
+        """Choose where the method's state stays: in the journal, on scratch, in memory, or passing a GPU with layers."""
+        dtype = self.config.state_dtype
+        elsewhere = partial(make_store, journal=self.journal, scratch=self.state_scratch, dtype=dtype)
+        device, kept = self.sweeper.pager.device, {state.name for state in self.plan.state}
+        if device.direct or self.journal is not None or self.state_scratch is not None or not kept:
+            return elsewhere
+        stream = StateStream(
+            state_blocks(self.plan, self.sweeper), device.another(), device.another(), dtype=getattr(torch, dtype)
+        )
+        self.sweeper.state = stream
+        if not stream.registered:
+            self.progress.say("host memory cannot be registered with the GPU (ulimit -l), so copies are staged")
+        return lambda name: stream.store(name) if name in kept else elsewhere(name)
 
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None

@@ -21,6 +21,8 @@ from streamprune.streaming.costs import LayerSizes, Shape, Sizes, Task, one_afte
 from streamprune.streaming.device import is_gpu
 from streamprune.streaming.hidden_states import PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
+from streamprune.streaming.state import STATE_SLOTS, aligned
+from streamprune.streaming.sweeper import Sweeper
 
 
 def stages(
@@ -100,7 +102,13 @@ def scoring(
         "state of the method": 0 if spills else kept_bytes,
         "a piece for the journal": 2 * min(PIECE_BYTES, task.hidden_bytes) if config.resume else 0,
     }
+    device = {}
+    if kept and not spills and is_gpu(sizes.sweeper.skeleton.device):
+        blocks = state_blocks(plan, sizes.sweeper)
+        device = {"state of layers": STATE_SLOTS * max(blocks.values())}
+        host["state of the method"] = sum(blocks.values())
     changed = {
+        "device": {**cost.device, **device},
         "host": {**cost.host, **host},
         "scratch": cost.scratch + (kept_bytes if spills else 0),
         "moved": cost.moved + (brought + taken if spills else 0),
@@ -110,6 +118,21 @@ def scoring(
     }
     passes = [order for need in needs for order in need.passes(task)]
     return Stage(name=f"scoring {method.name}", passes=passes, **vars(cost) | changed)
+
+
+def state_blocks(plan: Plan, sweeper: Sweeper) -> dict[int, int]:
+    """Count the bytes of what the method keeps of each prunable layer, where it lies in blocks."""
+    elements = {
+        layer: [sweeper.skeleton.shapes(layer)[name].numel() for name in sweeper.scored[layer]] for layer in plan.layers
+    }
+    itemsizes = {
+        state: nbytes // sum(state.numbers(each) for layer in plan.layers for each in elements[layer])
+        for state, nbytes in plan.state.items()
+    }
+    return {
+        layer: sum(aligned(state.numbers(each) * size) for state, size in itemsizes.items() for each in elements[layer])
+        for layer in plan.layers
+    }
 
 
 def _repair(

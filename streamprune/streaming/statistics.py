@@ -86,7 +86,7 @@ class Statistics:
             return
         left = [layer for layer in self.layers if point is None or layer > point.layer]
         pager.skip(self.layers, left)
-        with pager.pages(left) as pages:
+        with self.sweeper.pages(left) as pages:
             for page in pages:
                 for name, ref in self.sweeper.scored[page.layer].items():
                     weight = page.tensors[name]

@@ -7,7 +7,8 @@ exist at a time. Methods receive the gradients tensor by tensor, as autograd fin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,8 @@ from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.device import paging_device
 from streamprune.streaming.gradients import MakeCollector, PowerCollector, gradient_scale, watched
 from streamprune.streaming.hidden_states import Activations, Place, States, ahead
-from streamprune.streaming.pager import Pager, Turn
+from streamprune.streaming.pager import Page, Pager, Turn
+from streamprune.streaming.state import StateStream, Streamed
 
 LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
@@ -44,6 +46,7 @@ class Sweeper:
 
     Attributes:
         place, scratch: where hidden states stay, to be set before the sweeps.
+        state: what the method keeps between sweeps, where it does not lie on the device; it passes with the layers.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Sweeper:
         self._calls: dict[int, list[LayerCall]] = {}
         self.place: Place = "device"
         self.scratch: Path | None = None
+        self.state: StateStream | None = None
         self._activations: Activations | None = None
         self._kept: list[States] = []  # inputs of the layers from `_kept_from` up, and the last one's output
         self._kept_from = 0
@@ -68,6 +72,14 @@ class Sweeper:
     def n_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.skeleton.layers)
+
+    @contextmanager
+    def pages(
+        self, order: Sequence[int], then: Turn = "back", stores: Collection[str] | None = None
+    ) -> Iterator[Iterator[Page]]:
+        """Give layers as `Pager.pages` does, each with the method's state: of its `stores`, by default of all."""
+        with self.pager.pages(order, then) as pages:
+            yield pages if self.state is None else self.state.along(pages, order, then, stores)
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, *, micro_batch: int | None = None, then: Turn = "back") -> States:
@@ -111,7 +123,8 @@ class Sweeper:
         else:
             hidden = self.embed(input_ids, self.micro_batch, lowest)
         calls = self.recorded(input_ids)
-        with self.pager.pages(range(lowest if again else 0, self.n_layers if stop is None else stop)) as pages:
+        order = range(lowest if again else 0, self.n_layers if stop is None else stop)
+        with self.pages(order, stores=_stores_of(perturbation)) as pages:
             for page in pages:
                 moved = perturbation if page.layer in perturbed else None
                 weights = self.binder.bind(page, moved, self.scored[page.layer] if moved is not None else ())
@@ -153,7 +166,7 @@ class Sweeper:
         call = self.recorded(input_ids)
         parts = list(self.micro_batches(len(grad)))
         top = self.n_layers if below is None else below
-        with self.pager.pages(range(top - 1, first - 1, -1)) as pages:
+        with self.pages(range(top - 1, first - 1, -1)) as pages:
             for page in pages:
                 layer, hidden = page.layer, kept[page.layer - first]
                 scored = self.scored[layer] if layer in prunable else {}
@@ -253,8 +266,11 @@ class Sweeper:
         self._kept = []
 
     def close(self) -> None:
-        """Let go of all hidden states and their files: no sweep comes."""
+        """Let go of all hidden states and their files, and of the method's state: no sweep comes."""
         self.forget_boundaries()
+        if self.state is not None:
+            self.state.close()
+            self.state = None
         if self._activations is not None:
             self._activations.close()
             self._activations = None
@@ -279,6 +295,12 @@ def _refs(skeleton: Skeleton, layer: int, scope: Literal["units", "matrices"]) -
     members = {m.tensor: m for m in skeleton.family.members if m.scored}
     names = stored if scope == "matrices" else [name for name in members if name in stored]
     return {name: TensorRef(layer, name, geometry, members.get(name), stored[name]) for name in names}
+
+
+def _stores_of(perturbation: Perturbation | None) -> Collection[str]:
+    """Name the stores that binding reads."""
+    delta = None if perturbation is None else perturbation.delta
+    return [delta.name] if isinstance(delta, Streamed) else []
 
 
 def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:

@@ -95,7 +95,7 @@ def walk(
     size = micro_batch or sweeper.micro_batch
     first, given = start or (0, [])
     hidden, calls = given.pop() if given else sweeper.embed(input_ids, size), sweeper.recorded(input_ids)
-    with sweeper.pager.pages(range(first, sweeper.n_layers if stop is None else stop)) as pages:
+    with sweeper.pages(range(first, sweeper.n_layers if stop is None else stop)) as pages:
         for page in pages:
             weights = sweeper.binder.bind(page, own=change)
             hidden = visit(Visit(sweeper, page, weights, hidden, calls[page.layer], size))

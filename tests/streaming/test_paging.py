@@ -7,6 +7,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from fake_device import FakeDevice
 from tiny_models import make_sweeper, need_direct, save_tiny
 
 from streamprune.storage.checkpoint import Checkpoint
@@ -15,69 +16,6 @@ from streamprune.streaming import pager
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.device import HUGE_PAGE, HostDevice
 from streamprune.streaming.pager import Pager
-
-
-class FakeDevice:
-    """Streams of queued work that runs only when somebody waits for it, then in the order least expected.
-
-    An event is a (stream, length of its queue); finishing it runs that stream up to there, and what the queued
-    waits ask of the other stream first. `without` names a wait that the device forgets.
-    """
-
-    direct = False
-
-    def __init__(self, without: str | None = None, late: str = "copy") -> None:
-        self.without, self.late = without, late
-        self.queues = {"copy": [], "compute": []}
-        self.done = {"copy": 0, "compute": 0}
-        self.lock = threading.RLock()
-
-    def buffer(self, nbytes):
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
-
-    chunk = buffer
-
-    def queue(self, stream, work):
-        with self.lock:
-            self.queues[stream].append(work)
-            return stream, len(self.queues[stream])
-
-    def event(self, stream):
-        with self.lock:
-            return stream, len(self.queues[stream])
-
-    def finish(self, event):
-        stream, length = event
-        with self.lock:
-            while self.done[stream] < length:
-                work = self.queues[stream][self.done[stream]]
-                self.done[stream] += 1
-                work()
-
-    def finish_all(self):
-        for stream in ("compute", "copy") if self.late == "copy" else ("copy", "compute"):
-            self.finish(self.event(stream))
-
-    def copy(self, target, source):
-        return self.queue("copy", lambda: target.copy_(source))
-
-    def record_copied(self):
-        return self.event("copy")
-
-    def record_consumed(self):
-        return self.event("compute")
-
-    def compute_waits(self, copied):
-        if self.without != "copied":
-            self.queue("compute", lambda: self.finish(copied))
-
-    def copy_waits(self, consumed):
-        if self.without != "consumed":
-            self.queue("copy", lambda: self.finish(consumed))
-
-    def chunk_free(self, event):
-        if self.without != "chunk":
-            self.finish(event)
 
 
 @pytest.fixture
