@@ -30,6 +30,7 @@ SHEETS = {
 PAGEABLE_UP, PAGEABLE_DOWN = 12.9e9, 12.3e9 * 12.9 / 18.4
 FRESH = 1.4e9  # down into memory that the system gives out page by page (pytorch/pytorch, pull request 138018)
 PINNING = 1.6e9  # measured on an H100's host, of a large allocation
+REGISTERING = 5e9  # the same of large pages that are there (streaming/device.py)
 PAGE_CACHE = 4e9  # a thread, into pinned chunks: four of them 16 GB/s on an H100's host (bench/README.md, Overlap)
 DISK = 3e9  # an NVMe drive on PCIe 4
 HOST_MEMORY = 20e9  # a pass over host memory by torch's threads
@@ -46,7 +47,8 @@ class Machine:
         attention, grad_norm: FLOP/s of attention, and of the kernel of that name.
         memory: of the device. link_up, link_down: of pinned memory to the device and back.
         pageable_up, pageable_down: of other memory. fresh: of memory that is written for the first time.
-        pinning: taking pinned memory. page_cache: reading from it, of one thread. disk: reading, of all.
+        pinning: taking pinned memory. registering: memory of large pages. page_cache: reading from it, by one
+            thread. disk: reading, by all.
     """
 
     half: float
@@ -60,6 +62,7 @@ class Machine:
     pageable_down: float = PAGEABLE_DOWN
     fresh: float = FRESH
     pinning: float = PINNING
+    registering: float = REGISTERING
     page_cache: float = PAGE_CACHE
     disk: float = DISK
     host_memory: float = HOST_MEMORY

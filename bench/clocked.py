@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ from streamprune.config import PruneConfig
 from streamprune.figures import table
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS
+from streamprune.output.companions import Companions
+from streamprune.pipeline.job import Job
+from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
 from streamprune.planning.cards import CARDS
 from streamprune.planning.decision import Plan, make_plan
@@ -79,6 +81,7 @@ def score(
     gpu_memory: int,
     warm: bool = False,
     again: bool = False,
+    streams: bool = True,
     slots: int | None = None,
     at_once: int | None = None,
     **options: Any,
@@ -87,6 +90,7 @@ def score(
 
     Args:
         gpu_memory: bytes. warm: the page cache holds the checkpoint before. again: the second time in a process.
+        streams: what the method keeps passes with its layers; else it lies in pageable memory, as it once did.
         slots: layers on the device. at_once: sequences per layer call; where not as many as the plan says.
         options: of the `PruneConfig`.
     """
@@ -100,11 +104,16 @@ def score(
         ids = torch.zeros(shape, dtype=torch.int64) if shape else None
         for _ in range(2 if again else 1):
             begun, waits, linked, clock.sweeps = clock.world.now, dict(clock.waits), dict(clock.linked), []
-            store = partial(make_store, journal=None, scratch=None, dtype=config.state_dtype)
+            job = Job(config, plan, sweeper, Progress(), ids, None, Companions(path))
+            # As a run has it, but for the writing.
+            store = job._stores() if streams else make_store
             statistics = Statistics(sweeper, ids, plan.layers, config.seed, None, store)
             with _noting_sweeps(clock):
                 METHODS[method].score(statistics, plan.settings, _sink(config, plan, sweeper))
                 clock.synchronize()
+            if sweeper.state is not None:
+                sweeper.state.close()
+                sweeper.state = None
         waits = {name: value - waits.get(name, 0) for name, value in clock.waits.items()}
         linked = {name: value - linked.get(name, 0) for name, value in clock.linked.items()}
         return Clocked(clock.world.now - begun, clock.sweeps, waits, linked, placement)

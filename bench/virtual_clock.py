@@ -8,6 +8,7 @@ card's rate or bytes over its memory's, whichever takes longer. Threads run in v
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +37,7 @@ WRITE_ONLY = {aten.copy_, aten.zero_, aten.fill_, aten.normal_}  # to their firs
 # FLOPs of a matrix of n rows, over n³ (Golub and Van Loan): a Cholesky factor, an inverse or a solution from it.
 FACTORS = {aten.linalg_cholesky_ex: 1 / 3, aten.cholesky_inverse: 2 / 3, aten.cholesky_solve: 2}
 BACKWARD_OF_ATTENTION = 2.5  # FLOPs of FlashAttention's backward over its forward pass (2307.08691, §4.1)
+MAP_NORESERVE = 0x4000 | mmap.MAP_ANONYMOUS  # Linux; Python has no name for it before 3.13
 SMALL = 1 << 20  # bytes; smaller tensors of the host are real
 FRESH = 32 << 20  # larger ones the C library takes from the system each time (M_MMAP_THRESHOLD's limit)
 
@@ -46,7 +48,7 @@ class Busy:
 
     Attributes:
         up, down: bytes over the link, at the rate of pinned memory. disk: bytes read. compute: operations, and
-            launches: the host's work to start them. elapsed: seconds that it took.
+            launches: the host's work to start them. elapsed: seconds that it took, until all was computed.
     """
 
     up: float = 0
@@ -97,6 +99,7 @@ class Clock:
     pinned: set[int] = field(default_factory=set)
     touched: set[int] = field(default_factory=set)
     cached: set[tuple[int, int]] = field(default_factory=set)
+    devices: int = 0
     warm: bool = False  # the page cache holds the checkpoint
     linked: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # bytes by direction
 
@@ -159,7 +162,8 @@ class Clock:
 
     def busy(self) -> Busy:
         """Return what was asked for so far."""
-        return Busy(self.up.busy, self.down.busy, self.disk.busy, self.compute, self.launches, self.world.now)
+        computed = max(self.world.now, self.streams["compute"])
+        return Busy(self.up.busy, self.down.busy, self.disk.busy, self.compute, self.launches, computed)
 
 
 class ClockDevice:
@@ -167,8 +171,12 @@ class ClockDevice:
 
     direct, read_threads = False, GPU_READ_THREADS
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, stream: str = "copies") -> None:
+        self.clock, self.stream = clock, stream
+
+    def another(self) -> ClockDevice:
+        self.clock.devices += 1
+        return ClockDevice(self.clock, f"copies {self.clock.devices}")
 
     def buffer(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=META)
@@ -179,11 +187,20 @@ class ClockDevice:
         self.clock.world.spend((1 << (nbytes - 1).bit_length()) / self.clock.machine.pinning)
         return memory
 
+    def arena(self, nbytes: int) -> tuple[Tensor, bool]:
+        # Memory that the system never counts, so that there may be more than it has.
+        memory = torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | MAP_NORESERVE), dtype=torch.uint8)
+        self.clock.pinned.add(memory.untyped_storage().data_ptr())
+        self.clock.world.spend(nbytes / self.clock.machine.registering)
+        return memory, True
+
+    def release(self, arena: Tensor) -> None: ...
+
     def copy(self, target: Tensor, source: Tensor) -> float:
-        return self.clock.copy("copies", target, source)
+        return self.clock.copy(self.stream, target, source)
 
     def record_copied(self) -> float:
-        return self.clock.streams["copies"]
+        return self.clock.streams[self.stream]
 
     def record_consumed(self) -> float:
         return max(self.clock.streams["compute"], self.clock.world.now)
@@ -192,7 +209,7 @@ class ClockDevice:
         self._wait("compute", copied)
 
     def copy_waits(self, consumed: float | None) -> None:
-        self._wait("copies", consumed)
+        self._wait(self.stream, consumed)
 
     def chunk_free(self, event: float) -> None:
         self.clock.world.until(event)

@@ -163,7 +163,7 @@ class Job:
         return Statistics(self.sweeper, self.ids, self.plan.layers, config.seed, self.journal, self._stores())
 
     def _stores(self) -> MakeStore:
-        """Choose where the method's state stays: in the journal, on scratch, in memory, or passing a GPU with layers."""
+        """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""
         dtype = self.config.state_dtype
         elsewhere = partial(make_store, journal=self.journal, scratch=self.state_scratch, dtype=dtype)
         device, kept = self.sweeper.pager.device, {state.name for state in self.plan.state}

@@ -38,7 +38,7 @@ DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
 WORK = ("forward", "backward", "noise", "factors", "updates")  # of a Stage, done at the Rates of the same names
 WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
 LINK_BYTES = 256 << 20  # of a copy that the link is measured with
-# Seconds before work begins: the interpreter, torch and transformers (a plan in a process of its own, on two cores); and
+# Seconds before work begins: the interpreter, torch and transformers (a plan in a process of its own, two cores); and
 # CUDA's first use with the compilation of kernels, by which scoring took longer than planned on an H100, the median of
 # six short runs (bench/README.md, Plan against reality).
 PROCESS_START, GPU_START = 4.0, 1.5
@@ -73,7 +73,7 @@ def assumed(card: str) -> Rates:
 
 
 def seconds(stage: Stage, rates: Rates) -> float:
-    """Estimate the seconds that a stage takes: the longest of disk, link and computing, behind which the others hide."""
+    """Estimate the seconds that a stage takes: the longest of disk, link and computing; the others hide behind it."""
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
     link = max(stage.up, stage.down) / rates.link  # it goes both ways at the same time
     # The scratch disk is taken to be as fast as the checkpoint's, or the same.

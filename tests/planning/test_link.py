@@ -17,6 +17,7 @@ from streamprune.planning.rates import Rates, assumed, seconds
 from streamprune.planning.stage import Stage
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.inputs import Moments
+from streamprune.streaming.state import STATE_SLOTS
 from streamprune.streaming.statistics import Statistics
 
 SAMPLES, SEQ, LAYERS, N_LAYERS = 4, 32, (1, 7), 8
@@ -84,8 +85,10 @@ def test_state_passes_it_as_often_as_its_kind_is_used(
     method, settings, up, down, state_dtype, scored, tiny_llama, tmp_path, monkeypatch
 ):
     stage = scoring(tiny_llama, tmp_path, monkeypatch, method, settings=settings, state_dtype=state_dtype)
-    nbytes = scored * getattr(torch, state_dtype).itemsize
-    assert (stage.up - stage.read, stage.down) == (up * nbytes, down * nbytes)
+    nbytes, layers = scored * getattr(torch, state_dtype).itemsize, len(range(*LAYERS))
+    # Of the layers where a sweep turns, it is there.
+    assert stage.up - stage.read == up * nbytes * (layers - STATE_SLOTS) / layers
+    assert stage.down == down * nbytes
 
 
 def test_on_a_cpu_there_is_no_link(tiny_llama, tmp_path):

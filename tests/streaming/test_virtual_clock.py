@@ -11,8 +11,6 @@ BENCH = Path(__file__).parents[2] / "bench"
 GIB = 1 << 30
 ENDLESS = float("inf")
 LAYER = 4 * 4096**2 + 3 * 4096 * 11008  # weights of a layer of Llama-2-7B
-# What a layer keeps between sweeps cannot be hidden yet: pageable memory blocks the host.
-WAITING = pytest.mark.xfail(strict=True, reason="state is copied to and from pageable memory, one tensor at a time")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +150,13 @@ def test_state_in_pageable_memory_is_waited_for(bench, checkpoint):
     """δ of a step goes down once, fresh, and comes up forwards, to be bound backwards, and to be changed."""
     rates = only(bench, pageable_up=1e9, fresh=0.5e9, pageable_down=1e9)
     found = bench["clocked"].score(
-        checkpoint(layers=4), rates, "moreau", gpu_memory=20 * GIB, layers=(1, 3), settings={"steps": 2}
+        checkpoint(layers=4),
+        rates,
+        "moreau",
+        gpu_memory=20 * GIB,
+        layers=(1, 3),
+        settings={"steps": 2},
+        streams=False,
     )
     state = 2 * 4 * LAYER
     assert found.seconds == pytest.approx(state / 0.5e9 + 3 * state / 1e9, rel=1e-3)
@@ -180,8 +184,8 @@ LINKED = [
     ("block-influence", {**SPILLING, "granularity": "layers"}),
     ("smoothgrad", {**KEEPING, "settings": {"draws": 3}}),
     ("gblm", {**SPILLING, "gpu_memory": 4 * GIB}),
-    pytest.param("moreau", {**KEEPING, "settings": {"steps": 3, "draws": 2}}, marks=WAITING),
-    pytest.param("moreau-gs", {**KEEPING, "settings": {"steps": 3}}, marks=WAITING),
+    ("moreau", {**KEEPING, "settings": {"steps": 3, "draws": 2}}),
+    ("moreau-gs", {**KEEPING, "settings": {"steps": 3}}),
 ]
 
 
@@ -202,13 +206,13 @@ def test_bytes_over_the_link_are_those_of_the_plan(method, run, bench, checkpoin
 @pytest.mark.parametrize(
     "measured,run",
     [
-        (95.4, {"method": "moreau-gs"}),
+        (95.4, {"method": "moreau-gs", "streams": False}),
         (8.5, {"method": "taylor", "samples": 32, "seq_len": 2048, "gpu_memory": 22 * GIB}),
         (9.2, {"method": "taylor", "samples": 32, "seq_len": 2048, "gpu_memory": 8 * GIB}),
     ],
 )
 def test_runs_that_were_measured_on_an_h100_take_as_long_by_the_clock(measured, run, bench, checkpoint):
-    """Llama-2-7B's shape from the page cache; taylor the second time in a process."""
+    """Llama-2-7B's shape from the page cache, δ in pageable memory; taylor the second time in a process."""
     again = run["method"] == "taylor"
     run = {"gpu_memory": 22 * GIB, "warm": True, "again": again} | run
     found = bench["clocked"].score(checkpoint(), bench["clock_rates"].machine_of("h100"), **run)
@@ -224,21 +228,18 @@ def test_a_forward_pass_that_was_measured_on_an_h100_takes_as_long_by_the_clock(
 
 
 LONG = {"samples": 16, "seq_len": 2048}
-STATELESS = [
+SWEEPS = [
     ("taylor", {}),
     ("taylor", LONG),
     ("wanda", LONG),
     ("wanda", {**LONG, "granularity": "weights"}),
     ("wanda-sp", LONG),
     ("flap", {"samples": 128}),
-]
-STATEFUL = [
     ("moreau", {"settings": {"steps": 3}}),
     ("moreau-gs", {"settings": {"steps": 3}}),
     ("smoothgrad", {"settings": {"draws": 3}}),
     ("gblm", LONG),
 ]
-SWEEPS = [*STATELESS, *(pytest.param(*each, marks=WAITING) for each in STATEFUL)]
 
 
 def late_sweeps(bench, checkpoint, model, card, method, run, layers=None):
