@@ -101,7 +101,7 @@ class Clock:
     cached: set[tuple[int, int]] = field(default_factory=set)
     devices: int = 0
     warm: bool = False  # the page cache holds the checkpoint
-    linked: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # bytes by direction
+    linked: dict[str, float] = field(default_factory=lambda: {"up": 0, "down": 0})  # bytes
 
     def run(self, seconds: float) -> None:
         """Queue an operation of the compute stream."""

@@ -46,6 +46,7 @@ class KeptState:
         numbers: how many are kept of a matrix of a shape, of which the elements are given.
         dtype: of its numbers; None for --state-dtype, float64 in float64 runs.
         brought, taken: times that all of it comes to where it is computed on, and goes from there, with given settings.
+        both_ways: sweeps read it forwards too; where one turns, what passed last is still there.
     """
 
     name: str
@@ -55,6 +56,7 @@ class KeptState:
     dtype: str | None = None
     brought: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     taken: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    both_ways: bool = True
 
 
 def _weights(task: Task) -> Cost:
@@ -164,7 +166,7 @@ def _hidden(task: Task, *, left_out: bool = False) -> Cost:
     if left_out:
         # Each is carried from its layer up, half of all on average.
         forward += len(task.layers) * (forward / 2 + task.head_flops)
-    carried = len(passed) + (len(task.layers) * len(task.whole) // 2 if left_out else 0)
+    carried = len(passed) + (sum(task.whole[-1] - layer for layer in task.layers) if left_out else 0)
     return task.cost(
         states=3 + streams,
         brought=carried + (len(task.layers) if left_out else 2 * len(task.layers)),  # the head, or whoever looks

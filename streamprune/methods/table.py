@@ -158,6 +158,7 @@ _SUM = KeptState(
     "draws=1",
     brought=_sums_of_moreau,
     taken=_sums_of_moreau,
+    both_ways=False,
 )
 # Sums over units need no gradient between the draws.
 _SUM_OF_SMOOTHGRAD = KeptState(
@@ -166,6 +167,7 @@ _SUM_OF_SMOOTHGRAD = KeptState(
     "draws=1",
     brought=_sums_of_smoothgrad,
     taken=_sums_of_smoothgrad,
+    both_ways=False,
 )
 _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", "terms=gradient")
 

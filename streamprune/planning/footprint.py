@@ -126,12 +126,12 @@ def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place) -> C
     if not gpu:
         return Cost(host={"state of the method": plan.state_bytes})
     blocks = state_blocks(plan, sweeper)
-    # Where a sweep turns, what passed last is there already.
-    passing = max(0, len(blocks) - STATE_SLOTS) / len(blocks)
+    again = sum(kind.brought(plan.settings) * nbytes for kind, nbytes in plan.state.items() if kind.both_ways)
+    there = min(STATE_SLOTS, len(blocks)) / len(blocks)  # of the layers, where a sweep turns
     return Cost(
         device={"state of layers": STATE_SLOTS * max(blocks.values())},
         host={"state of the method": sum(blocks.values())},
-        up=int(brought * passing),
+        up=brought - int(again * there),
         down=taken,
     )
 

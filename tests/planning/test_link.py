@@ -67,27 +67,27 @@ def test_hidden_states_on_the_device_do_not_pass_it(tiny_llama, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "method,settings,up,down",
+    "method,settings,up,both_ways,down",
     [
         # δ after each update but the last: twice into every later sweep, and once out of the backward one before it.
-        ("moreau", {"steps": 3}, 2 * 2, 2),
-        ("moreau-gs", {"steps": 3}, 2 * 2, 2),
+        ("moreau", {"steps": 3}, 2 * 2, 2 * 2, 2),
+        ("moreau-gs", {"steps": 3}, 2 * 2, 2 * 2, 2),
         # With two draws there are twice as many sweeps to bind it in; a sum of the first draw comes and goes each time.
-        ("moreau", {"steps": 3, "draws": 2}, 2 * 2 * 2 + 3, 2 + 3),
-        ("smoothgrad", {"draws": 5}, 4, 4),
-        ("gblm", {}, 1, 1),
-        ("gblm", {"terms": "gradient"}, 0, 0),
-        ("taylor", {}, 0, 0),
+        ("moreau", {"steps": 3, "draws": 2}, 2 * 2 * 2 + 3, 2 * 2 * 2, 2 + 3),
+        ("smoothgrad", {"draws": 5}, 4, 0, 4),
+        ("gblm", {}, 1, 1, 1),
+        ("gblm", {"terms": "gradient"}, 0, 0, 0),
+        ("taylor", {}, 0, 0, 0),
     ],
 )
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_state_passes_it_as_often_as_its_kind_is_used(
-    method, settings, up, down, state_dtype, scored, tiny_llama, tmp_path, monkeypatch
+    method, settings, up, both_ways, down, state_dtype, scored, tiny_llama, tmp_path, monkeypatch
 ):
     stage = scoring(tiny_llama, tmp_path, monkeypatch, method, settings=settings, state_dtype=state_dtype)
     nbytes, layers = scored * getattr(torch, state_dtype).itemsize, len(range(*LAYERS))
-    # Of the layers where a sweep turns, it is there.
-    assert stage.up - stage.read == up * nbytes * (layers - STATE_SLOTS) / layers
+    # Of the layers where a sweep turns, what it reads both ways is there.
+    assert stage.up - stage.read == nbytes * (up - both_ways * STATE_SLOTS / layers)
     assert stage.down == down * nbytes
 
 
