@@ -42,7 +42,7 @@ LINK_BYTES = 256 << 20  # of a copy that the link is measured with
 # CUDA's first use with the compilation of kernels, by which scoring took longer than planned on an H100, the median of
 # six short runs (bench/README.md, Plan against reality).
 PROCESS_START, GPU_START = 4.0, 1.5
-FORMAT = 2  # of what is kept of a measurement: those of earlier ones are not read
+RATES_FORMAT = 2  # of what is kept of a measurement: those of earlier ones are not read
 
 
 @dataclass(frozen=True)
