@@ -127,7 +127,7 @@ def _key(sweeper: Sweeper, seq_len: int) -> str:
     shapes = sorted(tuple(shape) for shape in skeleton.shapes(Sizes(sweeper).commonest).values())
     disk = os.stat(skeleton.checkpoint.path).st_dev
     return repr(
-        (FORMAT, device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk)
+        (RATES_FORMAT, device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk)
     )
 
 
