@@ -30,6 +30,15 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 MODELS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
     "llama-2-13b": {
         "hidden_size": 5120,
         "intermediate_size": 13824,

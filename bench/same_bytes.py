@@ -161,7 +161,7 @@ def planned(options: dict[str, Any], scratch: Path) -> list[Any]:
     for stage in placement.stages:
         work = [stage.forward, stage.backward, stage.noise, stage.factors, stage.updates]
         passes = [[order[0], order[-1]] if order else [] for order in stage.passes]
-        held = [sum(stage.device.values()), sum(stage.host.values()), stage.scratch, stage.moved]
+        held = [sum(stage.device.values()), sum(stage.host.values()), stage.scratch, stage.moved, stage.up, stage.down]
         numbers.append([stage.name, *held, stage.read, stage.written, stage.carried, *work, passes])
     return [placement.slots, placement.place, placement.state, placement.micro_batch, numbers]
 

@@ -45,7 +45,8 @@ class KeptState:
         without: the settings that do without it.
         numbers: how many are kept of a matrix of a shape, of which the elements are given.
         dtype: of its numbers; None for --state-dtype, float64 in float64 runs.
-        moves: times that a sweep brings it from scratch or takes it there: up forwards, and down and changed backwards.
+        brought, taken: times that all of it comes to where it is computed on, and goes from there, with given settings.
+        both_ways: sweeps read it forwards too; where one turns, what passed last is still there.
     """
 
     name: str
@@ -53,7 +54,9 @@ class KeptState:
     without: str
     numbers: Callable[[int], int] = lambda elements: elements
     dtype: str | None = None
-    moves: int = 3
+    brought: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    taken: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    both_ways: bool = True
 
 
 def _weights(task: Task) -> Cost:
@@ -73,21 +76,23 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
     The activations of one layer are counted as the inputs and outputs of the matrices that a token passes for one
     micro-batch, and their gradients as three of the widest (a gated MLP's product and its two factors exist together).
     With several micro-batches a layer's weight gradients are summed together, otherwise they come and go matrix by
-    matrix.
+    matrix. Hidden states pass every layer forwards and the head; backwards a layer takes its input and a gradient.
     """
     sizes, tokens, above = task.sizes, task.tokens_at_once, task.whole[task.layers[0] :]
     several = task.shape[0] > task.micro_batch
 
     def gradients(layer: LayerSizes) -> int:
-        return 2 * layer.largest + (layer.weights if several else 0)
+        return (1 + task.sums) * layer.largest + (task.sums * layer.weights if several else 0)
 
     ends = sizes.most(lambda layer: sum(sum(shape) for shape in layer.passed), task.whole)
     widest = sizes.most(lambda layer: layer.widest, task.whole)
     threads = task.sweeper.binder.threads if moved and task.apart else 0
     forward, forward_above = task.flops(task.whole), task.flops(above)
+    passed = len(task.whole) + (task.sweeps - 1) * len(above)
     return task.cost(
         states=len(above) + 2,  # boundaries, and the gradient
-        moves=2 * task.sweeps,
+        brought=passed + task.sweeps * (2 * len(above) + 1),
+        taken=passed + task.sweeps * (len(above) + 1),
         own=moved,
         device={
             "logits": task.logits,
@@ -128,13 +133,15 @@ def _inputs(task: Task, *, gram: bool) -> Cost:
     def factors(layer: LayerSizes) -> float:
         return sum(FACTORS_OF_H * width**3 for width in layer.inputs)
 
-    forward = task.flops(passed)
-    if task.prunes:
-        last_products = sizes.total(lambda layer: 2 * layer.matrices[-1].numel(), task.layers)
-        forward = 2 * forward - last_products * task.tokens
+    # The last layer's output is not made; nor is that of a layer that is pruned, before it is.
+    unfinished = task.layers if task.prunes else task.layers[-1:]
+    again = task.layers[:-1] if task.prunes else ()
+    last_products = sizes.total(lambda layer: 2 * layer.matrices[-1].numel(), unfinished)
+    forward = task.flops(passed) - last_products * task.tokens + task.flops(again)
     return task.cost(
         states=2,
-        moves=len(passed),  # of the two that are there, each layer reads one and writes one
+        brought=len(passed) + len(again),
+        taken=len(passed),
         own=task.prunes,
         device={
             "activations": sizes.most(activations, passed) * task.tokens_at_once * task.itemsize,
@@ -159,9 +166,11 @@ def _hidden(task: Task, *, left_out: bool = False) -> Cost:
     if left_out:
         # Each is carried from its layer up, half of all on average.
         forward += len(task.layers) * (forward / 2 + task.head_flops)
+    carried = len(passed) + (sum(task.whole[-1] - layer for layer in task.layers) if left_out else 0)
     return task.cost(
         states=3 + streams,
-        moves=len(passed),
+        brought=carried + (len(task.layers) if left_out else 2 * len(task.layers)),  # the head, or whoever looks
+        taken=carried,
         carries=1 + streams,
         device={
             "activations": task.forward_activations(task.whole),

@@ -69,7 +69,8 @@ class Method:
         function: gives its scores to a sink, one of those for `targets`; as "module:name" in this folder, so that the
             table can be read without torch, or itself.
         targets: what it can score.
-        needs: what it asks of `Statistics`.
+        needs: what it asks of `Statistics`. unneeded: what of it not, with given settings.
+        sums: gradients, or powers of them, that it has summed of a weight, with given settings.
         calibration: samples and tokens of each, as in its paper.
         sweeps: forward-and-backward sweeps that it takes with given settings.
         states: what it may keep between sweeps.
@@ -86,6 +87,8 @@ class Method:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     calibration: tuple[int, int] = (10, 128)
     sweeps: Callable[[Mapping[str, Any]], int] = lambda settings: 1
+    unneeded: Callable[[Mapping[str, Any]], tuple[Need, ...]] = lambda settings: ()
+    sums: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     states: tuple[KeptState, ...] = ()
     stateless: str = "taylor"
     allocation: Literal["uniform", "global"] = "uniform"
@@ -103,9 +106,12 @@ class Method:
         """Tell whether a calibration text is read."""
         return any(need.reads_text for need in self.needs)
 
-    def needs_for(self, target: Target) -> tuple[Need, ...]:
-        """List what it asks for; weights that go are read by every method."""
-        return self.needs or ((STORED_WEIGHTS,) if target == "weights" else ())
+    def needs_for(self, target: Target, settings: Mapping[str, Any]) -> tuple[Need, ...]:
+        """List what it asks for with these settings; weights that go are read by every method."""
+        if not self.needs:
+            return (STORED_WEIGHTS,) if target == "weights" else ()
+        unneeded = self.unneeded(settings)
+        return tuple(need for need in self.needs if need not in unneeded)
 
 
 _SIGMA = Setting(0.05, "noise relative to each weight", minimum=0)
@@ -127,14 +133,41 @@ def _moreau_sweeps(settings: Mapping[str, Any]) -> int:
     return settings["steps"] * settings["draws"]
 
 
-# Beside these moreau-gs keeps a threshold for each matrix: 8 bytes, which no plan counts.
-_DELTA = KeptState("delta", lambda settings, target: settings["steps"] > 1, "steps=1")
-_SUM = KeptState("sum", lambda settings, target: settings["draws"] > 1, "draws=1")
+# δ is bound forwards and backwards in every sweep after the first update; the last update is scored and not kept.
+# Beside it moreau-gs keeps a threshold for each matrix: 8 bytes, which no plan counts.
+_DELTA = KeptState(
+    "delta",
+    lambda settings, target: settings["steps"] > 1,
+    "steps=1",
+    brought=lambda settings: 2 * (settings["steps"] - 1) * settings["draws"],
+    taken=lambda settings: settings["steps"] - 1,
+)
+
+
+def _sums_of_moreau(settings: Mapping[str, Any]) -> int:
+    return settings["steps"] * (settings["draws"] - 1)
+
+
+def _sums_of_smoothgrad(settings: Mapping[str, Any]) -> int:
+    return settings["draws"] - 1
+
+
+_SUM = KeptState(
+    "sum",
+    lambda settings, target: settings["draws"] > 1,
+    "draws=1",
+    brought=_sums_of_moreau,
+    taken=_sums_of_moreau,
+    both_ways=False,
+)
 # Sums over units need no gradient between the draws.
 _SUM_OF_SMOOTHGRAD = KeptState(
     "sum",
     lambda settings, target: settings["draws"] > 1 and (settings["mean"] == "gradient" or target == "weights"),
     "draws=1",
+    brought=_sums_of_smoothgrad,
+    taken=_sums_of_smoothgrad,
+    both_ways=False,
 )
 _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", "terms=gradient")
 
@@ -150,6 +183,7 @@ _ROWS = (
         "first-order effect on the loss, |g w|",
         "LLM-Pruner, arXiv 2305.11627",
         {"order": Setting("first", "form", choices=("first", "second", "mix", "vectorize"))},
+        sums=lambda settings: 2 if settings["order"] == "mix" else 1,
     ),
     Method(
         "smoothgrad",
@@ -237,6 +271,7 @@ _ROWS = (
             "norm": Setting("mean", "per sample, or as the published code has it", choices=("mean", "published")),
         },
         _LONG,
+        unneeded=lambda settings: (MOMENTS,) if settings["terms"] == "gradient" else (),
         states=(_NORM,),
         stateless="wanda",
     ),

@@ -203,7 +203,8 @@ class Job:
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         shape = (0, 0) if self.ids is None else (len(self.ids), self.ids.shape[1])
         task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=method.sweeps(self.plan.settings))
-        orders = [order for need in method.needs_for(self.config.target) for order in need.passes(task)]
+        needs = method.needs_for(self.config.target, self.plan.settings)
+        orders = [order for need in needs for order in need.passes(task)]
         start, read = time.perf_counter(), checkpoint.bytes_read
         with self._stage(f"scoring {method.name}", orders):
             yield

@@ -260,7 +260,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     planned = None if measure else compute_device(config.device)
     if assume is not None:
         planned = card()
-        config = replace(config, gpu_memory=config.gpu_memory or CARDS[assume][1] << 30)
+        config = replace(config, gpu_memory=config.gpu_memory or CARDS[assume].gib << 30)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held

@@ -17,7 +17,7 @@ from streamprune.output.writer import WRITERS
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Stage, Work
 from streamprune.recovery import least_squares
-from streamprune.streaming.costs import LayerSizes, Shape, Sizes, Task, one_after_another
+from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
 from streamprune.streaming.device import is_gpu
 from streamprune.streaming.hidden_states import PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
@@ -59,7 +59,8 @@ def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
     group = Task(sizes, (-(-shape[0] // count), shape[1]), default_micro_batch(shape[1]), where)
     cost = group.cost(
         states=1,
-        moves=2 * len(whole.whole) * count,
+        brought=len(whole.whole) * count,
+        taken=len(whole.whole) * count,
         carries=0,
         device={"activations": group.forward_activations(whole.whole), "logits": group.logits},
         forward=whole.flops(whole.whole) + whole.head_flops,
@@ -83,34 +84,56 @@ def scoring(
             sweeps does. micro_batch: sequences per layer call.
     """
     method = METHODS[config.method]
-    needs, sweeps = method.needs_for(config.target), method.sweeps(plan.settings)
+    needs, sweeps = method.needs_for(config.target, plan.settings), method.sweeps(plan.settings)
     apart = state == "scratch" or config.resume or config.state_dtype != "float32"
     prunes = config.target == "weights"
-    task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, prunes=prunes, apart=apart)
+    sums = method.sums(plan.settings)
+    task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, sums, prunes=prunes, apart=apart)
     # Scores that nothing is read for take no more than those of weights.
     cost = one_after_another([need.cost(task) for need in needs or (STORED_WEIGHTS,)])
-    # A run that can be resumed keeps the state in its journal.
-    kept, spills = {} if config.resume else plan.state, state == "scratch"
-    kept_bytes, kept_moves = sum(kept.values()), sum(each.moves * nbytes for each, nbytes in kept.items())
+    kept = _state(sizes.sweeper, config, plan, state)
     host = {
         "pinned chunks": sizes.sweeper.pager.chunk_bytes,
-        "state of the method": 0 if spills else kept_bytes,
         "a piece for the journal": 2 * min(PIECE_BYTES, task.hidden_bytes) if config.resume else 0,
     }
-    device = {}
-    if kept and not spills and is_gpu(sizes.sweeper.skeleton.device):
-        blocks = state_blocks(plan, sizes.sweeper)
-        device = {"state of layers": STATE_SLOTS * max(blocks.values())}
-        host["state of the method"] = sum(blocks.values())
     changed = {
-        "device": {**cost.device, **device},
-        "host": {**cost.host, **host},
-        "scratch": cost.scratch + (kept_bytes if spills else 0),
-        "moved": cost.moved + (sweeps * kept_moves if spills else 0),
+        "device": {**cost.device, **kept.device},
+        "host": {**cost.host, **kept.host, **host},
+        "scratch": cost.scratch + kept.scratch,
+        "moved": cost.moved + kept.moved,
+        "up": cost.up + kept.up,
+        "down": cost.down + kept.down,
         "carried": cost.carried if config.resume else 0,
     }
     passes = [order for need in needs for order in need.passes(task)]
     return Stage(name=f"scoring {method.name}", passes=passes, **vars(cost) | changed)
+
+
+def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place) -> Cost:
+    """Cost of what the method keeps between its sweeps: where it stays, and how often it comes and goes."""
+    if not plan.state:
+        return Cost(host={"state of the method": 0})
+    gpu = is_gpu(sweeper.skeleton.device)
+    brought, taken = (
+        sum(getattr(kind, way)(plan.settings) * nbytes for kind, nbytes in plan.state.items())
+        for way in ("brought", "taken")
+    )
+    if config.resume:  # it is in the journal
+        return Cost(host={"state of the method": 0}, up=brought * gpu, down=taken * gpu)
+    if place == "scratch":
+        spilled, held = plan.state_bytes, {"state of the method": 0}
+        return Cost(host=held, scratch=spilled, moved=brought + taken, up=brought * gpu, down=taken * gpu)
+    if not gpu:
+        return Cost(host={"state of the method": plan.state_bytes})
+    blocks = state_blocks(plan, sweeper)
+    again = sum(kind.brought(plan.settings) * nbytes for kind, nbytes in plan.state.items() if kind.both_ways)
+    there = min(STATE_SLOTS, len(blocks)) / len(blocks)  # of the layers, where a sweep turns
+    return Cost(
+        device={"state of layers": STATE_SLOTS * max(blocks.values())},
+        host={"state of the method": sum(blocks.values())},
+        up=brought - int(again * there),
+        down=taken,
+    )
 
 
 def state_blocks(plan: Plan, sweeper: Sweeper) -> dict[int, int]:
@@ -143,7 +166,9 @@ def _repair(
 
     cost = task.cost(
         states=5 + (0 if apart else gaps),
-        moves=len(fitted),
+        # The dense model's layer; o, down's error and its goal, and the pruned layer's output.
+        brought=5 * len(fitted),
+        taken=2 * len(fitted),
         carries=2 + gaps if config.resume else 0,
         own=True,
         device={

@@ -145,14 +145,15 @@ def _slots(sweeper: Sweeper, config: PruneConfig, left: int, gpu: bool) -> int:
 
 def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[Stage]:
     """Fill in the bytes that each stage reads: in turn, since one begins with the layers that the last one left."""
-    pager, before = sweeper.pager, 0
+    pager, before, gpu = sweeper.pager, 0, is_gpu(sweeper.skeleton.device)
     kept, pager.slots = pager.slots, slots
     passes: list[tuple[Sequence[int], Turn]] = []
     result = []
     for stage in found:
         passes += [(order, "back") for order in stage.passes]
         total = pager.bytes_to_read(passes)
-        result.append(replace(stage, read=total - before))
+        read = total - before
+        result.append(replace(stage, read=read, up=stage.up + read * gpu))
         before = total
     pager.slots = kept
     return result
@@ -194,18 +195,20 @@ def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) 
     baseline = placement.host_bytes - max(
         sum(s.host.values()) + (not gpu) * (sum(s.device.values()) + extra) for s in placement.stages
     )
-    rows = [["stage", *(["GPU"] if gpu else []), "memory", "scratch", "read", "written", "TFLOP", "seconds"]]
+    link = ["link"] if gpu else []
+    rows = [["stage", *(["GPU"] if gpu else []), "memory", "scratch", "read", *link, "written", "TFLOP", "seconds"]]
     for stage in placement.stages:
         device, host = sum(stage.device.values()) + extra, baseline + sum(stage.host.values())
         held = [human(device), human(host)] if gpu else [human(device + host)]
         taken = "-" if found is None else f"{seconds(stage, found):,.0f}"
-        moved = [human(each) for each in (stage.scratch, stage.read, stage.written)]
+        over = [max(stage.up, stage.down)] if gpu else []
+        moved = [human(each) for each in (stage.scratch, stage.read, *over, stage.written)]
         rows.append([stage.name, *held, *moved, f"{(stage.forward + stage.backward) / 1e12:,.1f}", taken])
     lines = [table(rows), placement_line(placement, sweeper)]
     largest = max(placement.stages, key=lambda stage: sum(stage.device.values()))
     parts = sorted(largest.device.items(), key=lambda item: -item[1])
     lines.append(f"{largest.name} holds {', '.join(f'{human(size)} of {name}' for name, size in parts if size)}")
-    source = f"; {found.source}" if found else ""
+    source = f"; {found.source}; {found.start:.0f} s more until work begins" if found else ""
     lines.append(f"up to {placement.micro_batch} sequences are computed at once{source}")
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,20 @@ UTILISATION = 0.4  # of that, in layers of a few thousand tokens
 DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
 WORK = ("forward", "backward", "noise", "factors", "updates")  # of a Stage, done at the Rates of the same names
 WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
+LINK_BYTES = 256 << 20  # of a copy that the link is measured with
+# Seconds before work begins: the interpreter, torch and transformers (a plan in a process of its own, two cores); and
+# CUDA's first use with the compilation of kernels, by which scoring took longer than planned on an H100, the median of
+# six short runs (bench/README.md, Plan against reality).
+PROCESS_START, GPU_START = 4.0, 1.5
+RATES_FORMAT = 2  # of what is kept of a measurement: those of earlier ones are not read
 
 
 @dataclass(frozen=True)
 class Rates:
     """Rates: bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
 
-    `noise`, `factors` and `updates` are how much of a Stage's work of that name is done in a second.
+    `noise`, `factors` and `updates` are how much of a Stage's work of that name is done in a second, `link` bytes/s
+    between host and GPU, each way, and `start` the seconds before work begins.
     """
 
     read: float
@@ -52,20 +60,25 @@ class Rates:
     noise: float = math.inf
     factors: float = math.inf
     updates: float = math.inf
+    link: float = math.inf
+    start: float = PROCESS_START
 
 
 def assumed(card: str) -> Rates:
     """Return the rates of a row of CARDS, with an NVMe drive."""
-    peak, _ = CARDS[card]
-    flops = peak * 1e12 * UTILISATION
-    return Rates(DISK, flops, flops, f"{card} at {UTILISATION:.0%} of its {peak:.0f} TFLOP/s, {DISK / 1e9:.0f} GB/s")
+    peak, _, link = CARDS[card]
+    flops, start = peak * 1e12 * UTILISATION, PROCESS_START + GPU_START
+    source = f"{card} at {UTILISATION:.0%} of its {peak:.0f} TFLOP/s, {link:.0f} GB/s each way, disk {DISK / 1e9:.0f}"
+    return Rates(DISK, flops, flops, source, link=link * 1e9, start=start)
 
 
 def seconds(stage: Stage, rates: Rates) -> float:
-    """Estimate the seconds that a stage takes: reading hides behind computing, or the other way round."""
+    """Estimate the seconds that a stage takes: the longest of disk, link and computing; the others hide behind it."""
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
+    link = max(stage.up, stage.down) / rates.link  # it goes both ways at the same time
     # The scratch disk is taken to be as fast as the checkpoint's, or the same.
-    return max((stage.read + stage.moved) / rates.read, computing) + stage.written / (rates.read * WRITE_SHARE)
+    reading = (stage.read + stage.moved) / rates.read
+    return max(reading, link, computing) + stage.written / (rates.read * WRITE_SHARE)
 
 
 def default_cache() -> Path:
@@ -83,7 +96,15 @@ def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
     """Measure the rates of this machine with this model's layers, unless they are known; keep them in `cache`."""
     rates = known(sweeper, seq_len, cache)
     if rates is None:
-        rates = Rates(_read(sweeper), *_compute(sweeper, seq_len), "measured here", *_beside(sweeper))
+        gpu = is_gpu(sweeper.skeleton.device)
+        rates = Rates(
+            _read(sweeper),
+            *_compute(sweeper, seq_len),
+            "measured here",
+            *_beside(sweeper),
+            link=_link(sweeper.skeleton.device) if gpu else math.inf,
+            start=PROCESS_START + GPU_START * gpu,
+        )
         cache.mkdir(parents=True, exist_ok=True)
         # A file of this process's own, renamed when it is whole: several processes may measure at the same time.
         new = cache / f"{FILE}.{os.getpid()}"
@@ -105,7 +126,9 @@ def _key(sweeper: Sweeper, seq_len: int) -> str:
     device = device_name(skeleton.device) if is_gpu(skeleton.device) else platform.processor()
     shapes = sorted(tuple(shape) for shape in skeleton.shapes(Sizes(sweeper).commonest).values())
     disk = os.stat(skeleton.checkpoint.path).st_dev
-    return repr((device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk))
+    return repr(
+        (RATES_FORMAT, device, torch.get_num_threads(), str(skeleton.dtype), shapes, sweeper.micro_batch, seq_len, disk)
+    )
 
 
 def _read(sweeper: Sweeper) -> float:
@@ -163,6 +186,13 @@ def _beside(sweeper: Sweeper) -> tuple[float, float, float]:
     factor, dead = inverse_factor(gram.clone(), 0.01), torch.zeros(width, dtype=torch.bool, device=skeleton.device)
     updates = _seconds_of(lambda: prune_and_update(x, factor, dead, Sparsity(0.5)), skeleton.device)
     return drawn / noise, FACTORS_OF_H * width**3 / factors, x.numel() / updates
+
+
+def _link(device: torch.device) -> float:
+    """Measure the bytes/s of pinned memory to a GPU and back, and return the lower."""
+    there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
+    here = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    return LINK_BYTES / max(_seconds_of(partial(to.copy_, of), device) for to, of in ((there, here), (here, there)))
 
 
 def _seconds_of(run: Callable[[], object], device: torch.device) -> float:

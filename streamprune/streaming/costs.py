@@ -30,6 +30,7 @@ class Cost:
     Attributes:
         device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
         scratch: bytes on the scratch disk. moved: bytes written there and read from there.
+        up, down: bytes over the link to a GPU and back, without the layers that are read.
         forward, backward: FLOPs of products of matrices.
         noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
             goes through column by column.
@@ -40,6 +41,8 @@ class Cost:
     host: Mapping[str, int] = field(default_factory=dict)
     scratch: int = 0
     moved: int = 0
+    up: int = 0
+    down: int = 0
     forward: float = 0
     backward: float = 0
     noise: float = 0
@@ -59,6 +62,8 @@ def one_after_another(costs: Sequence[Cost]) -> Cost:
         host=most(cost.host for cost in costs),
         scratch=max(cost.scratch for cost in costs),
         moved=sum(cost.moved for cost in costs),
+        up=sum(cost.up for cost in costs),
+        down=sum(cost.down for cost in costs),
         forward=sum(cost.forward for cost in costs),
         backward=sum(cost.backward for cost in costs),
         noise=sum(cost.noise for cost in costs),
@@ -77,12 +82,14 @@ class LayerSizes:
         passed: those that a token passes: of [experts, d_out, d_in], as many as its router takes.
         inputs: widths of the inputs that its matrices share: one for the matrices that begin a kind of unit, one for
             its last.
+        mixed: width of attention's values when they are mixed: all its heads together.
         stored: bytes of its tensors in the checkpoint, the largest first.
     """
 
     matrices: tuple[torch.Size, ...]
     passed: tuple[torch.Size, ...]
     inputs: tuple[int, ...]
+    mixed: int
     stored: tuple[int, ...]
 
     @property
@@ -108,11 +115,13 @@ def _sizes_of(skeleton: Skeleton, layer: int) -> LayerSizes:
             passed += [torch.Size(shape[1:])] * skeleton.config.num_experts_per_tok
         elif len(shape) == 2:
             passed.append(shape)
-    last = [shapes[member.tensor][member.dim] for member in output_matrices(skeleton, layer)]
+    hidden, ends = skeleton.config.hidden_size, output_matrices(skeleton, layer)
+    last = [shapes[member.tensor][member.dim] for member in ends]
     return LayerSizes(
         tuple(shapes[name] for name in skeleton.matrices(layer)),
         tuple(passed),
-        (*last, *[skeleton.config.hidden_size] * len(last)),
+        (*last, *[hidden] * len(last)),
+        next((width for member, width in zip(ends, last, strict=True) if member.kind != "channel"), hidden),
         tuple(sorted((entry.nbytes for entry in skeleton.entries[layer].values()), reverse=True)),
     )
 
@@ -157,6 +166,7 @@ class Task:
         shape: sequences, and tokens of each; (0, 0) where no text is read.
         micro_batch: sequences per layer call. where: hidden states stay.
         layers: the prunable ones. sweeps: forward-and-backward sweeps that a method takes over them.
+        sums: gradients, or powers of them, that are summed of a weight.
         prunes: weights go as they are scored, so a layer runs again with what is left of it.
         apart: what the method keeps is not in memory as it is used: a tensor of it comes there, in float32, on its way.
     """
@@ -167,6 +177,7 @@ class Task:
     where: Place = "device"
     layers: Sequence[int] = ()
     sweeps: int = 1
+    sums: int = 1
     prunes: bool = False
     apart: bool = False
 
@@ -222,11 +233,10 @@ class Task:
 
     def flops(self, layers: Iterable[int]) -> float:
         """Count FLOPs of a forward pass through layers: matrices, attention's scores and mixing."""
-        # Two products over all tokens of the sequence, of two FLOPs each: scores, and the mixing of values.
-        attention = 4 * self.shape[1] * self.sweeper.skeleton.config.hidden_size
 
         def per_token(layer: LayerSizes) -> int:
-            return 2 * sum(map(torch.Size.numel, layer.passed)) + attention
+            # Two products over all tokens of the sequence, of two FLOPs each: scores, and the mixing of values.
+            return 2 * sum(map(torch.Size.numel, layer.passed)) + 4 * self.shape[1] * layer.mixed
 
         return float(self.tokens * self.sizes.total(per_token, layers))
 
@@ -244,7 +254,8 @@ class Task:
         self,
         *,
         states: int = 0,
-        moves: int = 0,
+        brought: int = 0,
+        taken: int = 0,
         carries: int = 1,
         own: bool = False,
         device: Mapping[str, int] | None = None,
@@ -254,7 +265,7 @@ class Task:
         """Make the cost of a stage: what every stage holds, all hidden states `states` times, and what is given here.
 
         Args:
-            moves: times that as many hidden states as are held go to scratch or come from it, where they stay there.
+            brought, taken: times that all hidden states come to the device and go from it, where they stay elsewhere.
             carries: times all hidden states that a commit carries, where the run can be resumed.
             own: weights are copied to be moved or changed.
             device, host: bytes by purpose. work: the other fields of a `Cost`.
@@ -266,11 +277,15 @@ class Task:
             "embeddings and head": self.sweeper.skeleton.resident_bytes,
         }
         on_device, on_host, scratch = self._states(states)
+        elsewhere = self.hidden_bytes if self.where != "device" else 0
+        link = elsewhere if is_gpu(self.sweeper.skeleton.device) else 0
         return Cost(
             device={**base, **on_device, **(device or {})},
             host={**on_host, **(host or {})},
             scratch=scratch,
-            moved=moves * scratch,
+            moved=(brought + taken) * elsewhere if self.where == "scratch" else 0,
+            up=brought * link,
+            down=taken * link,
             carried=carries * self.hidden_bytes,
             **work,
         )

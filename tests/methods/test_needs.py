@@ -32,7 +32,8 @@ def cost_of_sums(task):
     (passed, *_) = passes_of_sums(task)
     return task.cost(
         states=2,
-        moves=len(passed) * task.sweeps,
+        brought=len(passed) * task.sweeps,
+        taken=len(passed) * task.sweeps,
         device={"activations": task.forward_activations(passed), "sums of hidden states": 8 * task.shape[0]},
         forward=task.sweeps * task.flops(passed),
     )
@@ -119,10 +120,8 @@ def task_of(sweeper, layers=range(1, N_LAYERS), **more):
 @pytest.mark.parametrize("layers", [[0], [1, 2], range(N_LAYERS)])
 def test_flops_are_those_of_each_layer(layers, ragged):
     sweeper, matrices = ragged
-    attention = 4 * SHAPE[1] * HIDDEN
-    assert task_of(sweeper).flops(layers) == sum(
-        prod(SHAPE) * (2 * elements(matrices[layer]) + attention) for layer in layers
-    )
+    per_token = [2 * elements(each) + 4 * SHAPE[1] * each["o_proj"][1] for each in matrices]
+    assert task_of(sweeper).flops(layers) == sum(prod(SHAPE) * per_token[layer] for layer in layers)
 
 
 def test_what_is_held_is_that_of_the_largest_layer_and_what_is_done_of_each(ragged):

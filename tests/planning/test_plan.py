@@ -95,7 +95,7 @@ def test_a_card_that_is_not_there_is_planned_for(streamprune, tiny_llama):
     assert result.code == 0, result.err
     lines = [re.split(r"\s{2,}", line) for line in result.out.splitlines()]
     header, row = (line for line in lines if line[0] in ("stage", "scoring moreau-gs"))
-    assert header == ["stage", "GPU", "memory", "scratch", "read", "written", "TFLOP", "seconds"]
+    assert header == ["stage", "GPU", "memory", "scratch", "read", "link", "written", "TFLOP", "seconds"]
     assert row[-1] == "0"
     assert "8 of 8 layers are kept" in result.out and "rtx4090 at 40%" in result.out
     refused = streamprune(*common, "--gpu-memory", "1MiB")

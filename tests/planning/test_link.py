@@ -1,0 +1,145 @@
+"""What goes over the link to a GPU is counted; a stage takes as long as the busiest of link, disk and arithmetic."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import make_sweeper, save_tiny, token_ids
+from torch.utils.flop_counter import FlopCounterMode
+
+from streamprune import PruneConfig
+from streamprune.methods.needs import MOMENTS
+from streamprune.pipeline.run import foretell
+from streamprune.planning import rates
+from streamprune.planning.cards import CARDS
+from streamprune.planning.rates import Rates, assumed, seconds
+from streamprune.planning.stage import Stage
+from streamprune.streaming.costs import Sizes, Task
+from streamprune.streaming.inputs import Moments
+from streamprune.streaming.state import STATE_SLOTS
+from streamprune.streaming.statistics import Statistics
+
+SAMPLES, SEQ, LAYERS, N_LAYERS = 4, 32, (1, 7), 8
+
+
+def scoring(tiny_llama, tmp_path, monkeypatch, method, place="device", **more):
+    """The stage of a plan for a card, with hidden states at a place."""
+    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: [place])
+    given = {"samples": SAMPLES, "seq_len": SEQ, "layers": LAYERS, "evaluate": False, "scratch": tmp_path} | more
+    config = PruneConfig(str(tiny_llama), tmp_path / "out", method, **given)
+    return foretell(config, assume="l4").placement.stages[0]
+
+
+@pytest.fixture
+def hidden(tiny_llama):
+    """Bytes of hidden states of all sequences."""
+    return SAMPLES * SEQ * json.loads((tiny_llama / "config.json").read_text())["hidden_size"] * 4
+
+
+@pytest.fixture
+def scored(tiny_llama):
+    """Weights of the prunable layers' matrices."""
+    sweeper = make_sweeper(tiny_llama, dtype=torch.float32)
+    return sum(
+        sweeper.skeleton.shapes(ref.layer)[name].numel()
+        for layer in range(*LAYERS)
+        for name, ref in sweeper.scored[layer].items()
+    )
+
+
+@pytest.mark.parametrize("place", ["host", "scratch"])
+def test_hidden_states_that_are_spilled_pass_the_link_as_often_as_they_are_used(
+    place, hidden, tiny_llama, tmp_path, monkeypatch
+):
+    stage = scoring(tiny_llama, tmp_path, monkeypatch, "taylor", place)
+    above = N_LAYERS - LAYERS[0]
+    # Forwards into each layer and the head; backwards the input of each layer and the gradient after it.
+    assert stage.up == stage.read + hidden * (N_LAYERS + 1 + 2 * above)
+    # Each layer's output, the head's gradient, and those before each layer.
+    assert stage.down == hidden * (N_LAYERS + 1 + above)
+    assert stage.moved == (stage.up - stage.read + stage.down if place == "scratch" else 0)
+
+
+def test_hidden_states_on_the_device_do_not_pass_it(tiny_llama, tmp_path, monkeypatch):
+    stage = scoring(tiny_llama, tmp_path, monkeypatch, "taylor")
+    assert (stage.up, stage.down) == (stage.read, 0) and stage.read > 0
+
+
+@pytest.mark.parametrize(
+    "method,settings,up,both_ways,down",
+    [
+        # δ after each update but the last: twice into every later sweep, and once out of the backward one before it.
+        ("moreau", {"steps": 3}, 2 * 2, 2 * 2, 2),
+        ("moreau-gs", {"steps": 3}, 2 * 2, 2 * 2, 2),
+        # With two draws there are twice as many sweeps to bind it in; a sum of the first draw comes and goes each time.
+        ("moreau", {"steps": 3, "draws": 2}, 2 * 2 * 2 + 3, 2 * 2 * 2, 2 + 3),
+        ("smoothgrad", {"draws": 5}, 4, 0, 4),
+        ("gblm", {}, 1, 1, 1),
+        ("gblm", {"terms": "gradient"}, 0, 0, 0),
+        ("taylor", {}, 0, 0, 0),
+    ],
+)
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_state_passes_it_as_often_as_its_kind_is_used(
+    method, settings, up, both_ways, down, state_dtype, scored, tiny_llama, tmp_path, monkeypatch
+):
+    stage = scoring(tiny_llama, tmp_path, monkeypatch, method, settings=settings, state_dtype=state_dtype)
+    nbytes, layers = scored * getattr(torch, state_dtype).itemsize, len(range(*LAYERS))
+    # Of the layers where a sweep turns, what it reads both ways is there.
+    assert stage.up - stage.read == nbytes * (up - both_ways * STATE_SLOTS / layers)
+    assert stage.down == down * nbytes
+
+
+def test_on_a_cpu_there_is_no_link(tiny_llama, tmp_path):
+    config = PruneConfig(str(tiny_llama), tmp_path / "out", "moreau", samples=2, seq_len=16, evaluate=False)
+    forecast = foretell(config)
+    assert {(stage.up, stage.down) for stage in forecast.placement.stages} == {(0, 0)}
+    assert " link " not in forecast.text
+
+
+RATES = Rates(read=10.0, forward=1.0, backward=2.0, source="made up", link=100.0)
+STAGE = Stage(name="all at once", read=20, up=500, down=300, forward=1.0, backward=4.0)
+
+
+@pytest.mark.parametrize(
+    "stage,expected",
+    [
+        (STAGE, 5.0),  # up
+        (replace(STAGE, down=700), 7.0),  # it goes both ways at the same time
+        (replace(STAGE, read=90), 9.0),
+        (replace(STAGE, read=20, moved=60), 8.0),
+        (replace(STAGE, backward=10.0), 6.0),
+        (replace(STAGE, written=10), 5.0 + 10 / (10 * rates.WRITE_SHARE)),
+    ],
+)
+def test_a_stage_takes_as_long_as_the_busiest_of_disk_link_and_arithmetic(stage, expected):
+    assert seconds(stage, RATES) == pytest.approx(expected)
+
+
+def test_an_assumed_card_has_a_link_and_a_start(streamprune, tiny_llama):
+    for card, (_, _, link) in CARDS.items():
+        assert assumed(card).link == link * 1e9
+    result = streamprune("plan", "--model", tiny_llama, "--no-evaluate", "--assume", "h100", "--layers", "1:7")
+    assert "55 GB/s each way" in result.out and "s more until work begins" in result.out
+
+
+def test_two_sums_of_a_weight_take_twice_the_room(tiny_llama, tmp_path, monkeypatch):
+    purpose, run = "gradients, and what is made of them", (tiny_llama, tmp_path, monkeypatch, "taylor")
+    first, mix = (scoring(*run, settings={"order": order}, micro_batch=1).device[purpose] for order in ("first", "mix"))
+    fields = json.loads((tiny_llama / "config.json").read_text())
+    one = (
+        4 * fields["hidden_size"] * fields["num_attention_heads"] * fields["head_dim"]
+    )  # what is made of one is there beside them
+    assert mix - one == 2 * (first - one)
+
+
+def test_flops_of_a_sweep_that_prunes_are_those_that_torch_counts(tmp_path):
+    save_tiny(tmp_path, "llama", num_hidden_layers=N_LAYERS)
+    sweeper, ids = make_sweeper(tmp_path), token_ids(8, 1)
+    for prunes in (False, True):
+        task = Task(Sizes(sweeper), (8, 1), 2, layers=range(4, 7), prunes=prunes)
+        with FlopCounterMode(display=False) as counter:
+            Statistics(sweeper, ids, range(4, 7), 0).inputs(Moments, lambda *_: None, prunes=prunes)
+        # torch does not count attention on a CPU, which of one token is little.
+        assert counter.get_total_flops() == pytest.approx(MOMENTS.cost(task).forward, rel=0.01)
