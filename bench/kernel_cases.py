@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.kernels import grad_norm, moreau_step, perturb, prune_n_of_m, prune_rows, unit_score
+from streamprune.kernels import grad_norm, moreau_step, obs_block, perturb, prune_n_of_m, prune_rows, unit_score
 from streamprune.kernels.grad_norm import launch as launch_grad_norm
 from streamprune.kernels.launch import Launch
 from streamprune.kernels.moreau_step import launch as launch_moreau_step
+from streamprune.kernels.obs_block import MOST_COLUMNS
+from streamprune.kernels.obs_block import launch as launch_obs_block
 from streamprune.kernels.perturb import launch as launch_perturb
 from streamprune.kernels.unit_score import CHUNK_ROWS
 from streamprune.kernels.unit_score import launch as launch_unit_score
@@ -64,7 +66,8 @@ class Case:
 
     Attributes:
         name: of the row in tables.
-        matrix: "up" [intermediate, hidden], whose units are rows, or "down" [hidden, intermediate]: columns.
+        matrix: "up" [intermediate, hidden], whose units are rows, "down" [hidden, intermediate]: columns, or "block"
+            [128, intermediate]: some columns of "up", a line each.
         minimum: least bytes per element of the matrix: every operand read once, every result written once.
         make: everything else, from operands.
     """
@@ -76,7 +79,9 @@ class Case:
 
     def operands(self, size: tuple[int, int], device: str) -> Operands:
         """Operands for (hidden, intermediate)."""
-        return Operands(*(size[::-1] if self.matrix == "up" else size), device)
+        hidden, intermediate = size
+        rows = {"up": intermediate, "down": hidden, "block": MOST_COLUMNS}[self.matrix]
+        return Operands(rows, hidden if self.matrix == "up" else intermediate, device)
 
 
 def _perturb(with_delta: bool, dtype: torch.dtype, o: Operands) -> Made:
@@ -167,6 +172,25 @@ def _prune_n_of_m(n: int, m: int, o: Operands) -> Made:
     return Made(start, lambda: prune_n_of_m(weight, n, m, x_norm, gradient, ALPHA), naive)
 
 
+def _obs_block(n: int, m: int, o: Operands) -> Made:
+    weight, errors, gone = o.normal(F32), o.zeros(), None if m else o.normal(F32) > 0
+    factor = o.normal(F32, o.rows, o.rows).triu(1).mul_(1e-3) + torch.eye(o.rows, device=o.device)
+
+    def naive() -> None:
+        for column, pivot in enumerate(factor.diagonal()):
+            if m and column % m == 0:
+                group = slice(column, column + m)
+                scores = (weight[group] / factor.diagonal()[group, None]) ** 2
+                gone_of_m = scores.argsort(dim=0, stable=True).argsort(dim=0) < m - n
+            goes = gone_of_m[column % m] if gone is None else gone[column]
+            errors[column] = torch.where(goes, weight[column] / pivot, 0)
+            weight[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
+            weight[column] = torch.where(goes, 0, weight[column])
+
+    start = launch_obs_block(weight, factor, errors, gone, n, m)
+    return Made(start, lambda: obs_block(weight, factor, weight.numel() // 2, n, m), naive)
+
+
 def cases() -> Iterator[Case]:
     """All of them. Bytes are for bfloat16 weights and float32 δ, g, F and norms, unless named otherwise."""
     yield Case("perturb", "up", 8, partial(_perturb, True, BF16))
@@ -185,3 +209,7 @@ def cases() -> Iterator[Case]:
     yield Case("prune_rows, long", "down", 7, _prune_rows)
     for n, m in ((2, 4), (4, 8)):
         yield Case(f"prune_n_of_m {n}:{m}", "up", 7, partial(_prune_n_of_m, n, m))
+    # W read and written, and its errors.
+    yield Case("obs_block", "block", 13, partial(_obs_block, 0, 0))
+    for n, m in ((2, 4), (4, 8)):
+        yield Case(f"obs_block {n}:{m}", "block", 12, partial(_obs_block, n, m))

@@ -71,7 +71,8 @@ def gpu(options: dict[str, Any]) -> tuple[list[list[str]], list[dict[str, Any]]]
     rows = [["kernel", "ms", "rate", "of copy or cuBLAS", "wanted"]]
     figures = []
     for case in cases():
-        wanted = 0.60 if case.name.startswith("grad_norm") else 0.85
+        # A block's columns wait for each other: nothing is wanted of their bytes.
+        wanted = {"grad_norm": 0.60, "obs_block": None}.get(case.name.split()[0], 0.85)
         operands = case.operands(size, device)
         seconds = median_seconds(case.make(operands).launch.run, device, repeat)
         elements = operands.rows * operands.columns
@@ -87,7 +88,7 @@ def gpu(options: dict[str, Any]) -> tuple[list[list[str]], list[dict[str, Any]]]
         shown = rate / (1e12 if unit == "TFLOP/s" else 1e9)
         share = rate / reference
         figures.append({"kernel": case.name, "seconds": seconds, "rate": rate, "unit": unit, "share": share})
-        verdict = f"{wanted:.0%}: {'met' if share >= wanted else 'MISSED'}"
+        verdict = "-" if wanted is None else f"{wanted:.0%}: {'met' if share >= wanted else 'MISSED'}"
         rows.append([case.name, f"{seconds * 1e3:.3f}", f"{shown:.1f} {unit}", f"{share:.0%}", verdict])
     return rows, figures
 

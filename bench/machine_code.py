@@ -31,7 +31,7 @@ MULTIPROCESSOR = {
     90: (65536, 2048, 228 << 10, 32),
 }
 TARGETS = (*(f"sm_{capability}" for capability in MULTIPROCESSOR), *(["gfx942"] if "amd" in backends else []))
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

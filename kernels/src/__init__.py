@@ -6,6 +6,7 @@ Nothing here knows of models, files or methods; only torch and, where it is inst
 
 from streamprune.kernels.grad_norm import grad_norm
 from streamprune.kernels.moreau_step import MoreauStep, moreau_step, soft_threshold
+from streamprune.kernels.obs_block import obs_block
 from streamprune.kernels.perturb import noise_seed, perturb
 from streamprune.kernels.unit_score import unit_score
 from streamprune.kernels.weight_score import prune_n_of_m, prune_rows, weight_score
@@ -15,6 +16,7 @@ __all__ = [
     "grad_norm",
     "moreau_step",
     "noise_seed",
+    "obs_block",
     "perturb",
     "prune_n_of_m",
     "prune_rows",

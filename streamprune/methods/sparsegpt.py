@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import StreampruneError
+from streamprune.kernels import obs_block
 from streamprune.methods.sinks import Sparsity, WeightPruner
 from streamprune.model.units import TensorRef
 from streamprune.streaming.inputs import Gram
@@ -82,35 +83,11 @@ def prune_and_update(
     work = weight.T.to(factor.dtype).contiguous()
     if sparsity.m == sparsity.n and sparsity.count(columns * rows) == 0:
         return work.T
-    work[dead] = 0
+    work.masked_fill_(dead[:, None], 0)
     for start in range(0, columns, block):
         stop = min(start + block, columns)
-        part, local = work[start:stop], factor[start:stop, start:stop]
-        diagonal = local.diagonal()
-        if not sparsity.m:
-            count = sparsity.count(stop * rows) - sparsity.count(start * rows)
-            gone = _lowest((part / diagonal[:, None]).square_().flatten(), count).view_as(part)
-        errors = torch.empty_like(part)
-        for column in range(stop - start):
-            if sparsity.m and column % m == 0:
-                scores = (part[column : column + m] / diagonal[column : column + m, None]).square_()
-                order = scores.argsort(dim=0, stable=True)
-                picked = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order[: m - sparsity.n], True)
-                going = picked.unbind()
-            goes = going[column % m] if sparsity.m else gone[column]
-            error = torch.where(goes, part[column] / diagonal[column], 0)
-            part[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
-            part[column].masked_fill_(goes, 0)
-            errors[column] = error
+        count = 0 if sparsity.m else sparsity.count(stop * rows) - sparsity.count(start * rows)
+        local = factor[start:stop, start:stop]
+        errors = obs_block(work[start:stop], local, count, sparsity.n, sparsity.m)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return work.T
-
-
-def _lowest(scores: Tensor, count: int) -> Tensor:
-    """Mask exactly the `count` lowest of `scores`; of equal ones the first go."""
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = scores.kthvalue(count).values
-    gone = scores < threshold
-    gone[(scores == threshold).nonzero().flatten()[: count - int(gone.sum())]] = True
-    return gone
