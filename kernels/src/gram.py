@@ -83,6 +83,16 @@ def launch(total: Tensor, x: Tensor) -> Launch:
 
 
 @jit
+def add_tile(total_ptr, tile, first_row, first_col, n_cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Add a tile [BLOCK_ROWS, BLOCK_COLS] to the square matrix `total`, as far as it lies inside."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]  # [BR, 1]
+    col = first_col + tl.arange(0, BLOCK_COLS)[None, :]  # [1, BC]
+    inside = (row < n_cols) & (col < n_cols)
+    target = total_ptr + row.to(tl.int64) * n_cols + col
+    tl.store(target, tl.load(target, mask=inside, other=0) + tile, mask=inside)
+
+
+@jit
 def gram_kernel(
     total_ptr,
     x_ptr,
@@ -123,9 +133,6 @@ def gram_kernel(
             left_ptr += step
             right_ptr += step
         # By halves: all of the tile and of what it is added to would not fit into registers at the same time.
-        halves = product.reshape(BLOCK_ROWS, 2, BLOCK_COLS // 2).permute(0, 2, 1).split()
-        for half in tl.static_range(2):
-            col = first_col + half * (BLOCK_COLS // 2) + tl.arange(0, BLOCK_COLS // 2)
-            target = total_ptr + row[:, None].to(tl.int64) * n_cols + col[None, :]
-            inside = row_inside[:, None] & (col < n_cols)[None, :]
-            tl.store(target, tl.load(target, mask=inside, other=0) + halves[half], mask=inside)
+        left_half, right_half = product.reshape(BLOCK_ROWS, 2, BLOCK_COLS // 2).permute(0, 2, 1).split()
+        add_tile(total_ptr, left_half, first_row, first_col, n_cols, BLOCK_ROWS, BLOCK_COLS // 2)
+        add_tile(total_ptr, right_half, first_row, first_col + BLOCK_COLS // 2, n_cols, BLOCK_ROWS, BLOCK_COLS // 2)
