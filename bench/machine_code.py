@@ -115,8 +115,9 @@ def nvidia(launch: Launch, capability: int) -> MachineCode:
 
 def amd(launch: Launch, architecture: str) -> MachineCode:
     """Machine code of a launch for an AMD architecture such as gfx942."""
-    # As `most_warps` has it there.
-    compiled = compile_launch(replace(launch, num_warps=min(16, launch.num_warps)), GPUTarget("hip", architecture, 64))
+    # As `most_warps` and `gram` have it there.
+    there = replace(launch, num_warps=min(16, launch.num_warps), num_stages=min(3, launch.num_stages))
+    compiled = compile_launch(there, GPUTarget("hip", architecture, 64))
     text = compiled.asm["amdgcn"]
     found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
     registers, threads = int(found["vgpr_count"]), 64 * compiled.metadata.num_warps

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import StreampruneError, UsageError
+from streamprune.kernels import add_product, gram, sums_halves
 from streamprune.model.masking import mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
@@ -220,32 +221,31 @@ class _Repair:
             mask_layer(skeleton, self.kept, visit.layer, pruned, member.kind)
         matrix = weights[member.tensor] if member.dim == 1 else weights[member.tensor].T
         cross = _zeros(matrix, matrix.shape[1], len(lines))
-        gram = None if pruned is None else _zeros(matrix, len(lines), len(lines))
+        h_s = None if pruned is None else _zeros(matrix, len(lines), len(lines))
         for part in visit.parts():
             x = self._input(visit, member, weights, part)
             left = x[:, lines] if pruned is None else self._input(visit, member, pruned, part)[:, lines]
-            cross.addmm_(x.T, left)
-            if gram is not None:
-                gram.addmm_(left.T, left)
+            add_product(cross, x, left)
+            if h_s is not None:
+                gram(h_s, left)
         right = matrix.to(cross.dtype) @ cross
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
-        return self._solve(right, cross[lines] if gram is None else gram, ridge, visit.layer)
+        return self._solve(right, cross[lines] if h_s is None else h_s, ridge, visit.layer)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> Tensor:
         """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
         matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
-        cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
+        cross, h_s = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
         for part in visit.parts():
             with _given(visit, member) as seen:
                 output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
-            x = seen[0]
-            error = (goal[part].to(gram) - output.to(gram)).flatten(0, -2)
-            cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
-            gram.addmm_(x[:, lines].T, x[:, lines])
+            left = seen[0][:, lines]
+            _add_errors(cross, goal[part], output, left, 1 / scale)
+            gram(h_s, left)
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
-        return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
+        return matrix[:, lines].to(h_s.dtype) + self._solve(cross, h_s, ridge, visit.layer)
 
     def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
         """Compute the input [tokens, d_in] of `member`'s module for some sequences, and no more of the layer."""
@@ -253,14 +253,14 @@ class _Repair:
             self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
         return seen[0]
 
-    def _solve(self, right: Tensor, gram: Tensor, ridge: float, layer: int) -> Tensor:
-        """Return right (H_S + λI)⁻¹ [d_out, kept]; `gram` is overwritten.
+    def _solve(self, right: Tensor, h_s: Tensor, ridge: float, layer: int) -> Tensor:
+        """Return right (H_S + λI)⁻¹ [d_out, kept]; `h_s`, of which the lower triangle counts, is overwritten.
 
         Raises:
             StreampruneError: H_S + λI is singular.
         """
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(gram)
+        h_s.diagonal().add_(ridge * h_s.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(h_s)
         if failed:
             raise StreampruneError(
                 f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
@@ -274,13 +274,23 @@ def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[li
     seen: list[Tensor] = []
 
     def see(given: Tensor) -> None:
-        x = given.reshape(-1, given.shape[-1])
-        seen.append(x if x.dtype == torch.float64 else x.float())
+        seen.append(given.reshape(-1, given.shape[-1]))
         if enough:
             raise SeenEnough
 
     with watch_inputs(visit.sweeper.skeleton.layers[visit.layer], {member.tensor: see}):
         yield seen
+
+
+def _add_errors(cross: Tensor, goal: Tensor, output: Tensor, x: Tensor, scale: float) -> None:
+    """Add `scale` times Σ e xᵀ to `cross` [d, kept], for e = goal − output [., seq, d] and x [tokens, kept]."""
+    goal, output = goal.flatten(0, -2), output.flatten(0, -2)
+    if sums_halves(x):
+        # Of the error's digits more are left in a difference of float32 sums than in an error rounded to half.
+        add_product(cross, goal, x, alpha=scale)
+        add_product(cross, output, x, alpha=-scale)
+    else:
+        add_product(cross, goal.to(cross) - output.to(cross), x.to(cross), alpha=scale)
 
 
 def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -20,7 +20,7 @@ from streamprune.model.skeleton import LayerCall, Skeleton
 from streamprune.model.units import TensorRef
 from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.device import paging_device
-from streamprune.streaming.gradients import MakeCollector, PowerCollector, gradient_scale, watched
+from streamprune.streaming.gradients import MakeCollector, gradient_scale, takes_ends, watched
 from streamprune.streaming.hidden_states import Activations, Place, States, ahead
 from streamprune.streaming.pager import Pager, Turn
 
@@ -160,7 +160,7 @@ class Sweeper:
                 weights = self.binder.bind(page, perturbation if scored else None, scored)
                 collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
                 # Nothing is wanted below `first`; but captured ends need a graph, which then begins at the boundary.
-                graph = layer > first or any(isinstance(each, PowerCollector) for each in collectors)
+                graph = layer > first or any(takes_ends(each, weights[each.ref.tensor]) for each in collectors)
                 with watched(self.skeleton.layers[layer], weights, collectors) as bound:
                     for part in parts:
                         boundary = hidden[part].detach().requires_grad_(graph)
