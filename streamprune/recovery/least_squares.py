@@ -7,7 +7,12 @@ there, x_S what is left of it, H_S = Σ x_S x_Sᵀ and λ given relative to the 
     stream   W' = W_S + (Σ e x_Sᵀ) (H_S + λI)⁻¹        e: the dense model's hidden states after the layer, less ours
 
 `own` is W·H[:,S]·(H[S,S] + λI)⁻¹ with H = Σ x xᵀ. `stream` takes in what pruning below has changed; it fits `down`
-only, and is what mends the layer before layers that are gone: its goal is then what those would have put out.
+only, and is what mends the layer before layers that are gone: its goal is then what those would have put out. With r
+the layer's output without down's part, and g the goal, e is g − r − W_S x_S, and so
+
+    stream   W' = (Σ (g − r) x_Sᵀ + λ W_S) (H_S + λI)⁻¹
+
+in which nothing cancels. The repaired layer's output is r + W' x_S: the layer is not run again for it.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.kernels import add_product, gram, sums_halves
@@ -94,7 +100,7 @@ def compensate(
     """
     skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
     gone, goals = _gone(sweeper, kept), {} if journal is None else journal.store("goal")
-    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write, goals)
+    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write, goals, _widest(skeleton))
     if gone:
         _find_goals(sweeper, input_ids, gone, micro_batch, goals, journal)
     cut = _cut(skeleton, kept)
@@ -127,6 +133,12 @@ def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
     """List the layers that lose units."""
     everything = skeleton.all_units()
     return [layer for layer, kinds in kept.items() if kinds != everything[layer]]
+
+
+def _widest(skeleton: Skeleton) -> int:
+    """Find the most inputs that a layer's last matrix has."""
+    last = {layer: output_matrices(skeleton, layer)[-1] for layer in range(len(skeleton.layers))}
+    return max(skeleton.shapes(layer)[member.tensor][member.dim] for layer, member in last.items())
 
 
 def _find_goals(
@@ -164,6 +176,7 @@ class _Repair:
     tokens: int
     write: Write
     goals: Goals  # hidden states wanted after some layers
+    widest: int  # input of the layers' last matrices
     first: int | None = None  # the layer from which all follow the dense model's hidden states
     dense: States | None = None  # these
 
@@ -176,6 +189,7 @@ class _Repair:
             # Up to there the two models are the same.
             goal = self.dense = visit.run(visit.hidden if self.dense is None else self.dense)
         fitted: dict[str, Tensor] = {}
+        rest: _Rest | None = None
         skeleton, units = self.sweeper.skeleton, self.kept[visit.layer]
         members = output_matrices(skeleton, visit.layer)
         geometry = skeleton.geometries[visit.layer]
@@ -191,7 +205,7 @@ class _Repair:
             # that of the pruned layer, so it is masked before.
             if wanted is not None:
                 mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
-                matrix = self._to_goal(visit, member, lines, wanted)
+                matrix, rest = self._to_goal(visit, member, lines, wanted)
             else:
                 matrix = self._to_own_output(visit, member, lines)
                 mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
@@ -203,7 +217,7 @@ class _Repair:
             weight.index_copy_(member.dim, lines, made.to(weight.dtype))
             fitted[member.tensor] = made
         self.write(visit.page, fitted)
-        return visit.run()
+        return visit.run() if rest is None else rest.add(visit, _matrix(visit, members[-1]))
 
     def _goal(self, layer: int) -> States | None:
         found = [self.goals.pop(key) for key in sorted(self.goals, key=lambda key: int(key[1])) if key[0] == layer]
@@ -219,7 +233,7 @@ class _Repair:
             # A norm over all heads: what is left of x changes when some of it goes.
             pruned = {name: weight.clone() for name, weight in weights.items()}
             mask_layer(skeleton, self.kept, visit.layer, pruned, member.kind)
-        matrix = weights[member.tensor] if member.dim == 1 else weights[member.tensor].T
+        matrix = _matrix(visit, member)
         cross = _zeros(matrix, matrix.shape[1], len(lines))
         h_s = None if pruned is None else _zeros(matrix, len(lines), len(lines))
         for part in visit.parts():
@@ -230,22 +244,28 @@ class _Repair:
                 gram(h_s, left)
         right = matrix.to(cross.dtype) @ cross
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
-        return self._solve(right, cross[lines] if h_s is None else h_s, ridge, visit.layer)
+        h_s = cross[lines] if h_s is None else h_s
+        return self._solve(right, h_s, ridge * h_s.diagonal().mean(), visit.layer)
 
-    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> Tensor:
-        """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
-        matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
+    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> tuple[Tensor, _Rest]:
+        """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]; return what it adds to."""
+        matrix, skeleton = _matrix(visit, member), self.sweeper.skeleton
         cross, h_s = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
-        scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
+        rest = _Rest.empty(visit, self.widest, getattr(skeleton.config, "residual_multiplier", 1.0))
+        weights = visit.weights | {member.tensor: torch.zeros_like(visit.weights[member.tensor])}
         for part in visit.parts():
             with _given(visit, member) as seen:
-                output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
-            left = seen[0][:, lines]
-            _add_errors(cross, goal[part], output, left, 1 / scale)
+                output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
+            (x,) = seen
+            rest.keep(part, output, x)
+            left = x if len(lines) == x.shape[1] else x[:, lines]
+            _add_errors(cross, goal[part], output, left, 1 / rest.scale)
             gram(h_s, left)
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
-        return matrix[:, lines].to(h_s.dtype) + self._solve(cross, h_s, ridge, visit.layer)
+        damping = ridge * h_s.diagonal().mean()
+        right = cross.add_(matrix[:, lines].to(cross.dtype) * damping)
+        return self._solve(right, h_s, damping, visit.layer), rest
 
     def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
         """Compute the input [tokens, d_in] of `member`'s module for some sequences, and no more of the layer."""
@@ -253,19 +273,51 @@ class _Repair:
             self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
         return seen[0]
 
-    def _solve(self, right: Tensor, h_s: Tensor, ridge: float, layer: int) -> Tensor:
-        """Return right (H_S + λI)⁻¹ [d_out, kept]; `h_s`, of which the lower triangle counts, is overwritten.
+    def _solve(self, right: Tensor, h_s: Tensor, damping: Tensor, layer: int) -> Tensor:
+        """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`; `h_s` is overwritten, its lower triangle counts.
 
         Raises:
             StreampruneError: H_S + λI is singular.
         """
-        h_s.diagonal().add_(ridge * h_s.diagonal().mean())
+        h_s.diagonal().add_(damping)
         lower, failed = torch.linalg.cholesky_ex(h_s)
         if failed:
             raise StreampruneError(
                 f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
             )
         return torch.cholesky_solve(right.T, lower).T
+
+
+@dataclass
+class _Rest:
+    """A layer's output without down's part, [n, seq, d], and down's input, [n, seq, widest of all layers].
+
+    Attributes:
+        scale: what the layer multiplies down's output with; granite's h + 0.22 · mlp(h).
+    """
+
+    output: States
+    inputs: States
+    scale: float
+
+    @classmethod
+    def empty(cls, visit: Visit, widest: int, scale: float) -> _Rest:
+        """Make room for them, of one size for all layers: room on the host or on scratch is used again by its size."""
+        sweeper = visit.sweeper
+        return cls(sweeper.states_like(visit.hidden), sweeper.states_like(visit.hidden, widest), scale)
+
+    def keep(self, part: slice, output: Tensor, x: Tensor) -> None:
+        """Keep them for some sequences, from x [tokens, d_in]."""
+        missing = self.inputs.shape[-1] - x.shape[-1]
+        self.output[part] = output
+        self.inputs[part] = (F.pad(x, (0, missing)) if missing else x).view(*output.shape[:-1], -1)
+
+    def add(self, visit: Visit, matrix: Tensor) -> States:
+        """Return the output with the part of down, W [d, d_in]."""
+        for part in visit.parts():
+            added = F.linear(self.inputs[part][..., : matrix.shape[1]], matrix)
+            self.output[part] = torch.add(self.output[part], added, alpha=self.scale)
+        return self.output
 
 
 @contextmanager
@@ -291,6 +343,12 @@ def _add_errors(cross: Tensor, goal: Tensor, output: Tensor, x: Tensor, scale: f
         add_product(cross, output, x, alpha=-scale)
     else:
         add_product(cross, goal.to(cross) - output.to(cross), x.to(cross), alpha=scale)
+
+
+def _matrix(visit: Visit, member: Member) -> Tensor:
+    """View a weight as [d_out, d_in]."""
+    weight = visit.weights[member.tensor]
+    return weight if member.dim == 1 else weight.T
 
 
 def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:

@@ -216,9 +216,9 @@ class Sweeper:
         assert states is not None and start == count, "a journal holds all of them"
         return states
 
-    def states_like(self, states: States) -> States:
-        """Make new hidden states of the same shape, with anything in them."""
-        return self._new_states(1, tuple(states.shape), states.dtype)[0]
+    def states_like(self, states: States, width: int | None = None) -> States:
+        """Make new hidden states of the same shape, or of another width, with anything in them."""
+        return self._new_states(1, (*states.shape[:2], width or states.shape[2]), states.dtype)[0]
 
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         if self._activations is None:
