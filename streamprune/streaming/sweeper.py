@@ -22,7 +22,7 @@ from streamprune.model.skeleton import LayerCall, Skeleton
 from streamprune.model.units import TensorRef
 from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.device import paging_device
-from streamprune.streaming.gradients import Collector, MakeCollector, PowerCollector, gradient_scale, watched
+from streamprune.streaming.gradients import Collector, MakeCollector, gradient_scale, takes_ends, watched
 from streamprune.streaming.hidden_states import Activations, Place, States, ahead
 from streamprune.streaming.pager import Page, Pager, Turn
 from streamprune.streaming.state import StateStream, Streamed
@@ -173,7 +173,7 @@ class Sweeper:
         `following` are announced while the last part is computed on.
         """
         # Nothing is wanted below the first boundary; but captured ends need a graph, which then begins at it.
-        graph = layer > self._kept_from or any(isinstance(each, PowerCollector) for each in collectors)
+        graph = layer > self._kept_from or any(takes_ends(each, weights[each.ref.tensor]) for each in collectors)
         parts = list(self.micro_batches(len(hidden)))
         with watched(self.skeleton.layers[layer], weights, collectors) as bound:
             for part in parts:
@@ -280,9 +280,9 @@ class Sweeper:
         assert states is not None and start == count, "a journal holds all of them"
         return states
 
-    def states_like(self, states: States) -> States:
-        """Make new hidden states of the same shape, with anything in them."""
-        return self._new_states(1, tuple(states.shape), states.dtype)[0]
+    def states_like(self, states: States, width: int | None = None) -> States:
+        """Make new hidden states of the same shape, or of another width, with anything in them."""
+        return self._new_states(1, (*states.shape[:2], width or states.shape[2]), states.dtype)[0]
 
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         if self._activations is None:
