@@ -156,7 +156,7 @@ class Job:
         return self.journal.save
 
     def _statistics(self, journal: Journal | None) -> Statistics:
-        store = partial(make_store, journal=journal, scratch=self.state_scratch, dtype=self.config.state_dtype)
+        store = partial(make_store, journal=journal, scratch=self.state_scratch, dtype=self.plan.state_dtype)
         return Statistics(self.sweeper, self.ids, self.plan.layers, self.config.seed, journal, store)
 
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:

@@ -82,7 +82,7 @@ def scoring(
     """
     method = METHODS[config.method]
     needs, sweeps = method.needs_for(config.target), method.sweeps(plan.settings)
-    apart = state == "scratch" or config.resume or config.state_dtype != "float32"
+    apart = state == "scratch" or config.resume or plan.state_dtype != "float32"
     prunes = config.target == "weights"
     task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, prunes=prunes, apart=apart)
     # Scores that nothing is read for take no more than those of weights.
