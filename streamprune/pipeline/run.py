@@ -196,8 +196,8 @@ def _score_and_write(
 
 def _as_decided(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> PruneConfig:
     """Put the dtypes that "auto" came to in its place: they are recorded, and a journal goes on with no others."""
-    state = {"state_dtype": plan.state_dtype} if plan.state else {}
-    return replace(config, dtype=dtype_name(skeleton.dtype), **state)
+    kept_in = plan.state_dtype if plan.state else config.state_dtype
+    return replace(config, dtype=dtype_name(skeleton.dtype), state_dtype=kept_in)
 
 
 def _check_output_space(
