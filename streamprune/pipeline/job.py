@@ -164,7 +164,7 @@ class Job:
 
     def _stores(self) -> MakeStore:
         """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""
-        dtype = self.config.state_dtype
+        dtype = self.plan.state_dtype
         elsewhere = partial(make_store, journal=self.journal, scratch=self.state_scratch, dtype=dtype)
         device, kept = self.sweeper.pager.device, {state.name for state in self.plan.state}
         if device.direct or self.journal is not None or self.state_scratch is not None or not kept:

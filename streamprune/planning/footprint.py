@@ -85,7 +85,7 @@ def scoring(
     """
     method = METHODS[config.method]
     needs, sweeps = method.needs_for(config.target, plan.settings), method.sweeps(plan.settings)
-    apart = state == "scratch" or config.resume or config.state_dtype != "float32"
+    apart = state == "scratch" or config.resume or plan.state_dtype != "float32"
     prunes = config.target == "weights"
     sums = method.sums(plan.settings)
     task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, sums, prunes=prunes, apart=apart)
