@@ -181,6 +181,7 @@ def _score_and_write(
         found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
         predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
         job = Job(config, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted)
+        job.state_slots = placement.held.state_slots
         job.state_scratch = config.scratch if placement.state == "scratch" else None
         directory = output.enter_context(
             atomic_directory(
@@ -248,7 +249,8 @@ def _settle(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
         check_space(config.scratch, spilled, "what goes to --scratch")
-    sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
+    sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.held.slots
+    sweeper.graphs = placement.held.graphs
     to_take = placement.host_bytes - psutil.Process().memory_info().rss
     sweeper.pager.page_cache = max(0, int(CACHE_SHARE * (psutil.virtual_memory().available - to_take)))
     sweeper.place, sweeper.scratch = placement.place, placement.scratch
