@@ -224,6 +224,16 @@ class Task:
         return passes_without(self.layers, self.hidden_bytes)
 
     @property
+    def eager(self) -> bool:
+        """Tell whether attention's scores exist as a whole, as where they are capped."""
+        return self.sweeper.skeleton.config._attn_implementation == "eager"
+
+    @property
+    def attention_columns(self) -> int:
+        """Number of a token's attention scores: over the tokens of its sequence, of all heads."""
+        return self.shape[1] * self.sweeper.skeleton.config.num_attention_heads
+
+    @property
     def logits(self) -> int:
         """Bytes of logits, their softmax and its gradient for the tokens that go through the head together."""
         return 3 * min(LOGITS_BYTES, self.tokens * self.sweeper.skeleton.config.vocab_size * 4)
