@@ -14,7 +14,7 @@ from streamprune.kernels.launch import Backend, Launch, ceil_div, interpreted, j
 
 # Tiles as large as registers hold: what a product reads again from the cache is what bounds it. A block of tokens fits
 # four times into the shared memory of every card from compute capability 8.0 on.
-BLOCK_ROWS, BLOCK_COLS, BLOCK_TOKENS = 128, 256, 32
+BLOCK_ROWS, BLOCK_COLS, STEP_TOKENS = 128, 256, 32
 BAND = 4  # square blocks of two tiles, one upon the other, that are gone through together
 # Up to here the whole product has no more tiles than a large card has multiprocessors, and half of them take as long.
 FEW_COLUMNS = 2048
@@ -87,7 +87,7 @@ def launch(total: Tensor, x: Tensor) -> Launch:
             "WIDEN": interpreted() and x.dtype == torch.bfloat16,
             "BLOCK_ROWS": BLOCK_ROWS,
             "BLOCK_COLS": BLOCK_COLS,
-            "BLOCK_TOKENS": BLOCK_TOKENS,
+            "BLOCK_TOKENS": STEP_TOKENS,
             "BAND": BAND,
         },
         num_warps=8,
