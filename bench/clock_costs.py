@@ -35,10 +35,12 @@ def operation_seconds(op: Any, args: Any, kwargs: Any, made: Any, machine: Machi
 
 
 def kernel_seconds(launch: Launch, machine: Machine) -> float:
-    """Time of one of our kernels: each operand moved once, and what is written read as well; or its products."""
-    tensors = {each.data_ptr() or id(each): each for each in launch.arguments.values() if isinstance(each, Tensor)}
-    taken = sum(map(_nbytes, tensors.values())) / machine.memory
+    """Time of one of our kernels: each operand moved once, the first both ways unless it is only written; or products."""
     given = launch.arguments
+    tensors = {id(each): each for each in given.values() if isinstance(each, Tensor)}
+    first = next(name for name, each in given.items() if isinstance(each, Tensor))
+    both_ways = 0 if first in ("out_ptr", "partial_ptr") else _nbytes(given[first])
+    taken = (sum(map(_nbytes, tensors.values())) + both_ways) / machine.memory
     if launch.kernel.__name__ == "grad_norm_kernel":
         products = 2 * given["n_samples"] * given["n_tokens"] * given["d_out"] * given["d_in"]
         taken = max(taken, products / machine.grad_norm)

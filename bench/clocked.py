@@ -201,9 +201,7 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Run, print the table, and write JSON."""
-    rows = [
-        ["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "memory", "of the busiest", "late"]
-    ]
+    rows = [["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "memory", "ratio", "late"]]
     figures = []
     with tempfile.TemporaryDirectory() as directory:
         for model in models:

@@ -260,8 +260,10 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["rtx3090", "rtx4090", "a100", "h100"])
-@pytest.mark.parametrize("model", ["llama-2-7b", "llama-2-13b", "llama-3-70b"])
+@pytest.mark.parametrize(
+    "model,card",
+    [("llama-2-7b", "h100"), ("llama-2-7b", "rtx3090"), ("llama-2-13b", "rtx4090"), ("llama-3-70b", "a100")],
+)
 @pytest.mark.parametrize("method,run", SWEEPS)
 def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(method, run, model, card, bench, checkpoint):
     assert late_sweeps(bench, checkpoint, model, card, method, run) == []
