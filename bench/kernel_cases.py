@@ -14,10 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.kernels import grad_norm, moreau_step, perturb, prune_n_of_m, prune_rows, unit_score
+from streamprune.kernels import (
+    add_product,
+    grad_norm,
+    gram,
+    moreau_step,
+    obs_block,
+    perturb,
+    prune_n_of_m,
+    prune_rows,
+    unit_score,
+)
 from streamprune.kernels.grad_norm import launch as launch_grad_norm
+from streamprune.kernels.gram import BLOCK_COLS, BLOCK_ROWS
+from streamprune.kernels.gram import launch as launch_gram
 from streamprune.kernels.launch import Launch
 from streamprune.kernels.moreau_step import launch as launch_moreau_step
+from streamprune.kernels.obs_block import MOST_COLUMNS
+from streamprune.kernels.obs_block import launch as launch_obs_block
 from streamprune.kernels.perturb import launch as launch_perturb
 from streamprune.kernels.unit_score import CHUNK_ROWS
 from streamprune.kernels.unit_score import launch as launch_unit_score
@@ -51,11 +65,19 @@ class Operands:
 
 @dataclass(frozen=True)
 class Made:
-    """A kernel's start, the op that streamprune calls, and the torch expression that both stand for."""
+    """A kernel's start, the op that streamprune calls, and the torch expression that both stand for.
+
+    `library` is the product, by cuBLAS on a GPU, that a kernel of products is compared with.
+    """
 
     launch: Launch
     op: Callable[[], Any]
     naive: Callable[[], Any]
+    library: Callable[[], Any] | None = None
+
+
+def _all(o: Operands) -> int:
+    return o.rows * o.columns
 
 
 @dataclass(frozen=True)
@@ -64,19 +86,26 @@ class Case:
 
     Attributes:
         name: of the row in tables.
-        matrix: "up" [intermediate, hidden], whose units are rows, or "down" [hidden, intermediate]: columns.
+        matrix: "up" [intermediate, hidden], whose units are rows, "down" [hidden, intermediate]: columns, "gram"
+            [intermediate, intermediate], or "block" [128, intermediate]: some columns of "up", a line each.
         minimum: least bytes per element of the matrix: every operand read once, every result written once.
         make: everything else, from operands.
+        elements: how many elements of the matrix are worked on.
+        wanted: least rate of the kernel over that of a copy, or of the library's product; None where neither is near.
     """
 
     name: str
     matrix: str
     minimum: float
     make: Callable[[Operands], Made]
+    elements: Callable[[Operands], int] = _all
+    wanted: float | None = 0.85
 
     def operands(self, size: tuple[int, int], device: str) -> Operands:
         """Operands for (hidden, intermediate)."""
-        return Operands(*(size[::-1] if self.matrix == "up" else size), device)
+        hidden, intermediate = size
+        rows = {"up": intermediate, "down": hidden, "gram": intermediate, "block": MOST_COLUMNS}[self.matrix]
+        return Operands(rows, hidden if self.matrix == "up" else intermediate, device)
 
 
 def _perturb(with_delta: bool, dtype: torch.dtype, o: Operands) -> Made:
@@ -136,9 +165,30 @@ def _grad_norm(power: int, o: Operands) -> Made:
     def naive() -> None:
         for inputs, gradients in zip(x, dy, strict=True):
             grad = gradients.float().T @ inputs.float()
-            acc.add_(grad if power == 0 else grad.abs() ** power)
+            acc.add_(grad.abs() ** power)
 
-    return Made(launch_grad_norm(acc, x, dy, power), lambda: grad_norm(acc, x, dy, power), naive)
+    def library() -> Tensor:
+        return dy.flatten(0, 1).T @ x.flatten(0, 1)
+
+    return Made(launch_grad_norm(acc, x, dy, power), lambda: grad_norm(acc, x, dy, power), naive, library)
+
+
+def _gram(o: Operands) -> Made:
+    x, total = o.normal(BF16, SAMPLES * TOKENS, o.columns), o.zeros()
+
+    def naive() -> None:
+        wide = x.float()
+        total.add_(wide.T @ wide)
+
+    return Made(launch_gram(total, x), lambda: gram(total, x), naive, lambda: add_product(total, x, x))
+
+
+def _triangle(o: Operands) -> int:
+    """Elements of the tiles that hold the lower triangle."""
+    return sum(
+        min(BLOCK_ROWS, o.rows - row) * min(o.columns, -(-(row + BLOCK_ROWS) // BLOCK_COLS) * BLOCK_COLS)
+        for row in range(0, o.rows, BLOCK_ROWS)
+    )
 
 
 def _pruning(o: Operands) -> tuple[Tensor, Tensor, Tensor, Callable[[], Tensor]]:
@@ -167,6 +217,25 @@ def _prune_n_of_m(n: int, m: int, o: Operands) -> Made:
     return Made(start, lambda: prune_n_of_m(weight, n, m, x_norm, gradient, ALPHA), naive)
 
 
+def _obs_block(n: int, m: int, o: Operands) -> Made:
+    weight, errors, gone = o.normal(F32), o.zeros(), None if m else o.normal(F32) > 0
+    factor = o.normal(F32, o.rows, o.rows).triu(1).mul_(1e-3) + torch.eye(o.rows, device=o.device)
+
+    def naive() -> None:
+        for column, pivot in enumerate(factor.diagonal()):
+            if m and column % m == 0:
+                group = slice(column, column + m)
+                scores = (weight[group] / factor.diagonal()[group, None]) ** 2
+                gone_of_m = scores.argsort(dim=0, stable=True).argsort(dim=0) < m - n
+            goes = gone_of_m[column % m] if gone is None else gone[column]
+            errors[column] = torch.where(goes, weight[column] / pivot, 0)
+            weight[column + 1 :] -= factor[column, column + 1 :, None] * errors[column]
+            weight[column] = torch.where(goes, 0, weight[column])
+
+    start = launch_obs_block(weight, factor, errors, gone, n, m)
+    return Made(start, lambda: obs_block(weight, factor, weight.numel() // 2, n, m), naive)
+
+
 def cases() -> Iterator[Case]:
     """All of them. Bytes are for bfloat16 weights and float32 δ, g, F and norms, unless named otherwise."""
     yield Case("perturb", "up", 8, partial(_perturb, True, BF16))
@@ -178,10 +247,16 @@ def cases() -> Iterator[Case]:
         yield Case(f"moreau_step, GST {lines}, δ = 0", matrix, 8, partial(_moreau_step, dim, THRESHOLD, False))
         for form, least in {"first": 6, "second": 6, "mix": 10, "vectorize": 6, "square": 2}.items():
             yield Case(f"unit_score {form}, {lines}", matrix, least, partial(_unit_score, dim, form))
-    for power, name in {1: "Σ|G|", 2: "ΣG²", 0: "ΣG"}.items():
-        yield Case(f"grad_norm {name}", "up", 8, partial(_grad_norm, power))
+    for power, name in {1: "Σ|G|", 2: "ΣG²"}.items():
+        yield Case(f"grad_norm {name}", "up", 8, partial(_grad_norm, power), wanted=0.60)
+    # Half of the library's products: it is wanted that it takes no longer than they do.
+    yield Case("gram", "gram", 8, _gram, _triangle, wanted=1.0)
     # Half of the weights are written, as zeros.
     yield Case("prune_rows", "up", 7, _prune_rows)
     yield Case("prune_rows, long", "down", 7, _prune_rows)
     for n, m in ((2, 4), (4, 8)):
         yield Case(f"prune_n_of_m {n}:{m}", "up", 7, partial(_prune_n_of_m, n, m))
+    # W read and written, and its errors; columns wait for each other, not for memory.
+    yield Case("obs_block", "block", 13, partial(_obs_block, 0, 0), wanted=None)
+    for n, m in ((2, 4), (4, 8)):
+        yield Case(f"obs_block {n}:{m}", "block", 12, partial(_obs_block, n, m), wanted=None)

@@ -82,7 +82,7 @@ def traffic() -> tuple[list[list[str]], list[dict[str, Any]]]:
     figures = []
     for case in cases():
         operands = case.operands(SIZE, "cpu")
-        elements = operands.rows * operands.columns
+        elements = case.elements(operands)
         made = case.make(operands)
         # An operand that a form does not use is given as another one; each is counted under its first name.
         tensors = {id(t): (name, t) for name, t in reversed(made.launch.arguments.items()) if isinstance(t, Tensor)}

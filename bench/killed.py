@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -49,8 +50,8 @@ COMMANDS = {
 COMMON = ["--no-evaluate", "--quiet", "--samples", "8", "--seq-len", "64", "--max-shard-size", "1MB", "--resume"]
 
 
-def start(model: Path, output: Path, options: list[str]) -> int:
-    """The command in a forked process; its id."""
+def start(model: Path, output: Path, options: list[str], *, modules: Path | None = None) -> int:
+    """The command in a forked process; its id. In the end it may write down the `modules` that it has imported."""
     child = os.fork()
     if child == 0:
         # The parent has never computed, so torch's threads are the child's own.
@@ -62,6 +63,8 @@ def start(model: Path, output: Path, options: list[str]) -> int:
             if not os.environ.get("SHOW"):
                 os.dup2(null, 2)
             main(["--model", str(model), "--output", str(output), *COMMON, *options])
+        if modules is not None:
+            modules.write_text(" ".join(sys.modules))
         os._exit(0 if output.is_dir() else 1)
     return child
 
@@ -110,8 +113,6 @@ def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
     """Trials until `kills` have landed, over all commands."""
     from random_model import save_tokenizer, write_model
 
-    import streamprune.pipeline.run  # noqa: F401  what the children need is imported once
-
     draw, rows = random.Random(0), []
     model = scratch / "model"
     pid = os.fork()  # writing the model computes, which the parent must not
@@ -120,6 +121,13 @@ def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
         save_tokenizer(model)
         os._exit(0)
     wait(pid)
+    for options in COMMANDS.values():  # what a command imports, once
+        wait(start(model, scratch / "whole", options, modules=scratch / "modules"))
+        shutil.rmtree(scratch / "whole")
+        for module in (scratch / "modules").read_text().split():
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+    (scratch / "modules").unlink()
     for name, options in COMMANDS.items():
         begin = time.perf_counter()
         if wait(start(model, scratch / "whole", options)) != 0:

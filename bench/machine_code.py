@@ -31,7 +31,7 @@ MULTIPROCESSOR = {
     90: (65536, 2048, 228 << 10, 32),
 }
 TARGETS = (*(f"sm_{capability}" for capability in MULTIPROCESSOR), *(["gfx942"] if "amd" in backends else []))
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -115,8 +115,9 @@ def nvidia(launch: Launch, capability: int) -> MachineCode:
 
 def amd(launch: Launch, architecture: str) -> MachineCode:
     """Machine code of a launch for an AMD architecture such as gfx942."""
-    # As `most_warps` has it there.
-    compiled = compile_launch(replace(launch, num_warps=min(16, launch.num_warps)), GPUTarget("hip", architecture, 64))
+    # As `most_warps` and `gram` have it there.
+    there = replace(launch, num_warps=min(16, launch.num_warps), num_stages=min(3, launch.num_stages))
+    compiled = compile_launch(there, GPUTarget("hip", architecture, 64))
     text = compiled.asm["amdgcn"]
     found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", text))
     registers, threads = int(found["vgpr_count"]), 64 * compiled.metadata.num_warps

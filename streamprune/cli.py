@@ -7,6 +7,7 @@ and help and the refusal of an option none.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import sys
 import traceback
@@ -82,7 +83,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        code = _fail("out of memory; lower --micro-batch or --samples", 1, debug, as_json)
+        code = _fail(_out_of_memory(error), 1, debug, as_json)
     except OSError as error:
         code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug, as_json)
     finally:
@@ -94,6 +95,16 @@ def _is_out_of_memory(error: Exception) -> bool:
     """torch says so with a class of its own on a GPU, and only in the text on a CPU."""
     of_torch = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
     return isinstance(error, MemoryError | of_torch) or "DefaultCPUAllocator" in str(error)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Say where memory ran out, by the notes of the pager and the stage, and what torch says was wanted and is free."""
+    where = " of ".join(getattr(error, "__notes__", []))
+    sizes = [re.search(rf"{what} ([\d.]+ \w+)", str(error)) for what in ("Tried to allocate", "of which")]
+    wanted, free = (None if size is None else size[1] for size in sizes)
+    asked = f": {wanted} were asked for" + (f", {free} are free" if free else "") if wanted else ""
+    budget = ", or raise --gpu-memory" if "CUDA" in str(error) else ""
+    return f"out of memory{' in ' + where if where else ''}{asked}; lower --micro-batch or --samples{budget}"
 
 
 def _fail(message: str, code: int, debug: bool, as_json: bool) -> int:

@@ -2,7 +2,7 @@
 
 The gradient of Y = X Wᵀ for sample n is G_n = dY_nᵀ X_n [d_out, d_in]. Σ_n |G_n| (p = 1) and Σ_n G_n² (p = 2) are what
 GBLM-Pruner asks for (arXiv 2311.04902, Eq. 6: ‖[g_1 … g_N]‖_p) and, for p = 2, the second-order Taylor form
-(arXiv 2305.11627, Eq. 5). Power 0 is the plain sum Σ_n G_n.
+(arXiv 2305.11627, Eq. 5). Power 0 is the plain sum Σ_n G_n, a product over all tokens.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from streamprune.kernels.add_product import HALVES, add_product
 from streamprune.kernels.launch import Backend, Launch, ceil_div, interpreted, jit, tl, use_triton
 
 POWERS = (0, 1, 2)
@@ -37,7 +38,9 @@ def grad_norm(acc: Tensor, x: Tensor, dy: Tensor, power: int, *, backend: Backen
         raise ValueError(f"{shapes}: wanted [d_out, d_in], [samples, tokens, d_in], [samples, tokens, d_out]")
     if not acc.is_contiguous() or x.dtype != dy.dtype:
         raise ValueError(f"acc must be contiguous, and x {x.dtype} and dy {dy.dtype} of one dtype")
-    if use_triton(x, backend) and x.dtype in (torch.bfloat16, torch.float16):
+    if power == 0:
+        return add_product(acc, dy.flatten(0, 1), x.flatten(0, 1))
+    if use_triton(x, backend) and x.dtype in HALVES:
         if acc.numel() and x.shape[0] * x.shape[1]:
             launch(acc, x, dy, power).run()
         return acc
@@ -46,8 +49,6 @@ def grad_norm(acc: Tensor, x: Tensor, dy: Tensor, power: int, *, backend: Backen
 
 def _reference(acc: Tensor, x: Tensor, dy: Tensor, power: int) -> Tensor:
     x, dy = x.to(acc.dtype), dy.to(acc.dtype)
-    if power == 0:
-        return acc.addmm_(dy.flatten(0, 1).T, x.flatten(0, 1))
     grad = torch.empty_like(acc)
     for inputs, gradients in zip(x, dy, strict=True):
         torch.mm(gradients.T, inputs, out=grad)
@@ -59,12 +60,9 @@ def _reference(acc: Tensor, x: Tensor, dy: Tensor, power: int) -> Tensor:
 
 
 def launch(acc: Tensor, x: Tensor, dy: Tensor, power: int) -> Launch:
-    """Describe how `grad_norm_kernel` is started for these operands; shapes as in `grad_norm`."""
+    """Describe how `grad_norm_kernel` is started for these operands and power 1 or 2; shapes as in `grad_norm`."""
     samples, tokens, d_in = x.shape
     d_out = dy.shape[2]
-    if power == 0:
-        # A plain sum does not care where a sample ends: one long sample has fewer blocks that are partly empty.
-        x, dy, samples, tokens = x.flatten(0, 1)[None], dy.flatten(0, 1)[None], 1, samples * tokens
     return Launch(
         grad_norm_kernel,
         (ceil_div(d_out, BLOCK_OUT) * ceil_div(d_in, BLOCK_IN),),
@@ -151,10 +149,8 @@ def grad_norm_kernel(
         if first + BLOCK_TOKENS >= n_tokens:
             if POWER == 2:
                 total += grad * grad
-            elif POWER == 1:
-                total += tl.abs(grad)
             else:
-                total += grad
+                total += tl.abs(grad)
             grad = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=tl.float32)
     target = acc_ptr + out[:, None].to(tl.int64) * d_in + column[None, :]
     inside = out_inside[:, None] & column_inside[None, :]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from streamprune.config import Target
     from streamprune.streaming.costs import Cost, LayerSizes, Task
 
-FACTORS_OF_H = 4 / 3  # FLOPs over width³: two Cholesky factors and an inverse
+FACTORS_OF_H = 1  # FLOPs over width³: a Cholesky factor and its inverse
 
 
 @dataclass(frozen=True)

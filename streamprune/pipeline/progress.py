@@ -79,6 +79,9 @@ class Progress:
         stage = self._stage = _Stage(name, total, seconds, bar, start=start, said=start)
         try:
             yield
+        except (MemoryError, RuntimeError) as error:
+            error.add_note(name)
+            raise
         finally:
             bar.close()
             self._stage = None

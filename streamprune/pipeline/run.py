@@ -42,7 +42,7 @@ from streamprune.storage.directory import (
     write_json,
 )
 from streamprune.storage.journal import remove_journal
-from streamprune.streaming.device import card, compute_device, is_gpu
+from streamprune.streaming.device import card, compute_device, is_gpu, limit_memory
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -168,6 +168,8 @@ def _score_and_write(
             carried = max(stage.carried for stage in placement.stages)
             _check_output_space(config, plan, skeleton, journal_directory, carried)
         progress.say(placement_line(placement, sweeper))
+        limit_memory(skeleton.device, config.gpu_memory)
+        output.callback(limit_memory, skeleton.device, None)
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
             saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]

@@ -7,7 +7,12 @@ there, x_S what is left of it, H_S = Σ x_S x_Sᵀ and λ given relative to the 
     stream   W' = W_S + (Σ e x_Sᵀ) (H_S + λI)⁻¹        e: the dense model's hidden states after the layer, less ours
 
 `own` is W·H[:,S]·(H[S,S] + λI)⁻¹ with H = Σ x xᵀ. `stream` takes in what pruning below has changed; it fits `down`
-only, and is what mends the layer before layers that are gone: its goal is then what those would have put out.
+only, and is what mends the layer before layers that are gone: its goal is then what those would have put out. With r
+the layer's output without down's part, and g the goal, e is g − r − W_S x_S, and so
+
+    stream   W' = (Σ (g − r) x_Sᵀ + λ W_S) (H_S + λI)⁻¹
+
+in which nothing cancels. The repaired layer's output is r + W' x_S: the layer is not run again for it.
 """
 
 from __future__ import annotations
@@ -19,8 +24,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from streamprune.errors import StreampruneError, UsageError
+from streamprune.kernels import add_product, gram, sums_halves
 from streamprune.model.masking import mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
@@ -93,7 +100,7 @@ def compensate(
     """
     skeleton, n_layers = sweeper.skeleton, sweeper.n_layers
     gone, goals = _gone(sweeper, kept), {} if journal is None else journal.store("goal")
-    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write, goals)
+    repair = _Repair(sweeper, kept, ridge, input_ids.numel(), write, goals, _widest(skeleton))
     if gone:
         _find_goals(sweeper, input_ids, gone, micro_batch, goals, journal)
     cut = _cut(skeleton, kept)
@@ -126,6 +133,12 @@ def _cut(skeleton: Skeleton, kept: KeptUnits) -> list[int]:
     """List the layers that lose units."""
     everything = skeleton.all_units()
     return [layer for layer, kinds in kept.items() if kinds != everything[layer]]
+
+
+def _widest(skeleton: Skeleton) -> int:
+    """Find the most inputs that a layer's last matrix has."""
+    last = {layer: output_matrices(skeleton, layer)[-1] for layer in range(len(skeleton.layers))}
+    return max(skeleton.shapes(layer)[member.tensor][member.dim] for layer, member in last.items())
 
 
 def _find_goals(
@@ -163,6 +176,7 @@ class _Repair:
     tokens: int
     write: Write
     goals: Goals  # hidden states wanted after some layers
+    widest: int  # input of the layers' last matrices
     first: int | None = None  # the layer from which all follow the dense model's hidden states
     dense: States | None = None  # these
 
@@ -175,6 +189,7 @@ class _Repair:
             # Up to there the two models are the same.
             goal = self.dense = visit.run(visit.hidden if self.dense is None else self.dense)
         fitted: dict[str, Tensor] = {}
+        rest: _Rest | None = None
         skeleton, units = self.sweeper.skeleton, self.kept[visit.layer]
         members = output_matrices(skeleton, visit.layer)
         geometry = skeleton.geometries[visit.layer]
@@ -190,7 +205,7 @@ class _Repair:
             # that of the pruned layer, so it is masked before.
             if wanted is not None:
                 mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
-                matrix = self._to_goal(visit, member, lines, wanted)
+                matrix, rest = self._to_goal(visit, member, lines, wanted)
             else:
                 matrix = self._to_own_output(visit, member, lines)
                 mask_layer(skeleton, self.kept, visit.layer, visit.weights, kind)
@@ -202,7 +217,7 @@ class _Repair:
             weight.index_copy_(member.dim, lines, made.to(weight.dtype))
             fitted[member.tensor] = made
         self.write(visit.page, fitted)
-        return visit.run()
+        return visit.run() if rest is None else rest.add(visit, _matrix(visit, members[-1]))
 
     def _goal(self, layer: int) -> States | None:
         found = [self.goals.pop(key) for key in sorted(self.goals, key=lambda key: int(key[1])) if key[0] == layer]
@@ -218,34 +233,39 @@ class _Repair:
             # A norm over all heads: what is left of x changes when some of it goes.
             pruned = {name: weight.clone() for name, weight in weights.items()}
             mask_layer(skeleton, self.kept, visit.layer, pruned, member.kind)
-        matrix = weights[member.tensor] if member.dim == 1 else weights[member.tensor].T
+        matrix = _matrix(visit, member)
         cross = _zeros(matrix, matrix.shape[1], len(lines))
-        gram = None if pruned is None else _zeros(matrix, len(lines), len(lines))
+        h_s = None if pruned is None else _zeros(matrix, len(lines), len(lines))
         for part in visit.parts():
             x = self._input(visit, member, weights, part)
             left = x[:, lines] if pruned is None else self._input(visit, member, pruned, part)[:, lines]
-            cross.addmm_(x.T, left)
-            if gram is not None:
-                gram.addmm_(left.T, left)
+            add_product(cross, x, left)
+            if h_s is not None:
+                gram(h_s, left)
         right = matrix.to(cross.dtype) @ cross
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
-        return self._solve(right, cross[lines] if gram is None else gram, ridge, visit.layer)
+        h_s = cross[lines] if h_s is None else h_s
+        return self._solve(right, h_s, ridge * h_s.diagonal().mean(), visit.layer)
 
-    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> Tensor:
-        """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]."""
-        matrix = visit.weights[member.tensor] if member.dim == 1 else visit.weights[member.tensor].T
-        cross, gram = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
-        scale = getattr(self.sweeper.skeleton.config, "residual_multiplier", 1.0)  # granite: h + 0.22 · mlp(h)
+    def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> tuple[Tensor, _Rest]:
+        """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]; return what it adds to."""
+        matrix, skeleton = _matrix(visit, member), self.sweeper.skeleton
+        cross, h_s = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
+        rest = _Rest.empty(visit, self.widest, getattr(skeleton.config, "residual_multiplier", 1.0))
+        weights = visit.weights | {member.tensor: torch.zeros_like(visit.weights[member.tensor])}
         for part in visit.parts():
             with _given(visit, member) as seen:
-                output = self.sweeper.skeleton.run_layer(visit.layer, visit.weights, visit.call, visit.hidden[part])
-            x = seen[0]
-            error = (goal[part].to(gram) - output.to(gram)).flatten(0, -2)
-            cross.addmm_(error.T, x[:, lines], alpha=1 / scale)
-            gram.addmm_(x[:, lines].T, x[:, lines])
+                output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
+            (x,) = seen
+            rest.keep(part, output, x)
+            left = x if len(lines) == x.shape[1] else x[:, lines]
+            _add_errors(cross, goal[part], output, left, 1 / rest.scale)
+            gram(h_s, left)
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
-        return matrix[:, lines].to(gram.dtype) + self._solve(cross, gram, ridge, visit.layer)
+        damping = ridge * h_s.diagonal().mean()
+        right = cross.add_(matrix[:, lines].to(cross.dtype) * damping)
+        return self._solve(right, h_s, damping, visit.layer), rest
 
     def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
         """Compute the input [tokens, d_in] of `member`'s module for some sequences, and no more of the layer."""
@@ -253,19 +273,51 @@ class _Repair:
             self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
         return seen[0]
 
-    def _solve(self, right: Tensor, gram: Tensor, ridge: float, layer: int) -> Tensor:
-        """Return right (H_S + λI)⁻¹ [d_out, kept]; `gram` is overwritten.
+    def _solve(self, right: Tensor, h_s: Tensor, damping: Tensor, layer: int) -> Tensor:
+        """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`; `h_s` is overwritten, its lower triangle counts.
 
         Raises:
             StreampruneError: H_S + λI is singular.
         """
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        lower, failed = torch.linalg.cholesky_ex(gram)
+        h_s.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(h_s)
         if failed:
             raise StreampruneError(
                 f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
             )
         return torch.cholesky_solve(right.T, lower).T
+
+
+@dataclass
+class _Rest:
+    """A layer's output without down's part, [n, seq, d], and down's input, [n, seq, widest of all layers].
+
+    Attributes:
+        scale: what the layer multiplies down's output with; granite's h + 0.22 · mlp(h).
+    """
+
+    output: States
+    inputs: States
+    scale: float
+
+    @classmethod
+    def empty(cls, visit: Visit, widest: int, scale: float) -> _Rest:
+        """Make room for them, of one size for all layers: room on the host or on scratch is used again by its size."""
+        sweeper = visit.sweeper
+        return cls(sweeper.states_like(visit.hidden), sweeper.states_like(visit.hidden, widest), scale)
+
+    def keep(self, part: slice, output: Tensor, x: Tensor) -> None:
+        """Keep them for some sequences, from x [tokens, d_in]."""
+        missing = self.inputs.shape[-1] - x.shape[-1]
+        self.output[part] = output
+        self.inputs[part] = (F.pad(x, (0, missing)) if missing else x).view(*output.shape[:-1], -1)
+
+    def add(self, visit: Visit, matrix: Tensor) -> States:
+        """Return the output with the part of down, W [d, d_in]."""
+        for part in visit.parts():
+            added = F.linear(self.inputs[part][..., : matrix.shape[1]], matrix)
+            self.output[part] = torch.add(self.output[part], added, alpha=self.scale)
+        return self.output
 
 
 @contextmanager
@@ -274,13 +326,29 @@ def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[li
     seen: list[Tensor] = []
 
     def see(given: Tensor) -> None:
-        x = given.reshape(-1, given.shape[-1])
-        seen.append(x if x.dtype == torch.float64 else x.float())
+        seen.append(given.reshape(-1, given.shape[-1]))
         if enough:
             raise SeenEnough
 
     with watch_inputs(visit.sweeper.skeleton.layers[visit.layer], {member.tensor: see}):
         yield seen
+
+
+def _add_errors(cross: Tensor, goal: Tensor, output: Tensor, x: Tensor, scale: float) -> None:
+    """Add `scale` times Σ e xᵀ to `cross` [d, kept], for e = goal − output [., seq, d] and x [tokens, kept]."""
+    goal, output = goal.flatten(0, -2), output.flatten(0, -2)
+    if sums_halves(x):
+        # Of the error's digits more are left in a difference of float32 sums than in an error rounded to half.
+        add_product(cross, goal, x, alpha=scale)
+        add_product(cross, output, x, alpha=-scale)
+    else:
+        add_product(cross, goal.to(cross) - output.to(cross), x.to(cross), alpha=scale)
+
+
+def _matrix(visit: Visit, member: Member) -> Tensor:
+    """View a weight as [d_out, d_in]."""
+    weight = visit.weights[member.tensor]
+    return weight if member.dim == 1 else weight.T
 
 
 def _zeros(like: Tensor, rows: int, columns: int) -> Tensor:

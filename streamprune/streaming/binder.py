@@ -70,22 +70,25 @@ class Binder:
         scored: Container[str] = (),
         *,
         own: bool = False,
+        apart: bool = False,
     ) -> dict[str, Tensor]:
-        """Return weights by the parameters' names inside the layer; valid until the next call.
+        """Return weights by the parameters' names inside the layer; valid until the next call, unless `apart`.
 
         Args:
             perturbation: moves the tensors `scored`.
             own: copy all of them, so that they can be changed.
+            apart: copy all of them to memory of their own, which stays as long as they do.
         """
         shapes, weights, position, drawing = self.skeleton.shapes(page.layer), dict[str, Tensor](), 0, []
+        buffer = self._new_buffer(page.layer) if apart else None
         for name, stored in page.tensors.items():
             parameter, place = self.skeleton.places[page.layer].get(name, (name, None))
             moved = perturbation is not None and name in scored
-            if place is None and stored.dtype == self.skeleton.dtype and not moved and not own:
+            if place is None and stored.dtype == self.skeleton.dtype and not (moved or own or apart):
                 weights[parameter] = stored
                 continue
             if parameter not in weights:
-                weights[parameter] = self._room(position, shapes[parameter])
+                weights[parameter] = self._room(position, shapes[parameter], buffer)
                 position += _aligned(weights[parameter].numel())
             out = self._within(weights, page.layer, name)
             if perturbation is not None and moved:
@@ -121,11 +124,17 @@ class Binder:
         parameter, place = self.skeleton.places[layer].get(name, (name, None))
         return weights[parameter] if place is None else weights[parameter][place]
 
-    def _room(self, position: int, shape: torch.Size) -> Tensor:
-        if self._buffer is None:
-            elements = self.buffer_bytes // self.skeleton.dtype.itemsize
-            self._buffer = torch.empty(elements, dtype=self.skeleton.dtype, device=self.skeleton.device)
-        return self._buffer[position : position + shape.numel()].view(shape)
+    def _room(self, position: int, shape: torch.Size, buffer: Tensor | None) -> Tensor:
+        if buffer is None:
+            if self._buffer is None:
+                elements = self.buffer_bytes // self.skeleton.dtype.itemsize
+                self._buffer = torch.empty(elements, dtype=self.skeleton.dtype, device=self.skeleton.device)
+            buffer = self._buffer
+        return buffer[position : position + shape.numel()].view(shape)
+
+    def _new_buffer(self, layer: int) -> Tensor:
+        elements = sum(_aligned(shape.numel()) for shape in self.skeleton.shapes(layer).values())
+        return torch.empty(elements, dtype=self.skeleton.dtype, device=self.skeleton.device)
 
 
 def _perturb(out: Tensor, stored: Tensor, perturbation: Perturbation, layer: int, name: str) -> None:

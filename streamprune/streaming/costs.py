@@ -300,7 +300,7 @@ class Task:
         part = self.tokens_at_once * self.sweeper.skeleton.config.hidden_size * self.itemsize
         host = {}
         if is_gpu(self.sweeper.skeleton.device):
-            host["hidden states"] = count * _pinned(nbytes) if self.where == "host" else _pinned(part)
+            host["hidden states"] = count * nbytes if self.where == "host" else _pinned(part)
         return {"hidden states": PARTS * part}, host, count * nbytes if self.where == "scratch" else 0
 
 

@@ -236,6 +236,13 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
+def limit_memory(device: torch.device, nbytes: int | None) -> None:
+    """Let tensors of this process take no more than `nbytes` of a GPU; None for all that there is."""
+    if is_gpu(device):
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for all that was queued on a GPU."""
     if is_gpu(device):

@@ -1,7 +1,8 @@
 """Collectors that hand over what a method asked of a layer's backward pass: weight gradients, or their sample norms.
 
-Both come tensor by tensor, as autograd reaches them, and are summed over micro-batches. For norms no weight gradient is
-ever made: a Linear's input X and its output's gradient dY are captured, and `grad_norm` makes Σ_n |dY_nᵀ X_n|^p.
+Both come tensor by tensor, as autograd reaches them, and are summed over micro-batches. Norms Σ_n |dY_nᵀ X_n|^p are
+made of a Linear's ends, its input X and its output's gradient dY, by `grad_norm` and without a gradient in memory.
+Where a GPU computes in half precision so are gradients dYᵀX, straight into float32; others are autograd's own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from streamprune.kernels import grad_norm
+from streamprune.kernels import add_product, grad_norm, sums_halves
 from streamprune.model.units import TensorRef
 from streamprune.streaming.watch import watch_ends
 
@@ -35,8 +36,9 @@ def gradient_scale(dtype: torch.dtype) -> float:
 class GradientCollector:
     """Collector that sums one tensor's gradient over micro-batches and hands it over with the last of them.
 
-    Autograd calls the collector as soon as the gradient of a micro-batch is there. That gradient is freed, so that a
-    layer's gradients do not exist together unless there are several micro-batches.
+    Autograd calls the collector as soon as the gradient of a micro-batch is there, or `add_ends` is given what it is
+    made of. That gradient is freed, so that a layer's gradients do not exist together unless there are several
+    micro-batches.
     """
 
     def __init__(self, consume: Consumer, ref: TensorRef, stored: Tensor, parts: int) -> None:
@@ -51,10 +53,22 @@ class GradientCollector:
         grad = grad if grad.dtype == torch.float64 else grad.float()
         if scale != 1:
             grad = grad.div_(scale)
-        self.total = grad if self.total is None else self.total.add_(grad)
+        self._is_now(grad if self.total is None else self.total.add_(grad))
+
+    def add_ends(self, x: Tensor, dy: Tensor) -> None:
+        """Add a micro-batch's dYᵀX, from X [..., d_in] and dY [..., d_out], in float32 (float64 in float64 runs)."""
+        x, dy = x.flatten(0, -2), dy.flatten(0, -2)
+        total, beta = self.total, 1.0
+        if total is None:
+            dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            total, beta = torch.empty(self.stored.shape, dtype=dtype, device=dy.device), 0.0
+        self._is_now(add_product(total, dy, x, alpha=1 / gradient_scale(dy.dtype), beta=beta))
+
+    def _is_now(self, total: Tensor) -> None:
+        self.total = total
         self.left -= 1
         if self.left == 0:
-            total, self.total = self.total, None
+            self.total = None
             self.consume(self.ref, self.stored, total)
 
 
@@ -74,7 +88,8 @@ class PowerCollector:
         self.ref, self.stored, self.left = ref, stored, parts
         self.sums: dict[int, Tensor] = {}
 
-    def __call__(self, x: Tensor, dy: Tensor) -> None:
+    def add_ends(self, x: Tensor, dy: Tensor) -> None:
+        """Add Σ_n |dY_nᵀ X_n|^p of a micro-batch, from X [..., d_in] and dY [..., d_out]."""
         dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
         for power in self.powers:
             if power not in self.sums:
@@ -95,6 +110,11 @@ Collector = GradientCollector | PowerCollector
 MakeCollector = Callable[[TensorRef, Tensor, int], Collector]  # from (tensor, its weight as stored, micro-batches)
 
 
+def takes_ends(collector: Collector, weight: Tensor) -> bool:
+    """Tell whether a collector takes a Linear's ends, and not the gradient that autograd makes for `weight`."""
+    return isinstance(collector, PowerCollector) or sums_halves(weight)
+
+
 @contextmanager
 def watched(
     layer: nn.Module, weights: Mapping[str, Tensor], collectors: Sequence[Collector]
@@ -103,7 +123,7 @@ def watched(
     bound, ends = dict(weights), {}
     for collector in collectors:
         name = collector.ref.tensor
-        if isinstance(collector, GradientCollector):
+        if isinstance(collector, GradientCollector) and not takes_ends(collector, weights[name]):
             bound[name] = weights[name].detach().requires_grad_()
             bound[name].register_post_accumulate_grad_hook(collector)
         else:
@@ -112,15 +132,16 @@ def watched(
         yield bound
 
 
-def _capture(collector: PowerCollector, given: Tensor, output: Tensor) -> None:
+def _capture(collector: Collector, given: Tensor, output: Tensor) -> None:
     """Hand over a Linear's X, and its dY when the backward pass has it.
 
     The weight needs no gradient, so autograd computes none. Where it is stored as [d_in, d_out] the two ends change
     places.
     """
-    x = given.detach()
+    held = [given.detach()]
 
     def hand_over(dy: Tensor) -> None:
-        collector(*((dy, x) if collector.ref.transposed else (x, dy)))
+        x = held.pop()  # the graph's nodes, and this with them, outlive the backward pass
+        collector.add_ends(*((dy, x) if collector.ref.transposed else (x, dy)))
 
     output.register_hook(hand_over)

@@ -21,6 +21,7 @@ from streamprune.storage.scratch import read_at, scratch_file, write_at
 from streamprune.streaming.device import Device
 
 Place = Literal["device", "host", "scratch"]
+Room = Future[Tensor] | int  # of hidden states: memory that may still be registered, or an offset in the file
 WRITES = 2  # parts on their way out
 # Parts of spilled hidden states on the device at the same time: two that are read and those after them, two on their
 # way out, and what the layer puts out.
@@ -32,7 +33,7 @@ class Activations:
     """Memory or file of a sweeper's hidden states, and the thread that moves them.
 
     Args:
-        place: on the "device", in "host" memory (pinned; beside a CPU it is the device's), or in a file on "scratch".
+        place: on the "device", in "host" memory (beside a CPU it is the device's), or in a file on "scratch".
         transfers: moves tensors between the device and the host.
         scratch: directory of the file, which has no name and goes with the process.
     """
@@ -45,7 +46,8 @@ class Activations:
         self._failed: BaseException | None = None
         self._writes: deque[Future[None]] = deque()
         self._descriptor, self._end, self._live = -1, 0, 0
-        self._free: dict[int, list[Tensor | int]] = {}  # places of hidden states that are gone, by bytes
+        self._free: dict[int, list[Room]] = {}  # of hidden states that are gone, by bytes
+        self._registrar: ThreadPoolExecutor | None = None
         self._staging = torch.empty(0, dtype=torch.uint8)
 
     def several(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
@@ -64,12 +66,17 @@ class Activations:
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
             self._worker = None
+        if self._registrar is not None:
+            self._let_go([room for rooms in self._free.values() for room in rooms])
+            self._free.clear()
+            self._registrar.shutdown()
+            self._registrar = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def room(self, nbytes: int) -> Tensor | int:
-        """Take room for hidden states: pinned memory, or an offset in the file.
+    def room(self, nbytes: int) -> Room:
+        """Take room for hidden states: host memory, or an offset in the file.
 
         Raises:
             OutputError: the scratch disk is full or cannot be written.
@@ -78,7 +85,10 @@ class Activations:
         if self._free.get(nbytes):
             return self._free[nbytes].pop()
         if not self.on_file:
-            return self.transfers.chunk(nbytes)
+            # By a thread, ahead of the sweep: a GPU takes seconds to register what all boundaries need.
+            if self._registrar is None:
+                self._registrar = ThreadPoolExecutor(1, thread_name_prefix="streamprune-arena")
+            return self._registrar.submit(lambda: self.transfers.arena(nbytes)[0])
         if self._descriptor < 0:
             self._descriptor = scratch_file(self.scratch)
         offset, self._end = self._end, self._end + nbytes
@@ -92,15 +102,29 @@ class Activations:
             ) from error
         return offset
 
-    def release(self, nbytes: int, place: Tensor | int) -> None:
+    def release(self, nbytes: int, place: Room) -> None:
         """Give back the room of hidden states that are gone, for others to take."""
         self._live -= 1
         self._free.setdefault(nbytes, []).append(place)
         if not self._live:  # the next ones may be of another size, and would find this room of no use
+            self._let_go([room for rooms in self._free.values() for room in rooms])
             self._free.clear()
             self._end = 0
 
-    def bring(self, place: Tensor | int, offset: int, buffer: Tensor) -> Future[None]:
+    def _let_go(self, rooms: list[Room]) -> None:
+        """Give back memory, after all that was queued on it."""
+        arenas = [room for room in rooms if isinstance(room, Future)]
+
+        def work() -> None:
+            for arena in arenas:
+                self.transfers.release(arena.result())
+
+        if arenas and self._worker is not None:
+            self._worker.submit(work)
+        else:
+            work()
+
+    def bring(self, place: Room, offset: int, buffer: Tensor) -> Future[None]:
         """Start to fill a new tensor on the device; the future is done when its values are there."""
 
         def work() -> None:
@@ -113,16 +137,16 @@ class Activations:
 
         return self._submit(work)
 
-    def fetch(self, place: Tensor | int, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    def fetch(self, place: Room, offset: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Return a part in host memory, to be read only, once all that was carried away before has arrived."""
-        if isinstance(place, Tensor):
+        if isinstance(place, Future):
             self._submit(lambda: None).result()
-            return place[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            return place.result()[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
         host = torch.empty(shape, dtype=dtype)
         self._submit(lambda: read_at(self._descriptor, host, place + offset, self.scratch)).result()
         return host
 
-    def carry(self, place: Tensor | int, offset: int, value: Tensor) -> None:
+    def carry(self, place: Room, offset: int, value: Tensor) -> None:
         """Start to carry a tensor away; its values must stay until it has gone."""
 
         def work() -> None:
@@ -154,13 +178,15 @@ class Activations:
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="streamprune-activations")
         return self._worker.submit(run)
 
-    def _host(self, place: Tensor | int, offset: int, like: Tensor) -> Tensor:
-        """View pinned memory in the shape of a part: where it stays, or on its way to or from the file."""
+    def _host(self, place: Room, offset: int, like: Tensor) -> Tensor:
+        """View host memory in the shape of a part: where it stays, or pinned, on its way to or from the file."""
         if isinstance(place, int):
             if len(self._staging) < like.nbytes:
                 self._staging = self.transfers.chunk(like.nbytes)
-            place, offset = self._staging, 0
-        return place[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+            memory, offset = self._staging, 0
+        else:
+            memory = place.result()
+        return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class Spilled:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from streamprune.kernels import gram, mirror
 from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 
@@ -56,9 +57,20 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """Take in tokens [tokens, columns]."""
-        x = x.to(self.total.dtype)
-        self.total.addmm_(x.T, x)
-        self.count += len(x)
+        gram(self._total, x)
+        self.count, self._whole = self.count + len(x), False
+
+    @property
+    def total(self) -> Tensor:
+        """Sum so far; whoever needs it no more may overwrite it."""
+        if not self._whole:
+            mirror(self._total)
+            self._whole = True
+        return self._total
+
+    @total.setter
+    def total(self, total: Tensor) -> None:
+        self._total, self._whole = total, True
 
 
 Sums = TypeVar("Sums", Moments, Gram)

@@ -160,6 +160,7 @@ class Pager:
         self._slots: list[_Slot] = []
         self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
         self.page_cache = psutil.virtual_memory().available // 2
+        self._passing: int | None = None
 
     @property
     def _chunk_count(self) -> int:
@@ -219,6 +220,9 @@ class Pager:
         try:
             thread.start()
             yield self._pages(steps, handover)
+        except (MemoryError, RuntimeError) as error:
+            error.add_note(f"layer {self._passing}")  # where memory ran out
+            raise
         finally:
             handover.stop()
             if thread.ident is not None:
@@ -237,6 +241,7 @@ class Pager:
             waited = time.perf_counter() - start
             slot = self._slots[step.slot]
             self.device.compute_waits(slot.copied)
+            self._passing = step.layer
             yield Page(step.layer, self._views(step.layer, slot.buffer))
             if self.poison and not step.kept:
                 slot.buffer.fill_(0xFF)  # NaN in every float dtype

@@ -228,8 +228,9 @@ class Statistics:
             ids,
             lowest,
             again=self._again,
+            prunable=self.layers,
             perturbation=perturbation,
-            perturbed=self.layers,
+            collector=collector,
             stop=None if point is None else point.layer,
         )
         self._again = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from streamprune.model.skeleton import LayerCall, Skeleton
 from streamprune.model.units import TensorRef
 from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.device import paging_device
-from streamprune.streaming.gradients import MakeCollector, PowerCollector, gradient_scale, watched
+from streamprune.streaming.gradients import Collector, MakeCollector, gradient_scale, takes_ends, watched
 from streamprune.streaming.hidden_states import Activations, Place, States, ahead
 from streamprune.streaming.pager import Page, Pager, Turn
 from streamprune.streaming.state import StateStream, Streamed
@@ -35,6 +36,14 @@ def default_micro_batch(seq_len: int) -> int:
     return max(1, DEFAULT_MICRO_BATCH_TOKENS // seq_len)
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """Graph of a layer that a forward sweep has kept: parts, with input and output of each, and who is fed."""
+
+    collectors: Sequence[Collector]
+    runs: list[tuple[slice, Tensor, Tensor]]
+
+
 class Sweeper:
     """Runner of forward and backward sweeps of one model.
 
@@ -46,6 +55,8 @@ class Sweeper:
 
     Attributes:
         place, scratch: where hidden states stay, to be set before the sweeps.
+        graphs: layers below the head whose graphs a forward sweep keeps for the backward one, which then computes
+            nothing again.
         state: what the method keeps between sweeps, where it does not lie on the device; it passes with the layers.
     """
 
@@ -59,6 +70,8 @@ class Sweeper:
         self.place: Place = "device"
         self.scratch: Path | None = None
         self.state: StateStream | None = None
+        self.graphs = 0
+        self._graphs: dict[int, _Graph] = {}
         self._activations: Activations | None = None
         self._kept: list[States] = []  # inputs of the layers from `_kept_from` up, and the last one's output
         self._kept_from = 0
@@ -105,8 +118,9 @@ class Sweeper:
         lowest: int,
         *,
         again: bool = False,
+        prunable: Sequence[int] = (),
         perturbation: Perturbation | None = None,
-        perturbed: Sequence[int] = (),
+        collector: MakeCollector | None = None,
         stop: int | None = None,
     ) -> States:
         """Compute the hidden states up to layer `stop`; keep the inputs of layer `lowest` and above for `backward`.
@@ -114,9 +128,11 @@ class Sweeper:
         Args:
             input_ids: [n, seq].
             again: begin at `lowest` with the input that the last sweep kept.
-            perturbation: applied in the layers `perturbed`.
+            perturbation: applied in the layers `prunable`.
+            collector: as `backward` will be given it: the graphs of the last `self.graphs` layers are kept for that.
             stop: the first layer that is not run.
         """
+        self._graphs.clear()
         if again:
             assert lowest == self._kept_from and self._kept, "the sweep before kept the same"
             hidden = self._kept[0]
@@ -126,12 +142,48 @@ class Sweeper:
         order = range(lowest if again else 0, self.n_layers if stop is None else stop)
         with self.pages(order, stores=_stores_of(perturbation)) as pages:
             for page in pages:
-                moved = perturbation if page.layer in perturbed else None
-                weights = self.binder.bind(page, moved, self.scored[page.layer] if moved is not None else ())
-                output = self._kept[page.layer - lowest + 1] if page.layer >= lowest else hidden
-                self._run(page.layer, weights, calls[page.layer], hidden, output, self.micro_batch)
+                layer, scored = page.layer, self.scored[page.layer] if page.layer in prunable else {}
+                keeps = collector is not None and stop is None and layer >= max(lowest, self.n_layers - self.graphs)
+                weights = self.binder.bind(page, perturbation if scored else None, scored, apart=keeps)
+                output = self._kept[layer - lowest + 1] if layer >= lowest else hidden
+                if collector is not None and keeps:
+                    parts = len(list(self.micro_batches(len(hidden))))
+                    collectors = [collector(ref, page.tensors[name], parts) for name, ref in scored.items()]
+                    runs = list[tuple[slice, Tensor, Tensor]]()
+                    for part, boundary, made in self._with_graph(layer, weights, calls[layer], hidden, collectors):
+                        output[part] = made.detach()
+                        runs.append((part, boundary, made))
+                    self._graphs[layer] = _Graph(collectors, runs)
+                else:
+                    self._run(layer, weights, calls[layer], hidden, output, self.micro_batch)
                 hidden = output
         return hidden
+
+    def _with_graph(
+        self,
+        layer: int,
+        weights: dict[str, Tensor],
+        call: LayerCall,
+        hidden: States,
+        collectors: Sequence[Collector],
+        following: States | None = None,
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Run a layer part by part; yield each part, its input, and its output, whose backward feeds `collectors`.
+
+        `following` are announced while the last part is computed on.
+        """
+        # Nothing is wanted below the first boundary; but captured ends need a graph, which then begins at it.
+        graph = layer > self._kept_from or any(takes_ends(each, weights[each.ref.tensor]) for each in collectors)
+        parts = list(self.micro_batches(len(hidden)))
+        with watched(self.skeleton.layers[layer], weights, collectors) as bound:
+            for part in parts:
+                # Not detach(): where boundaries are one memory, it counts writes to others as writes to this one.
+                boundary = hidden[part].data.requires_grad_(graph)
+                if following is not None and part.stop == len(hidden):
+                    ahead(following, parts[0])
+                with torch.enable_grad():
+                    output = self.skeleton.run_layer(layer, bound, call, boundary)
+                yield part, boundary, output
 
     def _run(
         self, layer: int, weights: dict[str, Tensor], call: LayerCall, hidden: States, output: States, micro_batch: int
@@ -163,28 +215,27 @@ class Sweeper:
         """
         kept, first = self._kept, self._kept_from
         assert kept, "a forward sweep kept boundaries"
-        call = self.recorded(input_ids)
-        parts = list(self.micro_batches(len(grad)))
+        calls, parts = self.recorded(input_ids), len(list(self.micro_batches(len(grad))))
         top = self.n_layers if below is None else below
         with self.pages(range(top - 1, first - 1, -1)) as pages:
             for page in pages:
-                layer, hidden = page.layer, kept[page.layer - first]
-                scored = self.scored[layer] if layer in prunable else {}
-                weights = self.binder.bind(page, perturbation if scored else None, scored)
-                collectors = [collector(ref, page.tensors[name], len(parts)) for name, ref in scored.items()]
-                # Nothing is wanted below `first`; but captured ends need a graph, which then begins at the boundary.
-                graph = layer > first or any(isinstance(each, PowerCollector) for each in collectors)
-                with watched(self.skeleton.layers[layer], weights, collectors) as bound:
-                    for part in parts:
-                        boundary = hidden[part].detach().requires_grad_(graph)
-                        # The boundary that comes next is brought while the last part of this one is computed on.
-                        if layer > first and part.stop == len(grad):
-                            ahead(kept[layer - first - 1], parts[0])
-                        with torch.enable_grad():
-                            output = self.skeleton.run_layer(layer, bound, call[layer], boundary)
-                        output.backward(grad[part])
-                        if layer > first and boundary.grad is not None:
-                            grad[part] = boundary.grad
+                layer, scored = page.layer, self.scored[page.layer] if page.layer in prunable else {}
+                graph = self._graphs.pop(layer, None)
+                if graph is not None:
+                    for each in graph.collectors:
+                        each.stored = page.tensors[each.ref.tensor]  # the slot of then may hold another layer
+                    runs: Iterable[tuple[slice, Tensor, Tensor]] = graph.runs
+                else:
+                    weights = self.binder.bind(page, perturbation if scored else None, scored)
+                    collectors = [collector(ref, page.tensors[name], parts) for name, ref in scored.items()]
+                    below_it = kept[layer - first - 1] if layer > first else None
+                    runs = self._with_graph(
+                        layer, weights, calls[layer], kept[layer - first], collectors, following=below_it
+                    )
+                for part, boundary, output in runs:
+                    output.backward(grad[part])
+                    if layer > first and boundary.grad is not None:
+                        grad[part] = boundary.grad
                 done(layer, grad)
 
     def head_loss(self, hidden: States, input_ids: Tensor, *, with_grad: bool) -> tuple[float, States | None]:
@@ -229,9 +280,9 @@ class Sweeper:
         assert states is not None and start == count, "a journal holds all of them"
         return states
 
-    def states_like(self, states: States) -> States:
-        """Make new hidden states of the same shape, with anything in them."""
-        return self._new_states(1, tuple(states.shape), states.dtype)[0]
+    def states_like(self, states: States, width: int | None = None) -> States:
+        """Make new hidden states of the same shape, or of another width, with anything in them."""
+        return self._new_states(1, (*states.shape[:2], width or states.shape[2]), states.dtype)[0]
 
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         if self._activations is None:
@@ -264,6 +315,7 @@ class Sweeper:
     def forget_boundaries(self) -> None:
         """Let go of what `forward_keeping` kept."""
         self._kept = []
+        self._graphs.clear()
 
     def close(self) -> None:
         """Let go of all hidden states and their files, and of the method's state: no sweep comes."""

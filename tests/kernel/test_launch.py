@@ -14,12 +14,15 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from streamprune.kernels import grad_norm, moreau_step, perturb, prune_n_of_m, prune_rows, unit_score
+from streamprune.kernels import add_product, grad_norm, gram, mirror, moreau_step
+from streamprune.kernels import perturb, prune_n_of_m, prune_rows, unit_score
 w, g = torch.ones(4, 8), torch.ones(4, 8)
 assert perturb(torch.empty(4, 8), w, g, 0.05, 1).isfinite().all()
 assert moreau_step(None, g.clone(), 0.2, 0.1, threshold=0.01).zeroed == 0
 assert unit_score(w, g, 0).tolist() == [8.0] * 4
 assert grad_norm(torch.zeros(4, 8), torch.ones(1, 2, 8), torch.ones(1, 2, 4), 1).unique().tolist() == [2.0]
+assert mirror(gram(torch.zeros(8, 8), w)).unique().tolist() == [4.0]
+assert add_product(torch.zeros(8, 8), w, g).unique().tolist() == [4.0]
 assert (prune_rows(w.clone(), 3) == 0).sum() == 12 and (prune_n_of_m(w.clone(), 2, 4) == 0).sum() == 16
 try:
     perturb(torch.empty(4, 8), w, g, 0.05, 1, backend="triton")

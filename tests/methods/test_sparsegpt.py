@@ -9,7 +9,7 @@ from plain_weights import TinyWeights, assert_same_weights, check_zeros, whole
 
 from streamprune.errors import StreampruneError
 from streamprune.methods.sinks import Sparsity
-from streamprune.methods.sparsegpt import COLUMN_BLOCK, inverse_factor, prune_and_update
+from streamprune.methods.sparsegpt import COLUMN_BLOCK, LEAF, inverse_factor, prune_and_update
 
 F64 = torch.float64
 
@@ -220,6 +220,30 @@ def test_a_singular_gram_matrix_is_damped_or_refused(seed):
         inverse_factor(h.clone(), 0.0, "layer 3, some.weight")
     pruned = prune(weight, h, Sparsity(0.5), damp=0.01)
     torch.testing.assert_close(pruned, plain_sparsegpt(weight, h, Sparsity(0.5))[0], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("columns", [1, 40, LEAF + 1, 3 * LEAF + 7])
+def test_the_factor_is_that_of_the_inverse(columns):
+    h = hessian(inputs(columns, tokens=2 * columns))
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(columns, dtype=F64)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(inverse_factor(h.clone(), 0.01), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tried,times,damp,rtol", [(1, 1, 1e-4, 1e-3), (2, 10, 1e-7, 0.2), (4, 100, 2e-9, 1e-5)])
+def test_what_float32_cannot_factor_is_damped_more_and_at_last_factored_in_float64(tried, times, damp, rtol):
+    x = inputs(64, tokens=20)  # of rank 20
+    h = (x.T @ x).float()
+
+    def damped(more):
+        return h + more * damp * h.diagonal().mean() * torch.eye(64)
+
+    fails = [bool(torch.linalg.cholesky_ex(damped(more).flip(0, 1)).info) for more in (1, 10, 100)]
+    assert [*fails, False].index(False) == tried - 1
+    factor = inverse_factor(h.clone(), damp)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped(times).double()), upper=True)
+    assert factor.dtype == torch.float32
+    assert (factor - expected).abs().max() < rtol * expected.abs().max()
 
 
 @pytest.mark.parametrize("damp", [0.0, 1e-9, 0.01])

@@ -13,6 +13,8 @@ import torch
 from cli_runner import COMMAND, SHORT, Outcome, environment, running_threads, snapshot
 from marks import slow
 
+from streamprune.streaming.binder import Binder
+
 
 def check_interrupted(result: Outcome) -> None:
     """A clean line; the empty one before it ends the terminal's "^C"."""
@@ -122,4 +124,20 @@ def test_memory_that_runs_out_is_one_line(error, refused, model, monkeypatch):
         raise error
 
     monkeypatch.setattr("streamprune.streaming.sweeper.Sweeper.forward", exhausted)
-    refused(model, code=1, names=("memory",), remedy="lower --micro-batch")
+    refused(model, code=1, names=("out of memory in perplexity before",), remedy="lower --micro-batch")
+
+
+def test_memory_that_runs_out_in_a_layer_names_it_with_what_was_wanted_and_is_free(refused, model, monkeypatch):
+    original = Binder.bind
+
+    def bind(self, page, *given, **options):
+        if page.layer == 3 and given and given[0] is None and options:  # not when the dense model is evaluated
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which "
+                "512.00 MiB is free. 22.00 GiB allowed; Process 7 has 1.00 GiB memory in use."
+            )
+        return original(self, page, *given, **options)
+
+    monkeypatch.setattr(Binder, "bind", bind)
+    where = "out of memory in layer 3 of scoring moreau-gs: 2.00 GiB were asked for, 512.00 MiB are free;"
+    refused(model, code=1, names=(where, "or raise --gpu-memory"), remedy="lower --micro-batch")

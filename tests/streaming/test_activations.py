@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from test_paging import FakeDevice
+from fake_device import FakeDevice
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 
 from streamprune.errors import OutputError

@@ -1,7 +1,9 @@
 """Streamed losses, hidden states and gradients equal those of the whole model under autograd."""
 
+import weakref
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from marks import slow
@@ -16,8 +18,10 @@ from tiny_models import (
 )
 
 from streamprune.methods.needs import GRADIENTS
+from streamprune.model.units import TensorRef
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.costs import Sizes, Task
+from streamprune.streaming.gradients import GradientCollector, gradient_scale, watched
 from streamprune.streaming.statistics import Statistics
 
 LAYERS = range(1, N_LAYERS)
@@ -238,3 +242,101 @@ def test_gradients_do_not_underflow_in_half_precision(dtype, tmp_path):
         assert rough[key].dtype == torch.float32
         cosine = torch.nn.functional.cosine_similarity(rough[key].double().flatten(), grad.flatten(), dim=0)
         assert cosine > 0.99, (key, cosine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_graphs_that_are_kept_change_no_bit_and_save_the_recomputing(family, dtype, tmp_path):
+    save_tiny(tmp_path, family)
+    ids, layers, seen = token_ids(n=5, seq=12), range(1, N_LAYERS), []
+    for graphs in (0, 2, N_LAYERS):
+        sweeper, found, calls = make_sweeper(tmp_path, dtype=dtype, micro_batch=2), {}, []
+        sweeper.graphs, run_layer = graphs, sweeper.skeleton.run_layer
+        sweeper.skeleton.run_layer = lambda *given, run=run_layer, calls=calls: calls.append(given[0]) or run(*given)
+        statistics = Statistics(sweeper, ids, layers, 0)
+
+        def consume(ref, weight, grad, found=found):
+            found["mean", ref.key] = grad.clone(), weight.clone()
+
+        def consume_powers(ref, weight, sums, found=found):
+            found["powers", ref.key] = sums[0].clone(), sums[2].clone()
+
+        statistics.gradients(consume, Perturbation(0.05, (0, 0, 0)))
+        statistics.gradient_powers(consume_powers, (0, 2))
+        first, again = N_LAYERS + N_LAYERS - 1, 2 * (N_LAYERS - 1)  # layers of a sweep and of the next one
+        assert len(calls) == 3 * (first + again - 2 * min(graphs, N_LAYERS - 1)), "of three micro-batches each"
+        seen.append(found)
+    assert seen[0].keys() == seen[1].keys() == seen[2].keys()
+    for other in seen[1:]:
+        for key, pair in seen[0].items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, other[key], strict=True)), key
+
+
+@pytest.fixture
+def from_ends(monkeypatch):
+    """Weight gradients are made of the Linears' ends, as on a GPU in half precision."""
+    monkeypatch.setattr("streamprune.streaming.gradients.sums_halves", lambda tensor: True)
+
+
+@pytest.mark.parametrize("micro_batch,lowest", [(2, 1), slow(64, 0)])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradients_from_ends_equal_whole_model_autograd(family, micro_batch, lowest, tmp_path, from_ends):
+    model, ids = save_tiny(tmp_path, family), token_ids(n=3)
+    sweeper = make_sweeper(tmp_path, micro_batch=micro_batch)
+    layers = range(lowest, N_LAYERS)
+    _, grads = collect(Statistics(sweeper, ids, layers, 0))
+    expected, path = whole_model_gradients(model, ids), sweeper.skeleton.family.layers
+    assert set(grads) == {ref.key for layer in layers for ref in sweeper.scored[layer].values()}
+    for (layer, tensor), grad in grads.items():
+        whole = expected[f"{path}.{layer}.{tensor}"]
+        # Norms compute in float32 whatever the model's dtype, and here other sequences together.
+        torch.testing.assert_close(grad, whole, rtol=1e-5, atol=1e-6 * float(whole.abs().max()))
+    assert not any(module._forward_hooks for layer in sweeper.skeleton.layers for module in layer.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_from_half_ends_are_not_rounded_to_half(dtype, family, tmp_path, from_ends):
+    """Σ dYᵀX over micro-batches, in float64 from what hooks of the modules see."""
+    save_tiny(tmp_path, family, dtype=torch.float32)
+    sweeper, ids = make_sweeper(tmp_path, dtype=dtype, micro_batch=2), token_ids(n=5)
+    expected, hooks = {}, []
+
+    def watch(key, transposed):
+        def add(x, dy):
+            ends = [end.double().flatten(0, -2) for end in ((dy, x) if transposed else (x, dy))]
+            expected[key] = expected.get(key, 0) + ends[1].T @ ends[0] / gradient_scale(dtype)
+
+        def after(module, given, output):
+            if output.requires_grad:
+                x = given[0].detach().clone()
+                output.register_hook(lambda dy: add(x, dy))
+
+        return after
+
+    for layer in LAYERS:
+        for name, ref in sweeper.scored[layer].items():
+            module = sweeper.skeleton.layers[layer].get_submodule(name.removesuffix(".weight"))
+            hooks.append(module.register_forward_hook(watch(ref.key, ref.transposed)))
+    _, grads = collect(Statistics(sweeper, ids, LAYERS, 0))
+    for hook in hooks:
+        hook.remove()
+    assert set(grads) == set(expected)
+    for key, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - expected[key]).abs().max() <= 1e-6 * expected[key].abs().max(), key
+
+
+def test_a_linears_input_is_let_go_of_with_its_gradient(from_ends):
+    """The output, and with it the graph's nodes, is there until the next micro-batch is through."""
+    layer, memory, found = torch.nn.Sequential(torch.nn.Linear(3, 2)), numpy.ones((4, 3), dtype=numpy.float32), []
+    alive, ref, weight = weakref.ref(memory), TensorRef(0, "0.weight", None, None), layer[0].weight.detach()
+    collector = GradientCollector(lambda *handed: found.append(handed), ref, weight, 1)
+    with watched(layer, {"0.weight": weight}, [collector]) as bound:
+        given = torch.from_numpy(memory)
+        output = torch.func.functional_call(layer, bound, given)  # its bias makes a graph
+        del memory, given
+        assert alive() is not None
+        output.sum().backward()
+    assert alive() is None
+    assert torch.equal(found[0][2], torch.full((2, 3), 4.0)) and output.requires_grad
