@@ -28,22 +28,26 @@ def operation_seconds(op: Any, args: Any, kwargs: Any, made: Any, machine: Machi
     taken = (read + written) / machine.memory
     if op in flop_registry:
         operand = args[1] if op in (aten.addmm, aten.baddbmm) else args[0]
-        taken = max(taken, flop_registry[op](*args, **kwargs, out_val=made) / machine.products(operand.dtype))
+        operands = [each for each in args if isinstance(each, Tensor)]
+        taken = max(taken, flop_registry[op](*operands, out_val=made) / machine.products(operand.dtype))
     elif op in FACTORS:
         taken = max(taken, FACTORS[op] * args[-1].shape[-1] ** 3 / machine.products(args[0].dtype))
     return taken
 
 
 def kernel_seconds(launch: Launch, machine: Machine) -> float:
-    """Time of one of our kernels: each operand moved once, the first both ways unless it is only written; or products."""
+    """Time of one of our kernels: its products, or each operand moved once, the first both ways if it is changed."""
     given = launch.arguments
     tensors = {id(each): each for each in given.values() if isinstance(each, Tensor)}
     first = next(name for name, each in given.items() if isinstance(each, Tensor))
     both_ways = 0 if first in ("out_ptr", "partial_ptr") else _nbytes(given[first])
     taken = (sum(map(_nbytes, tensors.values())) + both_ways) / machine.memory
-    if launch.kernel.__name__ == "grad_norm_kernel":
+    name = launch.kernel.__name__
+    if name == "grad_norm_kernel":
         products = 2 * given["n_samples"] * given["n_tokens"] * given["d_out"] * given["d_in"]
         taken = max(taken, products / machine.grad_norm)
+    elif name == "gram_kernel":  # half of the matrix
+        taken = max(taken, given["n_tokens"] * given["n_cols"] ** 2 / machine.half)
     return taken
 
 

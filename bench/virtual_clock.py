@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from virtual_time import Engine, World, replaced, virtual_threads
 
 from streamprune import kernels
+from streamprune.kernels.add_product import HALVES, sums_halves
 from streamprune.kernels.launch import Launch, use_triton
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.streaming import device as devices
@@ -272,6 +273,9 @@ class CostMode(TorchDispatchMode):
     def _operate(self, func: Any, op: Any, args: Any, kwargs: Any) -> Any:
         """Queue an operation; of one like it that was there before, torch is not asked again what it puts out."""
         key = func, _likeness(args), _likeness(tuple(kwargs.items()))
+        if "out" in kwargs:  # which products summed in another dtype have, and nothing on `meta`
+            self.clock.run(operation_seconds(op, args, kwargs, kwargs["out"], self.clock.machine))
+            return kwargs["out"]
         if key not in self.clock.known:
             made = func(*args, **kwargs)
             seconds = None if op in NO_KERNEL else operation_seconds(op, args, kwargs, made, self.clock.machine)
@@ -350,6 +354,7 @@ def running(clock: Clock) -> Iterator[None]:
         "is_gpu": (devices.is_gpu, is_gpu),
         "paging_device": (devices.paging_device, lambda device, *, planned=False: ClockDevice(clock)),
         "use_triton": (use_triton, lambda tensor, backend: tensor.dtype != torch.float64),
+        "sums_halves": (sums_halves, lambda tensor: tensor.dtype in HALVES),
     }
     with ExitStack() as stack:
         stack.enter_context(replaced("streamprune.", **things))
