@@ -3,10 +3,11 @@
     python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N]
 
 TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `weights`
-(50 %, 2:4, 4:8), `layers` (1 to 9 of 30) or `compensate` (tokens, λ, target). DIR holds wikitext2-valid.txt
-(calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not computed again, so a run
-that was cut short goes on. Each method scores once, in a process of its own, for all settings that share its scores;
-the checkpoints are written, loaded back and measured. Needs about 2 GB of temporary space.
+(50 %, 2:4, 4:8), `layers` (1 to 9 of 30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on
+fewer tokens). DIR holds wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE
+already has is not computed again, so a run that was cut short goes on. Each method scores once, in a process of its
+own, for all settings that share its scores; the checkpoints are written, loaded back and measured in float32. Needs
+about 2 GB of temporary space.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +84,22 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
         }
         | {"stream 65536 default": {"ratio": 0.25, **MIDDLE, "compensate": True}},
     ),
+    "dtypes": (
+        ("taylor", "moreau-gs", "wanda-sp", "wanda", "sparsegpt"),
+        {
+            f"{what}, {dtype}": {"samples": 16, **options, "dtype": dtype}
+            for what, options in (
+                ("20 % of units", {"ratio": 0.2, **MIDDLE}),
+                ("20 %, repaired", {"ratio": 0.2, **MIDDLE, "compensate": True, "compensate_tokens": 8192}),
+                ("50 % of weights", {"granularity": "weights"}),
+            )
+            for dtype in ("float32", "bfloat16")
+        },
+    ),
 }
 DTYPE = "float32"  # on a GPU too: the same arithmetic everywhere
-SHARED = ("granularity", "layers", "stock")  # of settings: what scores depend on
+SHARED = ("granularity", "layers", "stock", "dtype")  # of settings: what scores depend on
+BAR = 0.005  # of perplexity, that bfloat16 may cost a method which has it by default
 TEXTS = {
     "test 128": ("wikitext2-test", 128, 100),
     "test 1024": ("wikitext2-test", 1024, 20),
@@ -110,9 +125,11 @@ def measure(job: dict[str, Any]) -> None:
     scores = None
     first = next(iter(job["settings"].values()))
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
-    with Source(job["model"], dtype=DTYPE, scope=scope).open() as sweeper:
+    dtype = first.get("dtype", DTYPE)
+    with Source(job["model"], dtype=dtype, scope=scope).open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
-        samples, seq_len = (10, 128) if all(need.label != "inputs" for need in method.needs) else (128, 512)
+        inputs = any(need.label == "inputs" for need in method.needs)
+        samples, seq_len = (first.get("samples", 128), 512) if inputs else (10, 128)
         ids = corpus.sequences(samples, seq_len, "first", 0)
         for name, options in job["settings"].items():
             options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
@@ -126,21 +143,32 @@ def measure(job: dict[str, Any]) -> None:
             run = Job(config, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
             with tempfile.TemporaryDirectory() as directory:
-                start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read
+                start, read, cpu = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read, time.process_time()
                 if config.target == "weights":
                     run.prune_weights(Path(directory))
-                    costs = run.costs
+                    costs = run.costs | {"cpu_seconds": time.process_time() - cpu}
                 else:
                     if scores is None:
-                        scores, costs = run.score(), run.costs
+                        scores, costs = run.score(), run.costs | {"cpu_seconds": time.process_time() - cpu}
                         start, read = time.perf_counter(), sweeper.skeleton.checkpoint.bytes_read
+                    cpu = time.process_time()
                     run.cut(scores, Path(directory))
                 cutting = {
                     "seconds": time.perf_counter() - start,
+                    "cpu_seconds": time.process_time() - cpu,
                     "bytes_read": sweeper.skeleton.checkpoint.bytes_read - read,
                     **peaks(),
                 }
-                result = {"perplexity": perplexities(directory, data), "scoring": costs, "cutting": cutting}
+                texts = ("test 128",) if "dtype" in options else tuple(TEXTS)
+                result = {
+                    "perplexity": perplexities(directory, data, DTYPE, texts),
+                    "scoring": costs,
+                    "cutting": cutting,
+                }
+                if "dtype" in options:
+                    same = dtype == DTYPE
+                    computed = result["perplexity"] if same else perplexities(directory, data, dtype, texts)
+                    result["as computed"] = computed["test 128"]
                 result["device"] = device_name(sweeper.skeleton.device)
             print(json.dumps([name, result]), flush=True)
 
@@ -152,15 +180,16 @@ def device_name(device: Any) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def perplexities(directory: str, data: Path) -> dict[str, float]:
-    """Of the three texts, streamed."""
+def perplexities(directory: str, data: Path, dtype: str, texts: Sequence[str]) -> dict[str, float]:
+    """Of the texts, streamed."""
     from streamprune.pipeline.source import Source
     from streamprune.streaming.perplexity import perplexity
     from streamprune.texts.corpus import open_corpus
 
     values = {}
-    with Source(directory, dtype=DTYPE, decompress=True).open() as pruned:
-        for name, (file, seq_len, samples) in TEXTS.items():
+    with Source(directory, dtype=dtype, decompress=True).open() as pruned:
+        for name in texts:
+            file, seq_len, samples = TEXTS[name]
             corpus = open_corpus(pruned.skeleton.checkpoint.path, data / f"{file}.txt")
             values[name] = perplexity(pruned, corpus.segments(seq_len, samples)).perplexity
     return values
@@ -213,6 +242,37 @@ def show(table: str, results: dict[str, Any]) -> str:
     return aligned(rows, markdown=True)
 
 
+def show_dtypes(results: dict[str, Any]) -> str:
+    """A row per method and what goes: perplexity after either dtype's arithmetic, and its processor's seconds.
+
+    Those of a repaired row are of the repair; the others of scoring. A processor that is shared costs none of them.
+    """
+    from streamprune.figures import table as aligned
+
+    cells: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
+    for key, run in results.items():
+        table, method, _ = key.split("/")
+        for name, result in run.items() if table == "dtypes" else ():
+            what, dtype = name.rsplit(", ", 1)
+            cells.setdefault((method, what), {}).setdefault(dtype, []).append(result)
+    head = ["float32", "bfloat16", "more", "measured in bfloat16", "CPU s, float32", "bfloat16", f"at most {BAR:.1%}"]
+    rows = [["method", "what goes", *head]]
+    for (method, what), by_dtype in cells.items():
+        if len(by_dtype) < 2:
+            continue
+        wide, half = by_dtype["float32"], by_dtype["bfloat16"]
+        values = [[one["perplexity"]["test 128"] for one in each] for each in (wide, half)]
+        more = statistics.mean(values[1]) / statistics.mean(values[0]) - 1
+        seconds = [
+            statistics.median(one["cutting" if "repaired" in what else "scoring"]["cpu_seconds"] for one in each)
+            for each in (wide, half)
+        ]
+        row = [_spread(values[0], 2), _spread(values[1], 2), f"{more:+.2%}"]
+        row += [_spread([one["as computed"] for one in half], 2), *(f"{each:.1f}" for each in seconds)]
+        rows.append([method, what, *row, "yes" if more <= BAR else "no"])
+    return aligned(rows, markdown=True)
+
+
 def split(table: str, name: str) -> tuple[str, str]:
     """(amount, variant) of a setting: ("20%", "compensated"); repair settings are amounts by tokens."""
     if table == "compensate":
@@ -225,11 +285,11 @@ def split(table: str, name: str) -> tuple[str, str]:
     return amount, variant
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 1) -> str:
     if not values:
         return "-"
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f}–{max(values):.1f})"
+    mean, least, most = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({least}–{most})"
 
 
 @click.command()
@@ -265,15 +325,24 @@ def main(
 
         path = str(model or demo.fetch(default_cache(), Progress()))
         methods, settings = TABLES[table]
-        wanted = {name: options for name, options in settings.items() if not only or name in only}
+        chosen = {name: options for name, options in settings.items() if not only or name in only}
         for seed in range(seeds):
             for method in only_methods or methods:
+                wanted = {name: each for name, each in chosen.items() if able(method, each)}
                 done = results.setdefault(f"{table}/{method}/{seed}", {})
                 missing = {name: options for name, options in wanted.items() if name not in done}
                 for group in jobs(method, missing):
                     job = {"model": path, "data": str(data), "method": method, "settings": group, "seed": seed}
                     _run(table, job, done, lambda: json_file and json_file.write_text(json.dumps(results, indent=1)))
-    print(show(table, results))
+    print(show_dtypes(results) if table == "dtypes" else show(table, results))
+
+
+def able(method: str, options: dict[str, Any]) -> bool:
+    """Whether the method can score what goes."""
+    from streamprune.methods.table import METHODS
+
+    granularity = options.get("granularity", "units")
+    return (granularity if granularity in ("units", "layers") else "weights") in METHODS[method].targets
 
 
 def _run(table: str, job: dict[str, Any], done: dict[str, Any], save: Any) -> None:

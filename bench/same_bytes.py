@@ -163,7 +163,7 @@ def planned(options: dict[str, Any], scratch: Path) -> list[Any]:
         passes = [[order[0], order[-1]] if order else [] for order in stage.passes]
         held = [sum(stage.device.values()), sum(stage.host.values()), stage.scratch, stage.moved, stage.up, stage.down]
         numbers.append([stage.name, *held, stage.read, stage.written, stage.carried, *work, passes])
-    return [placement.slots, placement.place, placement.state, placement.micro_batch, numbers]
+    return [placement.held.slots, placement.place, placement.state, placement.micro_batch, numbers]
 
 
 def matrix() -> dict[str, Any]:

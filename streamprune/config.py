@@ -14,6 +14,7 @@ from streamprune.schema import Option, option, refuse_idle, taken
 from streamprune.values import STANDARD_INPUT
 
 Target = Literal["units", "layers", "weights"]
+AUTO = "auto"  # of dtypes: what suits the model and the machine
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 _FILES, _METHOD, _WHAT = "Model and output", "Method", "What goes"
 _REPAIR, _TEXTS, _MACHINE = "Repair", "Texts", "Arithmetic and machine"
@@ -240,14 +241,14 @@ class PruneConfig:
         shown="as many as make 2048 tokens",
         minimum=1,
     )
-    dtype: str | None = option(
-        None,
+    dtype: str = option(
+        AUTO,
         values.dtype,
         "Compute dtype.",
         _MACHINE,
-        shown="float32 on a CPU, the stored one on a GPU",
-        choices=("float32", "bfloat16", "float16", "float64"),
-        resolved=True,
+        more="auto is the stored one; on a CPU it is bfloat16 where that is stored and the processor multiplies it "
+        "(AVX512-BF16, AMX), else float32.",
+        choices=(AUTO, "float32", "bfloat16", "float16", "float64"),
     )
     device: str | None = option(
         None,
@@ -291,11 +292,12 @@ class PruneConfig:
         **_ON_MACHINE,
     )
     state_dtype: str = option(
-        "float32",
+        AUTO,
         values.dtype,
         "Dtype of what a method keeps between sweeps: float32, or bfloat16 in half the bytes.",
         _MACHINE,
-        choices=("float32", "bfloat16"),
+        more="auto is bfloat16 on a GPU that computes in half precision, else float32.",
+        choices=(AUTO, "float32", "bfloat16"),
         listed=False,
     )
     resume: bool = option(

@@ -32,7 +32,7 @@ class Option:
         only_for: targets that it means something for; empty for all of them.
         only_with: name of the switch that it means something with.
         changes_bytes: whether other tensors, or other files beside them, come out.
-        resolved: `--resume` compares what it came to (the source's hash, the dtype, the device), not what was given.
+        resolved: `--resume` compares what it came to (the source's hash, the device), not what was given.
         card: whether the card's recipe says it: "always", "given" where it is not the default, or "never". What changes
             no byte is never said.
     """

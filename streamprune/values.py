@@ -116,7 +116,12 @@ def layer_range(flag: str, value: Any) -> tuple[int, int]:
 def dtype(flag: str, value: Any) -> str:
     """Take a dtype, "bfloat16" or torch.bfloat16, and return its name."""
     # By the type's name, so that reading options does not import torch.
-    return str(value).removeprefix("torch.") if type(value).__name__ in ("str", "dtype") else text(flag, value)
+    return dtype_name(value) if type(value).__name__ in ("str", "dtype") else text(flag, value)
+
+
+def dtype_name(value: Any) -> str:
+    """Name a dtype of torch as the options do: "bfloat16"."""
+    return str(value).removeprefix("torch.")
 
 
 def device(flag: str, value: Any) -> str:

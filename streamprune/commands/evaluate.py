@@ -25,4 +25,4 @@ def evaluate_command(quiet: bool, json_progress: bool, debug: bool, **options: A
     """Streamed perplexity of a model of any size, over non-overlapping segments."""
     with progress_of_options(quiet, json_progress) as progress:
         found = evaluate(**options, progress=progress)
-    click.echo(f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f} nats, {found.text})")
+    click.echo(f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f} nats, {found.text}, in {found.dtype})")

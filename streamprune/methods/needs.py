@@ -89,6 +89,8 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
     threads = task.sweeper.binder.threads if moved and task.apart else 0
     forward, forward_above = task.flops(task.whole), task.flops(above)
     passed = len(task.whole) + (task.sweeps - 1) * len(above)
+    kept = above[max(0, len(above) - task.graphs) :]  # with weights of their own, and what a layer saves of all tokens
+    graph_bytes = ends * task.tokens * task.itemsize + task.sweeper.binder.buffer_bytes
     return task.cost(
         states=len(above) + 2,  # boundaries, and the gradient
         brought=passed + task.sweeps * (2 * len(above) + 1),
@@ -99,10 +101,11 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
             "activations": ends * tokens * task.itemsize,
             "gradients of activations": 3 * widest * tokens * task.itemsize,
             "gradients, and what is made of them": sizes.most(gradients, task.layers) * task.sum_itemsize,
+            "graphs of layers": len(kept) * graph_bytes,
         },
         host={"δ on its way": threads * 4 * sizes.most(_largest, task.layers)},
         forward=forward + forward_above * (task.sweeps - 1) + task.sweeps * task.head_flops,
-        backward=(3 * forward_above + 2 * task.head_flops) * task.sweeps,
+        backward=(3 * forward_above - task.flops(kept) + 2 * task.head_flops) * task.sweeps,
         # It is drawn again on the way back.
         noise=2 * task.sweeps * sizes.total(lambda layer: layer.weights, task.layers) if moved else 0,
     )

@@ -6,8 +6,9 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from streamprune.config import AUTO
 from streamprune.errors import UsageError
-from streamprune.values import source
+from streamprune.values import dtype_name, source
 
 if TYPE_CHECKING:
     from streamprune.streaming.perplexity import Perplexity
@@ -21,7 +22,7 @@ def evaluate(
     seq_len: int = 128,
     samples: int | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str = AUTO,
     bos: str = "auto",
     micro_batch: int | None = None,
     trust_remote_code: bool = False,
@@ -78,4 +79,5 @@ def evaluate(
         check_tokens(segments, sweeper.skeleton)
         sweeps = sweeps_needed(sweeper, segments)
         with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
-            return replace(perplexity(sweeper, segments), text=corpus.describe(segments))
+            found = perplexity(sweeper, segments)
+    return replace(found, text=corpus.describe(segments), dtype=dtype_name(sweeper.skeleton.dtype))

@@ -26,7 +26,6 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
     options |= {"allocation": plan.choice.allocation, "compensate_target": plan.repair}
     if ids is not None:
         options |= {"samples": len(ids), "seq_len": ids.shape[1]}
-    options["dtype"] = str(skeleton.dtype).removeprefix("torch.")
     packages = ("streamprune", "torch", "transformers", "safetensors")
     form = done.form
     after = skeleton.parameters - removed_parameters(skeleton, plan.costs, form.kept) + form.added_parameters

@@ -29,7 +29,7 @@ from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.device import peaks
 from streamprune.streaming.pager import Page
-from streamprune.streaming.state import StateStream
+from streamprune.streaming.state import STATE_SLOTS, StateStream
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -59,6 +59,7 @@ class Job:
         costs: what scoring took: seconds, bytes_read, and peak_rss so far; on a GPU also peak_gpu.
         companions: what comes along beside the tensors.
         journal: the journal of a run that can be resumed.
+        state_slots: layers whose state a GPU may hold.
         state_scratch: directory of what the method keeps between sweeps, where it is not in memory or the journal.
         predicted: seconds of the stages, where rates of this machine are known.
     """
@@ -73,6 +74,7 @@ class Job:
     costs: dict[str, float] = field(default_factory=dict)
     journal: Journal | None = None
     state_scratch: Path | None = None
+    state_slots: int = STATE_SLOTS
     predicted: Mapping[str, float] = field(default_factory=dict)
 
     def score(self) -> UnitScores | LayerScores:
@@ -164,7 +166,7 @@ class Job:
 
     def _stores(self) -> MakeStore:
         """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""
-        dtype = self.config.state_dtype
+        dtype = self.plan.state_dtype
         elsewhere = partial(make_store, journal=self.journal, scratch=self.state_scratch, dtype=dtype)
         device, kept = self.sweeper.pager.device, {state.name for state in self.plan.state}
         if device.direct or self.journal is not None or self.state_scratch is not None or not kept:
@@ -172,7 +174,7 @@ class Job:
         stream = StateStream(
             state_blocks(self.plan, self.sweeper), device.another(), device.another(), dtype=getattr(torch, dtype)
         )
-        self.sweeper.state = stream
+        self.sweeper.state, stream.slots = stream, self.state_slots
         if not stream.registered:
             self.progress.say("host memory cannot be registered with the GPU (ulimit -l), so copies are staged")
         return lambda name: stream.store(name) if name in kept else elsewhere(name)

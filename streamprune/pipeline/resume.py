@@ -80,7 +80,7 @@ def _fingerprint(
         source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
     versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
     tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
-    compute = {"compute dtype": str(skeleton.dtype), "compute device": device_name(skeleton.device)}
+    compute = {"compute device": device_name(skeleton.device)}
     named = {"output form": None if form is None else form.__qualname__}
     return {**options, **named, **versions, **tokens, **compute, "source": source.hexdigest()}
 

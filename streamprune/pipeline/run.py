@@ -45,6 +45,7 @@ from streamprune.storage.journal import remove_journal
 from streamprune.streaming.device import card, compute_device, is_gpu, limit_memory
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+from streamprune.values import dtype_name
 
 # What a run holds that a plan does not: tokens, and what tokenising them leaves behind (1 to 3 MB of texts of 23 kB and
 # 1.1 MB, 9 MB more for a moment). The tokenizer itself, 50 to 340 MB, a plan loads too.
@@ -118,7 +119,8 @@ def prune(
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
         directory, facts, written, segments = _score_and_write(config, output, progress, journal_directory, form)
         if segments is not None:
-            facts["perplexity"]["after"] = _perplexity_after(config, directory, written.form, segments, progress)
+            same = replace(config, dtype=facts["options"]["dtype"])
+            facts["perplexity"]["after"] = _perplexity_after(same, directory, written.form, segments, progress)
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts["peak_rss"] = peak_rss()
         write_json(directory / OWN_FILE, facts)
@@ -148,6 +150,7 @@ def _score_and_write(
         plan = make_plan(config, skeleton, form)
         _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
+        config = _as_decided(config, skeleton, plan)
         beside = _prepare_companions(config, plan, progress)
         tokens = batches.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
         ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
@@ -178,6 +181,7 @@ def _score_and_write(
         found = rates.known(sweeper, 128 if ids is None else ids.shape[1], rates.default_cache())
         predicted = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
         job = Job(config, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted)
+        job.state_slots = placement.held.state_slots
         job.state_scratch = config.scratch if placement.state == "scratch" else None
         directory = output.enter_context(
             atomic_directory(
@@ -191,6 +195,12 @@ def _score_and_write(
         if segments is not None:
             facts["perplexity"]["before"] = saved["before"][1]
     return directory, facts, _Written(type(done.form), done.form.kept), segments
+
+
+def _as_decided(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> PruneConfig:
+    """Put the dtypes that "auto" came to in its place: they are recorded, and a journal goes on with no others."""
+    kept_in = plan.state_dtype if plan.state else config.state_dtype
+    return replace(config, dtype=dtype_name(skeleton.dtype), state_dtype=kept_in)
 
 
 def _check_output_space(
@@ -239,7 +249,8 @@ def _settle(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
         check_space(config.scratch, spilled, "what goes to --scratch")
-    sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.slots
+    sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.held.slots
+    sweeper.graphs = placement.held.graphs
     to_take = placement.host_bytes - psutil.Process().memory_info().rss
     sweeper.pager.page_cache = max(0, int(CACHE_SHARE * (psutil.virtual_memory().available - to_take)))
     sweeper.place, sweeper.scratch = placement.place, placement.scratch

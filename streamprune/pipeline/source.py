@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from streamprune.config import AUTO
 from streamprune.errors import CheckpointError
 from streamprune.model.skeleton import Skeleton
 from streamprune.output import sparse24
@@ -34,7 +35,7 @@ class Source:
 
     model: str
     device: str | None = None
-    dtype: str | None = None
+    dtype: str = AUTO
     micro_batch: int = 1
     scope: Literal["units", "matrices"] = "units"
     trust_remote_code: bool = False

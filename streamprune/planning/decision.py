@@ -25,6 +25,8 @@ from streamprune.output.stock import StockForm
 from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, UnitCosts
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
+from streamprune.streaming.device import state_dtype
+from streamprune.values import dtype_name
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Plan:
         form: the output's form, with the widths of `choice`: with a global allocation its bytes are right to a unit.
         repair: what o and down are fitted to afterwards, if they are.
         state: bytes of what the method keeps between its sweeps.
+        state_dtype: its dtype where it is not the method's own.
     """
 
     layers: range
@@ -50,6 +53,7 @@ class Plan:
     form: OutputForm
     repair: RepairGoal | None
     state: Mapping[KeptState, int]
+    state_dtype: str
 
     @property
     def state_bytes(self) -> int:
@@ -109,6 +113,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
     if planned.added_biases and (config.stock or not skeleton.family.ragged):
         raise UsageError("no stock class has biases on o and down alone; leave them out with --no-bias")
     planned.check()
+    kept_in = state_dtype(config.state_dtype, skeleton.device, skeleton.dtype)
     return Plan(
         layers=layers,
         settings=settings,
@@ -117,7 +122,8 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         sparsity=_sparsity(config, skeleton, layers) if config.target == "weights" else None,
         form=planned,
         repair=repair,
-        state=_state(config, skeleton, settings, layers),
+        state=_state(config, skeleton, settings, layers, kept_in),
+        state_dtype=kept_in,
     )
 
 
@@ -240,8 +246,10 @@ def _sparsity(config: PruneConfig, skeleton: Skeleton, layers: range) -> Sparsit
     return Sparsity(_ratio(config), n, m)
 
 
-def _state(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], layers: range) -> dict[KeptState, int]:
-    """Count the bytes of what the method keeps between its sweeps, by kind of state."""
+def _state(
+    config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any], layers: range, dtype: str
+) -> dict[KeptState, int]:
+    """Count the bytes of what the method keeps between its sweeps, by kind of state; `dtype` where it has none."""
     scored = {member.tensor for member in skeleton.family.members if member.scored}
     elements = [
         skeleton.shapes(layer)[name].numel()
@@ -249,7 +257,7 @@ def _state(config: PruneConfig, skeleton: Skeleton, settings: Mapping[str, Any],
         for name in skeleton.matrices(layer)
         if config.target != "units" or name in scored
     ]
-    by_default = "float64" if skeleton.dtype.itemsize == 8 else config.state_dtype
+    by_default = "float64" if skeleton.dtype.itemsize == 8 else dtype
 
     def nbytes(state: KeptState) -> int:
         return getattr(torch, state.dtype or by_default).itemsize * sum(map(state.numbers, elements))
@@ -267,7 +275,8 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
         share = f"{gone / max(1, prunable):.1%} of what is prunable there, " if config.target == "units" else ""
         what += f": {gone:,} parameters, {share}{gone / total:.1%} of the model"
     lines = [
-        f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters",
+        f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters, "
+        f"computed in {dtype_name(skeleton.dtype)}",
         f"layers {plan.layers.start}:{plan.layers.stop} {what}",
         *skeleton.notes,
     ]
@@ -276,9 +285,7 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
         fitted = "o and down are" if "channel" in skeleton.family.kinds else "o is"
         lines.append(f"{fitted} then fitted anew to {goal}, by least squares")
     if plan.state_bytes:
-        lines.append(
-            f"{config.method} keeps {human(plan.state_bytes)} of {config.state_dtype} state between its sweeps"
-        )
+        lines.append(f"{config.method} keeps {human(plan.state_bytes)} of {plan.state_dtype} state between its sweeps")
     if note := plan.form.note(plan.choice.allocation):
         lines.append(note)
     return "\n".join(lines)

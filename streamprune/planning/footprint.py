@@ -15,13 +15,13 @@ from streamprune.methods.needs import STORED_WEIGHTS
 from streamprune.methods.table import METHODS
 from streamprune.output.writer import WRITERS
 from streamprune.planning.decision import Plan
-from streamprune.planning.stage import Stage, Work
+from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
 from streamprune.streaming.device import is_gpu
 from streamprune.streaming.hidden_states import PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
-from streamprune.streaming.state import STATE_SLOTS, aligned
+from streamprune.streaming.state import aligned
 from streamprune.streaming.sweeper import Sweeper
 
 
@@ -33,15 +33,16 @@ def stages(
     where: Place,
     state: Place,
     micro_batch: int,
+    held: Kept = Kept(),  # noqa: B008  it is frozen
 ) -> list[Stage]:
-    """List the steps of a run, with hidden states at `where` and the method's state on the host or on scratch.
+    """List the steps of a run, with hidden states at `where`, the method's state on the host or on scratch, and `held`.
 
     Bytes read are not filled in yet, since they depend on how many layers stay on the device.
     """
     found, n_layers = list[Stage](), sizes.sweeper.n_layers
     if work.evaluation is not None:
         found.append(_evaluation(sizes, work.evaluation, where))
-    found.append(scoring(sizes, config, plan, work.calibration, where, state, micro_batch))
+    found.append(scoring(sizes, config, plan, work.calibration, where, state, micro_batch, held))
     fitted: Sequence[int] = ()
     if work.repair is not None:
         passes = least_squares.passes(sizes.sweeper, plan.choice.widths)
@@ -76,22 +77,34 @@ def scoring(
     where: Place,
     state: Place,
     micro_batch: int,
+    held: Kept = Kept(),  # noqa: B008
 ) -> Stage:
     """Stage in which the method works: of what its needs hold the largest counts, and of their work the sum.
 
     Args:
         shape: sequences, and tokens of each. where: hidden states stay there. state: what the method keeps between
-            sweeps does. micro_batch: sequences per layer call.
+            sweeps does. micro_batch: sequences per layer call. held: what stays beyond what has to.
     """
     method = METHODS[config.method]
     needs, sweeps = method.needs_for(config.target, plan.settings), method.sweeps(plan.settings)
-    apart = state == "scratch" or config.resume or config.state_dtype != "float32"
+    apart = state == "scratch" or config.resume or plan.state_dtype != "float32"
     prunes = config.target == "weights"
     sums = method.sums(plan.settings)
-    task = Task(sizes, shape or (0, 0), micro_batch, where, plan.layers, sweeps, sums, prunes=prunes, apart=apart)
+    task = Task(
+        sizes,
+        shape or (0, 0),
+        micro_batch,
+        where,
+        plan.layers,
+        sweeps,
+        sums,
+        graphs=held.graphs,
+        prunes=prunes,
+        apart=apart,
+    )
     # Scores that nothing is read for take no more than those of weights.
     cost = one_after_another([need.cost(task) for need in needs or (STORED_WEIGHTS,)])
-    kept = _state(sizes.sweeper, config, plan, state)
+    kept = _state(sizes.sweeper, config, plan, state, held.state_slots)
     host = {
         "pinned chunks": sizes.sweeper.pager.chunk_bytes,
         "a piece for the journal": 2 * min(PIECE_BYTES, task.hidden_bytes) if config.resume else 0,
@@ -109,7 +122,7 @@ def scoring(
     return Stage(name=f"scoring {method.name}", passes=passes, **vars(cost) | changed)
 
 
-def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place) -> Cost:
+def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place, slots: int) -> Cost:
     """Cost of what the method keeps between its sweeps: where it stays, and how often it comes and goes."""
     if not plan.state:
         return Cost(host={"state of the method": 0})
@@ -127,12 +140,12 @@ def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place) -> C
         return Cost(host={"state of the method": plan.state_bytes})
     blocks = state_blocks(plan, sweeper)
     again = sum(kind.brought(plan.settings) * nbytes for kind, nbytes in plan.state.items() if kind.both_ways)
-    there = min(STATE_SLOTS, len(blocks)) / len(blocks)  # of the layers, where a sweep turns
+    there = min(slots, len(blocks)) / len(blocks)  # of the layers, where a sweep turns
     return Cost(
-        device={"state of layers": STATE_SLOTS * max(blocks.values())},
+        device={"state of layers": min(slots, len(blocks)) * max(blocks.values())},
         host={"state of the method": sum(blocks.values())},
-        up=brought - int(again * there),
-        down=taken,
+        up=brought - int(again * there) if there < 1 else 0,
+        down=taken if there < 1 else 0,  # with all of it there, none ever goes
     )
 
 

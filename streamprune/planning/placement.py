@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from streamprune.methods.table import METHODS
 from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.rates import Rates, seconds
-from streamprune.planning.stage import Stage, Work
+from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.streaming.costs import Sizes
 from streamprune.streaming.device import free_memory, is_gpu
 from streamprune.streaming.hidden_states import Place
 from streamprune.streaming.pager import Turn
+from streamprune.streaming.state import STATE_SLOTS
 from streamprune.streaming.sweeper import Sweeper
 
 MARGIN = 0.05  # of what tensors may take, for holes in the heap
@@ -33,13 +35,13 @@ class Placement:
     """Places where things stay in a run.
 
     Attributes:
-        slots: layers that the device may hold. place: where hidden states stay. state: what the method keeps does.
+        held: what stays beyond what has to. place: where hidden states stay. state: what the method keeps does.
         micro_batch: sequences per layer call.
         device_bytes, host_bytes: the peaks; beside a CPU the first is 0.
         halved: the micro-batch is smaller than by default, so sums differ in their last bits.
     """
 
-    slots: int
+    held: Kept
     place: Place
     state: Place
     scratch: Path | None
@@ -79,12 +81,13 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
             needed.append((device, host))
             if device > room[0] or host > room[1]:
                 continue
-            slots = _slots(sweeper, config, room[0] - device if gpu else room[1] - host, gpu)
-            grown = (slots - 2) * sweeper.pager.slot_bytes
+            make = partial(stages, sizes, config, plan, work, where, state, micro_batch)
+            held, found = _keep(sweeper, config, plan, make, room[0] - device if gpu else room[1] - host)
+            device, host = _peaks(found, gpu)
+            grown = (held.slots - 2) * sweeper.pager.slot_bytes
             device, host = (device + grown, host) if gpu else (0, host + grown)
-            read = _with_reading(sweeper, found, slots)
             halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
-            return Placement(slots, where, state, config.scratch, micro_batch, read, device, baseline + host, halved)
+            return Placement(held, where, state, config.scratch, micro_batch, found, device, baseline + host, halved)
     smallest = min(needed, key=lambda both: (max(0, both[0] - room[0]) + max(0, both[1] - room[1]), sum(both)))
     raise StreampruneError(_refusal(config, plan, baseline, smallest, limits))
 
@@ -136,11 +139,35 @@ def _peaks(found: Sequence[Stage], gpu: bool) -> tuple[int, int]:
     return 0, max(sum(stage.device.values()) + sum(stage.host.values()) for stage in found)
 
 
-def _slots(sweeper: Sweeper, config: PruneConfig, left: int, gpu: bool) -> int:
-    """Count the slots that `left` bytes allow; on a CPU two without a budget, since the page cache keeps layers too."""
-    if not gpu and config.host_memory is None:
-        return 2
-    return max(2, min(sweeper.n_layers, 2 + left // sweeper.pager.slot_bytes))
+def _keep(
+    sweeper: Sweeper, config: PruneConfig, plan: Plan, make: Callable[[Kept], list[Stage]], left: int
+) -> tuple[Kept, list[Stage]]:
+    """Choose what `left` bytes keep, and give the stages with that.
+
+    Weights and state save as much by the byte at each turn of a sweep, but all of either saves more than parts of both:
+    of either first, what passes less over the link. Graphs save arithmetic, and get what is left then. On a CPU without
+    a budget nothing is kept, since the page cache keeps layers too.
+    """
+    if not is_gpu(sweeper.skeleton.device) and config.host_memory is None:
+        return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots)
+    (scoring,) = (stage for stage in make(Kept(graphs=1)) if stage.name.startswith("scoring"))
+    slot, graph, of_state = sweeper.pager.slot_bytes, scoring.device.get("graphs of layers", 0), len(plan.layers)
+    block = scoring.device.get("state of layers", 0) // min(STATE_SLOTS, of_state)
+    options = []
+    for order in (("weights", "state"), ("state", "weights")) if block else (("weights",),):
+        rest, held = left, Kept()
+        for what in order:
+            if what == "weights":
+                held = replace(held, slots=max(2, min(sweeper.n_layers, 2 + rest // slot)))
+                rest -= (held.slots - 2) * slot
+            else:
+                held = replace(held, state_slots=max(STATE_SLOTS, min(of_state, STATE_SLOTS + rest // block)))
+                rest -= (held.state_slots - STATE_SLOTS) * block
+        held = replace(held, graphs=min(sweeper.n_layers - plan.layers[0], rest // graph) if graph else 0)
+        found = _with_reading(sweeper, make(held), held.slots)
+        options.append((sum(stage.up + stage.down for stage in found), held, found))
+    _, held, found = min(options, key=lambda option: option[0])
+    return held, found
 
 
 def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[Stage]:
@@ -191,7 +218,7 @@ def _mib(nbytes: int) -> str:
 def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) -> str:
     """Draw a table with a row per stage: bytes held, read and written, and seconds where rates are known."""
     gpu = placement.device_bytes > 0
-    extra = (placement.slots - 2) * sweeper.pager.slot_bytes
+    extra = (placement.held.slots - 2) * sweeper.pager.slot_bytes
     baseline = placement.host_bytes - max(
         sum(s.host.values()) + (not gpu) * (sum(s.device.values()) + extra) for s in placement.stages
     )
@@ -219,7 +246,10 @@ def placement_line(placement: Placement, sweeper: Sweeper) -> str:
     state = f", the method's state to {placement.scratch}" if placement.state == "scratch" else ""
     gpu = f"{human(placement.device_bytes)} on the GPU and " if placement.device_bytes else ""
     fewer = f"; {placement.micro_batch} sequences at once, fewer than by default" if placement.halved else ""
-    kept = f"{placement.slots} of {sweeper.n_layers} layers are kept" if placement.slots > 2 else "two layers at a time"
+    held = placement.held
+    kept = f"{held.slots} of {sweeper.n_layers} layers are kept" if held.slots > 2 else "two layers at a time"
+    kept += f", the state of {held.state_slots}" if held.state_slots > STATE_SLOTS else ""
+    kept += f", the graphs of {held.graphs}" if held.graphs else ""
     return (
         f"planned: {gpu}{human(placement.host_bytes)} of memory at the most; {kept}, hidden states "
         f"{where[placement.place]}{state}{fewer}"
@@ -229,7 +259,7 @@ def placement_line(placement: Placement, sweeper: Sweeper) -> str:
 def placement_facts(placement: Placement) -> dict[str, Any]:
     """Return what streamprune.json says of a placement."""
     return {
-        "slots": placement.slots,
+        **vars(placement.held),
         "hidden_states": placement.place,
         "state": placement.state,
         "planned_gpu": placement.device_bytes,

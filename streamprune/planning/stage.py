@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamprune.streaming.costs import Cost, Shape
+from streamprune.streaming.state import STATE_SLOTS
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,15 @@ class Work:
     calibration: Shape | None
     repair: Shape | None
     evaluation: Shape | None
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Layers of which a budget keeps weights, state and graphs, beyond what a run needs at least."""
+
+    slots: int = 2
+    state_slots: int = STATE_SLOTS
+    graphs: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

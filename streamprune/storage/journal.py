@@ -120,7 +120,7 @@ class Journal:
             if before != now:
                 raise UsageError(
                     f"{self.directory} was begun with {name} {before}, this run has {now}; "
-                    "repeat the command as it was, or remove that directory"
+                    "give what it was begun with, or remove that directory"
                 )
 
     def forget(self) -> None:

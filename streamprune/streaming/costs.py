@@ -167,6 +167,7 @@ class Task:
         micro_batch: sequences per layer call. where: hidden states stay.
         layers: the prunable ones. sweeps: forward-and-backward sweeps that a method takes over them.
         sums: gradients, or powers of them, that are summed of a weight.
+        graphs: layers whose graphs stay for the backward sweep.
         prunes: weights go as they are scored, so a layer runs again with what is left of it.
         apart: what the method keeps is not in memory as it is used: a tensor of it comes there, in float32, on its way.
     """
@@ -178,6 +179,7 @@ class Task:
     layers: Sequence[int] = ()
     sweeps: int = 1
     sums: int = 1
+    graphs: int = 0
     prunes: bool = False
     apart: bool = False
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from streamprune.config import AUTO
 from streamprune.errors import UsageError
 from streamprune.figures import peak_rss
 from streamprune.storage.checkpoint import FINITE_BLOCK, Checkpoint
@@ -204,18 +205,38 @@ def compute_device(name: str | None) -> torch.device:
     return device
 
 
-def compute_dtype(name: str | None, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
-    """Choose the compute dtype: as asked; else float32 on a CPU (few are fast in bfloat16), on a GPU the stored one."""
-    if name is not None:
+def compute_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """Choose the compute dtype: `name`; or with "auto" the stored one on a GPU, on a CPU bfloat16 or float32.
+
+    On a CPU bfloat16 is chosen where it is stored and multiplied natively. float16 is widened: bfloat16 would round
+    such weights, and what multiplies float16 itself has been measured nowhere.
+    """
+    if name != AUTO:
         return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
     sizes: dict[torch.dtype, int] = {}
     for entry in checkpoint.tensors.values():
         if entry.dtype.is_floating_point:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     # Most bytes: old exports keep a float32 rotary buffer beside float16 weights.
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    stored = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    as_stored = is_gpu(device) or (stored == torch.bfloat16 and multiplies_bfloat16())
+    return stored if as_stored else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Tell whether the processor multiplies bfloat16 itself, by AVX512-BF16 or AMX; others widen it, and are slower."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def state_dtype(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the dtype of what a method keeps between sweeps: `name`; or with "auto" bfloat16 or float32.
+
+    bfloat16 is chosen on a GPU that computes in half precision, where the state passes a link in every sweep.
+    """
+    if name != AUTO:
+        return name
+    return "bfloat16" if is_gpu(device) and dtype.itemsize == 2 else "float32"
 
 
 def attentions(device: torch.device, dtype: torch.dtype) -> Callable[[str], bool]:

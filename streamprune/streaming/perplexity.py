@@ -17,7 +17,7 @@ HIDDEN_BYTES = 2 << 30
 class Perplexity:
     """Result of a measurement: perplexity = exp(loss), over `tokens` predicted tokens of `segments`.
 
-    `text` says in words what they are segments of, where whoever measured knows.
+    `text` says in words what they are segments of, `dtype` what was computed in, where whoever measured knows.
     """
 
     perplexity: float
@@ -25,6 +25,7 @@ class Perplexity:
     segments: int
     tokens: int
     text: str = ""
+    dtype: str = ""
 
 
 def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:

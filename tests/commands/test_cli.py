@@ -82,7 +82,7 @@ def test_debug_shows_the_traceback_and_still_ends_with_the_line(position, stream
 
 def printed_perplexity(result: Outcome) -> float:
     assert result.code == 0, result.err
-    match = re.match(r"perplexity ([\d.]+) \(loss ([\d.]+) nats, (\d+) x (\d+) tokens\)", result.out)
+    match = re.match(r"perplexity ([\d.]+) \(loss ([\d.]+) nats, (\d+) x (\d+) tokens, in float32\)", result.out)
     assert match
     return float(match[1])
 

@@ -69,7 +69,7 @@ def test_what_changes_no_byte_is_said_of_these_alone():
     free = {name for name, said in options_of(PruneConfig).items() if not said.changes_bytes}
     machine = {"gpu_memory", "host_memory", "scratch", "reader", "read_threads"}
     assert free == {"output", "overwrite", "resume", "evaluate"} | machine
-    assert {name for name, said in options_of(PruneConfig).items() if said.resolved} == {"model", "dtype", "device"}
+    assert {name for name, said in options_of(PruneConfig).items() if said.resolved} == {"model", "device"}
 
 
 def test_options_are_read_without_torch():

@@ -99,7 +99,9 @@ def test_evaluate_measures_what_its_command_prints(tiny_llama: Path, streamprune
     found = package.evaluate(tiny_llama, tmp_path / "text.txt", seq_len=16, samples=5)
     options = ("--text", tmp_path / "text.txt", "--seq-len", 16, "--samples", 5, "--quiet")
     printed = streamprune("eval", "--model", tiny_llama, *options).out
-    assert printed == f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f} nats, {found.text})\n"
+    assert (
+        printed == f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f} nats, {found.text}, in {found.dtype})\n"
+    )
     assert (found.segments, found.tokens) == (5, 75)
     for wrong in ({"seq_len": 1}, {"samples": 0}, {"micro_batch": 0}):
         with pytest.raises(package.UsageError):

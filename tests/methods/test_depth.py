@@ -299,7 +299,8 @@ def test_attention_that_is_scaled_by_the_layers_number_is_refused(tmp_path):
 def test_ratio_zero_gives_the_same_bytes(method, tmp_path):
     save_tiny(tmp_path / "in", "llama", dtype=torch.bfloat16)
     options = {"method": method, "granularity": "layers", "layers": (0, N_LAYERS), "ratio": 0.0, "evaluate": False}
-    result = prune(PruneConfig(model=str(tmp_path / "in"), output=tmp_path / "out", seq_len=16, **options))
+    options |= {"seq_len": 16, "dtype": "float32"}
+    result = prune(PruneConfig(model=str(tmp_path / "in"), output=tmp_path / "out", **options))
     assert result.layout == "same"
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "in" / name).read_bytes()

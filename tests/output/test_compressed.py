@@ -14,7 +14,7 @@ from tiny_models import save_tiny
 
 from streamprune.output import sparse24
 
-OPTIONS = ("--granularity", "2:4", "--method", "magnitude", "--layers", "1:3", *SHORT)
+OPTIONS = ("--granularity", "2:4", "--method", "magnitude", "--layers", "1:3", "--dtype", "float32", *SHORT)
 PRUNED = [
     f"model.layers.{layer}.{module}"
     for layer in (1, 2)

@@ -9,12 +9,14 @@ from tiny_models import make_sweeper, save_tiny, token_ids
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamprune import PruneConfig
+from streamprune.errors import StreampruneError
 from streamprune.methods.needs import MOMENTS
 from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
 from streamprune.planning.cards import CARDS
+from streamprune.planning.placement import _keep, _with_reading
 from streamprune.planning.rates import Rates, assumed, seconds
-from streamprune.planning.stage import Stage
+from streamprune.planning.stage import Kept, Stage
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.inputs import Moments
 from streamprune.streaming.state import STATE_SLOTS
@@ -23,9 +25,14 @@ from streamprune.streaming.statistics import Statistics
 SAMPLES, SEQ, LAYERS, N_LAYERS = 4, 32, (1, 7), 8
 
 
-def scoring(tiny_llama, tmp_path, monkeypatch, method, place="device", **more):
-    """The stage of a plan for a card, with hidden states at a place."""
+def keep_nothing(sweeper, config, plan, make, left):
+    return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots)
+
+
+def scoring(tiny_llama, tmp_path, monkeypatch, method, place="device", keep=False, **more):
+    """The stage of a plan for a card, with hidden states at a place; it may keep what there is room for."""
     monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: [place])
+    monkeypatch.setattr("streamprune.planning.placement._keep", _keep if keep else keep_nothing)
     given = {"samples": SAMPLES, "seq_len": SEQ, "layers": LAYERS, "evaluate": False, "scratch": tmp_path} | more
     config = PruneConfig(str(tiny_llama), tmp_path / "out", method, **given)
     return foretell(config, assume="l4").placement.stages[0]
@@ -89,6 +96,29 @@ def test_state_passes_it_as_often_as_its_kind_is_used(
     # Of the layers where a sweep turns, what it reads both ways is there.
     assert stage.up - stage.read == nbytes * (up - both_ways * STATE_SLOTS / layers)
     assert stage.down == down * nbytes
+    kept = scoring(tiny_llama, tmp_path, monkeypatch, method, settings=settings, state_dtype=state_dtype, keep=True)
+    assert (kept.up, kept.down) == (kept.read, 0), "all of it has room on the card"
+
+
+def test_what_is_left_of_a_budget_keeps_weights_state_and_graphs(tiny_llama, tmp_path):
+    """The larger the budget the less passes the link and is computed again, and the plan stays within it."""
+    config = PruneConfig(str(tiny_llama), tmp_path / "out", "moreau", {"steps": 3}, samples=4, seq_len=32)
+    config = replace(config, layers=LAYERS, evaluate=False, host_memory="8GiB")
+    seen = []
+    for budget in range(1_600_000, 8_000_000, 200_000):
+        try:
+            placement = foretell(replace(config, gpu_memory=budget), assume="l4").placement
+        except StreampruneError:
+            assert not seen, "what a budget holds a larger one does"
+            continue
+        stage = placement.stages[0]
+        assert placement.device_bytes <= budget
+        seen.append((stage.up + stage.down, stage.backward, placement.held))
+    assert [link for link, _, _ in seen] == sorted([link for link, _, _ in seen], reverse=True)
+    assert [flops for _, flops, _ in seen] == sorted([flops for _, flops, _ in seen], reverse=True)
+    assert seen[0][2] == Kept() and seen[-1][2] == Kept(N_LAYERS, 6, N_LAYERS - LAYERS[0])
+    link, _, _ = seen[-1]
+    assert link == sum(entry.nbytes for layer in make_sweeper(tiny_llama).skeleton.entries for entry in layer.values())
 
 
 def test_on_a_cpu_there_is_no_link(tiny_llama, tmp_path):

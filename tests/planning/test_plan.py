@@ -41,7 +41,7 @@ def test_bytes_read_are_those_of_the_plan(method, granularity, more, slots, tiny
     facts = prune(options).facts
     stage = next(stage for stage in planned.stages if stage.name.startswith("scoring"))
     assert facts["scoring"]["bytes_read"] == stage.read == facts["memory"]["planned_read"][stage.name]
-    assert (facts["memory"]["slots"], facts["memory"]["hidden_states"]) == (planned.slots, planned.place)
+    assert (facts["memory"]["slots"], facts["memory"]["hidden_states"]) == (planned.held.slots, planned.place)
 
 
 def test_what_is_counted_is_what_tensors_take(tiny_llama, tmp_path):

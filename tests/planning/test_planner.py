@@ -122,7 +122,7 @@ def test_the_output_does_not_depend_on_where_things_stay(
 @pytest.mark.slow
 def test_state_goes_to_scratch_where_memory_is_short(tmp_path):
     save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=16384, dtype=torch.bfloat16)
-    given = {"granularity": "weights", "settings": {"steps": 2, "sigma": 0.0}, "method": "moreau"}
+    given = {"granularity": "weights", "settings": {"steps": 2, "sigma": 0.0}, "method": "moreau", "dtype": "float32"}
 
     def smallest(**scratch):
         with pytest.raises(StreampruneError) as refusal:

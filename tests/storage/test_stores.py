@@ -60,5 +60,5 @@ def test_a_narrow_store_rounds_float32_and_nothing_else(tmp_path):
 
 
 def test_only_what_was_measured_is_offered(tmp_path):
-    with pytest.raises(UsageError, match="--state-dtype int8: choose float32 or bfloat16"):
+    with pytest.raises(UsageError, match="--state-dtype int8: choose auto or float32 or bfloat16"):
         PruneConfig("model", tmp_path, state_dtype="int8")
