@@ -44,7 +44,8 @@ class Busy:
 
     Attributes:
         up, down: bytes over the link, at the rate of pinned memory. disk: bytes read. compute: operations, and
-            launches: the host's work to start them. elapsed: seconds that it took, until all was computed.
+            launches: the host's work to start them. memory: the host's to take what the device copies from, which is
+            done once in a process. elapsed: seconds that it took, until all was computed.
     """
 
     up: float = 0
@@ -52,6 +53,7 @@ class Busy:
     disk: float = 0
     compute: float = 0
     launches: float = 0
+    memory: float = 0
     elapsed: float = 0
 
     def since(self, before: Busy) -> Busy:
@@ -165,7 +167,8 @@ class Clock:
     def busy(self) -> Busy:
         """Return what was asked for so far."""
         computed = max(self.world.now, self.streams["compute"])
-        return Busy(self.up.busy, self.down.busy, self.disk.busy, self.compute, self.launches, computed)
+        work = (self.up.busy, self.down.busy, self.disk.busy, self.compute, self.launches)
+        return Busy(*work, self.waits["memory"], computed)
 
 
 class ClockDevice:
