@@ -14,14 +14,14 @@ from streamprune.config import PruneConfig
 from streamprune.methods.needs import STORED_WEIGHTS
 from streamprune.methods.table import METHODS
 from streamprune.output.writer import WRITERS
+from streamprune.paging.device import is_gpu
+from streamprune.paging.hidden_states import PIECE_BYTES, Place
+from streamprune.paging.state import aligned
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
-from streamprune.streaming.device import is_gpu
-from streamprune.streaming.hidden_states import PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
-from streamprune.streaming.state import aligned
 from streamprune.streaming.sweeper import Sweeper
 
 

@@ -31,9 +31,9 @@ from streamprune.kernels import add_product, gram, sums_halves
 from streamprune.model.masking import mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
+from streamprune.paging.hidden_states import Spilled, States, pieces
+from streamprune.paging.pager import Page
 from streamprune.storage.journal import Journal, Key
-from streamprune.streaming.hidden_states import Spilled, States, pieces
-from streamprune.streaming.pager import Page
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, journalled_walk
 from streamprune.streaming.watch import SeenEnough, watch_inputs

@@ -15,8 +15,8 @@ import torch
 
 from streamprune.model.masking import output_matrices
 from streamprune.model.skeleton import Skeleton
-from streamprune.streaming.device import is_gpu
-from streamprune.streaming.hidden_states import PARTS, Place
+from streamprune.paging.device import is_gpu
+from streamprune.paging.hidden_states import PARTS, Place
 from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 

@@ -10,10 +10,10 @@ from tiny_models import N_LAYERS, need_direct, save_tiny, token_ids, whole_model
 from streamprune import PruneConfig, prune
 from streamprune.kernels import perturb
 from streamprune.model.skeleton import Skeleton
+from streamprune.paging.device import paging_device
+from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.streaming.binder import Perturbation
-from streamprune.streaming.device import paging_device
-from streamprune.streaming.pager import Pager
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper
 

@@ -140,7 +140,7 @@ def test_the_size_of_reads_and_their_number_change_no_bit(chunk, readers, tmp_pa
     save_tiny(tmp_path, "qwen3", dtype=torch.bfloat16)
     ids = token_ids()
     reference = collect(Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0))[1]
-    monkeypatch.setattr("streamprune.streaming.pager.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("streamprune.paging.pager.CHUNK_BYTES", chunk)
     sweeper = make_sweeper(tmp_path, dtype=torch.float32)
     sweeper.pager.readers = readers
     grads = collect(Statistics(sweeper, ids, LAYERS, 0))[1]
