@@ -10,9 +10,10 @@ from tiny_models import make_sweeper, token_ids
 
 from streamprune import prune
 from streamprune.errors import OutputError, StreampruneError
+from streamprune.paging import hidden_states
 from streamprune.paging.hidden_states import Activations
 from streamprune.storage.journal import JOURNAL, Journal
-from streamprune.streaming import hidden_states, statistics
+from streamprune.streaming import statistics
 from streamprune.streaming.walk import walk
 
 
