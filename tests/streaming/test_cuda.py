@@ -84,6 +84,24 @@ def test_every_sweep_gives_the_same_bits(tmp_path):
         assert all(torch.equal(runs[0][key], grad) for key, grad in other.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_half_gradients_are_autograds_but_for_its_rounding(family, dtype, tmp_path, monkeypatch):
+    save_tiny(tmp_path, family, dtype=torch.float32)
+    runs = []
+    for by_autograd in (False, True):
+        if by_autograd:
+            monkeypatch.setattr("streamprune.streaming.gradients.sums_halves", lambda tensor: False)
+        grads = {}
+        statistics = Statistics(cuda_sweeper(tmp_path, dtype), token_ids(n=5, seq=20), range(1, N_LAYERS), 0)
+        statistics.gradients(lambda ref, w, g, grads=grads: grads.update({ref.key: g.cpu()}))
+        runs.append(grads)
+    assert runs[0].keys() == runs[1].keys()
+    for key, grad in runs[0].items():
+        assert grad.dtype == torch.float32
+        assert (grad - runs[1][key]).abs().max() <= 0.02 * grad.abs().max(), key
+
+
 @pytest.mark.parametrize("method", ["taylor", "moreau-gs"])
 def test_scores_are_those_of_the_cpu(method, tmp_path):
     save_tiny(tmp_path, "llama", dtype=torch.float32)
