@@ -29,6 +29,7 @@ from streamprune.figures import table
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS
 from streamprune.output.companions import Companions
+from streamprune.paging.pager import Pager, Turn
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
@@ -37,7 +38,6 @@ from streamprune.planning.decision import Plan, make_plan
 from streamprune.planning.placement import Placement, choose_placement
 from streamprune.planning.stage import Kept, Work
 from streamprune.storage.tensor_store import make_store
-from streamprune.streaming.pager import Pager, Turn
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 

@@ -30,7 +30,7 @@ from streamprune.kernels.gram import BLOCK_COLS, BLOCK_ROWS
 from streamprune.kernels.gram import launch as launch_gram
 from streamprune.kernels.launch import Launch
 from streamprune.kernels.moreau_step import launch as launch_moreau_step
-from streamprune.kernels.obs_block import MOST_COLUMNS
+from streamprune.kernels.obs_block import BLOCK_COLUMNS
 from streamprune.kernels.obs_block import launch as launch_obs_block
 from streamprune.kernels.perturb import launch as launch_perturb
 from streamprune.kernels.unit_score import CHUNK_ROWS
@@ -104,7 +104,7 @@ class Case:
     def operands(self, size: tuple[int, int], device: str) -> Operands:
         """Operands for (hidden, intermediate)."""
         hidden, intermediate = size
-        rows = {"up": intermediate, "down": hidden, "gram": intermediate, "block": MOST_COLUMNS}[self.matrix]
+        rows = {"up": intermediate, "down": hidden, "gram": intermediate, "block": BLOCK_COLUMNS}[self.matrix]
         return Operands(rows, hidden if self.matrix == "up" else intermediate, device)
 
 

@@ -20,9 +20,9 @@ import click
 import torch
 
 from streamprune.figures import table
+from streamprune.paging.pager import Page, Pager, Turn
 from streamprune.pipeline.source import Source
 from streamprune.storage.reader import ReaderKind
-from streamprune.streaming.pager import Page, Pager, Turn
 
 SEQ_LEN = 128
 

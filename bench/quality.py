@@ -112,12 +112,12 @@ def measure(job: dict[str, Any]) -> None:
     from streamprune.config import PruneConfig
     from streamprune.methods.table import METHODS
     from streamprune.output import companions
+    from streamprune.paging.device import peaks
     from streamprune.pipeline.batches import REPAIR_SEQ_LEN
     from streamprune.pipeline.job import Job
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.source import Source
     from streamprune.planning.decision import make_plan
-    from streamprune.streaming.device import peaks
     from streamprune.streaming.sweeper import default_micro_batch
     from streamprune.texts.corpus import open_corpus
 

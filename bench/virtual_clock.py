@@ -26,9 +26,9 @@ from virtual_time import Engine, World, replaced, virtual_threads
 from streamprune import kernels
 from streamprune.kernels.add_product import HALVES, sums_halves
 from streamprune.kernels.launch import Launch, use_triton
+from streamprune.paging import device as devices
+from streamprune.paging.device import GPU_READ_THREADS
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.streaming import device as devices
-from streamprune.streaming.device import GPU_READ_THREADS
 
 META = torch.device("meta")
 aten = torch.ops.aten

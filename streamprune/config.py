@@ -11,10 +11,9 @@ from typing import Any, Literal
 from streamprune import values
 from streamprune.errors import UsageError
 from streamprune.schema import Option, option, refuse_idle, taken
-from streamprune.values import STANDARD_INPUT
+from streamprune.values import AUTO, STANDARD_INPUT
 
 Target = Literal["units", "layers", "weights"]
-AUTO = "auto"  # of dtypes: what suits the model and the machine
 DEFAULT_RATIOS = {"units": 0.2, "layers": 0.2, "weights": 0.5}
 _FILES, _METHOD, _WHAT = "Model and output", "Method", "What goes"
 _REPAIR, _TEXTS, _MACHINE = "Repair", "Texts", "Arithmetic and machine"

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from streamprune.errors import UsageError
 
+AUTO = "auto"  # of dtypes: what suits the model and the machine
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 SIZE_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SIZE_UNITS |= {"TB": 10**12, "": 1}

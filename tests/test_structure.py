@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     ("errors", "figures", "kernels"),
     ("schema", "values", "storage"),
-    ("config", "model", "texts"),
+    ("config", "model", "paging", "texts"),
     ("streaming",),
     ("methods", "recovery", "output"),
     ("planning",),

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from streamprune.model.families import FAMILIES
 from streamprune.model.skeleton import Skeleton
+from streamprune.paging.device import HostDevice
+from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.storage.reader import DISK_BLOCK
-from streamprune.streaming.device import HostDevice
-from streamprune.streaming.pager import Pager
 from streamprune.streaming.sweeper import Sweeper
 
 VOCABULARY = 260  # the bytes and a few specials

@@ -16,7 +16,7 @@ from torch import Tensor
 from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, power_of_two, tl, use_triton
 
 GROUP = 4  # columns that a program takes out of its tile at a time, where no N:M says it
-MOST_COLUMNS = 128  # of a block that one program holds in registers
+BLOCK_COLUMNS = 128  # of a block that one program holds in registers
 
 
 def obs_block(
@@ -50,7 +50,7 @@ def obs_block(
     if weight.numel() == 0:
         return errors
     # As in `prune_n_of_m`: Triton's blocks have powers of two as sizes, and comparisons grow with M².
-    fits = columns <= MOST_COLUMNS and m in (0, 2, 4, 8, 16)
+    fits = columns <= BLOCK_COLUMNS and m in (0, 2, 4, 8, 16)
     triton = use_triton(weight, backend) and fits
     gone = None if m else _lowest((weight / factor.diagonal()[:, None]).square_(), count, by_topk=triton)
     if triton:

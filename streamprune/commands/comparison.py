@@ -18,10 +18,10 @@ from streamprune.model.masking import bias_of, mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, kept_lines, module_of
 from streamprune.output.ragged import modeling_source, ragged_config_fields
+from streamprune.paging.hidden_states import States, whole
 from streamprune.pipeline.source import Source
 from streamprune.planning.decision import written_form
 from streamprune.storage.checkpoint import Checkpoint, read_config, read_json, resolve_model
-from streamprune.streaming.hidden_states import States, whole
 from streamprune.streaming.walk import Visit, walk
 from streamprune.texts.documents import embedded_text
 from streamprune.texts.tokenizer import load_tokenizer

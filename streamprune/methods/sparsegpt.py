@@ -17,7 +17,7 @@ from streamprune.streaming.statistics import Statistics
 COLUMN_BLOCK = 128  # columns whose updates are gathered before the rest of the row gets them
 # Tried in turn where rounding leaves H without a Cholesky factor: times the damping, and in which dtype. More damping
 # comes first: it gave less error than float64, which cannot bring back what H lost when it was summed in float32.
-TRIES = ((1, torch.float32), (10, torch.float32), (100, torch.float32), (100, torch.float64))
+FACTOR_TRIES = ((1, torch.float32), (10, torch.float32), (100, torch.float32), (100, torch.float64))
 LEAF = 256  # columns of a triangle that are solved for at once
 
 
@@ -58,7 +58,7 @@ def inverse_factor(gram: Tensor, damp: float, what: str = "H", one: float = 1.0)
         raise StreampruneError(f"{what}: its inputs are NaN or infinite; try --dtype float32")
     fixed = torch.where(diagonal == 0, one, diagonal)
     least = torch.finfo(gram.dtype).eps
-    for more, dtype in TRIES:
+    for more, dtype in FACTOR_TRIES:
         diagonal.copy_(fixed + more * damp * fixed.mean())
         lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1).to(torch.promote_types(dtype, gram.dtype)))
         root = lower.flip(0, 1)

@@ -10,9 +10,9 @@ from torch import Tensor
 from streamprune.model.masking import bias_of, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
+from streamprune.paging.pager import Page
 from streamprune.storage.checkpoint import TensorEntry
 from streamprune.storage.shards import TensorSpec
-from streamprune.streaming.pager import Page
 
 Means = Mapping[tuple[int, str], Tensor]  # x̄ [d_in] of the inputs of (layer, tensor)
 

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from streamprune.output.form import OutputForm
+from streamprune.paging.device import at_once
+from streamprune.paging.pager import Page, Pager
 from streamprune.storage.checkpoint import byte_view, check_finite
 from streamprune.storage.shards import ShardedWriter
-from streamprune.streaming.device import at_once
-from streamprune.streaming.pager import Page, Pager
 
 WRITERS = 4  # tensors of a layer that are cut and written at the same time
 

@@ -6,9 +6,8 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from streamprune.config import AUTO
 from streamprune.errors import UsageError
-from streamprune.values import dtype_name, source
+from streamprune.values import AUTO, dtype_name, source
 
 if TYPE_CHECKING:
     from streamprune.streaming.perplexity import Perplexity

@@ -20,6 +20,9 @@ from streamprune.output.companions import Companions
 from streamprune.output.form import OutputForm
 from streamprune.output.slicing import mean_biases
 from streamprune.output.writer import OutputWriter
+from streamprune.paging.device import peaks
+from streamprune.paging.pager import Page
+from streamprune.paging.state import STATE_SLOTS, StateStream
 from streamprune.pipeline.progress import Progress
 from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import state_blocks
@@ -27,9 +30,6 @@ from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
 from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.costs import Sizes, Task
-from streamprune.streaming.device import peaks
-from streamprune.streaming.pager import Page
-from streamprune.streaming.state import STATE_SLOTS, StateStream
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 

@@ -160,7 +160,7 @@ class _Stage:
 
     def figures(self, now: float) -> dict[str, Any]:
         """Gather the figures to report, by name; bytes/s and shares are over the stage so far."""
-        from streamprune.streaming.device import peaks  # torch: until there is a stage, nothing needs it
+        from streamprune.paging.device import peaks  # torch: until there is a stage, nothing needs it
 
         elapsed = now - self.start
         return {

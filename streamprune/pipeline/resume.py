@@ -14,11 +14,11 @@ from streamprune.errors import JournalError
 from streamprune.figures import human
 from streamprune.model.skeleton import Skeleton
 from streamprune.output.form import OutputForm
+from streamprune.paging.device import device_name
 from streamprune.pipeline.progress import Progress
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import byte_view
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
-from streamprune.streaming.device import device_name
 
 
 def open_journal(

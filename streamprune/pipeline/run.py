@@ -23,6 +23,7 @@ from streamprune.model.units import KeptUnits
 from streamprune.output import companions
 from streamprune.output.card import model_card
 from streamprune.output.form import OutputForm
+from streamprune.paging.device import card, compute_device, is_gpu, limit_memory
 from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
 from streamprune.pipeline.job import Job
@@ -42,7 +43,6 @@ from streamprune.storage.directory import (
     write_json,
 )
 from streamprune.storage.journal import remove_journal
-from streamprune.streaming.device import card, compute_device, is_gpu, limit_memory
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 from streamprune.values import dtype_name

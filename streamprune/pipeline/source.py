@@ -9,16 +9,16 @@ from typing import Literal
 
 import torch
 
-from streamprune.config import AUTO
 from streamprune.errors import CheckpointError
 from streamprune.model.skeleton import Skeleton
 from streamprune.output import sparse24
+from streamprune.paging import device as devices
+from streamprune.paging.pager import Pager
 from streamprune.pipeline.progress import Progress
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
 from streamprune.storage.reader import ReaderKind
-from streamprune.streaming import device as devices
-from streamprune.streaming.pager import Pager
 from streamprune.streaming.sweeper import Sweeper
+from streamprune.values import AUTO
 
 
 @dataclass(frozen=True)

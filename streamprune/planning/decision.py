@@ -22,10 +22,10 @@ from streamprune.output.mistral import MistralForm
 from streamprune.output.ragged_form import RaggedForm
 from streamprune.output.sparse24 import Sparse24Form
 from streamprune.output.stock import StockForm
+from streamprune.paging.device import state_dtype
 from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, UnitCosts
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
-from streamprune.streaming.device import state_dtype
 from streamprune.values import dtype_name
 
 

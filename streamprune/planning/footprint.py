@@ -14,14 +14,14 @@ from streamprune.config import PruneConfig
 from streamprune.methods.needs import STORED_WEIGHTS
 from streamprune.methods.table import METHODS
 from streamprune.output.writer import WRITERS
+from streamprune.paging.device import is_gpu
+from streamprune.paging.hidden_states import PIECE_BYTES, Place
+from streamprune.paging.state import aligned
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
-from streamprune.streaming.device import is_gpu
-from streamprune.streaming.hidden_states import PIECE_BYTES, Place
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
-from streamprune.streaming.state import aligned
 from streamprune.streaming.sweeper import Sweeper
 
 
@@ -47,7 +47,9 @@ def stages(
     if work.repair is not None:
         passes = least_squares.passes(sizes.sweeper, plan.choice.widths)
         fitted = passes[-1]
-        found.append(_repair(sizes, config, work.repair, where, passes, n_layers - len(plan.choice.widths)))
+        found.append(
+            _repair(sizes, config, plan.repair, work.repair, where, passes, n_layers - len(plan.choice.widths))
+        )
     written = set(plan.layers) if config.target == "weights" else set(fitted)
     found.append(_writing(sizes, [layer for layer in range(n_layers) if layer not in written], plan.form.nbytes))
     return found
@@ -165,9 +167,18 @@ def state_blocks(plan: Plan, sweeper: Sweeper) -> dict[int, int]:
 
 
 def _repair(
-    sizes: Sizes, config: PruneConfig, shape: Shape, where: Place, passes: Sequence[Sequence[int]], gaps: int
+    sizes: Sizes,
+    config: PruneConfig,
+    goal: least_squares.RepairGoal | None,
+    shape: Shape,
+    where: Place,
+    passes: Sequence[Sequence[int]],
+    gaps: int,
 ) -> Stage:
-    """Stage of the repair: hidden states of both models before and after a layer and after gaps, least squares."""
+    """Stage of the repair: hidden states of both models before and after a layer and after gaps, least squares.
+
+    With a goal in the residual stream down's inputs are kept too, for the repaired layer's output.
+    """
     task, fitted = Task(sizes, shape, config.micro_batch or default_micro_batch(shape[1]), where), passes[-1]
     inputs, size = sizes.most(_widest_input, fitted), task.sum_itemsize
     apart = where == "device" and is_gpu(sizes.sweeper.skeleton.device)  # those after gaps go to the host
@@ -177,21 +188,24 @@ def _repair(
     def squares(layer: LayerSizes) -> float:
         return 2 * task.gram_flops([_widest_input(layer)])
 
+    stream = goal == "stream"
+    kept = -(-inputs // sizes.sweeper.skeleton.config.hidden_size) if stream else 0
+    carried = 2 * inputs * task.tokens_at_once * task.itemsize if stream and where != "device" else 0
     cost = task.cost(
-        states=5 + (0 if apart else gaps),
+        states=5 + kept + (0 if apart else gaps),
         # The dense model's layer; o, down's error and its goal, and the pruned layer's output.
-        brought=5 * len(fitted),
-        taken=2 * len(fitted),
+        brought=(5 + kept) * len(fitted),
+        taken=(2 + kept) * len(fitted),
         carries=2 + gaps if config.resume else 0,
         own=True,
         device={
-            "activations": task.forward_activations(fitted) + 2 * inputs * task.tokens_at_once * size,
+            "activations": task.forward_activations(fitted) + 2 * inputs * task.tokens_at_once * size + carried,
             "Gram matrices": 3 * inputs**2 * size,
         },
         host=host,
-        # The dense model's layer, the pruned one for its error and for its output, and a quarter of it up to o; then
-        # H_S, and what it is solved for.
-        forward=3.25 * task.flops(fitted) + sizes.total(squares, fitted),
+        # The dense model's layer, the pruned one but for its last product, that product for its output (without a goal
+        # the whole layer again), and a quarter of it up to o; then H_S, and what it is solved for.
+        forward=(2.25 if stream else 3.25) * task.flops(fitted) + sizes.total(squares, fitted),
         factors=sizes.total(lambda layer: _widest_input(layer) ** 3 / 3, fitted),
     )
     return Stage(name="repairing", passes=passes, **vars(cost))

@@ -14,15 +14,15 @@ from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.figures import human, table
 from streamprune.methods.table import METHODS
+from streamprune.paging.device import free_memory, is_gpu
+from streamprune.paging.hidden_states import Place
+from streamprune.paging.pager import Turn
+from streamprune.paging.state import STATE_SLOTS
 from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.rates import Rates, seconds
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.streaming.costs import Sizes
-from streamprune.streaming.device import free_memory, is_gpu
-from streamprune.streaming.hidden_states import Place
-from streamprune.streaming.pager import Turn
-from streamprune.streaming.state import STATE_SLOTS
 from streamprune.streaming.sweeper import Sweeper
 
 MARGIN = 0.05  # of what tensors may take, for holes in the heap

@@ -22,12 +22,12 @@ from torch import Tensor
 from streamprune.methods.needs import FACTORS_OF_H
 from streamprune.methods.sinks import Sparsity
 from streamprune.methods.sparsegpt import inverse_factor, prune_and_update
+from streamprune.paging.device import device_name, is_gpu, synchronize
+from streamprune.paging.pager import Page
 from streamprune.planning.cards import CARDS
 from streamprune.planning.stage import Stage
 from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.costs import Sizes, Task
-from streamprune.streaming.device import device_name, is_gpu, synchronize
-from streamprune.streaming.pager import Page
 from streamprune.streaming.sweeper import Sweeper
 
 FILE = "rates.json"

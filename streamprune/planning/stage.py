@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streamprune.paging.state import STATE_SLOTS
 from streamprune.streaming.costs import Cost, Shape
-from streamprune.streaming.state import STATE_SLOTS
 
 
 @dataclass(frozen=True)

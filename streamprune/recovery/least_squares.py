@@ -31,9 +31,9 @@ from streamprune.kernels import add_product, gram, sums_halves
 from streamprune.model.masking import mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
+from streamprune.paging.hidden_states import Spilled, States, pieces
+from streamprune.paging.pager import Page
 from streamprune.storage.journal import Journal, Key
-from streamprune.streaming.hidden_states import Spilled, States, pieces
-from streamprune.streaming.pager import Page
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, journalled_walk
 from streamprune.streaming.watch import SeenEnough, watch_inputs
@@ -252,9 +252,12 @@ class _Repair:
         matrix, skeleton = _matrix(visit, member), self.sweeper.skeleton
         cross, h_s = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         rest = _Rest.empty(visit, self.widest, getattr(skeleton.config, "residual_multiplier", 1.0))
-        weights = visit.weights | {member.tensor: torch.zeros_like(visit.weights[member.tensor])}
+        # Instead of its own the module multiplies one input, with zeros: what it would put out is not wanted.
+        weights = visit.weights | {
+            member.tensor: torch.zeros_like(visit.weights[member.tensor].narrow(member.dim, 0, 1))
+        }
         for part in visit.parts():
-            with _given(visit, member) as seen:
+            with _given(visit, member, replace=True) as seen:
                 output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
             (x,) = seen
             rest.keep(part, output, x)
@@ -321,14 +324,18 @@ class _Rest:
 
 
 @contextmanager
-def _given(visit: Visit, member: Member, *, enough: bool = False) -> Iterator[list[Tensor]]:
-    """Collect the inputs [tokens, d_in] of `member`'s module in the block; with `enough` a pass ends at the first."""
+def _given(visit: Visit, member: Member, *, enough: bool = False, replace: bool = False) -> Iterator[list[Tensor]]:
+    """Collect the inputs [tokens, d_in] of `member`'s module in the block.
+
+    With `enough` a pass ends at the first; with `replace` the module is given only the first column.
+    """
     seen: list[Tensor] = []
 
-    def see(given: Tensor) -> None:
+    def see(given: Tensor) -> Tensor | None:
         seen.append(given.reshape(-1, given.shape[-1]))
         if enough:
             raise SeenEnough
+        return given[..., :1] if replace else None
 
     with watch_inputs(visit.sweeper.skeleton.layers[visit.layer], {member.tensor: see}):
         yield seen

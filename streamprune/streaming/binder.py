@@ -12,9 +12,9 @@ from torch import Tensor
 from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed, perturb
 from streamprune.model.skeleton import Skeleton
+from streamprune.paging.device import at_once, draw_threads
+from streamprune.paging.pager import Page
 from streamprune.storage.checkpoint import check_finite, is_finite
-from streamprune.streaming.device import at_once, draw_threads
-from streamprune.streaming.pager import Page
 
 ALIGNED_ELEMENTS = 16  # bound tensors begin at multiples of this, for vector loads in any dtype
 

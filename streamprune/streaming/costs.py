@@ -15,8 +15,8 @@ import torch
 
 from streamprune.model.masking import output_matrices
 from streamprune.model.skeleton import Skeleton
-from streamprune.streaming.device import is_gpu
-from streamprune.streaming.hidden_states import PARTS, Place
+from streamprune.paging.device import is_gpu
+from streamprune.paging.hidden_states import PARTS, Place
 from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 
@@ -222,6 +222,16 @@ class Task:
     def left_out(self) -> list[tuple[int, Sequence[int]]]:
         """Passes of a sweep with each layer left out in turn: where each begins, and the layers left out in it."""
         return passes_without(self.layers, self.hidden_bytes)
+
+    @property
+    def eager(self) -> bool:
+        """Tell whether attention's scores exist as a whole, as where they are capped."""
+        return self.sweeper.skeleton.config._attn_implementation == "eager"
+
+    @property
+    def attention_columns(self) -> int:
+        """Number of a token's attention scores: over the tokens of its sequence, of all heads."""
+        return self.shape[1] * self.sweeper.skeleton.config.num_attention_heads
 
     @property
     def logits(self) -> int:

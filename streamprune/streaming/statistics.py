@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from streamprune.model.units import TensorRef
+from streamprune.paging.device import at_once
+from streamprune.paging.hidden_states import States, pieces
 from streamprune.storage.checkpoint import check_finite
 from streamprune.storage.journal import END, Journal, Key, Point
 from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.binder import Perturbation
-from streamprune.streaming.device import at_once
 from streamprune.streaming.gradients import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer
-from streamprune.streaming.hidden_states import States, pieces
 from streamprune.streaming.inputs import Inputs, Sums
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, Visitor, journalled_walk, walk

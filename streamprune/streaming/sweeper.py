@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from streamprune.model.skeleton import LayerCall, Skeleton
 from streamprune.model.units import TensorRef
+from streamprune.paging.device import paging_device
+from streamprune.paging.hidden_states import Activations, Place, States, ahead
+from streamprune.paging.pager import Page, Pager, Turn
+from streamprune.paging.state import StateStream, Streamed
 from streamprune.streaming.binder import Binder, Perturbation
-from streamprune.streaming.device import paging_device
 from streamprune.streaming.gradients import Collector, MakeCollector, gradient_scale, takes_ends, watched
-from streamprune.streaming.hidden_states import Activations, Place, States, ahead
-from streamprune.streaming.pager import Page, Pager, Turn
-from streamprune.streaming.state import StateStream, Streamed
 
 LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from streamprune.model.skeleton import LayerCall
+from streamprune.paging.hidden_states import States, pieces
+from streamprune.paging.pager import Page
 from streamprune.storage.journal import END, Journal
-from streamprune.streaming.hidden_states import States, pieces
 from streamprune.streaming.inputs import Inputs
-from streamprune.streaming.pager import Page
 from streamprune.streaming.sweeper import Sweeper
 
 

@@ -16,13 +16,14 @@ class SeenEnough(Exception):
 
 
 @contextmanager
-def watch_inputs(layer: nn.Module, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+def watch_inputs(layer: nn.Module, see: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Show each Linear's input [..., d_in] before it is run, to the function by its weight's name inside the layer.
 
+    The Linear is given what the function returns, where that is not None.
     A pass in the block ends, and the block with it, where one of them raises `SeenEnough`.
     """
 
-    def before(show: Callable[[Tensor], None]) -> Callable[..., None]:
+    def before(show: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
         return lambda module, given: show(given[0])
 
     with _hooks([_module(layer, name).register_forward_pre_hook(before(show)) for name, show in see.items()]):

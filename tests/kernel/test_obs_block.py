@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_inputs import BACKENDS, DEVICE, F32, F64, close, needs_triton, normal
 
-from streamprune.kernels.obs_block import MOST_COLUMNS, obs_block
+from streamprune.kernels.obs_block import BLOCK_COLUMNS, obs_block
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -115,7 +115,7 @@ def test_a_block_lies_among_others_and_its_factor_anywhere():
 
 @needs_triton
 def test_wider_blocks_and_float64_take_torch():
-    for columns, dtype in ((MOST_COLUMNS + 4, F32), (8, F64)):
+    for columns, dtype in ((BLOCK_COLUMNS + 4, F32), (8, F64)):
         weight, factor = normal((columns, 5), 1, dtype=dtype).to(DEVICE), upper(columns).to(dtype)
         expected = weight.clone()
         errors = obs_block(expected, factor, 0, 2, 4, backend="torch")

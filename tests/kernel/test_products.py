@@ -5,7 +5,7 @@ import torch
 from kernel_inputs import BACKENDS, BF16, DEVICE, F16, F32, F64, largest_allocation, needs_triton, normal
 
 from streamprune.kernels import add_product, gram, mirror
-from streamprune.kernels.gram import BLOCK_COLS, BLOCK_ROWS, FEW_COLUMNS, MIRROR_BLOCK
+from streamprune.kernels.gram import BLOCK_COLS, BLOCK_ROWS, FEW_COLUMNS, MIRROR_BLOCK, PANEL
 
 pytestmark = pytest.mark.usefixtures("uninitialised_memory_is_nan")
 
@@ -64,7 +64,7 @@ def test_strided_operands_count_as_they_are(dtype, error):
 
 
 @pytest.mark.parametrize("backend,dtype,error", CASES)
-@pytest.mark.parametrize("tokens,columns", [(1, 1), (7, 63), (33, 129), (65, 300), (32, 576)])
+@pytest.mark.parametrize("tokens,columns", [(1, 1), (7, 63), (33, 129), (65, 300), (32, 577)])
 def test_the_lower_triangle_of_a_gram_matrix_is_added(tokens, columns, backend, dtype, error):
     x = normal((tokens, columns), 1, dtype=dtype).to(DEVICE)
     total = normal((columns, columns), 2, dtype=sums_of(dtype)).to(DEVICE)
@@ -90,6 +90,17 @@ def test_tiles_above_the_diagonal_are_not_made():
     row, col = torch.arange(columns)[:, None], torch.arange(columns)
     above = col // BLOCK_COLS * BLOCK_COLS > row // BLOCK_ROWS * BLOCK_ROWS + BLOCK_ROWS - 1
     assert above.any() and total.cpu()[above].isnan().all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's library makes the whole product")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_panels_above_the_diagonal_are_not_made(dtype):
+    columns = 2 * PANEL + 1
+    total = torch.full((columns, columns), torch.nan).triu(1)
+    x = normal((5, columns), 1, dtype=dtype)
+    close_to(gram(total, x).tril(), (x.double().T @ x.double()).tril(), 1e-5)
+    third = columns // 3
+    assert total[:third, -third:].isnan().all()
 
 
 @needs_triton

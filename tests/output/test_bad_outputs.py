@@ -151,7 +151,7 @@ def test_disk_that_is_too_small_is_refused_before_the_work(refused, model, monke
         raise AssertionError("layers were read before the disk was found too small")
 
     monkeypatch.setattr(shutil, "disk_usage", small_disk)
-    monkeypatch.setattr("streamprune.streaming.pager.Pager.pages", no_sweep)
+    monkeypatch.setattr("streamprune.paging.pager.Pager.pages", no_sweep)
     refused(model, code=1, names=("1,000 bytes free", "528,192"), remedy="make room")
 
 

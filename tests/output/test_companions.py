@@ -269,7 +269,7 @@ def test_all_of_it_is_decided_before_a_layer_is_read(
 
     tokenizer_with_code(model)
     (model / "LICENSE").symlink_to(model / "gone")
-    monkeypatch.setattr("streamprune.streaming.pager.Pager.pages", stop)
+    monkeypatch.setattr("streamprune.paging.pager.Pager.pages", stop)
     said = streamprune("--model", model, "--output", output, *SHORT).err
     assert "tokenization_own.OwnTokenizer" in said and "LICENSE cannot be read" in said
 

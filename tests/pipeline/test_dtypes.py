@@ -11,9 +11,9 @@ from tiny_models import save_tiny
 
 from streamprune import PruneConfig, evaluate, prune
 from streamprune.errors import UsageError
+from streamprune.paging.device import compute_dtype, multiplies_bfloat16, state_dtype
 from streamprune.pipeline.run import foretell
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.streaming.device import compute_dtype, multiplies_bfloat16, state_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64

@@ -158,7 +158,7 @@ def test_lines_come_at_most_every_15_seconds():
 
 def test_a_line_says_where_the_stage_stands_and_the_last_what_it_took(monkeypatch):
     monkeypatch.setattr(
-        "streamprune.streaming.device.peaks", lambda: {"peak_rss": 2_300_000_000, "peak_gpu": 4_100_000_000}
+        "streamprune.paging.device.peaks", lambda: {"peak_rss": 2_300_000_000, "peak_gpu": 4_100_000_000}
     )
     run = Run()
     with run.progress.stage("scoring moreau-gs", 100 * GB):

@@ -13,9 +13,9 @@ from tiny_models import save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import CheckpointError, UsageError
+from streamprune.paging.device import CudaDevice, compute_dtype
+from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
-from streamprune.streaming.device import CudaDevice, compute_dtype
-from streamprune.streaming.pager import Pager
 
 
 def test_the_compute_dtype_of_a_gpu_is_that_of_most_bytes(tmp_path):
@@ -100,7 +100,7 @@ def test_a_llama_without_defaults_in_its_file_keeps_them_as_a_mistral(tmp_path):
 
 
 def test_cuda_waits_are_on_the_streams_that_the_rules_name():
-    """The rules themselves are proven in test_paging; this is the mapping to CUDA's streams, without a GPU."""
+    """The rules themselves are proven in test_pager; this is the mapping to CUDA's streams, without a GPU."""
 
     class Stream:
         def __init__(self):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamprune import PruneConfig
 from streamprune.errors import StreampruneError
 from streamprune.methods.needs import MOMENTS
+from streamprune.paging.state import STATE_SLOTS
 from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
 from streamprune.planning.cards import CARDS
@@ -19,7 +20,6 @@ from streamprune.planning.rates import Rates, assumed, seconds
 from streamprune.planning.stage import Kept, Stage
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.inputs import Moments
-from streamprune.streaming.state import STATE_SLOTS
 from streamprune.streaming.statistics import Statistics
 
 SAMPLES, SEQ, LAYERS, N_LAYERS = 4, 32, (1, 7), 8

@@ -10,12 +10,12 @@ import pytest
 
 from streamprune import PruneConfig, prune
 from streamprune.figures import peak_rss
+from streamprune.paging.pager import Pager
 from streamprune.pipeline import run
 from streamprune.pipeline.run import CACHE_SHARE, foretell
 from streamprune.planning import rates
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.storage.reader import DISK_BLOCK
-from streamprune.streaming.pager import Pager
 
 RUNS = [
     ("taylor", "units", {}),

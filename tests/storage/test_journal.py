@@ -10,9 +10,9 @@ from tiny_models import make_sweeper, token_ids
 
 from streamprune import prune
 from streamprune.errors import OutputError, StreampruneError
+from streamprune.paging.hidden_states import Activations
 from streamprune.storage.journal import JOURNAL, Journal
 from streamprune.streaming import hidden_states, statistics
-from streamprune.streaming.hidden_states import Activations
 from streamprune.streaming.walk import walk
 
 

@@ -10,10 +10,10 @@ from tiny_models import N_LAYERS, need_direct, save_tiny, token_ids, whole_model
 from streamprune import PruneConfig, prune
 from streamprune.kernels import perturb
 from streamprune.model.skeleton import Skeleton
+from streamprune.paging.device import paging_device
+from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.streaming.binder import Perturbation
-from streamprune.streaming.device import paging_device
-from streamprune.streaming.pager import Pager
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper
 
@@ -82,6 +82,24 @@ def test_every_sweep_gives_the_same_bits(tmp_path):
         runs.append(grads)
     for other in runs[1:]:
         assert all(torch.equal(runs[0][key], grad) for key, grad in other.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_half_gradients_are_autograds_but_for_its_rounding(family, dtype, tmp_path, monkeypatch):
+    save_tiny(tmp_path, family, dtype=torch.float32)
+    runs = []
+    for by_autograd in (False, True):
+        if by_autograd:
+            monkeypatch.setattr("streamprune.streaming.gradients.sums_halves", lambda tensor: False)
+        grads = {}
+        statistics = Statistics(cuda_sweeper(tmp_path, dtype), token_ids(n=5, seq=20), range(1, N_LAYERS), 0)
+        statistics.gradients(lambda ref, w, g, grads=grads: grads.update({ref.key: g.cpu()}))
+        runs.append(grads)
+    assert runs[0].keys() == runs[1].keys()
+    for key, grad in runs[0].items():
+        assert grad.dtype == torch.float32
+        assert (grad - runs[1][key]).abs().max() <= 0.02 * grad.abs().max(), key
 
 
 @pytest.mark.parametrize("method", ["taylor", "moreau-gs"])

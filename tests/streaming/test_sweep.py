@@ -1,6 +1,7 @@
 """Streamed losses, hidden states and gradients equal those of the whole model under autograd."""
 
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -139,7 +140,7 @@ def test_the_size_of_reads_and_their_number_change_no_bit(chunk, readers, tmp_pa
     save_tiny(tmp_path, "qwen3", dtype=torch.bfloat16)
     ids = token_ids()
     reference = collect(Statistics(make_sweeper(tmp_path, dtype=torch.float32), ids, LAYERS, 0))[1]
-    monkeypatch.setattr("streamprune.streaming.pager.CHUNK_BYTES", chunk)
+    monkeypatch.setattr("streamprune.paging.pager.CHUNK_BYTES", chunk)
     sweeper = make_sweeper(tmp_path, dtype=torch.float32)
     sweeper.pager.readers = readers
     grads = collect(Statistics(sweeper, ids, LAYERS, 0))[1]
@@ -340,3 +341,26 @@ def test_a_linears_input_is_let_go_of_with_its_gradient(from_ends):
         output.sum().backward()
     assert alive() is None
     assert torch.equal(found[0][2], torch.full((2, 3), 4.0)) and output.requires_grad
+
+
+@pytest.mark.parametrize("hidden_size", [48, slow(240)])
+@pytest.mark.parametrize("seq", [16, slow(60)])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_bytes_of_a_kept_graph_are_counted(family, seq, hidden_size, tmp_path):
+    save_tiny(tmp_path, family, dtype=torch.float32, hidden_size=hidden_size)
+    sweeper, saved = make_sweeper(tmp_path, dtype=torch.float32, micro_batch=2), {}
+    sweeper.graphs = 1
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        collector = partial(GradientCollector, lambda ref, weight, grad: None)
+        sweeper.forward_keeping(token_ids(n=4, seq=seq), 1, prunable=range(1, N_LAYERS), collector=collector)
+    elsewhere = {states.untyped_storage().data_ptr() for states in sweeper._kept}
+    held = sum(nbytes for pointer, nbytes in saved.items() if pointer not in elsewhere)
+    held += sum(output.nbytes for _, _, output in sweeper._graphs[N_LAYERS - 1].runs)
+    task = Task(Sizes(sweeper), (4, seq), micro_batch=2, layers=range(1, N_LAYERS), graphs=1)
+    assert held <= GRADIENTS.cost(task).device["graphs of layers"] <= 2 * held

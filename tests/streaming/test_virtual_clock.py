@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from streamprune.paging.state import STATE_SLOTS
 from streamprune.planning import placement
 from streamprune.planning.cards import CARDS
 from streamprune.planning.stage import Kept
-from streamprune.streaming.state import STATE_SLOTS
 
 BENCH = Path(__file__).parents[2] / "bench"
 GIB = 1 << 30

@@ -13,10 +13,10 @@ from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 from streamprune import PruneConfig, prune
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
+from streamprune.paging.device import HUGE_PAGE, CudaDevice
+from streamprune.paging.pager import Page
+from streamprune.paging.state import StateStream, aligned
 from streamprune.storage.tensor_store import make_store
-from streamprune.streaming.device import HUGE_PAGE, CudaDevice
-from streamprune.streaming.pager import Page
-from streamprune.streaming.state import StateStream, aligned
 from streamprune.streaming.statistics import Statistics
 
 LAYERS, SHAPE = range(6), (5, 7)
@@ -170,7 +170,7 @@ def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, 
             evaluate=False,
         )
         found.append(load_file(prune(config).output / "model.safetensors"))
-        monkeypatch.setattr("streamprune.streaming.device.paging_device", lambda *given, **options: device)
+        monkeypatch.setattr("streamprune.paging.device.paging_device", lambda *given, **options: device)
     assert len(device.queues) == 4, "copies to the device and from it have streams of their own"
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

@@ -1,7 +1,7 @@
 """Paging of layers into permanent device slots, one being read while another is computed on.
 
 On a CPU the readers fill the slot itself. On CUDA they fill pinned chunks, and a copy stream moves those into
-the slot. Three waits make that safe, and each is needed (tests/streaming/test_paging.py takes them away one by one):
+the slot. Three waits make that safe, and each is needed (tests/paging/test_pager.py takes them away one by one):
 
 - copied[slot]: compute starts on a slot after the last copy into it.
 - consumed[slot]: the copy stream overwrites a slot after the compute that was queued on it.
@@ -26,9 +26,9 @@ from typing import Any, Literal
 import psutil
 from torch import Tensor
 
+from streamprune.paging.device import READ_THREADS, Device
 from streamprune.storage.checkpoint import Checkpoint, TensorEntry, byte_view
 from streamprune.storage.reader import DISK_BLOCK
-from streamprune.streaming.device import READ_THREADS, Device
 
 CHUNK_BYTES = 16 << 20  # at least a block
 ALIGNMENT = 64  # bytes, of tensors on a device; enough for any dtype and for vector loads

@@ -3,7 +3,7 @@
 It lies in one arena of host memory, a block for each layer, sized before the first sweep. A layer's block is fetched
 into a slot on the device while the layer before is computed on, and carried back while the one after is, each way on a
 stream of its own. What a sweep ends with stays in its slot for the next one, as the pager's layers do. Three waits make
-that safe, and each is needed (tests/streaming/test_state.py takes them away one by one):
+that safe, and each is needed (tests/paging/test_state.py takes them away one by one):
 
 - fetched[slot]: compute starts on a slot after its state is there.
 - consumed[slot]: a block is fetched into a slot, or carried out of it, after the compute that was queued on it.
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.paging.device import Device
+from streamprune.paging.pager import ALIGNMENT, Page, Step, Turn, schedule
 from streamprune.storage.journal import Key
-from streamprune.streaming.device import Device
-from streamprune.streaming.pager import ALIGNMENT, Page, Step, Turn, schedule
 
 STATE_SLOTS = 3  # one is computed on, one arrives, one leaves
 Name = tuple[str, int, str]  # store, layer, tensor

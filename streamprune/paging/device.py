@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamprune.config import AUTO
 from streamprune.errors import UsageError
 from streamprune.figures import peak_rss
 from streamprune.storage.checkpoint import FINITE_BLOCK, Checkpoint
+from streamprune.values import AUTO
 
 HUGE_PAGE = 2 << 20
 READ_THREADS, GPU_READ_THREADS = 2, 4  # beside a GPU the processor has nothing else to do

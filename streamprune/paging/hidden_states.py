@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import OutputError
+from streamprune.paging.device import Device
 from streamprune.storage.scratch import read_at, scratch_file, write_at
-from streamprune.streaming.device import Device
 
 Place = Literal["device", "host", "scratch"]
 Room = Future[Tensor] | int  # of hidden states: memory that may still be registered, or an offset in the file

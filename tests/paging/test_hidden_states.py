@@ -8,9 +8,9 @@ from fake_device import FakeDevice
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 
 from streamprune.errors import OutputError
+from streamprune.paging.device import HostDevice
+from streamprune.paging.hidden_states import Activations, ahead, whole
 from streamprune.streaming.binder import Perturbation
-from streamprune.streaming.device import HostDevice
-from streamprune.streaming.hidden_states import Activations, ahead, whole
 from streamprune.streaming.statistics import Statistics
 
 N = 7  # sequences

@@ -10,12 +10,12 @@ import torch
 from fake_device import FakeDevice
 from tiny_models import make_sweeper, need_direct, save_tiny
 
+from streamprune.paging.device import HUGE_PAGE, HostDevice
+from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.storage.reader import DISK_BLOCK
 from streamprune.streaming import pager
 from streamprune.streaming.costs import Sizes, Task
-from streamprune.streaming.device import HUGE_PAGE, HostDevice
-from streamprune.streaming.pager import Pager
 
 
 @pytest.fixture
