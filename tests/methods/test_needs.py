@@ -146,7 +146,7 @@ def test_gram_matrices_are_as_wide_as_each_layers_inputs(ragged):
     widths = [(HIDDEN, each["o_proj"][1], HIDDEN, each["down_proj"][1]) for each in matrices]
     grams = GRAMS.cost(task_of(sweeper, prunes=True))
     assert grams.device["sums over inputs"] == 4 * sum(width**2 for width in set(widths[-1]))
-    assert grams.factors == pytest.approx(4 / 3 * sum(width**3 for each in widths[1:] for width in each))
+    assert grams.factors == pytest.approx(sum(width**3 for each in widths[1:] for width in each))
     assert grams.updates == sum(map(elements, matrices[1:]))
 
 

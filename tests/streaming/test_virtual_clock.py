@@ -262,7 +262,7 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None):
         bench["clock_rates"].machine_of(card),
         method,
         gpu_memory=gpu_memory,
-        again=True,
+        warm=True,
         **run,
     )
     return [(each.busy, each.one_layer) for each in found.late]
