@@ -24,6 +24,7 @@ from plans import MODELS, write_headers
 from virtual_clock import META, Clock, Sweep, running
 
 from streamprune.config import PruneConfig
+from streamprune.errors import StreampruneError
 from streamprune.figures import table
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS
@@ -84,7 +85,7 @@ def score(
     gpu_memory: int,
     warm: bool = False,
     again: bool = False,
-    streams: bool = True,
+    then: bool = False,
     held: Kept | None = None,
     at_once: int | None = None,
     **options: Any,
@@ -93,14 +94,15 @@ def score(
 
     Args:
         gpu_memory: bytes. warm: the page cache holds the checkpoint before. again: the second time in a process.
-        streams: what the method keeps passes with its layers; else it lies in pageable memory, as it once did.
+        then: what the method keeps lies in pageable memory, and products of halves are rounded to half and widened, as
+            when an H100 was measured; else it passes with its layers, and they are summed in float32.
         held: what stays on the device. at_once: sequences per layer call; where not as the plan says.
         options: of the `PruneConfig`.
     """
     given = {"gpu_memory": gpu_memory, "host_memory": HOST_MEMORY, "evaluate": False, **options}
     config = PruneConfig(str(path), Path("unused"), method, **given)
     clock = Clock(machine)
-    with running(clock), _opened(config) as (sweeper, plan, shape):
+    with running(clock, halves=not then), _opened(config) as (sweeper, plan, shape):
         placement = _settle(sweeper, config, plan, shape)
         held = held or placement.held
         sweeper.pager.slots, sweeper.graphs, clock.warm = held.slots, held.graphs, warm
@@ -110,7 +112,7 @@ def score(
             begun, waits, linked, clock.sweeps = clock.world.now, dict(clock.waits), dict(clock.linked), []
             job = Job(config, plan, sweeper, Progress(), ids, None, Companions(path), state_slots=held.state_slots)
             # As a run has it, but for the writing.
-            store = job._stores() if streams else make_store
+            store = make_store if then else job._stores()
             statistics = Statistics(sweeper, ids, plan.layers, config.seed, None, store)
             with _noting_sweeps(clock):
                 METHODS[method].score(statistics, plan.settings, _sink(config, plan, sweeper))
@@ -210,15 +212,12 @@ def main(
             write_headers(Path(directory) / model, MODELS[model])
         for model, card, method in ((m, c, each) for m in models for c in cards for each in methods):
             at_once = max(1, tokens // METHODS[method].calibration[1])
-            found = score(
-                Path(directory) / model,
-                machine_of(card),
-                method,
-                gpu_memory=CARDS[card].gib << 30,
-                warm=warm,
-                at_once=at_once,
-                **SHORTER.get(method, {}),
-            )
+            run = {"gpu_memory": CARDS[card].gib << 30, "warm": warm, "at_once": at_once, **SHORTER.get(method, {})}
+            try:
+                found = score(Path(directory) / model, machine_of(card), method, **run)
+            except StreampruneError as error:
+                click.echo(f"{model} {card} {method}: {error}", err=True)
+                continue
             parts = [
                 sum(getattr(each.busy, name) for each in found.sweeps) for name in ("up", "down", "disk", "compute")
             ]

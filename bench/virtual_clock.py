@@ -339,8 +339,8 @@ def _on_device(args: Any, kwargs: Any) -> bool:
 
 
 @contextmanager
-def running(clock: Clock) -> Iterator[None]:
-    """Let all paging in the block run on the clock's machine."""
+def running(clock: Clock, *, halves: bool = True) -> Iterator[None]:
+    """Let all paging in the block run on the clock's machine; `halves` are multiplied as they are, into float32."""
     world = clock.world
     world.inside = lambda: CostMode(clock)
 
@@ -357,7 +357,7 @@ def running(clock: Clock) -> Iterator[None]:
         "is_gpu": (devices.is_gpu, is_gpu),
         "paging_device": (devices.paging_device, lambda device, *, planned=False: ClockDevice(clock)),
         "use_triton": (use_triton, lambda tensor, backend: tensor.dtype != torch.float64),
-        "sums_halves": (sums_halves, lambda tensor: tensor.dtype in HALVES),
+        "sums_halves": (sums_halves, lambda tensor: halves and tensor.dtype in HALVES),
     }
     with ExitStack() as stack:
         stack.enter_context(replaced("streamprune.", **things))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,7 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
         raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
     limits = _limits(config, sweeper, gpu)
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
-    sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
+    sizes, needed = Sizes(sweeper), list[tuple[tuple[int, int], Sequence[Stage]]]()
     # Smaller micro-batches come last: sums differ by them in their last bits, by where things stay they do not.
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
@@ -78,7 +78,7 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
         options.sort(key=lambda option: max(stage.scratch for stage in option[0]))
         for found, where, state in options:
             device, host = _peaks(found, gpu)
-            needed.append((device, host))
+            needed.append(((device, host), found))
             if device > room[0] or host > room[1]:
                 continue
             make = partial(stages, sizes, config, plan, work, where, state, micro_batch)
@@ -88,8 +88,14 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
             device, host = (device + grown, host) if gpu else (0, host + grown)
             halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
             return Placement(held, where, state, config.scratch, micro_batch, found, device, baseline + host, halved)
-    smallest = min(needed, key=lambda both: (max(0, both[0] - room[0]) + max(0, both[1] - room[1]), sum(both)))
-    raise StreampruneError(_refusal(config, plan, baseline, smallest, limits))
+
+    def lacks(each: tuple[tuple[int, int], Sequence[Stage]]) -> tuple[int, int]:
+        (device, host), _ = each
+        return max(0, device - room[0]) + max(0, host - room[1]), device + host
+
+    smallest, made_of = min(needed, key=lacks)
+    parts = _largest_parts(made_of, gpu=gpu and smallest[0] > room[0])
+    raise StreampruneError(_refusal(config, plan, baseline, smallest, limits, parts))
 
 
 def _places(config: PruneConfig, gpu: bool) -> list[Place]:
@@ -114,12 +120,14 @@ def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]
     host = config.host_memory if config.host_memory is not None else psutil.virtual_memory().available + process
     if not gpu:
         return 0, host
-    device = config.gpu_memory
-    if device is None:
-        # Embeddings and head are there already, and are among what is planned: so they count as free.
-        loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.loaded else 0
-        device = int(free_memory(sweeper.skeleton.device) * GPU_SHARE) + loaded
-    return device, host
+    if not sweeper.skeleton.loaded and config.gpu_memory is not None:  # of a card that need not be there
+        return config.gpu_memory, host
+    # Embeddings and head are there already, and are among what is planned: so they count as free.
+    loaded = sweeper.skeleton.resident_bytes if sweeper.skeleton.loaded else 0
+    free = free_memory(sweeper.skeleton.device)
+    # Another process may hold some of what a budget counts on.
+    device = int(free * GPU_SHARE) if config.gpu_memory is None else min(config.gpu_memory - loaded, free)
+    return device + loaded, host
 
 
 def _micro_batches(config: PruneConfig, default: int) -> list[int]:
@@ -186,13 +194,26 @@ def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[
     return result
 
 
-def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, int], limits: tuple[int, int]) -> str:
-    """Say in one line what budget is lacking, the smallest that would do, and what to try instead."""
+def _largest_parts(found: Sequence[Stage], *, gpu: bool) -> str:
+    """Name what the stage that holds most is made of: on the GPU, or in memory."""
+
+    def held(stage: Stage) -> Mapping[str, int]:
+        return stage.device if gpu else {**stage.device, **stage.host}
+
+    parts = sorted(max(map(held, found), key=lambda each: sum(each.values())).items(), key=lambda part: -part[1])
+    return ", ".join(f"{human(size)} of {name}" for name, size in parts[:3] if size)
+
+
+def _refusal(
+    config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, int], limits: tuple[int, int], parts: str
+) -> str:
+    """Say in one line what budget is lacking, the smallest that would do, its parts, and what to try instead."""
     device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in needed)
     host += baseline + DRIFT
     lacking = []
     if device > limits[0] > 0:
-        lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there")
+        held = " and not held by other processes" if (config.gpu_memory or 0) > limits[0] else ""
+        lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there{held}")
     if host > limits[1]:
         lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
     method = METHODS[config.method]
@@ -208,7 +229,7 @@ def _refusal(config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, 
         remedies.append(
             f"for its {human(plan.state_bytes)} of state use --method {method.stateless}, or --set {without}"
         )
-    return f"{config.method} needs at least {', and '.join(lacking)}; {', or '.join(remedies)}"
+    return f"{config.method} needs at least {', and '.join(lacking)} ({parts}); {', or '.join(remedies)}"
 
 
 def _mib(nbytes: int) -> str:

@@ -159,7 +159,7 @@ def test_state_in_pageable_memory_is_waited_for(bench, checkpoint):
         gpu_memory=20 * GIB,
         layers=(1, 3),
         settings={"steps": 2},
-        streams=False,
+        then=True,
         held=Kept(),
     )
     state = 2 * 4 * LAYER
@@ -219,7 +219,7 @@ THEN = {"samples": 32, "seq_len": 2048, "at_once": 4}
 @pytest.mark.parametrize(
     "measured,run",
     [
-        (95.4, {"method": "moreau-gs", "streams": False, "held": Kept(32)}),
+        (95.4, {"method": "moreau-gs", "held": Kept(32)}),
         (8.5, {"method": "taylor", **THEN, "held": Kept(9)}),
         (9.2, {"method": "taylor", **THEN, "held": Kept(14), "gpu_memory": 8 * GIB}),
     ],
@@ -227,7 +227,7 @@ THEN = {"samples": 32, "seq_len": 2048, "at_once": 4}
 def test_runs_that_were_measured_on_an_h100_take_as_long_by_the_clock(measured, run, bench, checkpoint):
     """Llama-2-7B's shape from the page cache, δ in pageable memory; taylor the second time in a process."""
     again = run["method"] == "taylor"
-    run = {"gpu_memory": 22 * GIB, "warm": True, "again": again} | run
+    run = {"gpu_memory": 22 * GIB, "warm": True, "again": again, "then": True} | run
     found = bench["clocked"].score(checkpoint(), bench["clock_rates"].machine_of("h100"), **run)
     assert found.seconds == pytest.approx(measured, rel=0.25)
 
@@ -262,7 +262,7 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None):
         bench["clock_rates"].machine_of(card),
         method,
         gpu_memory=gpu_memory,
-        again=True,
+        warm=True,
         **run,
     )
     return [(each.busy, each.one_layer) for each in found.late]
