@@ -65,10 +65,15 @@ def test_the_compute_dtype_is_the_stored_one_where_the_device_is_fast_in_it(stor
                 assert compute_dtype(str(asked).removeprefix("torch."), CPU, checkpoint) == asked
 
 
-def test_state_is_narrow_on_a_gpu_that_computes_in_half_precision():
-    assert [state_dtype("auto", GPU, dtype) for dtype in (F16, BF16, F32, F64)] == [*["bfloat16"] * 2, *["float32"] * 2]
-    assert {state_dtype("auto", CPU, dtype) for dtype in (F16, BF16, F32, F64)} == {"float32"}
-    assert state_dtype("float32", GPU, BF16) == "float32" and state_dtype("bfloat16", CPU, F32) == "bfloat16"
+@pytest.mark.parametrize("narrows", [True, False])
+def test_state_is_narrow_where_it_was_measured_on_a_gpu_that_computes_in_half_precision(narrows):
+    on_gpu = {dtype: state_dtype("auto", GPU, dtype, narrows=narrows) for dtype in (F16, BF16, F32, F64)}
+    assert on_gpu == {
+        dtype: "bfloat16" if narrows and dtype.itemsize == 2 else "float32" for dtype in (F16, BF16, F32, F64)
+    }
+    assert {state_dtype("auto", CPU, dtype, narrows=narrows) for dtype in (F16, BF16, F32, F64)} == {"float32"}
+    assert state_dtype("float32", GPU, BF16, narrows=narrows) == "float32"
+    assert state_dtype("bfloat16", CPU, F32, narrows=narrows) == "bfloat16"
 
 
 @pytest.mark.parametrize(("native", "chosen"), [(True, "bfloat16"), (False, "float32")])
