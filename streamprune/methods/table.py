@@ -213,7 +213,6 @@ _ROWS = (
         _moreau_settings(rho=0.05, gamma=1e-3),
         sweeps=_moreau_sweeps,
         states=(_DELTA, _SUM),
-        narrows=True,
     ),
     Method(
         "moreau-gs",
