@@ -74,6 +74,8 @@ class Method:
         calibration: samples and tokens of each, as in its paper.
         sweeps: forward-and-backward sweeps that it takes with given settings.
         states: what it may keep between sweeps.
+        narrows: whether bfloat16 state was measured to rank units as float32 state does, at its defaults: then a GPU
+            keeps that by default.
         stateless: the method to take instead where there is no room for that.
         allocation: its own, for units.
     """
@@ -90,6 +92,7 @@ class Method:
     unneeded: Callable[[Mapping[str, Any]], tuple[Need, ...]] = lambda settings: ()
     sums: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     states: tuple[KeptState, ...] = ()
+    narrows: bool = False
     stateless: str = "taylor"
     allocation: Literal["uniform", "global"] = "uniform"
 
@@ -225,6 +228,7 @@ _ROWS = (
         },
         sweeps=_moreau_sweeps,
         states=(_DELTA, _SUM),
+        narrows=True,
     ),
     Method(
         "wanda",
@@ -273,6 +277,7 @@ _ROWS = (
         _LONG,
         unneeded=lambda settings: (MOMENTS,) if settings["terms"] == "gradient" else (),
         states=(_NORM,),
+        narrows=True,
         stateless="wanda",
     ),
     Method(

@@ -229,14 +229,15 @@ def multiplies_bfloat16() -> bool:
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def state_dtype(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def state_dtype(name: str, device: torch.device, dtype: torch.dtype, *, narrows: bool) -> str:
     """Choose the dtype of what a method keeps between sweeps: `name`; or with "auto" bfloat16 or float32.
 
-    bfloat16 is chosen on a GPU that computes in half precision, where the state passes a link in every sweep.
+    bfloat16 is chosen where the method `narrows` its state, on a GPU that computes in half precision: there the state
+    passes a link in every sweep.
     """
     if name != AUTO:
         return name
-    return "bfloat16" if is_gpu(device) and dtype.itemsize == 2 else "float32"
+    return "bfloat16" if narrows and is_gpu(device) and dtype.itemsize == 2 else "float32"
 
 
 def attentions(device: torch.device, dtype: torch.dtype) -> Callable[[str], bool]:

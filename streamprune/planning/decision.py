@@ -113,7 +113,8 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
     if planned.added_biases and (config.stock or not skeleton.family.ragged):
         raise UsageError("no stock class has biases on o and down alone; leave them out with --no-bias")
     planned.check()
-    kept_in = state_dtype(config.state_dtype, skeleton.device, skeleton.dtype)
+    narrows = METHODS[config.method].narrows
+    kept_in = state_dtype(config.state_dtype, skeleton.device, skeleton.dtype, narrows=narrows)
     return Plan(
         layers=layers,
         settings=settings,
