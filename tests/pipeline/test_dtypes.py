@@ -153,4 +153,4 @@ def test_a_plan_for_a_gpu_says_and_counts_what_it_computes_in_and_keeps(stored, 
     assert f"of {said} state" in by_state["auto"].text
     held = {name: plan.placement.stages[0].host["state of the method"] for name, plan in by_state.items()}
     assert held["auto"] == held[said]
-    assert held["float32"] == pytest.approx(2 * held["bfloat16"], rel=0.01) and held["bfloat16"] > 0  # but for alignment
+    assert held["float32"] == pytest.approx(2 * held["bfloat16"], rel=0.01) and held["bfloat16"] > 0
