@@ -11,6 +11,7 @@ from whole_models import down_name, load, mask_unit_kind, matrix, mean_loss, out
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError, UsageError
+from streamprune.recovery import least_squares
 from streamprune.texts.documents import embedded_text
 
 TOKENS, SEQ = 640, 64  # as many as a tiny model has positions
@@ -149,6 +150,22 @@ def test_errors_may_be_added_as_goals_and_outputs(family, tmp_path, monkeypatch)
     save_tiny(tmp_path / "in", family, **FIELDS.get(family, {}))
     options = {**ways(family), "compensate_ridge": 1e-2}
     check(tmp_path / "in", repair(tmp_path / "in", tmp_path / "out", **options), "stream", 1e-2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_kept_for_a_layers_output_may_lie_on_a_disk_and_be_wider(dtype, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "in", "llama", num_hidden_layers=6)
+    options = {**ways("llama"), "dtype": dtype, "layers": (1, 5), "scratch": tmp_path / "spill"}
+    outputs = [repair(tmp_path / "in", tmp_path / "memory", **options).output]
+    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["scratch"])
+    outputs.append(repair(tmp_path / "in", tmp_path / "disk", **options).output)
+    widest = least_squares._widest
+    # As in a model that has been pruned already, whose layers have different widths.
+    monkeypatch.setattr(least_squares, "_widest", lambda skeleton: widest(skeleton) + 5)
+    outputs.append(repair(tmp_path / "in", tmp_path / "wider", **options).output)
+    first, *others = (load_file(output / "model.safetensors") for output in outputs)
+    for other in others:
+        assert all(torch.equal(other[name], tensor) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "mixtral"])
