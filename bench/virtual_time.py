@@ -36,7 +36,7 @@ class World:
     """
 
     def __init__(self) -> None:
-        self._current = _Actor(0.0)
+        self._main = self._current = _Actor(0.0)
         self._actors, self._closed = [self._current], False
         self.inside: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -44,6 +44,11 @@ class World:
     def now(self) -> float:
         """Time of the running thread, in seconds."""
         return self._current.time
+
+    @property
+    def in_main(self) -> bool:
+        """Tell whether the thread runs that made the world."""
+        return self._current is self._main
 
     def spend(self, seconds: float) -> None:
         """Let the running thread take some time."""
