@@ -284,7 +284,7 @@ def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(
             "h100",
         ): "scores are fetched as they are made: a GPU so fast waits for the next launches",
         **dict.fromkeys(
-            [(each, "llama-3-70b", "a100") for each in ("moreau", "moreau-gs", "smoothgrad")],
+            [(each, "llama-3-70b", "a100") for each in ("moreau", "moreau-gs")],
             "a layer's state goes over the link as a whole, and the weights' chunks wait behind it",
         ),
     }
