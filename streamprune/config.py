@@ -295,7 +295,7 @@ class PruneConfig:
         values.dtype,
         "Dtype of what a method keeps between sweeps: float32, or bfloat16 in half the bytes.",
         _MACHINE,
-        more="auto is bfloat16 on a GPU that computes in half precision, else float32.",
+        more="auto is bfloat16 for moreau-gs and gblm on a GPU that computes in half precision, else float32.",
         choices=(AUTO, "float32", "bfloat16"),
         listed=False,
     )
