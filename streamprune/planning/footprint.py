@@ -193,7 +193,7 @@ def _repair(
     carried = 2 * inputs * task.tokens_at_once * task.itemsize if stream and where != "device" else 0
     cost = task.cost(
         states=5 + kept + (0 if apart else gaps),
-        # The dense model's layer; o, down's error and its goal, and the pruned layer's output; down's inputs with a goal.
+        # The dense model's layer; o, down's error and its goal, the pruned layer's output; with a goal down's inputs.
         brought=(5 + kept) * len(fitted),
         taken=(3 + kept) * len(fitted),
         carries=2 + gaps if config.resume else 0,
