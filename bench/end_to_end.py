@@ -94,7 +94,9 @@ def streamed(path: Path, method: str, device: str, *, keep: bool = False) -> dic
 
     baseline = peak_rss()
     before = _io("rchar")
-    with Source(str(path), device=device, micro_batch=default_micro_batch(SEQ_LEN)).open() as sweeper:
+    dtype = "float32" if device == "cpu" else "auto"  # as the whole model
+    micro_batch = default_micro_batch(SEQ_LEN)
+    with Source(str(path), device=device, dtype=dtype, micro_batch=micro_batch).open() as sweeper:
         if keep:
             sweeper.pager.slots = sweeper.n_layers
         checkpoint = sweeper.skeleton.checkpoint
@@ -140,7 +142,7 @@ def whole(path: Path, method: str, device: str, *, checkpointing: bool) -> dict:
     from streamprune.figures import peak_rss
 
     baseline = peak_rss()
-    # As streamprune computes by default: float32 on a CPU, the stored dtype on a GPU.
+    # float32 on a CPU, the stored dtype on a GPU.
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
     if checkpointing:
