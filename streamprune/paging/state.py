@@ -2,8 +2,10 @@
 
 It lies in one arena of host memory, a block for each layer, sized before the first sweep. A layer's block is fetched
 into a slot on the device while the layer before is computed on, and carried back while the one after is, each way on a
-stream of its own. What a sweep ends with stays in its slot for the next one, as the pager's layers do. Three waits make
-that safe, and each is needed (tests/paging/test_state.py takes them away one by one):
+stream of its own. What a sweep ends with stays in its slot for the next one, as the pager's layers do. A thread fetches
+in pieces, a few of which are on their way at a time, so that weights pass between them: whole layers of state would
+keep the link from the readers, and leave it idle when these have no chunks left to read into. Three waits make that
+safe, and each is needed (tests/paging/test_state.py takes them away one by one):
 
 - fetched[slot]: compute starts on a slot after its state is there.
 - consumed[slot]: a block is fetched into a slot, or carried out of it, after the compute that was queued on it.
@@ -15,7 +17,9 @@ since, on the same stream and after that wait.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +31,10 @@ from streamprune.paging.pager import ALIGNMENT, Page, Step, Turn, schedule
 from streamprune.storage.journal import Key
 
 STATE_SLOTS = 3  # one is computed on, one arrives, one leaves
+STATE_PIECE_BYTES, STATE_PIECES = (
+    16 << 20,
+    2,
+)  # of a fetch; with two on their way, the link has work when one is through
 Name = tuple[str, int, str]  # store, layer, tensor
 
 
@@ -53,14 +61,15 @@ class _Slot:
     Attributes:
         layer: the one whose state it holds, None before any.
         present: what of it is there. changed: what is newer than in the arena.
-        fetched, consumed, carried: events of the last copy into it, compute on it, and copy out of it.
+        fetched, consumed, carried: events of the last copy into it, as soon as it is queued, of compute on it, and of
+            the last copy out of it.
     """
 
     buffer: Tensor
     layer: int | None = None
     present: set[Name] = field(default_factory=set)
     changed: set[Name] = field(default_factory=set)
-    fetched: Any = None
+    fetched: Future[Any] | None = None
     consumed: Any = None
     carried: Any = None
 
@@ -117,13 +126,17 @@ class StateStream:
 
         Args:
             order: the layers in the order of `pages`. then: how the sweep is followed by the next, as in `Pager.pages`.
-            stores: those that the sweep reads, by default all.
+            stores: those that the sweep reads, by default all; a sweep that reads none leaves the slots as they are.
         """
+        if stores is not None and not stores:
+            yield from pages
+            return
+        fetching = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state")
         steps = iter(self._begin(order, then))
         coming = next(steps, None)
-        if coming is not None:
-            self._fetch(coming, stores)
         try:
+            if coming is not None:
+                self._fetch(coming, stores, fetching.submit)
             for page in pages:
                 step = coming
                 if step is None or step.layer != page.layer:  # a layer without state
@@ -131,28 +144,30 @@ class StateStream:
                     continue
                 coming = next(steps, None)
                 if coming is not None:
-                    self._fetch(coming, stores)
+                    self._fetch(coming, stores, fetching.submit)
                 self._now = slot = self._slots[step.slot]
-                self._after(self._up.compute_waits, slot.fetched)
+                assert slot.fetched is not None, "it was asked for"
+                self._up.compute_waits(slot.fetched.result())
                 yield page
                 self._leave(slot, step)
         finally:
             self._now = None
+            fetching.shutdown()
             # Copies that nobody waited for (after an error) end before the slots are used again or freed.
             for device in (self._up, self._down):
                 device.compute_waits(device.record_copied())
 
     def _begin(self, order: Sequence[int], then: Turn) -> list[Step]:
         held = [self._slots[number].layer if number < len(self._slots) else None for number in range(self.slots)]
-        steps = schedule([layer for layer in order if layer in self._blocks], held, then)
+        steps = schedule([layer for layer in order if layer in self._blocks], held, then, busy=STATE_SLOTS - 1)
         while len(self._slots) <= max((step.slot for step in steps), default=-1):
             # Fresh memory may still be in use by compute that was queued before it was freed.
             consumed = self._up.record_consumed()
             self._slots.append(_Slot(self._up.buffer(self.slot_bytes), consumed=consumed))
         return steps
 
-    def _fetch(self, step: Step, stores: Collection[str] | None) -> None:
-        """Queue what the sweep reads of a layer's state and is not in the slot yet."""
+    def _fetch(self, step: Step, stores: Collection[str] | None, submit: Callable[..., Future[Any]]) -> None:
+        """Let a thread queue what the sweep reads of a layer's state and is not in the slot yet."""
         slot = self._slots[step.slot]
         if step.read:
             self._carry(slot)  # changed when it was kept at the end of a sweep
@@ -160,12 +175,22 @@ class StateStream:
         wanted = {
             each for each in self.held if each[1] == step.layer and (stores is None or each[0] in stores)
         } - slot.present
-        self._after(self._up.copy_waits, slot.consumed)
-        self._after(self._up.copy_waits, slot.carried)
-        for start, stop in self._runs(wanted):
-            self._up.copy(slot.buffer[start:stop], self._block(step.layer)[start:stop])
-        slot.fetched = self._up.record_copied()
+        block, runs = self._block(step.layer), list(self._runs(wanted))
+        copies = [(slot.buffer[start:stop], block[start:stop]) for start, stop in runs]
+        slot.fetched = submit(self._queue, copies, (slot.consumed, slot.carried))
         slot.present |= wanted
+
+    def _queue(self, copies: Iterable[tuple[Tensor, Tensor]], after: Iterable[Any]) -> Any:
+        """Queue copies to the device, not many pieces ahead of the link; return the event of the last one."""
+        for event in after:
+            self._after(self._up.copy_waits, event)
+        pieces = deque[Any]()
+        for target, source in copies:
+            for to, of in zip(target.split(STATE_PIECE_BYTES), source.split(STATE_PIECE_BYTES), strict=True):
+                if len(pieces) == STATE_PIECES:
+                    self._up.chunk_free(pieces.popleft())
+                pieces.append(self._up.copy(to, of))
+        return self._up.record_copied()
 
     def _leave(self, slot: _Slot, step: Step) -> None:
         self._now = None

@@ -13,9 +13,10 @@ from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 from streamprune import PruneConfig, prune
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
+from streamprune.paging import state
 from streamprune.paging.device import HUGE_PAGE, CudaDevice
-from streamprune.paging.pager import Page
-from streamprune.paging.state import StateStream, aligned
+from streamprune.paging.pager import Page, schedule
+from streamprune.paging.state import STATE_PIECES, StateStream, aligned
 from streamprune.storage.tensor_store import make_store
 from streamprune.streaming.statistics import Statistics
 
@@ -80,7 +81,9 @@ def expected(rounds=3):
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 6, 9])
 @pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
-def test_the_waits_are_sufficient_whatever_finishes_late(late, slots):
+@pytest.mark.parametrize("piece", [state.STATE_PIECE_BYTES, 64])
+def test_the_waits_are_sufficient_whatever_finishes_late(piece, late, slots, monkeypatch):
+    monkeypatch.setattr(state, "STATE_PIECE_BYTES", piece)
     assert run(FakeDevice(late=late), slots) == expected()
 
 
@@ -93,6 +96,60 @@ def test_compute_waits_for_its_state_and_copies_for_compute(without, late, slots
 @pytest.mark.parametrize("slots", [2, 3, 4])
 def test_fetching_waits_for_what_leaves_the_slot(slots):
     assert run(FakeDevice(late="copy 2"), slots, forgets=True) != expected()
+
+
+class Measured(FakeDevice):
+    """A device that notes, of each copy, its bytes and how many of its stream's were not through when it was queued."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = {}
+
+    def copy(self, target, source):
+        queued = self.noted.setdefault(self.stream, [])
+        queued.append((len(target), sum(not through() for _, _, through in queued)))
+        event = super().copy(target, source)
+        queued[-1] += ((lambda: self.done[event[0]] >= event[1]),)
+        return event
+
+
+def test_a_layer_is_fetched_in_pieces_of_which_few_are_on_their_way(monkeypatch):
+    """What waits for the link beside state waits for these, and not for a layer of it."""
+    monkeypatch.setattr(state, "STATE_PIECE_BYTES", 64)
+    device = Measured()
+    assert run(device, 3) == expected()
+    sizes, before, _ = zip(*device.noted["copy 1"], strict=True)
+    assert max(sizes) == 64 and len(sizes) >= 3 * 3 * len(LAYERS), "140 bytes are three pieces"
+    # Those of a layer, and those of the layer before that nobody waited for yet.
+    assert max(before) < 2 * STATE_PIECES
+
+
+def test_a_sweep_that_reads_no_state_moves_none():
+    device = Measured()
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    counts = stream.store("count")
+
+    def add(layer):
+        counts[layer, "q"] = torch.full(SHAPE, float(layer))
+        device.finish_all()
+
+    sweep(stream, LAYERS[::-1], "back", None, add)
+    moved, held = len(device.noted["copy 2"]), [slot.layer for slot in stream._slots]
+    sweep(stream, LAYERS, "back", [], lambda layer: None)
+    assert len(device.noted["copy 2"]) == moved == len(LAYERS) - 3 and "copy 1" not in device.noted
+    assert [slot.layer for slot in stream._slots] == held and sorted(held) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("then", ["back", "again"])
+@pytest.mark.parametrize("slots", [2, 3, 4, 6])
+def test_a_slot_whose_state_is_leaving_is_not_the_next_to_be_filled(slots, then):
+    held = [None] * slots
+    for _ in range(4):
+        steps = schedule(range(9), held, then, busy=2)
+        for number, step in enumerate(steps):
+            before = [each.slot for each in steps[max(0, number - min(2, slots - 1)) : number]]
+            assert not step.read or step.slot not in before
+            held[step.slot] = step.layer
 
 
 # Methods.

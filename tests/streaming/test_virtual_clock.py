@@ -274,21 +274,7 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None):
     [("llama-2-7b", "h100"), ("llama-2-7b", "rtx3090"), ("llama-2-13b", "rtx4090"), ("llama-3-70b", "a100")],
 )
 @pytest.mark.parametrize("method,run", SWEEPS)
-def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(
-    method, run, model, card, bench, checkpoint, request
-):
-    fetched = "scores are fetched as they are made: a GPU so fast waits for the next launches"
-    uneven = "what is read lies together, and what is kept too: reading waits for computing, then computing for reading"
-    known = {
-        ("taylor", "llama-2-7b", "h100"): fetched,
-        ("smoothgrad", "llama-2-13b", "rtx4090"): uneven,
-        **dict.fromkeys(
-            [(each, "llama-3-70b", "a100") for each in ("moreau", "moreau-gs")],
-            "a layer's state goes over the link as a whole, and the weights' chunks wait behind it",
-        ),
-    }
-    if (reason := known.get((method, model, card))) and run != LONGER:
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(method, run, model, card, bench, checkpoint):
     assert late_sweeps(bench, checkpoint, model, card, method, run) == []
 
 
