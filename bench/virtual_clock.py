@@ -175,7 +175,7 @@ class Clock:
 class ClockDevice:
     """Device with a clock; an event is the time at which it comes."""
 
-    direct, read_threads = False, GPU_READ_THREADS
+    direct, read_threads, registers = False, GPU_READ_THREADS, True
 
     def __init__(self, clock: Clock, stream: str = "copies") -> None:
         self.clock, self.stream = clock, stream

@@ -1,40 +1,38 @@
 """State that a method keeps between its sweeps (δ, sums, norms), on its way with the layers that it belongs to.
 
-It lies in one arena of host memory, a block for each layer, sized before the first sweep. A layer's block is fetched
-into a slot on the device while the layer before is computed on, and carried back while the one after is, each way on a
-stream of its own. What a sweep ends with stays in its slot for the next one, as the pager's layers do. A thread fetches
-in pieces, a few of which are on their way at a time, so that weights pass between them: whole layers of state would
-keep the link from the readers, and leave it idle when these have no chunks left to read into. Three waits make that
-safe, and each is needed (tests/paging/test_state.py takes them away one by one):
+It lies in one arena of host memory or in a file on a scratch disk, a block for each layer, sized before the first
+sweep. A layer's block is fetched into a slot on the device while the layer before is computed on, and carried back
+while the one after is, each way on a stream of its own (blocks.py). What a sweep ends with stays in its slot for the
+next one, as the pager's layers do. Three waits make that safe, and each is needed (tests/paging/test_state.py takes
+them away one by one):
 
 - fetched[slot]: compute starts on a slot after its state is there.
 - consumed[slot]: a block is fetched into a slot, or carried out of it, after the compute that was queued on it.
 - carried[slot]: a block is fetched into a slot after what was changed there has left it.
 
 A block that was carried back is not fetched before it has arrived: into the slot that it left another was fetched
-since, on the same stream and after that wait.
+since, on the same stream or by the same thread, and after that wait. Of a run that can be resumed the journal takes
+what was changed, and waits before that for `carried`.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamprune.paging.blocks import Arena, Arrival, Linked, Part, Staged, Store, after
 from streamprune.paging.device import Device
-from streamprune.paging.pager import ALIGNMENT, Page, Step, Turn, schedule
+from streamprune.paging.pager import Page, Step, Turn, schedule
 from streamprune.storage.journal import Key
+from streamprune.storage.reader import DISK_BLOCK
+from streamprune.storage.scratch import BlockFile
 
 STATE_SLOTS = 3  # one is computed on, one arrives, one leaves
-STATE_PIECE_BYTES, STATE_PIECES = (
-    16 << 20,
-    2,
-)  # of a fetch; with two on their way, the link has work when one is through
 Name = tuple[str, int, str]  # store, layer, tensor
 
 
@@ -60,32 +58,37 @@ class _Slot:
 
     Attributes:
         layer: the one whose state it holds, None before any.
-        present: what of it is there. changed: what is newer than in the arena.
-        fetched, consumed, carried: events of the last copy into it, as soon as it is queued, of compute on it, and of
-            the last copy out of it.
+        present: what of it is there. changed: what is newer than in its block.
+        fetched, carried: waits for what was last brought into it and carried out of it. consumed: event of the last
+            compute on it.
     """
 
     buffer: Tensor
     layer: int | None = None
     present: set[Name] = field(default_factory=set)
     changed: set[Name] = field(default_factory=set)
-    fetched: Future[Any] | None = None
+    fetched: Arrival | None = None
     consumed: Any = None
-    carried: Any = None
+    carried: Arrival | None = None
 
 
 class StateStream:
-    """Arena of what a method keeps, and the slots through which it passes the device.
+    """Arena or file of what a method keeps, and the slots through which it passes the device.
 
     Args:
         blocks: bytes of each layer's state; layers without any are not in it.
         up, down: the device, once for copies to it and once for copies from it, so that both go at the same time.
         dtype: float32 tensors are kept in it, and come back as float32.
+        scratch: directory of the file; by default it is an arena in host memory.
+        saved: a journal's stores, by name: what they hold is taken over, and `save` puts there what was changed.
         poison: fill a slot with NaN when its layer has passed and is not kept (tests).
 
     Attributes:
         slots: how many layers' state the device may hold, at least 2; to be set before the first sweep.
-        registered: the device copies from the arena and to it beside its computing.
+        registered: the arena is memory that the device copies from and to by itself; else copies are staged.
+
+    Raises:
+        OutputError: the scratch disk is full, or fails; also in a sweep.
     """
 
     def __init__(
@@ -95,25 +98,71 @@ class StateStream:
         down: Device,
         *,
         dtype: torch.dtype = torch.float32,
+        scratch: Path | None = None,
+        saved: Mapping[str, MutableMapping[Key, Tensor]] | None = None,
         poison: bool = False,
     ) -> None:
         self._blocks, self._up, self._down, self.dtype, self._poison = dict(blocks), up, down, dtype, poison
-        self.slots, self.slot_bytes = STATE_SLOTS, max(blocks.values(), default=0)
+        self.slots, self.slot_bytes = STATE_SLOTS, aligned(max(blocks.values(), default=0))
         self._starts, self._end = dict[int, int](), 0
         for layer, nbytes in self._blocks.items():
             self._starts[layer], self._end = self._end, self._end + aligned(nbytes)
         self._used = dict.fromkeys(self._blocks, 0)
         self._places: dict[Name, _Place] = {}
         self.held: set[Name] = set()
-        self._arena, self.registered = up.arena(max(1, self._end))
         self._slots: list[_Slot] = []
         self._now: _Slot | None = None
+        self._store, self._carrier = self._make_store(scratch)
+        self.registered = scratch is not None or isinstance(self._carrier, Linked)
+        self._saved, self._unsaved = saved or {}, set[Name]()
+        self._take_over()
+
+    def _make_store(self, scratch: Path | None) -> tuple[Store, Linked | Staged]:
+        """Take the memory or the file in which blocks lie, and what moves them."""
+        if scratch is None:
+            memory, registered = self._up.arena(max(1, self._end))
+            store: Store = Arena(memory, self._up)
+            if registered:
+                return store, Linked(memory, self._up, self._down)
+        else:
+            store = BlockFile(scratch, self._end)
+        return store, Staged(store, self._up, self._down, self.slot_bytes)
+
+    def _take_over(self) -> None:
+        """Put what a journal holds in its place."""
+        for store, saved in self._saved.items():
+            for layer, tensor in sorted(saved):
+                name, value = (store, layer, tensor), saved[layer, tensor]
+                place = self._places[name] = self._room(name, value)
+                self._store.write(value.contiguous().view(-1).view(torch.uint8), self._starts[layer] + place.start)
+                self.held.add(name)
 
     def close(self) -> None:
         """Let go of all state: no sweep comes."""
         self.held.clear()
+        self._unsaved.clear()
+        self._carrier.close()
+        self._end_copies()
         self._slots.clear()
-        self._up.release(self._arena)
+        self._store.close()
+
+    def save(self) -> None:
+        """Put what was changed since the last time into the journal's stores, when it has arrived in its block."""
+        for slot in self._slots if self._unsaved else ():
+            if slot is self._now:
+                slot.consumed = self._up.record_consumed()
+            self._carry(slot)
+            after(self._down.chunk_free, slot.carried and slot.carried())
+        for name in sorted(self._unsaved):
+            store, layer, tensor = name
+            if name in self.held:
+                place = self._places[name]
+                value = torch.empty(place.shape, dtype=place.dtype)
+                self._store.read(value.view(-1).view(torch.uint8), self._starts[layer] + place.start)
+                self._saved[store][layer, tensor] = value
+            elif (layer, tensor) in self._saved[store]:
+                del self._saved[store][layer, tensor]
+        self._unsaved.clear()
 
     def store(self, name: str) -> MutableMapping[Key, Tensor]:
         """Return the store `name`: tensors by (layer, tensor), of the layer that is passing."""
@@ -126,17 +175,16 @@ class StateStream:
 
         Args:
             order: the layers in the order of `pages`. then: how the sweep is followed by the next, as in `Pager.pages`.
-            stores: those that the sweep reads, by default all; a sweep that reads none leaves the slots as they are.
+            stores: those that the sweep reads, by default all; one that reads nothing leaves all as it is.
         """
-        if stores is not None and not stores:
+        if stores is not None and not any(name[0] in stores for name in self.held):
             yield from pages
             return
-        fetching = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state")
         steps = iter(self._begin(order, then))
         coming = next(steps, None)
+        if coming is not None:
+            self._fetch(coming, stores)
         try:
-            if coming is not None:
-                self._fetch(coming, stores, fetching.submit)
             for page in pages:
                 step = coming
                 if step is None or step.layer != page.layer:  # a layer without state
@@ -144,18 +192,19 @@ class StateStream:
                     continue
                 coming = next(steps, None)
                 if coming is not None:
-                    self._fetch(coming, stores, fetching.submit)
+                    self._fetch(coming, stores)
                 self._now = slot = self._slots[step.slot]
-                assert slot.fetched is not None, "it was asked for"
-                self._up.compute_waits(slot.fetched.result())
+                after(self._up.compute_waits, slot.fetched and slot.fetched())
                 yield page
                 self._leave(slot, step)
         finally:
             self._now = None
-            fetching.shutdown()
-            # Copies that nobody waited for (after an error) end before the slots are used again or freed.
-            for device in (self._up, self._down):
-                device.compute_waits(device.record_copied())
+            self._end_copies()
+
+    def _end_copies(self) -> None:
+        """Let copies that nobody waited for (after an error) end before the slots are used again or freed."""
+        for device in (self._up, self._down):
+            device.compute_waits(device.record_copied())
 
     def _begin(self, order: Sequence[int], then: Turn) -> list[Step]:
         held = [self._slots[number].layer if number < len(self._slots) else None for number in range(self.slots)]
@@ -166,8 +215,8 @@ class StateStream:
             self._slots.append(_Slot(self._up.buffer(self.slot_bytes), consumed=consumed))
         return steps
 
-    def _fetch(self, step: Step, stores: Collection[str] | None, submit: Callable[..., Future[Any]]) -> None:
-        """Let a thread queue what the sweep reads of a layer's state and is not in the slot yet."""
+    def _fetch(self, step: Step, stores: Collection[str] | None) -> None:
+        """Queue what the sweep reads of a layer's state and is not in the slot yet."""
         slot = self._slots[step.slot]
         if step.read:
             self._carry(slot)  # changed when it was kept at the end of a sweep
@@ -175,22 +224,9 @@ class StateStream:
         wanted = {
             each for each in self.held if each[1] == step.layer and (stores is None or each[0] in stores)
         } - slot.present
-        block, runs = self._block(step.layer), list(self._runs(wanted))
-        copies = [(slot.buffer[start:stop], block[start:stop]) for start, stop in runs]
-        slot.fetched = submit(self._queue, copies, (slot.consumed, slot.carried))
+        # Also where nothing is: what is put there next comes after what has still to leave.
+        slot.fetched = self._carrier.bring(self._parts(slot, wanted), slot.consumed, slot.carried)
         slot.present |= wanted
-
-    def _queue(self, copies: Iterable[tuple[Tensor, Tensor]], after: Iterable[Any]) -> Any:
-        """Queue copies to the device, not many pieces ahead of the link; return the event of the last one."""
-        for event in after:
-            self._after(self._up.copy_waits, event)
-        pieces = deque[Any]()
-        for target, source in copies:
-            for to, of in zip(target.split(STATE_PIECE_BYTES), source.split(STATE_PIECE_BYTES), strict=True):
-                if len(pieces) == STATE_PIECES:
-                    self._up.chunk_free(pieces.popleft())
-                pieces.append(self._up.copy(to, of))
-        return self._up.record_copied()
 
     def _leave(self, slot: _Slot, step: Step) -> None:
         self._now = None
@@ -199,41 +235,25 @@ class StateStream:
             return
         self._carry(slot)
         if self._poison:
-            self._after(self._up.compute_waits, slot.carried)
+            after(self._up.compute_waits, slot.carried and slot.carried())
             slot.buffer.fill_(0xFF)  # NaN in every float dtype
             slot.consumed = self._up.record_consumed()
 
     def _carry(self, slot: _Slot) -> None:
-        """Queue what was changed in a slot on its way back to the arena."""
+        """Queue what was changed in a slot on its way back to its block."""
         changed = slot.changed & self.held  # what was dropped since needs not go
         slot.changed = set()
-        if not changed:
-            return
-        assert slot.layer is not None, "only a layer's state is changed"
-        self._after(self._down.copy_waits, slot.consumed)
-        for start, stop in self._runs(changed):
-            self._down.copy(self._block(slot.layer)[start:stop], slot.buffer[start:stop])
-        slot.carried = self._down.record_copied()
+        if changed:
+            slot.carried = self._carrier.carry(self._parts(slot, changed), slot.consumed)
 
-    def _after(self, wait: Any, event: Any) -> None:
-        if event is not None:
-            wait(event)
-
-    def _block(self, layer: int) -> Tensor:
-        return self._arena[self._starts[layer] : self._starts[layer] + self._blocks[layer]]
-
-    def _runs(self, names: Iterable[Name]) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a block that these tensors take; neighbours are one part, and go in one copy."""
-        start = stop = 0
+    def _parts(self, slot: _Slot, names: Iterable[Name]) -> list[Part]:
+        """List the parts of a slot that these tensors take; neighbours are one part, and go in one copy."""
+        assert slot.layer is not None, "a step that reads has named it"
+        parts, begin = list[tuple[int, int]](), self._starts[slot.layer]
         for place in sorted((self._places[name] for name in names), key=lambda place: place.start):
-            if place.start == aligned(stop) and stop:
-                stop = place.stop
-                continue
-            if stop:
-                yield start, stop
-            start, stop = place.start, place.stop
-        if stop:
-            yield start, stop
+            start = parts.pop()[0] if parts and parts[-1][1] == place.start else place.start
+            parts.append((start, aligned(place.stop)))
+        return [(slot.buffer[start:stop], begin + start) for start, stop in parts]
 
     # What the stores do: a method reads and writes the state of the layer that is passing.
 
@@ -254,6 +274,16 @@ class StateStream:
             target.copy_(value)
         for names in (self.held, slot.present, slot.changed):
             names.add(name)
+        self._touch(name)
+
+    def drop(self, name: Name) -> None:
+        """Forget a tensor; its place stays."""
+        self.held.remove(name)
+        self._touch(name)
+
+    def _touch(self, name: Name) -> None:
+        if name[0] in self._saved:
+            self._unsaved.add(name)
 
     def _slot_of(self, name: Name) -> _Slot:
         assert self._now is not None and self._now.layer == name[1], f"the layer of {name} is not passing"
@@ -282,7 +312,10 @@ class Streamed(MutableMapping[Key, Tensor]):
         self._stream.put((self.name, *key), value)
 
     def __delitem__(self, key: Key) -> None:
-        self._stream.held.remove((self.name, *key))
+        self._stream.drop((self.name, *key))
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and (self.name, *key) in self._stream.held
 
     def __iter__(self) -> Iterator[Key]:
         return (name[1:] for name in self._stream.held if name[0] == self.name)
@@ -292,5 +325,5 @@ class Streamed(MutableMapping[Key, Tensor]):
 
 
 def aligned(nbytes: int) -> int:
-    """Round up to where a tensor may begin in a slot."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    """Round up to where a tensor may begin in a block: whole blocks of a disk go around its page cache."""
+    return -(-nbytes // DISK_BLOCK) * DISK_BLOCK

@@ -1,22 +1,25 @@
 """A method's state passes the device with its layers: each of three waits is needed, and values are those of a dict."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_device import FakeDevice
+from fake_device import FakeDevice, LatePool
+from marks import slow
 from safetensors.torch import load_file
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 
 from streamprune import PruneConfig, prune
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
-from streamprune.paging import state
-from streamprune.paging.device import HUGE_PAGE, CudaDevice
+from streamprune.paging import blocks
+from streamprune.paging.device import HUGE_PAGE, CudaDevice, HostDevice
 from streamprune.paging.pager import Page, schedule
-from streamprune.paging.state import STATE_PIECES, StateStream, aligned
+from streamprune.paging.state import StateStream, aligned
+from streamprune.storage.reader import DISK_BLOCK
 from streamprune.storage.tensor_store import make_store
 from streamprune.streaming.statistics import Statistics
 
@@ -41,9 +44,9 @@ class Forgetful(StateStream):
             slot.carried = None
 
 
-def run(device, slots=3, rounds=3, forgets=False):
+def run(device, slots=3, rounds=3, forgets=False, scratch=None):
     """Count each layer's visits in the store "count", and sum what queued compute reads of it when it finally runs."""
-    stream = Forgetful(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    stream = Forgetful(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another(), scratch=scratch)
     stream.slots, stream.forgets = slots, forgets
     counts, fixed, seen = stream.store("count"), stream.store("fixed"), []
 
@@ -68,6 +71,7 @@ def run(device, slots=3, rounds=3, forgets=False):
         sweep(stream, LAYERS, "back", ["count"], look)
         assert len(counts) == len(fixed) == len(LAYERS)
     device.finish_all()
+    stream.close()
     return seen
 
 
@@ -81,9 +85,12 @@ def expected(rounds=3):
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 6, 9])
 @pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
-@pytest.mark.parametrize("piece", [state.STATE_PIECE_BYTES, 64])
-def test_the_waits_are_sufficient_whatever_finishes_late(piece, late, slots, monkeypatch):
-    monkeypatch.setattr(state, "STATE_PIECE_BYTES", piece)
+@pytest.mark.parametrize(
+    ("piece", "pool"), [(blocks.CHUNK_BYTES, ThreadPoolExecutor), (DISK_BLOCK // 4, LatePool)], ids=["whole", "pieces"]
+)
+def test_the_waits_are_sufficient_whatever_finishes_late(piece, pool, late, slots, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", piece)
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", pool)
     assert run(FakeDevice(late=late), slots) == expected()
 
 
@@ -115,29 +122,13 @@ class Measured(FakeDevice):
 
 def test_a_layer_is_fetched_in_pieces_of_which_few_are_on_their_way(monkeypatch):
     """What waits for the link beside state waits for these, and not for a layer of it."""
-    monkeypatch.setattr(state, "STATE_PIECE_BYTES", 64)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", DISK_BLOCK // 4)
     device = Measured()
     assert run(device, 3) == expected()
     sizes, before, _ = zip(*device.noted["copy 1"], strict=True)
-    assert max(sizes) == 64 and len(sizes) >= 3 * 3 * len(LAYERS), "140 bytes are three pieces"
+    assert set(sizes) == {DISK_BLOCK // 4} and len(sizes) % 4 == 0
     # Those of a layer, and those of the layer before that nobody waited for yet.
-    assert max(before) < 2 * STATE_PIECES
-
-
-def test_a_sweep_that_reads_no_state_moves_none():
-    device = Measured()
-    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
-    counts = stream.store("count")
-
-    def add(layer):
-        counts[layer, "q"] = torch.full(SHAPE, float(layer))
-        device.finish_all()
-
-    sweep(stream, LAYERS[::-1], "back", None, add)
-    moved, held = len(device.noted["copy 2"]), [slot.layer for slot in stream._slots]
-    sweep(stream, LAYERS, "back", [], lambda layer: None)
-    assert len(device.noted["copy 2"]) == moved == len(LAYERS) - 3 and "copy 1" not in device.noted
-    assert [slot.layer for slot in stream._slots] == held and sorted(held) == [0, 1, 2]
+    assert max(before) < 2 * blocks.CHUNKS
 
 
 @pytest.mark.parametrize("then", ["back", "again"])
@@ -152,7 +143,125 @@ def test_a_slot_whose_state_is_leaving_is_not_the_next_to_be_filled(slots, then)
             held[step.slot] = step.layer
 
 
+# Staged: what the device cannot copy from itself, by threads that are as late as they may, a block of the disk at once.
+
+
+@pytest.fixture(params=["memory", "scratch"])
+def staged(request, tmp_path, monkeypatch):
+    """What `run` is given for state that is staged, on a device that refuses to register memory."""
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", LatePool)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", DISK_BLOCK)
+
+    def given(**device):
+        scratch = {"scratch": tmp_path} if request.param == "scratch" else {}
+        return {"device": FakeDevice(registers=False, **device), **scratch}
+
+    return given
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
+def test_the_waits_are_sufficient_where_copies_are_staged(late, slots, staged):
+    assert run(**staged(late=late), slots=slots) == expected()
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize(
+    ("without", "late"), [("copied", "copy 1"), ("consumed", "compute"), ("chunk", "copy 1"), ("chunk", "copy 2")]
+)
+def test_each_wait_is_needed_where_copies_are_staged(without, late, slots, staged):
+    assert run(**staged(without=without, late=late), slots=slots) != expected()
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_reading_waits_for_what_is_written_out_of_the_slot(slots, staged):
+    assert run(**staged(late="copy 2"), slots=slots, forgets=True) != expected()
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_on_a_cpu_slots_are_read_and_written_themselves(forgets, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", LatePool)
+    assert (run(AtOnce(), scratch=tmp_path, forgets=forgets) == expected()) is not forgets
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_a_sweep_that_reads_no_state_leaves_all_as_it_is(slots):
+    device, passed = FakeDevice(), []
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    stream.slots, store = slots, stream.store("count")
+
+    def begin(layer):
+        store[layer, "q"] = torch.full(SHAPE, float(layer))
+        device.finish_all()
+
+    sweep(stream, LAYERS, "back", [], passed.append)
+    assert not stream._slots and passed == list(LAYERS), "nothing is kept yet, so no memory is taken"
+    sweep(stream, LAYERS, "back", None, begin)
+    device.finish_all()
+    queued, held = {name: len(queue) for name, queue in device.queues.items()}, [s.layer for s in stream._slots]
+    for stores in ([], ["other"]):
+        sweep(stream, LAYERS, "back", stores, passed.append)
+    assert {name: len(queue) for name, queue in device.queues.items()} == queued
+    assert [slot.layer for slot in stream._slots] == held and passed == 3 * list(LAYERS)
+
+
+# In a journal.
+
+
+def saved_in_turn(device, without_saving=()):
+    """What a journal's stores hold after each layer of some sweeps, and what they should."""
+    stores = {"count": {}, "sum": {}}
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another(), saved=stores)
+    counts, sums = stream.store("count"), stream.store("sum")
+    found, wanted, now = [], [], {"count": {}, "sum": {}}
+
+    def visit(number, layer):
+        if number:
+            count = counts.pop((layer, "q"))
+            device.queue("compute", lambda: count.add_(1))
+        else:
+            count = torch.full(SHAPE, float(layer))
+        counts[layer, "q"] = count
+        if number % 2:
+            del sums[layer, "q"]
+            del now["sum"][layer, "q"]
+        else:
+            sums[layer, "q"] = now["sum"][layer, "q"] = torch.full(SHAPE, float(number))
+        now["count"][layer, "q"] = torch.full(SHAPE, float(layer + number))
+        if not number:
+            device.finish_all()
+        stream.save()
+        found.append({name: dict(held) for name, held in stores.items()})
+        wanted.append({name: dict(held) for name, held in now.items()})
+
+    for number in range(4):
+        sweep(stream, LAYERS[:: 1 - 2 * (number % 2)], "back", None, partial(visit, number))
+    return found, wanted
+
+
+def alike(one, other):
+    return [(set(a), [float(t.sum()) for t in a.values()]) for each in one for a in each.values()] == [
+        (set(a), [float(t.sum()) for t in a.values()]) for each in other for a in each.values()
+    ]
+
+
+@pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
+def test_a_journal_is_given_what_has_arrived(late):
+    assert alike(*saved_in_turn(FakeDevice(late=late)))
+    assert not alike(*saved_in_turn(FakeDevice(late=late, without="chunk")))
+
+
 # Methods.
+
+
+class AtOnce(HostDevice):
+    """A CPU, on which queued compute is done at once."""
+
+    def queue(self, stream, work):
+        work()
+
+    def finish_all(self): ...
 
 
 class Immediate(FakeDevice):
@@ -183,16 +292,23 @@ def scores_of(path, method, settings, layers, stream=None, dtype="float32"):
     return {(layer, kind): value for layer, kinds in sink.values.items() for kind, value in kinds.items()}
 
 
-@pytest.mark.parametrize("slots", [2, 3, 8])
+@pytest.mark.parametrize("slots", [2, slow(3), 8])
+@pytest.mark.parametrize("where", ["arena", "staged", "scratch", "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("method", "settings"), KEEPING, ids=str)
-def test_scores_are_those_of_state_in_memory(method, settings, dtype, slots, tmp_path):
+def test_scores_are_those_of_state_in_memory(method, settings, dtype, where, slots, tmp_path):
     save_tiny(tmp_path, "llama", dtype=torch.float32)
-    layers, device = range(1, N_LAYERS), Immediate()
+    layers, device = range(1, N_LAYERS), HostDevice() if where == "cpu" else Immediate(registers=where != "staged")
     sweeper = make_sweeper(tmp_path)
-    elements = sum(sweeper.skeleton.shapes(1)[name].numel() + 16 for name in sweeper.scored[1])
-    blocks = dict.fromkeys(layers, 2 * 4 * elements)
-    stream = StateStream(blocks, device.another(), device.another(), dtype=getattr(torch, dtype), poison=True)
+    nbytes = sum(aligned(4 * sweeper.skeleton.shapes(1)[name].numel()) for name in sweeper.scored[1])
+    stream = StateStream(
+        dict.fromkeys(layers, 2 * nbytes + aligned(8) * len(sweeper.scored[1])),
+        device.another(),
+        device.another(),
+        dtype=getattr(torch, dtype),
+        scratch=tmp_path / "scratch" if where in ("scratch", "cpu") else None,
+        poison=True,
+    )
     stream.slots = slots
     found = scores_of(tmp_path, method, settings, layers, stream, dtype)
     expected = scores_of(tmp_path, method, settings, layers, dtype=dtype)
@@ -242,12 +358,24 @@ def test_an_arena_is_registered_with_the_gpu_and_given_back(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    device = CudaDevice.__new__(CudaDevice)
-    device.device, stream = torch.device("cuda"), SimpleNamespace(synchronize=lambda: called.append("through"))
-    device.compute = device.copies = stream
+    stream = SimpleNamespace(synchronize=lambda: called.append("through"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    device = CudaDevice(torch.device("cuda"))
     memory, registered = device.arena(3 << 20)
     assert registered and len(memory) == 3 << 20 and memory.data_ptr() % HUGE_PAGE == 0
     device.release(memory)
     assert called == [(memory.data_ptr(), 3 << 20, 0), "through", "through", memory.data_ptr()]
+    assert device.registers
+
+    def launch(*given, **options):
+        called.append("launched")
+        raise RuntimeError("what the call before left behind")
+
+    monkeypatch.setattr(torch, "ones", launch)
+    called.clear()
     error[0] = 2  # out of memory: a limit on what may be locked
-    assert device.arena(4096)[1] is False
+    memory, registered = device.arena(4096)
+    device.release(memory)
+    assert not registered and called == [(memory.data_ptr(), 4096, 0), "launched"], "it is no error of what comes next"
+    assert not CudaDevice(torch.device("cuda")).registers
