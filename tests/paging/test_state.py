@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_device import FakeDevice, LatePool
+from fake_device import FakeDevice, Immediate, LatePool
 from marks import slow
 from safetensors.torch import load_file
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
@@ -220,13 +220,6 @@ class AtOnce(HostDevice):
     def finish_all(self): ...
 
 
-class Immediate(FakeDevice):
-    """A device that computes at once, and copies when compute waits for it."""
-
-    def compute_waits(self, copied):
-        self.finish(copied)
-
-
 KEEPING = [
     ("moreau", {"steps": 3}),
     ("moreau-gs", {"steps": 3, "eta_quantile": 0.2}),
@@ -281,10 +274,10 @@ def test_scores_are_those_of_state_in_memory(method, settings, dtype, where, slo
         ("gblm", "2:4", {}),
     ],
 )
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("state_dtype", "registers"), [("float32", True), ("bfloat16", True), ("float32", False)])
+def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, registers, tmp_path, monkeypatch):
     save_tiny(tmp_path / "model", "llama", dtype=torch.float32, head_dim=8, intermediate_size=40)
-    found, device = [], Immediate()
+    found, device = [], Immediate(registers=registers)
     for name in ("memory", "passing"):
         config = PruneConfig(
             str(tmp_path / "model"),
