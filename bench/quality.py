@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,9 @@ def measure(job: dict[str, Any]) -> None:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
         inputs = any(need.label == "inputs" for need in method.needs)
         samples, seq_len = (first.get("samples", 128), 512) if inputs else (10, 128)
-        ids = corpus.sequences(samples, seq_len, "first", 0)
+        # A pair of dtypes settles nothing by itself: each seed has other texts.
+        texts_of = partial(corpus.sequences, sampling="random" if "dtype" in first and job["seed"] else "first")
+        ids = texts_of(samples, seq_len, seed=job["seed"])
         for name, options in job["settings"].items():
             options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
             config = PruneConfig(
@@ -138,7 +141,7 @@ def measure(job: dict[str, Any]) -> None:
             )
             plan = make_plan(config, sweeper.skeleton)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
-            repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0) if config.compensate else None
+            repair_ids = texts_of(count, REPAIR_SEQ_LEN, seed=job["seed"]) if config.compensate else None
             beside = companions.prepare(plan.form)
             run = Job(config, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
