@@ -101,3 +101,10 @@ class FakeDevice:
     def chunk_free(self, event):
         if self.without != "chunk":
             self.finish(event)
+
+
+class Immediate(FakeDevice):
+    """A device that computes at once, and copies when compute waits for it."""
+
+    def compute_waits(self, copied):
+        self.finish(copied)

@@ -1,5 +1,6 @@
 """A method's state passes the device with its layers: each of three waits is needed, and values are those of a dict."""
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_device import FakeDevice, LatePool
+from fake_device import FakeDevice, Immediate, LatePool
 from marks import slow
 from safetensors.torch import load_file
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
@@ -19,6 +20,8 @@ from streamprune.paging import blocks
 from streamprune.paging.device import HUGE_PAGE, CudaDevice, HostDevice
 from streamprune.paging.pager import Page, schedule
 from streamprune.paging.state import StateStream, aligned
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import STAGED
 from streamprune.storage.reader import DISK_BLOCK
 from streamprune.storage.tensor_store import make_store
 from streamprune.streaming.statistics import Statistics
@@ -264,13 +267,6 @@ class AtOnce(HostDevice):
     def finish_all(self): ...
 
 
-class Immediate(FakeDevice):
-    """A device that computes at once, and copies when compute waits for it."""
-
-    def compute_waits(self, copied):
-        self.finish(copied)
-
-
 KEEPING = [
     ("moreau", {"steps": 3}),
     ("moreau-gs", {"steps": 3, "eta_quantile": 0.2}),
@@ -325,10 +321,10 @@ def test_scores_are_those_of_state_in_memory(method, settings, dtype, where, slo
         ("gblm", "2:4", {}),
     ],
 )
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("state_dtype", "registers"), [("float32", True), ("bfloat16", True), ("float32", False)])
+def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, registers, tmp_path, monkeypatch):
     save_tiny(tmp_path / "model", "llama", dtype=torch.float32, head_dim=8, intermediate_size=40)
-    found, device = [], Immediate()
+    found, device = [], Immediate(registers=registers)
     for name in ("memory", "passing"):
         config = PruneConfig(
             str(tmp_path / "model"),
@@ -347,6 +343,23 @@ def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, 
     assert len(device.queues) == 4, "copies to the device and from it have streams of their own"
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_it_is_said_once_that_copies_are_staged(registers, tmp_path, monkeypatch):
+    """Of hidden states, of what the method keeps, in the scoring and the repair."""
+    save_tiny(tmp_path / "model", "llama", dtype=torch.float32)
+    given = {"layers": (1, 4), "samples": 3, "seq_len": 16, "evaluate": False, "micro_batch": 1}
+    given |= {"compensate": True, "compensate_tokens": 64}
+    model, outputs, said = str(tmp_path / "model"), [], io.StringIO()
+    for name in ("memory", "staged"):
+        config = PruneConfig(model, tmp_path / name, "moreau", {"steps": 2}, **given)
+        outputs.append(load_file(prune(config, Progress(said)).output / "model.safetensors"))
+        monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["host"])
+        for where in ("streamprune.paging.device", "streamprune.streaming.sweeper"):
+            monkeypatch.setattr(f"{where}.paging_device", lambda *a, **b: Immediate(registers=registers))
+    assert said.getvalue().count(STAGED) == (0 if registers else 1)
+    assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
 
 
 def test_an_arena_is_registered_with_the_gpu_and_given_back(monkeypatch):
