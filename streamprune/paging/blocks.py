@@ -19,7 +19,7 @@ from streamprune.paging.device import Device
 from streamprune.paging.pager import CHUNK_BYTES
 
 CHUNKS = 2  # each way: one is read or written while the other is on the link
-Part = tuple[Tensor, int]  # bytes of a slot, and the offset at which they lie among the blocks
+Span = tuple[Tensor, int]  # bytes of a slot, and the offset at which they lie among the blocks
 Arrival = Callable[[], Any]  # waits until all is queued or done, and returns the device's event of it, if there is one
 
 
@@ -58,7 +58,7 @@ class Linked:
     def __init__(self, memory: Tensor, up: Device, down: Device) -> None:
         self._memory, self._up, self._down = memory, up, down
 
-    def bring(self, parts: Sequence[Part], consumed: Any, carried: Arrival | None) -> Arrival:
+    def bring(self, parts: Sequence[Span], consumed: Any, carried: Arrival | None) -> Arrival:
         """Start to fill parts of a slot, after the compute on it and after what was carried out of it."""
         after(self._up.copy_waits, consumed)
         after(self._up.copy_waits, carried and carried())
@@ -67,7 +67,7 @@ class Linked:
         event = self._up.record_copied()
         return lambda: event
 
-    def carry(self, parts: Sequence[Part], consumed: Any) -> Arrival:
+    def carry(self, parts: Sequence[Span], consumed: Any) -> Arrival:
         """Start to carry parts out of a slot, after the compute on it."""
         after(self._down.copy_waits, consumed)
         for part, offset in parts:
@@ -93,7 +93,7 @@ class Staged:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state-writer")
 
-    def bring(self, parts: Sequence[Part], consumed: Any, carried: Arrival | None) -> Arrival:
+    def bring(self, parts: Sequence[Span], consumed: Any, carried: Arrival | None) -> Arrival:
         """Start to fill parts of a slot, as `Linked.bring` does."""
 
         def work() -> Any:
@@ -116,7 +116,7 @@ class Staged:
         self._store.read(chunk[: len(part)], offset)
         self._coming.append((chunk, self._up.copy(part, chunk[: len(part)])))
 
-    def carry(self, parts: Sequence[Part], consumed: Any) -> Arrival:
+    def carry(self, parts: Sequence[Span], consumed: Any) -> Arrival:
         """Start to carry parts out of a slot, as `Linked.carry` does; they have arrived when the wait is over."""
 
         def work() -> None:
@@ -129,7 +129,7 @@ class Staged:
 
         return self._writer.submit(work).result
 
-    def _carry_pieces(self, parts: Sequence[Part]) -> None:
+    def _carry_pieces(self, parts: Sequence[Span]) -> None:
         queued = deque[tuple[Tensor, int, Any]]()
         for (part, offset), chunk in zip(self._pieces(parts), cycle(self._leaving)):
             if len(queued) == CHUNKS:
@@ -143,7 +143,7 @@ class Staged:
         self._down.chunk_free(copied)
         self._store.write(staged, offset)
 
-    def _pieces(self, parts: Sequence[Part]) -> Iterator[Part]:
+    def _pieces(self, parts: Sequence[Span]) -> Iterator[Span]:
         for part, offset in parts:
             for start in range(0, len(part), self._size):
                 piece = part[start : start + self._size]
