@@ -21,7 +21,7 @@ from streamprune.paging.device import Device
 from streamprune.paging.pager import CHUNK_BYTES
 
 CHUNKS = 2  # each way: one is read or written, or waits, while the other is on the link
-Part = tuple[Tensor, int]  # bytes of a slot, and the offset at which they lie among the blocks
+Span = tuple[Tensor, int]  # bytes of a slot, and the offset at which they lie among the blocks
 Arrival = Callable[[], Any]  # waits until all is queued or done, and returns the device's event of it, if there is one
 
 
@@ -61,7 +61,7 @@ class Linked:
         self._memory, self._up, self._down = memory, up, down
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state")
 
-    def bring(self, parts: Sequence[Part], consumed: Any, carried: Arrival | None) -> Arrival:
+    def bring(self, parts: Sequence[Span], consumed: Any, carried: Arrival | None) -> Arrival:
         """Start to fill parts of a slot, after the compute on it and after what was carried out of it."""
 
         def work() -> Any:
@@ -76,7 +76,7 @@ class Linked:
 
         return self._thread.submit(work).result
 
-    def carry(self, parts: Sequence[Part], consumed: Any) -> Arrival:
+    def carry(self, parts: Sequence[Span], consumed: Any) -> Arrival:
         """Start to carry parts out of a slot, after the compute on it."""
         after(self._down.copy_waits, consumed)
         for part, offset in parts:
@@ -104,7 +104,7 @@ class Staged:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state-reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state-writer")
 
-    def bring(self, parts: Sequence[Part], consumed: Any, carried: Arrival | None) -> Arrival:
+    def bring(self, parts: Sequence[Span], consumed: Any, carried: Arrival | None) -> Arrival:
         """Start to fill parts of a slot, as `Linked.bring` does."""
 
         def work() -> Any:
@@ -127,7 +127,7 @@ class Staged:
         self._store.read(chunk[: len(part)], offset)
         self._coming.append((chunk, self._up.copy(part, chunk[: len(part)])))
 
-    def carry(self, parts: Sequence[Part], consumed: Any) -> Arrival:
+    def carry(self, parts: Sequence[Span], consumed: Any) -> Arrival:
         """Start to carry parts out of a slot, as `Linked.carry` does; they have arrived when the wait is over."""
 
         def work() -> None:
@@ -140,7 +140,7 @@ class Staged:
 
         return self._writer.submit(work).result
 
-    def _carry_pieces(self, parts: Sequence[Part]) -> None:
+    def _carry_pieces(self, parts: Sequence[Span]) -> None:
         queued = deque[tuple[Tensor, int, Any]]()
         for (part, offset), chunk in zip(_pieces(parts, self._size), cycle(self._leaving)):
             if len(queued) == CHUNKS:
@@ -160,7 +160,7 @@ class Staged:
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(parts: Sequence[Part], size: int) -> Iterator[Part]:
+def _pieces(parts: Sequence[Span], size: int) -> Iterator[Span]:
     for part, offset in parts:
         for start in range(0, len(part), size):
             yield part[start : start + size], offset + start

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.paging.blocks import Arena, Arrival, Linked, Part, Staged, Store, after
+from streamprune.paging.blocks import Arena, Arrival, Linked, Span, Staged, Store, after
 from streamprune.paging.device import Device
 from streamprune.paging.pager import Page, Step, Turn, schedule
 from streamprune.storage.journal import Key
@@ -246,7 +246,7 @@ class StateStream:
         if changed:
             slot.carried = self._carrier.carry(self._parts(slot, changed), slot.consumed)
 
-    def _parts(self, slot: _Slot, names: Iterable[Name]) -> list[Part]:
+    def _parts(self, slot: _Slot, names: Iterable[Name]) -> list[Span]:
         """List the parts of a slot that these tensors take; neighbours are one part, and go in one copy."""
         assert slot.layer is not None, "a step that reads has named it"
         parts, begin = list[tuple[int, int]](), self._starts[slot.layer]
