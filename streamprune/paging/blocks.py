@@ -1,8 +1,10 @@
 """Blocks of bytes outside the device, in pieces on their way to its slots and back.
 
-From registered memory the device copies by itself. From other memory, and from a file on a scratch disk, two threads
-bring them ahead of the computing and carry them away behind it: by way of chunks that the device can copy from, or,
-where it is direct, between the file and the slots.
+From registered memory the device copies by itself; a thread asks it for some pieces at a time, so that weights pass
+between them: whole layers of state would keep the link from the readers, and leave it idle when these have no chunks
+left to read into. From other memory, and from a file on a scratch disk, two threads bring blocks ahead of the computing
+and carry them away behind it: by way of chunks that the device can copy from, or, where it is direct, between the file
+and the slots.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 from streamprune.paging.device import Device
 from streamprune.paging.pager import CHUNK_BYTES
 
-CHUNKS = 2  # each way: one is read or written while the other is on the link
+CHUNKS = 2  # each way: one is read or written, or waits, while the other is on the link
 Span = tuple[Tensor, int]  # bytes of a slot, and the offset at which they lie among the blocks
 Arrival = Callable[[], Any]  # waits until all is queued or done, and returns the device's event of it, if there is one
 
@@ -57,15 +59,22 @@ class Linked:
 
     def __init__(self, memory: Tensor, up: Device, down: Device) -> None:
         self._memory, self._up, self._down = memory, up, down
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="streamprune-state")
 
     def bring(self, parts: Sequence[Span], consumed: Any, carried: Arrival | None) -> Arrival:
         """Start to fill parts of a slot, after the compute on it and after what was carried out of it."""
-        after(self._up.copy_waits, consumed)
-        after(self._up.copy_waits, carried and carried())
-        for part, offset in parts:
-            self._up.copy(part, self._memory[offset : offset + len(part)])
-        event = self._up.record_copied()
-        return lambda: event
+
+        def work() -> Any:
+            after(self._up.copy_waits, consumed)
+            after(self._up.copy_waits, carried and carried())
+            queued = deque[Any]()
+            for piece, offset in _pieces(parts, CHUNK_BYTES):
+                if len(queued) == CHUNKS:
+                    self._up.chunk_free(queued.popleft())
+                queued.append(self._up.copy(piece, self._memory[offset : offset + len(piece)]))
+            return self._up.record_copied()
+
+        return self._thread.submit(work).result
 
     def carry(self, parts: Sequence[Span], consumed: Any) -> Arrival:
         """Start to carry parts out of a slot, after the compute on it."""
@@ -75,7 +84,9 @@ class Linked:
         event = self._down.record_copied()
         return lambda: event
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 class Staged:
@@ -104,7 +115,7 @@ class Staged:
                 for part, offset in parts:
                     self._store.read(part, offset)
             else:
-                for part, offset in self._pieces(parts):
+                for part, offset in _pieces(parts, self._size):
                     self._bring_piece(part, offset)
             return self._up.record_copied()
 
@@ -131,7 +142,7 @@ class Staged:
 
     def _carry_pieces(self, parts: Sequence[Span]) -> None:
         queued = deque[tuple[Tensor, int, Any]]()
-        for (part, offset), chunk in zip(self._pieces(parts), cycle(self._leaving)):
+        for (part, offset), chunk in zip(_pieces(parts, self._size), cycle(self._leaving)):
             if len(queued) == CHUNKS:
                 self._write(*queued.popleft())
             staged = chunk[: len(part)]
@@ -143,16 +154,16 @@ class Staged:
         self._down.chunk_free(copied)
         self._store.write(staged, offset)
 
-    def _pieces(self, parts: Sequence[Span]) -> Iterator[Span]:
-        for part, offset in parts:
-            for start in range(0, len(part), self._size):
-                piece = part[start : start + self._size]
-                yield piece, offset + start
-
     def close(self) -> None:
         """End the threads."""
         for pool in (self._reader, self._writer):
             pool.shutdown(cancel_futures=True)
+
+
+def _pieces(parts: Sequence[Span], size: int) -> Iterator[Span]:
+    for part, offset in parts:
+        for start in range(0, len(part), size):
+            yield part[start : start + size], offset + start
 
 
 def staging_bytes(slot_bytes: int) -> int:

@@ -142,6 +142,7 @@ class StateStream:
         self.held.clear()
         self._unsaved.clear()
         self._carrier.close()
+        self._end_copies()
         self._slots.clear()
         self._store.close()
 
@@ -198,13 +199,16 @@ class StateStream:
                 self._leave(slot, step)
         finally:
             self._now = None
-            # Copies that nobody waited for (after an error) end before the slots are used again or freed.
-            for device in (self._up, self._down):
-                device.compute_waits(device.record_copied())
+            self._end_copies()
+
+    def _end_copies(self) -> None:
+        """Let copies that nobody waited for (after an error) end before the slots are used again or freed."""
+        for device in (self._up, self._down):
+            device.compute_waits(device.record_copied())
 
     def _begin(self, order: Sequence[int], then: Turn) -> list[Step]:
         held = [self._slots[number].layer if number < len(self._slots) else None for number in range(self.slots)]
-        steps = schedule([layer for layer in order if layer in self._blocks], held, then)
+        steps = schedule([layer for layer in order if layer in self._blocks], held, then, busy=STATE_SLOTS - 1)
         while len(self._slots) <= max((step.slot for step in steps), default=-1):
             # Fresh memory may still be in use by compute that was queued before it was freed.
             consumed = self._up.record_consumed()

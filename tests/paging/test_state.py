@@ -1,6 +1,7 @@
 """A method's state passes the device with its layers: each of three waits is needed, and values are those of a dict."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.paging import blocks
 from streamprune.paging.device import HUGE_PAGE, CudaDevice, HostDevice
-from streamprune.paging.pager import Page
+from streamprune.paging.pager import Page, schedule
 from streamprune.paging.state import StateStream, aligned
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import STAGED
@@ -87,7 +88,12 @@ def expected(rounds=3):
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 6, 9])
 @pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
-def test_the_waits_are_sufficient_whatever_finishes_late(late, slots):
+@pytest.mark.parametrize(
+    ("piece", "pool"), [(blocks.CHUNK_BYTES, ThreadPoolExecutor), (DISK_BLOCK // 4, LatePool)], ids=["whole", "pieces"]
+)
+def test_the_waits_are_sufficient_whatever_finishes_late(piece, pool, late, slots, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", piece)
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", pool)
     assert run(FakeDevice(late=late), slots) == expected()
 
 
@@ -100,6 +106,44 @@ def test_compute_waits_for_its_state_and_copies_for_compute(without, late, slots
 @pytest.mark.parametrize("slots", [2, 3, 4])
 def test_fetching_waits_for_what_leaves_the_slot(slots):
     assert run(FakeDevice(late="copy 2"), slots, forgets=True) != expected()
+
+
+class Measured(FakeDevice):
+    """A device that notes, of each copy, its bytes and how many of its stream's were not through when it was queued."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = {}
+
+    def copy(self, target, source):
+        queued = self.noted.setdefault(self.stream, [])
+        queued.append((len(target), sum(not through() for _, _, through in queued)))
+        event = super().copy(target, source)
+        queued[-1] += ((lambda: self.done[event[0]] >= event[1]),)
+        return event
+
+
+def test_a_layer_is_fetched_in_pieces_of_which_few_are_on_their_way(monkeypatch):
+    """What waits for the link beside state waits for these, and not for a layer of it."""
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", DISK_BLOCK // 4)
+    device = Measured()
+    assert run(device, 3) == expected()
+    sizes, before, _ = zip(*device.noted["copy 1"], strict=True)
+    assert set(sizes) == {DISK_BLOCK // 4} and len(sizes) % 4 == 0
+    # Those of a layer, and those of the layer before that nobody waited for yet.
+    assert max(before) < 2 * blocks.CHUNKS
+
+
+@pytest.mark.parametrize("then", ["back", "again"])
+@pytest.mark.parametrize("slots", [2, 3, 4, 6])
+def test_a_slot_whose_state_is_leaving_is_not_the_next_to_be_filled(slots, then):
+    held = [None] * slots
+    for _ in range(4):
+        steps = schedule(range(9), held, then, busy=2)
+        for number, step in enumerate(steps):
+            before = [each.slot for each in steps[max(0, number - min(2, slots - 1)) : number]]
+            assert not step.read or step.slot not in before
+            held[step.slot] = step.layer
 
 
 # Staged: what the device cannot copy from itself, by threads that are as late as they may, a block of the disk at once.
