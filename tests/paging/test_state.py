@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from streamprune.paging.device import HostDevice
 from streamprune.paging.pager import Page, schedule
 from streamprune.paging.state import StateStream, aligned
 from streamprune.storage.reader import DISK_BLOCK
+from streamprune.storage.scratch import BlockFile
 
 LAYERS, SHAPE = range(6), (5, 7)
 BLOCK = 2 * aligned(5 * 7 * 4)
@@ -186,6 +187,20 @@ def test_on_a_cpu_slots_are_read_and_written_themselves(forgets, tmp_path, monke
     monkeypatch.setattr(blocks, "ThreadPoolExecutor", LatePool)
     assert (run(AtOnce(), scratch=tmp_path, forgets=forgets) == expected()) is not forgets
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_and_written_can_go_around_the_page_cache(tmp_path, monkeypatch):
+    moved = []
+
+    def noted(self, tensor, offset, move):
+        moved.append((move, offset % DISK_BLOCK, tensor.nbytes % DISK_BLOCK, tensor.data_ptr() % DISK_BLOCK))
+        getattr(BlockFile, f"{move}_")(self, tensor, offset)
+
+    for move in ("read", "write"):
+        monkeypatch.setattr(BlockFile, f"{move}_", getattr(BlockFile, move), raising=False)
+        monkeypatch.setattr(BlockFile, move, partialmethod(noted, move=move))
+    assert run(AtOnce(), scratch=tmp_path) == expected()
+    assert set(moved) == {("read", 0, 0, 0), ("write", 0, 0, 0)}
 
 
 @pytest.mark.parametrize("slots", [2, 3])
