@@ -1,10 +1,15 @@
-"""Kernels that are compiled ahead: those that a method starts on a GPU, each for the very arguments that it is given."""
+"""Kernels that are compiled ahead: those that a method starts on a GPU, each for the arguments that it is given."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from kernel_inputs import DEVICE, needs_triton
+from kernel_inputs import needs_triton
 from tiny_models import make_sweeper, save_tiny, token_ids
 
+from streamprune import prune
 from streamprune.config import PruneConfig
 from streamprune.kernels.launch import Launch
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
@@ -14,9 +19,11 @@ from streamprune.paging.pager import Pager
 from streamprune.pipeline.rehearsal import rehearse
 from streamprune.planning.decision import make_plan
 from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.sweeper import Sweeper
 
 pytestmark = needs_triton
 WIDE = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 160}
+MADE = {"out_ptr", "partial_ptr", "errors_ptr"}  # operands that hold anything before
 RUNS = [
     ("magnitude", "units", {}),
     ("magnitude", "2:4", {}),
@@ -69,12 +76,13 @@ def specialised(launch):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Starts of kernels as they come, by what they are compiled for."""
-    starts, run = [], Launch.run
+    """Starts of kernels as they come, by what they are compiled for; none runs, and what they would make is 0."""
+    starts = []
 
     def noted(launch):
         starts.append(specialised(launch))
-        run(launch)
+        for name in MADE & set(launch.arguments):
+            launch.arguments[name].zero_()
 
     monkeypatch.setattr(Launch, "run", noted)
     return starts
@@ -82,14 +90,14 @@ def started(monkeypatch):
 
 def run_and_rehearse(started, path, method, granularity, settings, dtype=torch.bfloat16):
     """What the sweeps of a run have started, and what its rehearsal has."""
-    sweeper = make_sweeper(path, dtype=dtype, micro_batch=2)
-    sweeper.pager = Pager(sweeper.skeleton.checkpoint, sweeper.skeleton.entries, Apart(), poison=True)
-    sweeper.backend = sweeper.binder.backend = "triton"
-    sweeper.scope = "units" if granularity == "units" else "matrices"
-    config = PruneConfig("in", path / "out", method, settings, granularity=granularity, layers=(1, 3))
-    plan, ids = make_plan(config, sweeper.skeleton), token_ids(3, 16)
+    skeleton = make_sweeper(path, dtype=dtype).skeleton
+    pager = Pager(skeleton.checkpoint, skeleton.entries, Apart())
+    sweeper = Sweeper(skeleton, pager, 2, "units" if granularity == "units" else "matrices", "triton")
+    options = {"granularity": granularity, "ratio": 0.5} if granularity != "units" else {}
+    config = PruneConfig("in", path / "out", method, settings, layers=(1, 3), **options)
+    plan, ids = make_plan(config, skeleton), token_ids(3, 16)
     sinks = {
-        "units": lambda: UnitScores(sweeper.skeleton.all_units(plan.layers), "triton"),
+        "units": lambda: UnitScores(skeleton.all_units(plan.layers), "triton"),
         "layers": lambda: LayerScores(plan.layers, "triton"),
         "weights": lambda: WeightPruner(plan.sparsity, lambda ref, stored, pruned: None, "triton"),
     }
@@ -111,6 +119,79 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("method,granularity,settings", RUNS)
 def test_what_sweeps_start_was_compiled_for_these_arguments(method, granularity, settings, model, started):
     in_sweeps, rehearsed = run_and_rehearse(started, model, method, granularity, settings)
-    for each in sorted(rehearsed - in_sweeps): print("R", each)
-    for each in sorted(in_sweeps - rehearsed): print("S", each)
     assert rehearsed == in_sweeps
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@pytest.mark.parametrize("method,settings", [("moreau-gs", {"steps": 2}), ("gblm", {}), ("sparsegpt", {})])
+def test_so_it_was_for_odd_widths_and_matrices_that_are_fused_or_transposed(
+    method, settings, family, tmp_path, started
+):
+    save_tiny(tmp_path, family, dtype=torch.float32)
+    in_sweeps, rehearsed = run_and_rehearse(started, tmp_path, method, "weights", settings, torch.float16)
+    assert rehearsed == in_sweeps
+
+
+def test_layers_of_other_widths_are_rehearsed_too_and_those_that_are_alike_once(model, tmp_path, started):
+    run_and_rehearse(started, model, "moreau-gs", "units", {"steps": 1})
+    assert len(started) == 7 * 3  # of each matrix of one layer: noise, the step, its score
+    prune(PruneConfig(model, tmp_path / "in", "magnitude", layers=(2, 3), ratio=0.3, evaluate=False))
+    in_sweeps, rehearsed = run_and_rehearse(started, tmp_path / "in", "moreau-gs", "units", {"steps": 1})
+    assert len(started) == 2 * 7 * 3
+    assert rehearsed == in_sweeps
+
+
+COMPILED = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+triton.runtime.driver.set_active(Driver())
+from streamprune.config import PruneConfig
+from streamprune.kernels.launch import KernelFailure, Launch, compiling
+from streamprune.pipeline.rehearsal import rehearse
+from streamprune.pipeline.source import Source
+from streamprune.planning.decision import make_plan
+
+config = PruneConfig(sys.argv[1], "out", "moreau-gs", {"steps": 2}, layers=(1, 3))
+run, launches = Launch.run, []
+Launch.run = lambda launch: launches.append(launch) or run(launch)
+with Source(config.model, dtype="bfloat16", micro_batch=2, backend="triton").open() as sweeper:
+    with compiling(torch.device("cpu")):
+        rehearse(sweeper, config, make_plan(config, sweeper.skeleton), (3, 16))
+for kernel in {launch.kernel for launch in launches}:
+    made = kernel.device_caches[0][0].values()
+    print(kernel.__name__, len(made), all(each.result().asm["cubin"] for each in made))
+wrong = Launch(launches[0].kernel, (1,), launches[0].arguments, launches[0].constants | {"BLOCK": 3})
+with compiling(torch.device("cpu")):
+    wrong.run()
+real = {name: torch.empty(8, 8) if torch.is_tensor(each) else each for name, each in wrong.arguments.items()}
+real = {name: each.to(wrong.arguments[name].dtype) if torch.is_tensor(each) else each for name, each in real.items()}
+try:
+    Launch(wrong.kernel, (1,), real, wrong.constants).run()
+except KernelFailure as failure:
+    print(failure)
+"""
+
+
+@pytest.mark.slow
+def test_they_are_compiled_in_threads_and_whoever_starts_one_that_is_not_learns_why(model, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", COMPILED, model]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    *made, failure = done.stdout.splitlines()
+    assert sorted(made) == [
+        "column_score_kernel 1 True",
+        "moreau_columns_kernel 2 True",  # without δ and with it
+        "moreau_rows_kernel 2 True",
+        "perturb_kernel 2 True",
+        "row_score_kernel 1 True",
+    ]
+    assert failure.startswith("the kernel perturb_kernel does not run here: CompilationError: ")
+    assert "power of 2" in failure
