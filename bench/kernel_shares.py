@@ -3,9 +3,9 @@
     python bench/kernel_shares.py [--model llama-2-7b ...] [--card h100 ...] [--method taylor ...] [--json FILE]
     python bench/kernel_shares.py --gpu --checkpoint DIR [--method taylor ...]
 
-By the clock each start of a kernel takes its bytes or FLOPs over the card's rates, divided by the part of them that the
-kernel reached on an H100 (results/kernels-h100.json). A run is scoring from the page cache, by the clock, and writing to
-an NVMe drive, by the plan; from a cold disk it takes longer, and the kernels' part is less. With --gpu torch's profiler
+By the clock each start of a kernel takes its bytes or FLOPs over the card's rates, divided by the part of them that it
+reached on an H100 (results/kernels-h100.json). A run is scoring from the page cache, by the clock, and writing to an
+NVMe drive, by the plan; from a cold disk it takes longer, and the kernels' part is less. With --gpu torch's profiler
 adds up what they take of a run on DIR.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def main(
             said = [model, card, method, options.get("granularity", "units")]
             rows.append([*said, *found.cells])
             click.echo(" ".join(rows[-1]), err=True)
-            figures.append(dict(zip(head, said, strict=True)) | asdict(found))
+            figures.append(dict(zip(head, said, strict=True)) | vars(found))
     print(table(rows, markdown=True))
     if json_file:
         json_file.write_text(json.dumps(figures, indent=1, ensure_ascii=False) + "\n")

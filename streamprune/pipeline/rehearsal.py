@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ def compile_ahead(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tupl
         return
 
     def compile_all() -> None:
-        with compiling(device):
+        # A method of one's own may ask what `meta` cannot answer: its kernels are then compiled as they are started.
+        with suppress(Exception), compiling(device):
             rehearse(sweeper, config, plan, shape)
 
     threading.Thread(target=compile_all, name="streamprune-rehearsal", daemon=True).start()
@@ -142,10 +144,14 @@ class _Answers(TorchDispatchMode):
     """Mode that answers what a method asks of numbers that nobody knows: true, 0 and 1, and zeros on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func._overloadpacket is aten._local_scalar_dense and args[0].is_meta:
+        kwargs, op = kwargs or {}, func._overloadpacket
+        if op is aten.rand:  # as many as a matrix has, on the CPU
+            return torch.empty(args[0], device=META)
+        if op is aten._local_scalar_dense and args[0].is_meta:
             dtype = args[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
-        if func._overloadpacket is aten._to_copy and args[0].is_meta and kwargs.get("device", META) != META:
+        if op is aten._to_copy and args[0].is_meta and kwargs.get("device", META) != META:
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if op is aten.copy_ and args[1].is_meta and not args[0].is_meta:
+            return args[0]
         return func(*args, **kwargs)

@@ -27,7 +27,9 @@ MADE = {"out_ptr", "partial_ptr", "errors_ptr"}  # operands that hold anything b
 RUNS = [
     ("magnitude", "units", {}),
     ("magnitude", "2:4", {}),
+    ("random", "units", {}),
     ("random", "weights", {}),
+    ("random", "layers", {}),
     *(("taylor", "units", {"order": order}) for order in ("first", "second", "mix", "vectorize")),
     ("taylor", "weights", {"order": "mix"}),
     ("taylor", "layers", {}),
