@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,28 +17,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.config import PruneConfig
+from streamprune.kernels import gram
 from streamprune.kernels.launch import compiling
 from streamprune.methods.sinks import LayerScores, Sink, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS
-from streamprune.model.units import TensorRef
+from streamprune.model.masking import output_matrices
+from streamprune.model.units import TensorRef, kept_lines
 from streamprune.paging.device import is_gpu
 from streamprune.planning.decision import Plan
+from streamprune.planning.stage import Work
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.gradients import Consumer, PowerCollector, PowersConsumer
 from streamprune.streaming.inputs import Sums
 from streamprune.streaming.statistics import Statistics
-from streamprune.streaming.sweeper import Sweeper
+from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 aten = torch.ops.aten
 META = torch.device("meta")
 
 
-def compile_ahead(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tuple[int, int] | None) -> None:
-    """Begin to compile the kernels that the method will start, in threads of their own; on a CPU there are none.
-
-    Args:
-        shape: of the calibration tokens [n, seq], if there are any.
-    """
+def compile_ahead(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work) -> None:
+    """Begin to compile the kernels that method and repair will start, in threads of their own; on a CPU are none."""
     device = sweeper.skeleton.device
     if not is_gpu(device) or sweeper.backend == "torch":
         return
@@ -45,17 +45,32 @@ def compile_ahead(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tupl
     def compile_all() -> None:
         # A method of one's own may ask what `meta` cannot answer: its kernels are then compiled as they are started.
         with suppress(Exception), compiling(device):
-            rehearse(sweeper, config, plan, shape)
+            rehearse(sweeper, config, plan, work)
 
     threading.Thread(target=compile_all, name="streamprune-rehearsal", daemon=True).start()
 
 
-def rehearse(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tuple[int, int] | None) -> None:
-    """Run the method on `meta`, from its first sweep to its scores; arguments as in `compile_ahead`."""
+def rehearse(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work) -> None:
+    """Run the method on `meta`, from its first sweep to its scores, and then the sums of the repair."""
     layers = _of_each_shape(sweeper, plan.layers)
-    statistics = _Rehearsal(sweeper, layers, shape or (0, 0))
+    statistics = _Rehearsal(sweeper, layers, work.calibration or (0, 0))
     with _Answers():
         METHODS[config.method].score(statistics, plan.settings, _sink(sweeper, config, plan, layers))
+    if work.repair is not None and plan.repair == "stream":
+        _rehearse_repair(sweeper, plan, config.micro_batch or default_micro_batch(work.repair[1]), work.repair)
+
+
+def _rehearse_repair(sweeper: Sweeper, plan: Plan, micro_batch: int, shape: tuple[int, int]) -> None:
+    """Sum the Gram matrices of what is left of the inputs of each layer's last matrix, of micro-batches of `shape`."""
+    skeleton, sums = sweeper.skeleton, torch.promote_types(sweeper.skeleton.dtype, torch.float32)
+    widths = set()
+    for layer in (layer for layer in plan.layers if layer in plan.form.kept):
+        member = output_matrices(skeleton, layer)[-1]
+        widths.add(len(kept_lines(member, skeleton.geometries[layer], plan.form.kept[layer][member.kind])))
+    tokens = {(part.stop - part.start) * shape[1] for part in sweeper.micro_batches(shape[0], micro_batch)}
+    for columns, count in product(widths, tokens):
+        x = torch.empty(count, columns, dtype=skeleton.dtype, device=META)
+        gram(torch.empty(columns, columns, dtype=sums, device=META), x, backend=sweeper.backend)
 
 
 def _sink(sweeper: Sweeper, config: PruneConfig, plan: Plan, layers: Sequence[int]) -> Sink:

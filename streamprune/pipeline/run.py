@@ -178,7 +178,7 @@ def _score_and_write(
         progress.say(placement_line(placement, sweeper))
         limit_memory(skeleton.device, config.gpu_memory)
         output.callback(limit_memory, skeleton.device, None)
-        compile_ahead(sweeper, config, plan, work.calibration)
+        compile_ahead(sweeper, config, plan, work)
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
             saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]

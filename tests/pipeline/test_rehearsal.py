@@ -18,6 +18,8 @@ from streamprune.paging.device import HostDevice
 from streamprune.paging.pager import Pager
 from streamprune.pipeline.rehearsal import rehearse
 from streamprune.planning.decision import make_plan
+from streamprune.planning.stage import Work
+from streamprune.recovery.least_squares import compensate
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper
 
@@ -85,16 +87,23 @@ def started(monkeypatch):
         starts.append(specialised(launch))
         for name in MADE & set(launch.arguments):
             launch.arguments[name].zero_()
+        if "total_ptr" in launch.arguments:
+            launch.arguments["total_ptr"].fill_diagonal_(1.0)  # SparseGPT and the repair take factors of it
 
     monkeypatch.setattr(Launch, "run", noted)
     return starts
 
 
-def run_and_rehearse(started, path, method, granularity, settings, dtype=torch.bfloat16):
-    """What the sweeps of a run have started, and what its rehearsal has."""
+def sweeper_of(path, dtype, granularity):
     skeleton = make_sweeper(path, dtype=dtype).skeleton
     pager = Pager(skeleton.checkpoint, skeleton.entries, Apart())
-    sweeper = Sweeper(skeleton, pager, 2, "units" if granularity == "units" else "matrices", "triton")
+    return Sweeper(skeleton, pager, 2, "units" if granularity == "units" else "matrices", "triton")
+
+
+def run_and_rehearse(started, path, method, granularity, settings, dtype=torch.bfloat16):
+    """What the sweeps of a run have started, and what its rehearsal has."""
+    sweeper = sweeper_of(path, dtype, granularity)
+    skeleton = sweeper.skeleton
     options = {"granularity": granularity, "ratio": 0.5} if granularity != "units" else {}
     config = PruneConfig("in", path / "out", method, settings, layers=(1, 3), **options)
     plan, ids = make_plan(config, skeleton), token_ids(3, 16)
@@ -107,7 +116,7 @@ def run_and_rehearse(started, path, method, granularity, settings, dtype=torch.b
     METHODS[method].score(Statistics(sweeper, ids, plan.layers, 0), plan.settings, sinks[config.target]())
     in_sweeps = set(started)
     started.clear()
-    rehearse(sweeper, config, plan, tuple(ids.shape))
+    rehearse(sweeper, config, plan, Work(tuple(ids.shape), None, None))
     return in_sweeps, set(started)
 
 
@@ -143,6 +152,22 @@ def test_layers_of_other_widths_are_rehearsed_too_and_those_that_are_alike_once(
     assert rehearsed == in_sweeps
 
 
+@pytest.mark.parametrize("ratio", [0.2, 0.35])  # channels that stay: a multiple of 16, or not
+def test_what_the_repair_starts_was_compiled_too(ratio, model, tmp_path, started):
+    sweeper = sweeper_of(model, torch.bfloat16, "units")
+    config = PruneConfig(
+        "in", tmp_path / "out", "magnitude", layers=(1, 3), ratio=ratio, compensate=True, micro_batch=2
+    )
+    plan, ids = make_plan(config, sweeper.skeleton), token_ids(3, 16)
+    given = {"ridge": None, "goal": plan.repair, "micro_batch": 2, "write": lambda page, fitted: None}
+    compensate(sweeper, ids, plan.form.kept, **given)
+    repaired = set(started)
+    assert {name for name, _ in repaired} == {"gram_kernel"}
+    started.clear()
+    rehearse(sweeper, config, plan, Work(None, tuple(ids.shape), None))
+    assert {each for each in started if each[0] == "gram_kernel"} == repaired
+
+
 COMPILED = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
@@ -158,13 +183,14 @@ from streamprune.kernels.launch import KernelFailure, Launch, compiling
 from streamprune.pipeline.rehearsal import rehearse
 from streamprune.pipeline.source import Source
 from streamprune.planning.decision import make_plan
+from streamprune.planning.stage import Work
 
 config = PruneConfig(sys.argv[1], "out", "moreau-gs", {"steps": 2}, layers=(1, 3))
 run, launches = Launch.run, []
 Launch.run = lambda launch: launches.append(launch) or run(launch)
 with Source(config.model, dtype="bfloat16", micro_batch=2, backend="triton").open() as sweeper:
     with compiling(torch.device("cpu")):
-        rehearse(sweeper, config, make_plan(config, sweeper.skeleton), (3, 16))
+        rehearse(sweeper, config, make_plan(config, sweeper.skeleton), Work((3, 16), None, None))
 for kernel in {launch.kernel for launch in launches}:
     made = kernel.device_caches[0][0].values()
     print(kernel.__name__, len(made), all(each.result().asm["cubin"] for each in made))

@@ -17,6 +17,7 @@ from streamprune.paging.device import paging_device
 from streamprune.paging.pager import Pager
 from streamprune.pipeline.rehearsal import rehearse
 from streamprune.planning.decision import make_plan
+from streamprune.planning.stage import Work
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.statistics import Statistics
@@ -74,7 +75,7 @@ def test_no_sweep_waits_for_a_kernel_that_was_not_compiled_ahead(tmp_path, monke
     sweeper, ids = cuda_sweeper(tmp_path, torch.bfloat16), token_ids(n=5, seq=20)
     plan = make_plan(PruneConfig("in", tmp_path / "out", "moreau-gs", {"steps": 2}, layers=(1, 3)), sweeper.skeleton)
     with compiling(CUDA):
-        rehearse(sweeper, PruneConfig("in", tmp_path / "out", "moreau-gs"), plan, tuple(ids.shape))
+        rehearse(sweeper, PruneConfig("in", tmp_path / "out", "moreau-gs"), plan, Work(tuple(ids.shape), None, None))
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **miss: compiled.append(miss["repr"]))
     scores = UnitScores(sweeper.skeleton.all_units(plan.layers))
     METHODS["moreau-gs"].score(Statistics(sweeper, ids, plan.layers, 0), plan.settings, scores)
