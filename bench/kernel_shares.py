@@ -80,12 +80,8 @@ def case_of(launch: Launch) -> str:
 
 def seconds_of(launch: Launch, machine: Machine, reached: Mapping[str, float]) -> float:
     """Seconds of a start; `reached` are parts of a copy's rate, by case. grad_norm's is in the machine's own rate."""
-    taken, name, given = kernel_seconds(launch, machine), launch.kernel.__name__, launch.arguments
-    if name == "obs_block_kernel":
-        # Every column of a block is taken from all of the block, in float32; how near it comes is not measured.
-        block = launch.constants["GROUPS"] * launch.constants["M"]
-        return max(taken, 2.0 * given["n_rows"] * given["n_cols"] * block / machine.single)
-    return taken if name == "grad_norm_kernel" else taken / reached.get(case_of(launch), 1.0)
+    taken = kernel_seconds(launch, machine)
+    return taken if launch.kernel.__name__ == "grad_norm_kernel" else taken / reached.get(case_of(launch), 1.0)
 
 
 @contextmanager

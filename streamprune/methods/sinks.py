@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,21 +64,40 @@ class UnitScores(_Sums):
 
     def __init__(self, units: KeptUnits, backend: Backend | None = None) -> None:
         self.backend = backend
-        self.values: dict[int, dict[Kind, Tensor]] = {
-            layer: {kind: torch.zeros(len(each), dtype=torch.float64) for kind, each in kinds.items()}
-            for layer, kinds in units.items()
-        }
+        self._counts = {layer: {kind: len(each) for kind, each in kinds.items()} for layer, kinds in units.items()}
+        # Sums stay where they are made until somebody looks: fetching each would wait for all that is computed.
+        self._values: dict[int, dict[Kind, Tensor]] = {layer: {} for layer in units}
         self.means: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def values(self) -> dict[int, dict[Kind, Tensor]]:
+        """Scores by layer and kind, in host memory."""
+        for layer in self._values:
+            self._fetch(layer)
+        return self._values
+
+    def _fetch(self, layer: int) -> dict[Kind, Tensor]:
+        """Return a layer's scores in host memory; what was never added to is 0."""
+        if layer not in self._values:
+            return {}
+        values = self._values[layer]
+        self._values[layer] = {
+            kind: values[kind].cpu() if kind in values else torch.zeros(count, dtype=torch.float64)
+            for kind, count in self._counts[layer].items()
+        }
+        return self._values[layer]
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its units, in the order of the calls."""
         assert ref.member is not None, "with units, only matrices that units cut are scored"
-        self.values[ref.layer][ref.member.kind] += fold_lines(ref.member, ref.geometry, lines).cpu()
+        values, kind = self._values[ref.layer], ref.member.kind
+        scores = fold_lines(ref.member, ref.geometry, lines).double()
+        values[kind] = scores.add_(values[kind].to(scores.device)) if kind in values else scores
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """Return all that is known of a layer, for the journal."""
         means = {f"mean/{tensor}": mean for (of, tensor), mean in self.means.items() if of == layer}
-        return {**{str(kind): values for kind, values in self.values.get(layer, {}).items()}, **means}
+        return {**{str(kind): values for kind, values in self._fetch(layer).items()}, **means}
 
     def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
         """Take back a `layer_state`."""
@@ -85,7 +105,7 @@ class UnitScores(_Sums):
             if name.startswith("mean/"):
                 self.means[layer, name.removeprefix("mean/")] = tensor
             else:
-                self.values[layer][name] = tensor  # type: ignore[index]
+                self._values[layer][name] = tensor  # type: ignore[index]
 
     def root(self) -> None:
         """Take the square root of every score: sums of squares become ℓ2 norms."""
@@ -105,27 +125,35 @@ class LayerScores(_Sums):
 
     def __init__(self, layers: Sequence[int], backend: Backend | None = None) -> None:
         self.backend = backend
-        self.values = dict.fromkeys(layers, 0.0)
+        self._values: dict[int, Any] = dict.fromkeys(layers, 0.0)  # sums stay on the device until somebody looks
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Scores by layer."""
+        for layer, value in self._values.items():
+            self._values[layer] = float(value)
+        return self._values
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its layer."""
-        self.values[ref.layer] += float(lines.sum())
+        self._values[ref.layer] = lines.sum().double() + self._values[ref.layer]
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """Return a layer's score, for the journal."""
-        return {"score": torch.tensor(self.values[layer], dtype=torch.float64)} if layer in self.values else {}
+        known = layer in self._values
+        return {"score": torch.tensor(float(self._values[layer]), dtype=torch.float64)} if known else {}
 
     def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
         """Take back a `layer_state`."""
-        self.values[layer] = float(state["score"])
+        self._values[layer] = float(state["score"])
 
     def root(self) -> None:
         """Take the square root of every score: sums of squares become ℓ2 norms."""
-        self.values = {layer: math.sqrt(value) for layer, value in self.values.items()}
+        self._values = {layer: math.sqrt(value) for layer, value in self.values.items()}
 
     def draw(self, random: Callable[..., Tensor]) -> None:
         """Put `random(layer, "layer", ())` in the place of every score."""
-        self.values = {layer: float(random(layer, "layer", ())) for layer in self.values}
+        self._values = {layer: float(random(layer, "layer", ())) for layer in self._values}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ from streamprune.storage.checkpoint import Checkpoint, resolve_model
 from streamprune.storage.reader import ReaderKind
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.values import AUTO
+
+STAGED = "host memory cannot be registered with the GPU (ulimit -l), so copies are staged"
 
 
 @dataclass(frozen=True)
@@ -80,5 +83,7 @@ class Source:
                 progress=progress.advance if progress is not None else lambda nbytes, **facts: None,
             )
             sweeper = Sweeper(skeleton, pager, self.micro_batch, self.scope, self.backend)
+            if progress is not None:
+                sweeper.staged = partial(progress.say, STAGED)
             stack.callback(sweeper.close)
             yield sweeper

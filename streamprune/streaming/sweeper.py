@@ -60,6 +60,7 @@ class Sweeper:
         graphs: layers below the head whose graphs a forward sweep keeps for the backward one, which then computes
             nothing again.
         state: what the method keeps between sweeps, where it does not lie on the device; it passes with the layers.
+        staged: is called once, when host memory cannot be registered with the device, so that copies are staged.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class Sweeper:
         self.place: Place = "device"
         self.scratch: Path | None = None
         self.state: StateStream | None = None
+        self.staged: Callable[[], object] = lambda: None
+        self._said_staged = False
         self.graphs = 0
         self._graphs: dict[int, _Graph] = {}
         self._activations: Activations | None = None
@@ -294,7 +297,7 @@ class Sweeper:
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         if self._activations is None:
             device = self.skeleton.device
-            self._activations = Activations(device, self.place, paging_device(device), self.scratch)
+            self._activations = Activations(device, self.place, paging_device(device), self.scratch, self.say_staged)
         return self._activations.several(count, shape, dtype)
 
     def embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None = None) -> States:
@@ -333,6 +336,12 @@ class Sweeper:
         if self._activations is not None:
             self._activations.close()
             self._activations = None
+
+    def say_staged(self) -> None:
+        """Say that copies are staged, unless it was said before: for hidden states, or the method's state."""
+        if not self._said_staged:
+            self._said_staged = True
+            self.staged()
 
     def recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """Return the recorded calls for this sequence length; they do not depend on the tokens."""
