@@ -176,13 +176,16 @@ class Bench:
         """Measure a row in a fresh process, if there is time for it; what it says until it ends counts."""
         left, wanted = self.deadline - time.monotonic(), PROFILE_SECONDS if profile else ROWS[name].seconds
         if left < wanted and not self.dry:
-            self.results.add(into, {"error": f"not begun: {left:.0f} s are left, and it may take {wanted:.0f}"})
+            self.results.add(into, {"left_out": f"{left:.0f} s were left, and it may take {wanted:.0f}"})
+            click.echo(f"  {name}: left out, {into['left_out']}", err=True)
             return
         command = [sys.executable, __file__, "--one", name, "--scratch", str(self.path)]
         command += ["--device", self.results.device, *["--dry"] * self.dry, *["--profile"] * profile]
         start = time.monotonic()
-        with tempfile.TemporaryFile("w+") as said:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True)
+        with (
+            tempfile.TemporaryFile("w+") as said,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        ):
             killer = threading.Timer(max(0.0, left), process.kill)
             killer.start()
             try:
