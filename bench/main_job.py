@@ -11,9 +11,11 @@ not be through within --seconds is left out; FILE has each as soon as it is ther
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,6 +81,8 @@ ROWS = {
     MEMORY + "gblm": Row("memory", 60, "gblm"),
 }
 PROFILE_SECONDS = 55.0  # as a row's, of the slowest row once more
+PATIENCE = 2.5  # times as long as a row is expected to take, and it is ended
+LAST_LINES = 60  # of what a process that failed has said
 OWN = ("score", "repair", "forward")
 
 
@@ -174,40 +178,50 @@ class Bench:
 
     def measure(self, name: str, into: Figures, *, profile: bool = False) -> None:
         """Measure a row in a fresh process, if there is time for it; what it says until it ends counts."""
-        left, wanted = self.deadline - time.monotonic(), PROFILE_SECONDS if profile else ROWS[name].seconds
+        left, wanted = max(0.0, self.deadline - time.monotonic()), PROFILE_SECONDS if profile else ROWS[name].seconds
         if left < wanted and not self.dry:
             self.results.add(into, {"left_out": f"{left:.0f} s were left, and it may take {wanted:.0f}"})
             click.echo(f"  {name}: left out, {into['left_out']}", err=True)
             return
         command = [sys.executable, __file__, "--one", name, "--scratch", str(self.path)]
         command += ["--device", self.results.device, *["--dry"] * self.dry, *["--profile"] * profile]
+        # One that hangs does not keep the others from being measured.
+        self.results.add(into, self._run(command, into, left if self.dry else min(left, PATIENCE * wanted)))
+        shown = ", ".join(f"{key} {into[key]:.2f} s" for key in ("first", "second", "process") if key in into)
+        click.echo(f"  {name}{', profiled' * profile}: {shown} {into.get('error', '')}", err=True)
+
+    def _run(self, command: list[str], into: Figures, limit: float) -> Figures:
+        """Take in what a process says, for so many seconds; return how long it took, and the error that it met."""
         start = time.monotonic()
         with (
             tempfile.TemporaryFile("w+") as said,
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process,
         ):
-            killer = threading.Timer(max(0.0, left), process.kill)
-            killer.start()
+            # At the first it says where its threads are, and ends.
+            killers = [threading.Timer(limit, process.terminate), threading.Timer(limit + 5, process.kill)]
+            for killer in killers:
+                killer.start()
             try:
                 for line in process.stdout or ():
                     self.results.add(into, json.loads(line))
             finally:
                 code = process.wait()
-                killer.cancel()
+                for killer in killers:
+                    killer.cancel()
             said.seek(0)
-            last = said.read().strip().splitlines()[-8:]
+            last = said.read().strip().splitlines()[-LAST_LINES:]
         found: Figures = {"process": time.monotonic() - start}
         if code != 0:
-            found["error"] = "\n".join(last) if code > 0 else f"ended by signal {-code}, with {left:.0f} s left"
-        self.results.add(into, found)
-        shown = ", ".join(f"{key} {into[key]:.2f} s" for key in ("first", "second", "process") if key in into)
-        click.echo(f"  {name}{', profiled' * profile}: {shown} {found.get('error', '')}", err=True)
+            ended = [f"ended by signal {-code}, after {limit:.0f} s at the most"] if code < 0 else []
+            found["error"] = "\n".join([*ended, *last])
+        return found
 
     def measure_all(self, names: list[str]) -> None:
         """Measure rows, and profile the slowest of streamprune's."""
         # In a dry run times say nothing, and several processes go at the same time.
+        self.results.rows.update({name: {} for name in names})
         with ThreadPoolExecutor(os.cpu_count() if self.dry else 1) as threads:
-            for done in [threads.submit(self.measure, n, self.results.rows.setdefault(n, {})) for n in names]:
+            for done in [threads.submit(self.measure, name, self.results.rows[name]) for name in names]:
                 done.result()
         own = [name for name in names if ROWS[name].kind in OWN and "second" in self.results.rows[name]]
         if own:
@@ -339,6 +353,7 @@ def main(
     sys.path.insert(0, str(Path(__file__).parent))
     device = device or ("cpu" if dry else "cuda")
     if one is not None:
+        faulthandler.register(signal.SIGTERM, all_threads=True, chain=True)
         for found in run_row(ROWS[one], scratch, device, dry=dry, profile=profile):
             print(json.dumps(found), flush=True)
         return

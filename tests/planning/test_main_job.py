@@ -88,7 +88,7 @@ def test_a_row_is_ended_in_time_and_what_it_has_said_is_kept(seconds, says, kept
     results = script.Results("cpu", file)
     script.Bench(tmp_path, results, time.monotonic() + seconds, dry=True).measure_all(["gblm"])
     row = json.loads(file.read_text())["rows"]["gblm"]
-    assert row.pop("error").startswith("ended by signal 9") and row.pop("process") < 60 and row == kept
+    assert row.pop("error").startswith("ended by signal ") and row.pop("process") < 60 and row == kept
 
 
 def test_a_device_is_busy_while_anything_runs_on_it(bench):
