@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +65,12 @@ class Row:
     again: int = 1
 
 
-# The most important first. With 4 GiB hidden states go to the host, with 22 they stay on the device.
+# The most important first. With 4 GiB hidden states go to the host, with 22 they stay on the device; of moreau-gs all
+# state does in bfloat16, where with 12 it passes the link.
 ROWS = {
     "rates": Row("rates", 20),
     "moreau-gs": Row("score", 55, "moreau-gs", SHORT, 22, beside=MEMORY + "moreau-gs"),
+    "moreau-gs, 12 GiB": Row("score", 55, "moreau-gs", SHORT, 12, beside=MEMORY + "moreau-gs"),
     "repair": Row("repair", 50, "random", REPAIR, 22),
     MEMORY + "taylor": Row("memory", 50, "taylor"),
     "taylor, host": Row("score", 40, "taylor", LONG, 4, beside=MEMORY + "taylor"),
@@ -81,6 +83,7 @@ ROWS = {
     MEMORY + "gblm": Row("memory", 60, "gblm"),
 }
 PROFILE_SECONDS = 55.0  # as a row's, of the slowest row once more
+GRADIENT = ("weight gradient", "as_is")  # the product whose rate that of all arithmetic is taken to be
 PATIENCE = 2.5  # times as long as a row is expected to take, and it is ended
 LAST_LINES = 60  # of what a process that failed has said
 OWN = ("score", "repair", "forward")
@@ -251,7 +254,9 @@ def targets(results: Results) -> list[tuple[str, float | None, float]]:
     def get(row: str | None, key: str) -> float | None:
         return rows.get(row or "", {}).get(key)
 
-    found.append(("moreau-gs: seconds / those of the link", ratio(get("moreau-gs", "second"), link_seconds(rows)), 1.3))
+    for row in ("moreau-gs", "moreau-gs, 12 GiB"):
+        least = ratio(get(row, "second"), bound(rows.get(row, {}), rows.get("rates", {})))
+        found.append((f"{row}: seconds / the longer of link and arithmetic", least, 1.3))
     for row in ("taylor, host", "taylor, device"):
         peer = get(MEMORY + "taylor", "second")
         found.append((f"{row}: seconds / in memory, checkpointed", ratio(get(row, "second"), peer), 0.95))
@@ -280,12 +285,13 @@ def targets(results: Results) -> list[tuple[str, float | None, float]]:
     return found
 
 
-def link_seconds(rows: Mapping[str, Figures]) -> float | None:
-    """Seconds in which what the plan of moreau-gs sends over the link passes it, both ways at the same time."""
-    planned, link = rows.get("moreau-gs", {}), rows.get("rates", {}).get("link")
-    if link is None or not planned.get("up"):  # beside a CPU nothing passes
+def bound(planned: Figures, rates: Figures) -> float | None:
+    """Seconds that a row takes at the least: of its bytes over the link, each way, and of its products."""
+    if "flops" not in planned or "products" not in rates:
         return None
-    return max(planned[way] / link[way] for way in ("up", "down"))
+    (product,) = (each for each in rates["products"] if (each["product"], each["way"]) == GRADIENT)
+    link = [planned[way] / rates["link"][way] for way in ("up", "down")]
+    return max(*link, planned["flops"] / product["flops"])
 
 
 def verdicts(results: Results) -> str:

@@ -86,6 +86,7 @@ def _opened(config: PruneConfig, work: Work, stage: str) -> Iterator[tuple[Sweep
                 "limit": config.gpu_memory,
                 "up": found.up,
                 "down": found.down,
+                "flops": found.forward + found.backward,
                 "place": placement.place,
                 "kept": vars(placement.held),
                 "micro_batch": placement.micro_batch,
