@@ -70,9 +70,9 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
     # Smaller micro-batches come last: sums differ by them in their last bits, by where things stay they do not.
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
-            (stages(sizes, config, plan, work, where, state, micro_batch), where, state)
+            (stages(sizes, config, plan, work, where, state, micro_batch, _least(gpu)), where, state)
             for where in _places(config, gpu)
-            for state in _state_places(config, plan)
+            for state in _state_places(config, plan, gpu)
         ]
         # What spills least first.
         options.sort(key=lambda option: max(stage.scratch for stage in option[0]))
@@ -108,9 +108,14 @@ def _places(config: PruneConfig, gpu: bool) -> list[Place]:
     return places
 
 
-def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
-    """List the places where the method's state may stay; a run that can be resumed has it in its journal."""
-    spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
+def _least(gpu: bool) -> Kept:
+    """Return what a run keeps at least: on a CPU state that comes from scratch passes memory that is short."""
+    return Kept() if gpu else Kept(state_slots=2)
+
+
+def _state_places(config: PruneConfig, plan: Plan, gpu: bool) -> list[Place]:
+    """List the places where the method's state may stay; on a CPU a run that can be resumed has it in its journal."""
+    spill = config.scratch is not None and plan.state_bytes > 0 and (gpu or not config.resume)
     return ["host", "scratch"] if spill else ["host"]
 
 
@@ -156,21 +161,25 @@ def _keep(
     of either first, what passes less over the link. Graphs save arithmetic, and get what is left then. On a CPU without
     a budget nothing is kept, since the page cache keeps layers too.
     """
-    if not is_gpu(sweeper.skeleton.device) and config.host_memory is None:
-        return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots)
-    (scoring,) = (stage for stage in make(Kept(graphs=1)) if stage.name.startswith("scoring"))
+    gpu = is_gpu(sweeper.skeleton.device)
+    least = _least(gpu)
+    if not gpu and config.host_memory is None:
+        return least, _with_reading(sweeper, make(least), least.slots)
+    (scoring,) = (stage for stage in make(replace(least, graphs=1)) if stage.name.startswith("scoring"))
     slot, graph, of_state = sweeper.pager.slot_bytes, scoring.device.get("graphs of layers", 0), len(plan.layers)
-    block = scoring.device.get("state of layers", 0) // min(STATE_SLOTS, of_state)
+    block = scoring.device.get("state of layers", 0) // min(least.state_slots, of_state)
     options = []
     for order in (("weights", "state"), ("state", "weights")) if block else (("weights",),):
-        rest, held = left, Kept()
+        rest, held = left, least
         for what in order:
             if what == "weights":
                 held = replace(held, slots=max(2, min(sweeper.n_layers, 2 + rest // slot)))
                 rest -= (held.slots - 2) * slot
             else:
-                held = replace(held, state_slots=max(STATE_SLOTS, min(of_state, STATE_SLOTS + rest // block)))
-                rest -= (held.state_slots - STATE_SLOTS) * block
+                held = replace(
+                    held, state_slots=max(least.state_slots, min(of_state, least.state_slots + rest // block))
+                )
+                rest -= (held.state_slots - least.state_slots) * block
         held = replace(held, graphs=min(sweeper.n_layers - plan.layers[0], rest // graph) if graph else 0)
         found = _with_reading(sweeper, make(held), held.slots)
         options.append((sum(stage.up + stage.down for stage in found), held, found))
@@ -224,7 +233,7 @@ def _refusal(
         remedies.append("lower --micro-batch")
     if not remedies:
         remedies.append("raise it")
-    if plan.state_bytes > sum(needed) / 10 and not config.resume:
+    if plan.state_bytes > sum(needed) / 10 and (limits[0] > 0 or not config.resume):
         without = " or ".join(dict.fromkeys(state.without for state in plan.state))
         remedies.append(
             f"for its {human(plan.state_bytes)} of state use --method {method.stateless}, or --set {without}"

@@ -9,9 +9,15 @@ from tiny_models import N_LAYERS, need_direct, save_tiny, token_ids, whole_model
 
 from streamprune import PruneConfig, prune
 from streamprune.kernels import perturb
+from streamprune.kernels.launch import compiling
+from streamprune.methods.sinks import UnitScores
+from streamprune.methods.table import METHODS
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import limit_memory, paging_device
 from streamprune.paging.pager import Pager
+from streamprune.pipeline.rehearsal import rehearse
+from streamprune.planning.decision import make_plan
+from streamprune.planning.stage import Work
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.statistics import Statistics
@@ -61,6 +67,19 @@ def test_streamed_gradients_equal_whole_model_autograd_on_the_cpu(family, tmp_pa
         whole = expected[f"{path}.{layer}.{tensor}"]
         # Norms compute in float32 whatever the model's dtype.
         assert (grad - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_no_sweep_waits_for_a_kernel_that_was_not_compiled_ahead(tmp_path, monkeypatch):
+    triton, compiled = pytest.importorskip("triton"), []
+    save_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+    sweeper, ids = cuda_sweeper(tmp_path, torch.bfloat16), token_ids(n=5, seq=20)
+    plan = make_plan(PruneConfig("in", tmp_path / "out", "moreau-gs", {"steps": 2}, layers=(1, 3)), sweeper.skeleton)
+    with compiling(CUDA):
+        rehearse(sweeper, PruneConfig("in", tmp_path / "out", "moreau-gs"), plan, Work(tuple(ids.shape), None, None))
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **miss: compiled.append(miss["repr"]))
+    scores = UnitScores(sweeper.skeleton.all_units(plan.layers))
+    METHODS["moreau-gs"].score(Statistics(sweeper, ids, plan.layers, 0), plan.settings, scores)
+    assert compiled == []
 
 
 def test_every_sweep_gives_the_same_bits(tmp_path):
