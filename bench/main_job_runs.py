@@ -26,6 +26,7 @@ from streamprune.output.companions import Companions
 from streamprune.paging.device import Device, is_gpu, limit_memory, paging_device, synchronize
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.rehearsal import compile_ahead
 from streamprune.pipeline.run import _settle, _source
 from streamprune.pipeline.source import Source
 from streamprune.planning.decision import Plan, make_plan
@@ -72,6 +73,7 @@ def _opened(config: PruneConfig, work: Work, stage: str) -> Iterator[tuple[Sweep
         sweeper.micro_batch = default_micro_batch(128 if work.calibration is None else work.calibration[1])
         placement = _settle(config, plan, sweeper, work)
         limit_memory(sweeper.skeleton.device, config.gpu_memory)
+        compile_ahead(sweeper, config, plan, work)
         (found,) = (each for each in placement.stages if each.name.startswith(stage))
         planned = placement.device_bytes if is_gpu(sweeper.skeleton.device) else placement.host_bytes
         yield (
@@ -109,7 +111,7 @@ def _score(job: Job, waits: Waits) -> Figures:
     begun, waits.waited = time.perf_counter(), 0.0
     statistics_of = job._statistics()
     registering = time.perf_counter() - begun
-    scores = UnitScores(job.sweeper.skeleton.all_units(job.plan.layers))
+    scores = UnitScores(job.sweeper.skeleton.all_units(job.plan.layers), job.sweeper.backend)
     METHODS[job.config.method].score(statistics_of, job.plan.settings, scores)
     if job.sweeper.state is not None:
         job.sweeper.state.close()
