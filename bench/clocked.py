@@ -197,6 +197,8 @@ def _noting_sweeps(clock: Clock) -> Iterator[None]:
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=NAMES)
 @click.option("--tokens", default=65536, show_default=True, help="Computed at once: more of them, fewer operations.")
 @click.option("--warm", is_flag=True, help="The page cache holds the checkpoint.")
+@click.option("--gpu-memory", type=int, help="GiB; by default the card's.")
+@click.option("--host-memory", type=int, help="GiB; what does not fit goes to a scratch disk of its own.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(
     models: Sequence[str],
@@ -204,25 +206,29 @@ def main(
     methods: Sequence[str],
     tokens: int,
     warm: bool,
+    gpu_memory: int | None,
+    host_memory: int | None,
     json_file: Path | None,
 ) -> None:
     """Run, print the table, and write JSON."""
-    rows = [["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "memory", "ratio", "late"]]
-    figures = []
+    parts_of = {"up": "up", "down": "down", "disk": "disk", "scratch": "scratch", "arithmetic": "compute"}
+    rows = [["model", "card", "method", "seconds", *parts_of, "memory", "ratio", "late"]]
+    figures, spill = [], dict[str, Any]()
+    if host_memory is not None:
+        spill = {"host_memory": host_memory << 30, "scratch": Path("unused")}
     with tempfile.TemporaryDirectory() as directory:
         for model in models:
             write_headers(Path(directory) / model, MODELS[model])
         for model, card, method in ((m, c, each) for m in models for c in cards for each in methods):
             at_once = max(1, tokens // METHODS[method].calibration[1])
-            run = {"gpu_memory": CARDS[card].gib << 30, "warm": warm, "at_once": at_once, **SHORTER.get(method, {})}
+            run = {"gpu_memory": (gpu_memory or CARDS[card].gib) << 30, "warm": warm, "at_once": at_once}
+            run |= SHORTER.get(method, {}) | spill
             try:
                 found = score(Path(directory) / model, machine_of(card), method, **run)
             except StreampruneError as error:
                 click.echo(f"{model} {card} {method}: {error}", err=True)
                 continue
-            parts = [
-                sum(getattr(each.busy, name) for each in found.sweeps) for name in ("up", "down", "disk", "compute")
-            ]
+            parts = [sum(getattr(each.busy, name) for each in found.sweeps) for name in parts_of.values()]
             parts.append(found.waits["memory"])
             cells = [f"{found.seconds:.2f}", *(f"{part:.2f}" for part in parts)]
             cells.append(f"{(found.seconds - parts[-1]) / found.bound:.2f}")

@@ -17,7 +17,8 @@ what was changed, and waits before that for `carried`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,11 +82,11 @@ class StateStream:
         dtype: float32 tensors are kept in it, and come back as float32.
         scratch: directory of the file; by default it is an arena in host memory.
         saved: a journal's stores, by name: what they hold is taken over, and `save` puts there what was changed.
+        say_staged: is called, by a thread, when host memory cannot be registered, so that copies are staged.
         poison: fill a slot with NaN when its layer has passed and is not kept (tests).
 
     Attributes:
         slots: how many layers' state the device may hold, at least 2; to be set before the first sweep.
-        registered: the arena is memory that the device copies from and to by itself; else copies are staged.
 
     Raises:
         OutputError: the scratch disk is full, or fails; also in a sweep.
@@ -100,6 +101,7 @@ class StateStream:
         dtype: torch.dtype = torch.float32,
         scratch: Path | None = None,
         saved: Mapping[str, MutableMapping[Key, Tensor]] | None = None,
+        say_staged: Callable[[], object] = lambda: None,
         poison: bool = False,
     ) -> None:
         self._blocks, self._up, self._down, self.dtype, self._poison = dict(blocks), up, down, dtype, poison
@@ -112,21 +114,36 @@ class StateStream:
         self.held: set[Name] = set()
         self._slots: list[_Slot] = []
         self._now: _Slot | None = None
-        self._store, self._carrier = self._make_store(scratch)
-        self.registered = scratch is not None or isinstance(self._carrier, Linked)
+        self._say_staged = say_staged
+        self._opened: tuple[Store, Linked | Staged] | None = None
+        file = None if scratch is None else BlockFile(scratch, self._end)
+        # By a thread, beside the sweeps that keep nothing yet: a GPU takes seconds to register what all layers need.
+        self._opener = ThreadPoolExecutor(1, thread_name_prefix="streamprune-arena")
+        self._opening = self._opener.submit(self._open, file)
         self._saved, self._unsaved = saved or {}, set[Name]()
         self._take_over()
 
-    def _make_store(self, scratch: Path | None) -> tuple[Store, Linked | Staged]:
-        """Take the memory or the file in which blocks lie, and what moves them."""
-        if scratch is None:
+    def _open(self, file: BlockFile | None) -> tuple[Store, Linked | Staged]:
+        """Take the memory in which blocks lie, unless they do in a file, and make what moves them."""
+        if file is None:
             memory, registered = self._up.arena(max(1, self._end))
             store: Store = Arena(memory, self._up)
             if registered:
-                return store, Linked(memory, self._up, self._down)
+                self._opened = store, Linked(memory, self._up, self._down)
+                return self._opened
+            self._say_staged()
         else:
-            store = BlockFile(scratch, self._end)
-        return store, Staged(store, self._up, self._down, self.slot_bytes)
+            store = file
+        self._opened = store, Staged(store, self._up, self._down, self.slot_bytes)
+        return self._opened
+
+    @property
+    def _store(self) -> Store:
+        return self._opening.result()[0]
+
+    @property
+    def _carrier(self) -> Linked | Staged:
+        return self._opening.result()[1]
 
     def _take_over(self) -> None:
         """Put what a journal holds in its place."""
@@ -141,10 +158,13 @@ class StateStream:
         """Let go of all state: no sweep comes."""
         self.held.clear()
         self._unsaved.clear()
-        self._carrier.close()
-        self._end_copies()
-        self._slots.clear()
-        self._store.close()
+        self._opener.shutdown()
+        if self._opened is not None:
+            store, carrier = self._opened
+            carrier.close()
+            self._end_copies()
+            self._slots.clear()
+            store.close()
 
     def save(self) -> None:
         """Put what was changed since the last time into the journal's stores, when it has arrived in its block."""

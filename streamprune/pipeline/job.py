@@ -181,12 +181,11 @@ class Job:
             dtype=getattr(torch, dtype),
             scratch=self.state_scratch,
             saved=None if journal is None else {name: journal.store(name) for name in kept},
+            say_staged=self.sweeper.say_staged,
         )
         self.sweeper.state, stream.slots = stream, self.state_slots
         if journal is not None:
             journal.before_commit.append(stream.save)
-        if not stream.registered:
-            self.sweeper.say_staged()
         return lambda name: stream.store(name) if name in kept else elsewhere(name)
 
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:

@@ -1,6 +1,9 @@
 """A method's state passes the device with its layers: each of three waits is needed, and values are those of a dict."""
 
+import errno
 import io
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -14,6 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
 
 from streamprune import PruneConfig, prune
+from streamprune.errors import OutputError
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.paging import blocks
@@ -207,6 +211,39 @@ def test_a_sweep_that_reads_no_state_leaves_all_as_it_is(slots):
         sweep(stream, LAYERS, "back", stores, passed.append)
     assert {name: len(queue) for name, queue in device.queues.items()} == queued
     assert [slot.layer for slot in stream._slots] == held and passed == 3 * list(LAYERS)
+
+
+def test_memory_is_registered_beside_a_sweep_that_keeps_nothing():
+    through = threading.Event()
+
+    class Slow(FakeDevice):
+        def arena(self, nbytes):
+            assert through.wait(60), "the sweep waits for it"
+            return super().arena(nbytes)
+
+    device, passed = Slow(), []
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    sweep(stream, LAYERS, "back", [], passed.append)
+    assert passed == list(LAYERS)
+    through.set()
+    sweep(stream, LAYERS[::-1], "back", None, lambda layer: stream.store("count").update({(layer, "q"): torch.ones(3)}))
+    assert len(stream.held) == len(LAYERS)
+    stream.close()
+
+
+@pytest.mark.parametrize("when", ["pwrite", "preadv"])
+def test_a_scratch_disk_that_fails_in_a_sweep_is_named(when, tmp_path, monkeypatch):
+    def fail(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), HostDevice(), HostDevice(), scratch=tmp_path)
+    stream.slots, store = 2, stream.store("count")
+    monkeypatch.setattr(os, when, fail)
+    with pytest.raises(OutputError, match=f"--scratch {tmp_path}: Input/output error; "):
+        for _ in range(2):
+            sweep(stream, LAYERS, "again", None, lambda layer: store.update({(layer, "q"): torch.ones(SHAPE)}))
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if "streamprune-state" in thread.name]
 
 
 # In a journal.

@@ -321,6 +321,13 @@ def test_a_sweep_takes_what_its_busiest_resource_does_and_one_layer(method, run,
     assert late_sweeps(bench, checkpoint, model, card, method, run) == []
 
 
+@pytest.mark.slow
+def test_a_sweep_of_sparsegpt_takes_what_its_busiest_resource_does(bench, checkpoint):
+    """An H100 computes as fast as it is told to, and waits for the host at every matrix (bench/README.md)."""
+    run = {**LONGER, "granularity": "weights"}
+    assert late_sweeps(bench, checkpoint, "llama-2-7b", "rtx3090", "sparsegpt", run) == []
+
+
 @pytest.mark.parametrize("method,run", [("taylor", {}), ("wanda", {"samples": 4, "seq_len": 2048})])
 def test_a_sweep_over_two_slots_takes_what_its_busiest_resource_does(method, run, bench, checkpoint):
     run = {**run, "held": Kept(), "layers": (1, 15)}
