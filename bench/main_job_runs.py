@@ -108,16 +108,15 @@ def score(config: PruneConfig, ids: Tensor) -> Iterator[Prepared]:
 
 def _score(job: Job, waits: Waits) -> Figures:
     """Score as `Job.score` does, with the memory that the state takes; hidden states stay for the next time."""
-    begun, waits.waited = time.perf_counter(), 0.0
+    waits.waited = 0.0
     statistics_of = job._statistics()
-    registering = time.perf_counter() - begun
     scores = UnitScores(job.sweeper.skeleton.all_units(job.plan.layers), job.sweeper.backend)
     METHODS[job.config.method].score(statistics_of, job.plan.settings, scores)
     if job.sweeper.state is not None:
         job.sweeper.state.close()
         job.sweeper.state = None
     total = sum(float(values.sum()) for kinds in scores.values.values() for values in kinds.values())
-    return {"sum": total, "registering": registering, "waited": waits.waited}
+    return {"sum": total, "waited": waits.waited}
 
 
 @contextmanager
