@@ -32,6 +32,7 @@ from streamprune.paging import device as devices
 from streamprune.paging import hidden_states
 from streamprune.paging.device import GPU_READ_THREADS
 from streamprune.paging.hidden_states import Activations, Room
+from streamprune.paging.state import StateStream
 from streamprune.storage import scratch
 from streamprune.storage.checkpoint import Checkpoint
 
@@ -229,7 +230,7 @@ def running(clock: Clock, *, then: bool = False) -> Iterator[None]:
     Halves are multiplied as they are, into float32, and a thread takes hidden states' memory ahead of the sweep;
     neither was so `then`.
     """
-    world, room = clock.world, Activations.room
+    world, room, carrier = clock.world, Activations.room, StateStream.__dict__["_carrier"]
     world.inside = lambda: CostMode(clock)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **named: Any) -> Tensor:
@@ -250,6 +251,12 @@ def running(clock: Clock, *, then: bool = False) -> Iterator[None]:
             place.result()
         return place
 
+    def wait_for_memory(self: StateStream) -> Any:
+        begun = world.now
+        found = carrier.__get__(self)
+        clock.waits["memory"] += (world.now - begun) * world.in_main
+        return found
+
     # What hidden states ask of the system for their file.
     system = SimpleNamespace(posix_fallocate=lambda *given: None, close=lambda descriptor: None)
     things = virtual_threads(world) | {
@@ -269,9 +276,10 @@ def running(clock: Clock, *, then: bool = False) -> Iterator[None]:
             (F, "scaled_dot_product_attention", attention),
             (Checkpoint, "read_into", read_into),
             (Activations, "room", wait_for_room),
+            (StateStream, "_carrier", property(wait_for_memory)),
             (Launch, "run", lambda launch: clock.run(kernel_seconds(launch, clock.machine))),
         ):
-            stack.callback(setattr, owner, name, getattr(owner, name))
+            stack.callback(setattr, owner, name, owner.__dict__[name])
             setattr(owner, name, new)
         stack.callback(world.close)
         stack.enter_context(CostMode(clock))
