@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from streamprune.config import PruneConfig
-from streamprune.methods.needs import STORED_WEIGHTS
 from streamprune.methods.table import METHODS
 from streamprune.output.writer import WRITERS
 from streamprune.paging.device import is_gpu
@@ -65,7 +64,9 @@ def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
         brought=len(whole.whole) * count,
         taken=len(whole.whole) * count,
         carries=0,
-        device={"activations": group.forward_activations(whole.whole), "logits": group.logits},
+        device=group.in_turn(
+            {"activations": group.forward_activations(whole.whole)}, {"logits": group.logits}
+        ),
         forward=whole.flops(whole.whole) + whole.head_flops,
     )
     return Stage(name="perplexity before", passes=[whole.whole] * count, **vars(cost))
@@ -104,8 +105,7 @@ def scoring(
         prunes=prunes,
         apart=apart,
     )
-    # Scores that nothing is read for take no more than those of weights.
-    cost = one_after_another([need.cost(task) for need in needs or (STORED_WEIGHTS,)])
+    cost = one_after_another([need.cost(task) for need in needs] or [Cost(device=task.always)])
     kept = _state(sizes.sweeper, config, plan, state, held.state_slots)
     host = {
         "pinned chunks": sizes.sweeper.pager.chunk_bytes,

@@ -21,6 +21,9 @@ from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 
 Shape = tuple[int, int]  # sequences, and tokens of each
+# What a GPU's libraries keep: cuBLAS, on the largest cards, 32 MiB for each of two threads, ours and autograd's. And all
+# that is small: norms, positions, scores of lines.
+LIBRARY_BYTES = (2 * 32 + 8) << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +54,17 @@ class Cost:
     carried: int = 0
 
 
+def most_held(each: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    """Return the one that holds most, of bytes by purpose."""
+    return max(each, key=lambda held: sum(held.values()))
+
+
 def one_after_another(costs: Sequence[Cost]) -> Cost:
     """Add up costs of works that follow one another: the largest of what each holds, and the work of all."""
 
-    def most(held: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
-        return max(held, key=lambda each: sum(each.values()))
-
     return Cost(
-        device=most(cost.device for cost in costs),
-        host=most(cost.host for cost in costs),
+        device=most_held(cost.device for cost in costs),
+        host=most_held(cost.host for cost in costs),
         scratch=max(cost.scratch for cost in costs),
         moved=sum(cost.moved for cost in costs),
         up=sum(cost.up for cost in costs),
@@ -194,6 +199,16 @@ class Task:
         return self.sweeper.skeleton.dtype.itemsize
 
     @property
+    def gpu(self) -> bool:
+        """Tell whether the device has memory of its own."""
+        return is_gpu(self.sweeper.skeleton.device)
+
+    @property
+    def sums_halves(self) -> bool:
+        """Tell whether products of halves are summed in float32 as they are."""
+        return self.gpu and self.itemsize == 2
+
+    @property
     def sum_itemsize(self) -> int:
         """Bytes of a number in sums, factors and gradients: float32, float64 in float64 runs."""
         return max(self.itemsize, 4)
@@ -237,6 +252,21 @@ class Task:
     def logits(self) -> int:
         """Bytes of logits, their softmax and its gradient for the tokens that go through the head together."""
         return 3 * min(LOGITS_BYTES, self.tokens * self.sweeper.skeleton.config.vocab_size * 4)
+
+    @property
+    def always(self) -> dict[str, int]:
+        """Bytes that the device holds whatever is done, by purpose."""
+        libraries = {"libraries": LIBRARY_BYTES} if self.gpu else {}
+        return {"embeddings and head": self.sweeper.skeleton.resident_bytes, **libraries}
+
+    def in_turn(self, *phases: Mapping[str, int]) -> Mapping[str, int]:
+        """Join what is held in phases that follow one another: of a GPU what holds most.
+
+        A CPU's heap may keep what a phase has let go of, in small pieces, so beside it all of them count.
+        """
+        if self.gpu:
+            return most_held(phases)
+        return {name: nbytes for phase in phases for name, nbytes in phase.items()}
 
     def forward_activations(self, layers: Iterable[int]) -> int:
         """Count bytes of a micro-batch without gradients: an MLP's product beside its factors, attention's inputs."""
@@ -286,11 +316,11 @@ class Task:
         base = {
             "slots": 2 * pager.slot_bytes,
             "bound layer": binder.buffer_bytes if own or binder.copies else 0,
-            "embeddings and head": self.sweeper.skeleton.resident_bytes,
+            **self.always,
         }
         on_device, on_host, scratch = self._states(states)
         elsewhere = self.hidden_bytes if self.where != "device" else 0
-        link = elsewhere if is_gpu(self.sweeper.skeleton.device) else 0
+        link = elsewhere if self.gpu else 0
         return Cost(
             device={**base, **on_device, **(device or {})},
             host={**on_host, **(host or {})},
@@ -311,7 +341,7 @@ class Task:
             return {"hidden states": count * nbytes}, {}, 0
         part = self.tokens_at_once * self.sweeper.skeleton.config.hidden_size * self.itemsize
         host = {}
-        if is_gpu(self.sweeper.skeleton.device):
+        if self.gpu:
             host["hidden states"] = count * nbytes if self.where == "host" else _pinned(part)
         return {"hidden states": PARTS * part}, host, count * nbytes if self.where == "scratch" else 0
 
