@@ -123,9 +123,7 @@ def _weight_gradients(task: Task, moved: bool, layer: LayerSizes) -> int:
     """Count the bytes of a layer's weight gradients, or what is summed instead, and of what is made of the largest."""
     several = task.shape[0] > task.micro_batch
     if not task.sums_halves:  # the gradient of a micro-batch stands beside its sum
-        return (
-            (1 + task.sums) * layer.largest + (task.sums * layer.weights if several else 0)
-        ) * task.sum_itemsize
+        return ((1 + task.sums) * layer.largest + (task.sums * layer.weights if several else 0)) * task.sum_itemsize
     summed = task.sums * (layer.weights if several else layer.largest) * task.sum_itemsize
     # What the method keeps comes as float32, where it does not lie there as that; what is pruned is a copy.
     return summed + layer.largest * (4 * (moved and task.apart) + task.itemsize * task.prunes)
@@ -181,7 +179,7 @@ def _held_for_moments(task: Task) -> Mapping[str, int]:
 
 
 def _held_for_grams(task: Task) -> Mapping[str, int]:
-    """Count the bytes of a layer that runs, then of a factor beside sums, then of the matrix that it prunes, by purpose.
+    """Count the bytes of a layer that runs, of a factor beside sums, of the matrix that it prunes, by purpose.
 
     A Gram matrix is factored beside two copies of its size, and cuSOLVER may take as much once more.
     """

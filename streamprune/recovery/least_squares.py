@@ -33,6 +33,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
 from streamprune.paging.hidden_states import Spilled, States, pieces
 from streamprune.paging.pager import Page
+from streamprune.recovery.panels import solve_in_place
 from streamprune.storage.journal import Journal, Key
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, journalled_walk
@@ -245,6 +246,7 @@ class _Repair:
         right = matrix.to(cross.dtype) @ cross
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
         h_s = cross[lines] if h_s is None else h_s
+        del cross  # the largest of the three, and needed no more
         return self._solve(right, h_s, ridge * h_s.diagonal().mean(), visit.layer)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> tuple[Tensor, _Rest]:
@@ -262,12 +264,13 @@ class _Repair:
             (x,) = seen
             rest.keep(part, output, x)
             left = x if len(lines) == x.shape[1] else x[:, lines]
-            _add_errors(cross, goal[part], output, left, 1 / rest.scale)
+            # Those after gaps stay on the host.
+            _add_errors(cross, goal[part].to(output.device), output, left, 1 / rest.scale)
             gram(h_s, left)
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
         damping = ridge * h_s.diagonal().mean()
-        right = cross.add_(matrix[:, lines].to(cross.dtype) * damping)
+        right = cross.add_(matrix[:, lines].to(cross.dtype).mul_(damping))
         return self._solve(right, h_s, damping, visit.layer), rest
 
     def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
@@ -277,18 +280,20 @@ class _Repair:
         return seen[0]
 
     def _solve(self, right: Tensor, h_s: Tensor, damping: Tensor, layer: int) -> Tensor:
-        """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`; `h_s` is overwritten, its lower triangle counts.
+        """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`, in the place of `right`.
+
+        `h_s` is overwritten, its lower triangle counts.
 
         Raises:
             StreampruneError: H_S + λI is singular.
         """
         h_s.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(h_s)
-        if failed:
+        solution = solve_in_place(right, h_s)
+        if solution is None:
             raise StreampruneError(
                 f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
             )
-        return torch.cholesky_solve(right.T, lower).T
+        return solution
 
 
 @dataclass

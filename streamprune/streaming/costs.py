@@ -21,7 +21,7 @@ from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 
 Shape = tuple[int, int]  # sequences, and tokens of each
-# What a GPU's libraries keep: cuBLAS, on the largest cards, 32 MiB for each of two threads, ours and autograd's. And all
+# What a GPU's libraries keep: cuBLAS on large cards 32 MiB for each of two threads, ours and autograd's. And all
 # that is small: norms, positions, scores of lines.
 LIBRARY_BYTES = (2 * 32 + 8) << 20
 
