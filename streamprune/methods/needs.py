@@ -90,13 +90,16 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
         "gradients of activations": 3 * widest * tokens * task.itemsize,
         "gradients, and what is made of them": sizes.most(partial(_weight_gradients, task, moved), task.layers),
     }
-    again = {"activations": sizes.most(_ends, task.whole) * tokens * task.itemsize}
+    again = {
+        "activations": sizes.most(partial(_saved, task), task.whole) * tokens * task.itemsize
+        + task.scores(backwards=True)
+    }
     return task.cost(
         states=len(above) + 2,  # boundaries, and the gradient
         brought=passed + task.sweeps * (2 * len(above) + 1),
         taken=passed + task.sweeps * (len(above) + 1),
         own=moved,
-        device=task.in_turn({"logits": task.logits, **graphs}, backward | graphs, backward | again),
+        device=task.in_turn({"logits": task.logits(backwards=True), **graphs}, backward | graphs, backward | again),
         host={"δ on its way": threads * 4 * sizes.most(_largest, task.layers)},
         forward=forward + forward_above * (task.sweeps - 1) + task.sweeps * task.head_flops,
         backward=(3 * forward_above - task.flops(kept) + 2 * task.head_flops) * task.sweeps,
@@ -105,18 +108,32 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
     )
 
 
-def _ends(layer: LayerSizes) -> int:
-    """Count the inputs and outputs of the matrices that a token passes."""
-    return sum(sum(shape) for shape in layer.passed)
+def _saved(task: Task, layer: LayerSizes) -> int:
+    """Count the numbers that a layer saves of a token: inputs and outputs of the matrices that it passes.
+
+    They stand for what two norms, rotations and attention save too. In half precision on a GPU further norms save what
+    they are given in float32, and what a fused matrix puts out is copied.
+    """
+    ends, config = sum(sum(shape) for shape in layer.passed), task.sweeper.skeleton.config
+    if not task.sums_halves:
+        return ends
+    norms, copies = max(0, layer.normed - 2 * config.hidden_size), max(0, 7 - len(layer.passed))
+    steps = layer.widest if getattr(config, "activation_function", "") == "gelu_new" else 0  # one operation is many
+    return ends + 2 * norms + copies * config.hidden_size + steps
 
 
 def _graph(task: Task) -> int:
     """Count the bytes of a layer's graph over all sequences, with weights of its own.
 
-    Norms, rotations and activations save more than the ends of matrices: 0.7 to 1.4 of them.
+    Norms, rotations and activations save more than the ends of matrices: in float32 0.7 to 1.4 of them.
     """
-    saved = 1.4 * task.sizes.most(_ends, task.whole) + (4 * task.attention_columns if task.eager else 0)
-    return int(saved * task.tokens * task.itemsize) + task.sweeper.binder.buffer_bytes
+
+
+    def saved(layer: LayerSizes) -> int:
+        return _saved(task, layer) + layer.widest if task.sums_halves else int(1.4 * _saved(task, layer))
+
+    each = task.sizes.most(saved, task.whole) + (4 * task.attention_columns if task.eager else 0)
+    return each * task.tokens * task.itemsize + task.sweeper.binder.buffer_bytes
 
 
 def _weight_gradients(task: Task, moved: bool, layer: LayerSizes) -> int:
@@ -207,7 +224,7 @@ def _running(task: Task, wide: int, layer: LayerSizes) -> int:
     """Count the bytes of every input of a matrix for one micro-batch, and of as many of the widest."""
     # Of a GPU each input counts, also those of the same width, and what goes past them.
     inputs = 4 * task.sweeper.skeleton.config.hidden_size if task.gpu else sum(_inputs_of(layer))
-    return (inputs + wide * layer.widest) * task.tokens_at_once * task.itemsize
+    return (inputs + wide * layer.widest) * task.tokens_at_once * task.itemsize + task.scores(backwards=False)
 
 
 def _from_what_is_left_out(task: Task) -> list[Sequence[int]]:
@@ -229,7 +246,7 @@ def _hidden(task: Task, *, left_out: bool = False) -> Cost:
         carries=1 + streams,
         device=task.in_turn(
             {"activations": task.forward_activations(task.whole)},
-            {"logits": task.logits if left_out else 0},
+            {"logits": task.logits(backwards=False) if left_out else 0},
         ),
         forward=forward,
     )

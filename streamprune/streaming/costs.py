@@ -88,6 +88,7 @@ class LayerSizes:
         inputs: widths of the inputs that its matrices share: one for the matrices that begin a kind of unit, one for
             its last.
         mixed: width of attention's values when they are mixed: all its heads together.
+        normed: width of all that its norms are given.
         stored: bytes of its tensors in the checkpoint, the largest first.
     """
 
@@ -95,6 +96,7 @@ class LayerSizes:
     passed: tuple[torch.Size, ...]
     inputs: tuple[int, ...]
     mixed: int
+    normed: int
     stored: tuple[int, ...]
 
     @property
@@ -127,8 +129,15 @@ def _sizes_of(skeleton: Skeleton, layer: int) -> LayerSizes:
         tuple(passed),
         (*last, *[hidden] * len(last)),
         next((width for member, width in zip(ends, last, strict=True) if member.kind != "channel"), hidden),
+        _normed(shapes),
         tuple(sorted((entry.nbytes for entry in skeleton.entries[layer].values()), reverse=True)),
     )
+
+
+def _normed(shapes: Mapping[str, torch.Size]) -> int:
+    # q_norm norms what q_proj puts out, be it all of it together or head by head.
+    norms = [name for name in shapes if "norm" in name and name.endswith("weight")]
+    return sum(shapes.get(name.replace("_norm", "_proj"), shapes[name])[0] for name in norms)
 
 
 class Sizes:
@@ -248,10 +257,12 @@ class Task:
         """Number of a token's attention scores: over the tokens of its sequence, of all heads."""
         return self.shape[1] * self.sweeper.skeleton.config.num_attention_heads
 
-    @property
-    def logits(self) -> int:
-        """Bytes of logits, their softmax and its gradient for the tokens that go through the head together."""
-        return 3 * min(LOGITS_BYTES, self.tokens * self.sweeper.skeleton.config.vocab_size * 4)
+    def logits(self, *, backwards: bool) -> int:
+        """Count bytes of logits of the tokens that go through the head together, their softmax, and both gradients."""
+        config = self.sweeper.skeleton.config
+        each = min(LOGITS_BYTES, self.tokens * config.vocab_size * 4)
+        capped = bool(getattr(config, "final_logit_softcapping", None))  # what the cap saves
+        return ((4 if backwards else 2) + capped) * each
 
     @property
     def always(self) -> dict[str, int]:
@@ -268,10 +279,19 @@ class Task:
             return most_held(phases)
         return {name: nbytes for phase in phases for name, nbytes in phase.items()}
 
+    def scores(self, *, backwards: bool) -> int:
+        """Count bytes of a micro-batch's attention scores, where they exist as a whole.
+
+        A softmax in float32 stands between its input, or backwards two gradients, and what the values are mixed by.
+        """
+        each = (12 if backwards else 8) + self.itemsize
+        return each * self.attention_columns * self.tokens_at_once if self.eager else 0
+
     def forward_activations(self, layers: Iterable[int]) -> int:
         """Count bytes of a micro-batch without gradients: an MLP's product beside its factors, attention's inputs."""
         widest = self.sizes.most(lambda layer: layer.widest, layers)
-        return (3 * widest + 4 * self.sweeper.skeleton.config.hidden_size) * self.tokens_at_once * self.itemsize
+        running = (3 * widest + 4 * self.sweeper.skeleton.config.hidden_size) * self.tokens_at_once * self.itemsize
+        return running + self.scores(backwards=False)
 
     def flops(self, layers: Iterable[int]) -> float:
         """Count FLOPs of a forward pass through layers: matrices, attention's scores and mixing."""
