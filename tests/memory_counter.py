@@ -238,6 +238,7 @@ def count(path: Path, *, repair: tuple[int, int] | None = None, **options: Any) 
             ended("repairing")
         extra = (placement.held.slots - 2) * sweeper.pager.slot_bytes
         stages = [stage for stage in placement.stages if stage.name in real]
-        parts = {stage.name: {**stage.device, "kept": extra} for stage in stages}
+        # Slots are taken when layers first need them.
+        parts = {stage.name: {**stage.device, "kept": extra if stage.passes else 0} for stage in stages}
     planned = {name: sum(each.values()) for name, each in parts.items()}
     return Counted(planned, real, parts, peaks, placement)

@@ -84,12 +84,11 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
     threads = task.sweeper.binder.threads if moved and task.apart else 0
     forward, forward_above = task.flops(task.whole), task.flops(above)
     passed = len(task.whole) + (task.sweeps - 1) * len(above)
-    kept = above[max(0, len(above) - task.graphs) :]
-    graphs = {"graphs of layers": len(kept) * _graph(task)}
-    backward = {
-        "gradients of activations": 3 * widest * tokens * task.itemsize,
-        "gradients, and what is made of them": sizes.most(partial(_weight_gradients, task, moved), task.layers),
-    }
+    kept, unscored = above[max(0, len(above) - task.graphs) :], task.whole[-1] - task.layers[-1]
+    # Those above the prunable layers have gone before there are weight gradients.
+    graphs, scored = ({"graphs of layers": max(0, len(kept) - gone) * _graph(task)} for gone in (0, unscored))
+    backward = {"gradients of activations": 3 * widest * tokens * task.itemsize}
+    summed = {"gradients, and what is made of them": sizes.most(partial(_weight_gradients, task, moved), task.layers)}
     again = {
         "activations": sizes.most(partial(_saved, task), task.whole) * tokens * task.itemsize
         + task.scores(backwards=True)
@@ -99,7 +98,12 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
         brought=passed + task.sweeps * (2 * len(above) + 1),
         taken=passed + task.sweeps * (len(above) + 1),
         own=moved,
-        device=task.in_turn({"logits": task.logits(backwards=True), **graphs}, backward | graphs, backward | again),
+        device=task.in_turn(
+            graphs | {"logits": task.logits(backwards=True)},
+            graphs | backward,
+            scored | backward | summed,
+            backward | summed | again,
+        ),
         host={"δ on its way": threads * 4 * sizes.most(_largest, task.layers)},
         forward=forward + forward_above * (task.sweeps - 1) + task.sweeps * task.head_flops,
         backward=(3 * forward_above - task.flops(kept) + 2 * task.head_flops) * task.sweeps,
@@ -127,7 +131,6 @@ def _graph(task: Task) -> int:
 
     Norms, rotations and activations save more than the ends of matrices: in float32 0.7 to 1.4 of them.
     """
-
 
     def saved(layer: LayerSizes) -> int:
         return _saved(task, layer) + layer.widest if task.sums_halves else int(1.4 * _saved(task, layer))

@@ -65,7 +65,9 @@ def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
         brought=len(whole.whole) * count,
         taken=len(whole.whole) * count,
         carries=0,
-        device=group.in_turn({"activations": group.forward_activations(whole.whole)}, {"logits": group.logits(backwards=False)}),
+        device=group.in_turn(
+            {"activations": group.forward_activations(whole.whole)}, {"logits": group.logits(backwards=False)}
+        ),
         forward=whole.flops(whole.whole) + whole.head_flops,
     )
     return Stage(name="perplexity before", passes=[whole.whole] * count, **vars(cost))

@@ -277,7 +277,8 @@ class Task:
         """
         if self.gpu:
             return most_held(phases)
-        return {name: nbytes for phase in phases for name, nbytes in phase.items()}
+        names = {name for phase in phases for name in phase}
+        return {name: max(phase.get(name, 0) for phase in phases) for name in sorted(names)}
 
     def scores(self, *, backwards: bool) -> int:
         """Count bytes of a micro-batch's attention scores, where they exist as a whole.
