@@ -233,7 +233,8 @@ def _least_squares(inputs: int, outputs: int, left: int, *, stream: bool) -> int
     """
     squares, right = left**2, outputs * left
     beside = squares + 2 * right if stream else inputs * left + right + max(inputs * outputs, squares)
-    return max(beside, squares + right + min(PANEL, left) * (left + 3 * min(PANEL, left)))
+    panel = min(PANEL, left)
+    return max(beside, squares + right + panel * (left + panel))  # its factor, what that may take, and what is below
 
 
 def _widest_input(layer: LayerSizes) -> int:
