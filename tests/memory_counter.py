@@ -236,9 +236,11 @@ def count(path: Path, *, repair: tuple[int, int] | None = None, **options: Any) 
         if repair is not None:
             job._repair(plan.choice.widths, SimpleNamespace(put_layer=lambda page, made: None))
             ended("repairing")
-        extra = (placement.held.slots - 2) * sweeper.pager.slot_bytes
-        stages = [stage for stage in placement.stages if stage.name in real]
-        # Slots are taken when layers first need them.
-        parts = {stage.name: {**stage.device, "kept": extra if stage.passes else 0} for stage in stages}
+        parts, passed = dict[str, dict[str, int]](), set[int]()
+        for stage in (stage for stage in placement.stages if stage.name in real):
+            passed.update(layer for order in stage.passes for layer in order)
+            # Slots are taken when layers first need them.
+            kept = max(0, min(placement.held.slots, len(passed)) - 2)
+            parts[stage.name] = {**stage.device, "kept": kept * sweeper.pager.slot_bytes}
     planned = {name: sum(each.values()) for name, each in parts.items()}
     return Counted(planned, real, parts, peaks, placement)

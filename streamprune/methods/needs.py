@@ -60,8 +60,11 @@ class KeptState:
 
 
 def _weights(task: Task) -> Cost:
-    """Cost of a sweep over weights as they are stored. A GPU's kernels score without room; what is pruned is a copy."""
-    each = task.itemsize * task.prunes if task.gpu else 3 * 4
+    """Cost of a sweep over weights as they are stored.
+
+    A GPU's kernels score without room. Where weights are pruned scores may be drawn, float32, and a mask made of them.
+    """
+    each = 5 * task.prunes if task.gpu else 3 * 4
     return task.cost(device={"a matrix and its scores": each * task.sizes.most(_largest, task.layers)})
 
 

@@ -193,8 +193,8 @@ def _repair(
     on_the_way = 2 * inputs * task.tokens_at_once * task.itemsize if stream and where != "device" else 0
     # A CPU widens what it multiplies.
     widened = 0 if task.sums_halves else 2 * inputs * task.tokens_at_once * task.sum_itemsize
-    # A layer's input and output; with a goal the dense model's, and what down adds to.
-    states = (3 if stream else 2) if task.gpu else 5
+    # A layer's input and output, or what down adds to; with a goal the dense model's, or those after gaps.
+    states = (3 if stream and not gaps else 2) if task.gpu else 5
     cost = task.cost(
         states=states + kept + (0 if apart else gaps),
         # The dense model's layer; o, down's error and its goal, the pruned layer's output; with a goal down's inputs.
