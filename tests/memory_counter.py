@@ -170,11 +170,17 @@ class Counted:
     placement: Any
 
 
-def count(path: Path, *, repair: tuple[int, int] | None = None, **options: Any) -> Counted:
-    """Run scoring and repair of a checkpoint of headers as the options of a `PruneConfig` say, and count.
+def count(
+    path: Path,
+    *,
+    repair: tuple[int, int] | None = None,
+    evaluation: tuple[int, int] | None = None,
+    **options: Any,
+) -> Counted:
+    """Evaluate, score and repair a checkpoint of headers as the options of a `PruneConfig` say, and count.
 
     Args:
-        repair: sequences and tokens of each that the repair takes.
+        repair, evaluation: sequences and tokens of each that they take.
     """
     from clock_rates import machine_of
     from virtual_clock import META, Clock, running
@@ -189,6 +195,7 @@ def count(path: Path, *, repair: tuple[int, int] | None = None, **options: Any) 
     from streamprune.planning.decision import make_plan
     from streamprune.planning.placement import choose_placement
     from streamprune.planning.stage import Work
+    from streamprune.streaming.perplexity import perplexity
     from streamprune.streaming.sweeper import default_micro_batch
 
     config = PruneConfig(str(path), Path("unused"), **{"host_memory": 1 << 42, "evaluate": False, **options})
@@ -203,7 +210,7 @@ def count(path: Path, *, repair: tuple[int, int] | None = None, **options: Any) 
             counter.see(each)
         plan = make_plan(config, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1])
-        work = Work(shape if row.needs_text else None, repair, None)
+        work = Work(shape if row.needs_text else None, repair, evaluation)
         placement = choose_placement(sweeper, config, plan, work, baseline=0)
         sweeper.micro_batch, sweeper.place, sweeper.scratch = placement.micro_batch, placement.place, config.scratch
         sweeper.pager.slots, sweeper.graphs = placement.held.slots, placement.held.graphs
@@ -226,6 +233,9 @@ def count(path: Path, *, repair: tuple[int, int] | None = None, **options: Any) 
             real[stage], peaks[stage] = counter.peak, counter.peak_of
             counter.begin()
 
+        if evaluation is not None:
+            perplexity(sweeper, torch.zeros(evaluation, dtype=torch.int64))
+            ended("perplexity before")
         everything = sweeper.skeleton.all_units(plan.layers)
         sink: Any = UnitScores(everything) if config.target == "units" else LayerScores(plan.layers)
         if plan.sparsity is not None:
