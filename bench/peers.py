@@ -1,13 +1,14 @@
 """Streamprune beside llmcompressor's sequential one-shot pruning: the same model, tokens and patterns, in one run.
 
     python bench/peers.py --data DIR [--peer-python PYTHON] [--json FILE] [--draws N] [--only METHOD/PATTERN]
+        [--dtype bfloat16]
 
-wanda and sparsegpt at 50 % and 2:4, calibrated on 32 x 256 tokens from the start of DIR/wikitext2-valid.txt in float32;
-perplexity of the first 100 x 128 tokens of DIR/wikitext2-test.txt. Every further draw calibrates on the next 32 x 256
-tokens: where two weights are nearly equal rounding decides which of them goes, and one draw's perplexity depends on
-that. Each run is a process of its own, the two sides take turns, and medians of seconds and means of perplexities are
-shown. PYTHON is one that has llmcompressor (`pip install 'streamprune[bench]'`), by default this one; without it the
-peer's rows are left out, with a line that says so.
+wanda and sparsegpt at 50 % and 2:4, calibrated on 32 x 256 tokens from the start of DIR/wikitext2-valid.txt, both sides
+in float32 or both in bfloat16; perplexity of the first 100 x 128 tokens of DIR/wikitext2-test.txt in float32. Every
+further draw calibrates on the next 32 x 256 tokens: where two weights are nearly equal rounding decides which of them
+goes, and one draw's perplexity depends on that. Each run is a process of its own, the two sides take turns, and medians
+of seconds and means of perplexities are shown. PYTHON is one that has llmcompressor (`pip install
+'streamprune[bench]'`), by default this one; without it the peer's rows are left out, with a line that says so.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SAMPLES, SEQ_LEN = 32, 256
 RUNS = [(method, pattern) for method in ("wanda", "sparsegpt") for pattern in ("weights", "2:4")]
 
 
-def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
+def ours(model: str, method: str, pattern: str, dtype: str, ids: Any, output: str) -> None:
     """One pruning by streamprune, as `streamprune --no-evaluate` does it."""
     from streamprune.config import PruneConfig
     from streamprune.output import companions
@@ -38,14 +39,14 @@ def ours(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     from streamprune.streaming.sweeper import default_micro_batch
 
     config = PruneConfig(model=model, output=Path(output), method=method, granularity=pattern)
-    with Source(model, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices").open() as sweeper:
+    with Source(model, dtype=dtype, micro_batch=default_micro_batch(SEQ_LEN), scope="matrices").open() as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         Path(output).mkdir()
         beside = companions.prepare(plan.form)
         Job(config, plan, sweeper, Progress(quiet=True), ids, None, beside).prune_weights(Path(output))
 
 
-def peer(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
+def peer(model: str, method: str, pattern: str, dtype: str, ids: Any, output: str) -> None:
     """The same by llmcompressor."""
     import torch
     from datasets import Dataset
@@ -58,7 +59,7 @@ def peer(model: str, method: str, pattern: str, ids: Any, output: str) -> None:
     recipe = modifier(sparsity=0.5, mask_structure=mask, ignore=["re:.*lm_head"])
     rows = ids.tolist()
     oneshot(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)),
         dataset=Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * SEQ_LEN for _ in rows]}),
         recipe=recipe,
         max_seq_length=SEQ_LEN,
@@ -74,7 +75,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
     before = time.perf_counter()
     {"streamprune": ours, "llmcompressor": peer}[job["side"]](
-        job["model"], job["method"], job["pattern"], torch.tensor(job["ids"]), job["output"]
+        job["model"], job["method"], job["pattern"], job["dtype"], torch.tensor(job["ids"]), job["output"]
     )
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
@@ -87,7 +88,7 @@ def perplexity(model: str, data: Path) -> float:
     from streamprune.streaming.perplexity import perplexity
     from streamprune.texts.corpus import open_corpus
 
-    with Source(model).open() as sweeper:
+    with Source(model, dtype="float32").open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-test.txt")
         return perplexity(sweeper, corpus.segments(128, 100)).perplexity
 
@@ -132,6 +133,7 @@ def show(results: dict[str, list[dict[str, Any]]]) -> str:
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
 @click.option("--peer-python", default=sys.executable, help="A Python that has llmcompressor.")
 @click.option("--draws", type=click.IntRange(1), default=1, show_default=True, help="Of calibration tokens.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--only", type=click.Choice([f"{method}/{pattern}" for method, pattern in RUNS]), help="By default all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 @click.option("--one", "one_job", hidden=True)
@@ -140,6 +142,7 @@ def main(
     model: Path | None,
     peer_python: str,
     draws: int,
+    dtype: str,
     only: str | None,
     json_file: Path | None,
     one_job: str | None,
@@ -167,7 +170,8 @@ def main(
     for ids in sequences:
         for method, pattern in [tuple(only.split("/"))] if only else RUNS:
             for side, python in sides.items():
-                job = {"side": side, "model": path, "method": method, "pattern": pattern, "ids": ids.tolist()}
+                job = {"side": side, "model": path, "method": method, "pattern": pattern, "dtype": dtype}
+                job["ids"] = ids.tolist()
                 result = measure(python, job, data)
                 results.setdefault(f"{method}/{pattern}/{side}", []).append(result)
                 print(method, pattern, side, json.dumps(result), file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
 """Perplexity after pruning the demo's 135M Llama: the tables of the README.
 
-    python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N]
+    python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N] [--dtype D]
 
 TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `weights`
 (50 %, 2:4, 4:8), `layers` (1 to 9 of 30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on
 fewer tokens). DIR holds wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE
 already has is not computed again, so a run that was cut short goes on. Each method scores once, in a process of its
-own, for all settings that share its scores; the checkpoints are written, loaded back and measured in float32. Needs
-about 2 GB of temporary space.
+own, for all settings that share its scores; the checkpoints are written, loaded back and measured in float32, whatever
+`--dtype` they were made in. Needs about 2 GB of temporary space.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,14 @@ def measure(job: dict[str, Any]) -> None:
     scores = None
     first = next(iter(job["settings"].values()))
     scope = "units" if first.get("granularity", "units") in ("units", "layers") else "matrices"
-    dtype = first.get("dtype", DTYPE)
+    dtype = first.get("dtype", job["dtype"])
     with Source(job["model"], dtype=dtype, scope=scope).open() as sweeper:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
         inputs = any(need.label == "inputs" for need in method.needs)
         samples, seq_len = (first.get("samples", 128), 512) if inputs else (10, 128)
-        ids = corpus.sequences(samples, seq_len, "first", 0)
+        # A pair of dtypes settles nothing by itself: each seed has other texts.
+        texts_of = partial(corpus.sequences, sampling="random" if "dtype" in first and job["seed"] else "first")
+        ids = texts_of(samples, seq_len, seed=job["seed"])
         for name, options in job["settings"].items():
             options = {key: tuple(v) if isinstance(v, list) else v for key, v in options.items()}
             config = PruneConfig(
@@ -138,7 +141,7 @@ def measure(job: dict[str, Any]) -> None:
             )
             plan = make_plan(config, sweeper.skeleton)
             count = config.compensate_tokens // REPAIR_SEQ_LEN
-            repair_ids = corpus.sequences(count, REPAIR_SEQ_LEN, "first", 0) if config.compensate else None
+            repair_ids = texts_of(count, REPAIR_SEQ_LEN, seed=job["seed"]) if config.compensate else None
             beside = companions.prepare(plan.form)
             run = Job(config, plan, sweeper, Progress(quiet=True), ids, repair_ids, beside)
             sweeper.micro_batch = default_micro_batch(seq_len)
@@ -301,6 +304,7 @@ def _spread(values: list[float], digits: int = 1) -> str:
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
 @click.option("--method", "only_methods", multiple=True, help="Only this one; repeatable.")
 @click.option("--only", multiple=True, help="Only this setting; repeatable.")
+@click.option("--dtype", default=DTYPE, show_default=True, help="What is computed in, but for perplexities.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, help="How many, from 0.")
 @click.option("--one", hidden=True)
 def main(
@@ -310,6 +314,7 @@ def main(
     model: Path | None,
     only_methods: tuple[str, ...],
     only: tuple[str, ...],
+    dtype: str,
     seeds: int,
     one: str | None,
 ) -> None:
@@ -333,6 +338,7 @@ def main(
                 missing = {name: options for name, options in wanted.items() if name not in done}
                 for group in jobs(method, missing):
                     job = {"model": path, "data": str(data), "method": method, "settings": group, "seed": seed}
+                    job["dtype"] = dtype
                     _run(table, job, done, lambda: json_file and json_file.write_text(json.dumps(results, indent=1)))
     print(show_dtypes(results) if table == "dtypes" else show(table, results))
 

@@ -229,10 +229,10 @@ def _least_squares(inputs: int, outputs: int, left: int, *, stream: bool) -> int
     """Count the numbers of a fit of W [outputs, left]: its sums beside its right side, or then its solution in panels.
 
     To the own output the sums are [inputs, left]; H_S is taken out of them, after the right side is made with W. To the
-    stream they are H_S and the right side, to which W is added.
+    stream they are H_S and the right side, beside narrowed weights; then W is added to it.
     """
     squares, right = left**2, outputs * left
-    beside = squares + 2 * right if stream else inputs * left + right + max(inputs * outputs, squares)
+    beside = squares + 3 * right if stream else inputs * left + right + max(inputs * outputs, squares)
     panel = min(PANEL, left)
     return max(beside, squares + right + panel * (left + panel))  # its factor, what that may take, and what is below
 

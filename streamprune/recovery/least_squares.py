@@ -218,7 +218,7 @@ class _Repair:
             weight.index_copy_(member.dim, lines, made.to(weight.dtype))
             fitted[member.tensor] = made
         self.write(visit.page, fitted)
-        return visit.run() if rest is None else rest.add(visit, _matrix(visit, members[-1]))
+        return visit.run() if rest is None else rest.add(visit, _matrix(visit, members[-1])[:, lines])
 
     def _goal(self, layer: int) -> States | None:
         found = [self.goals.pop(key) for key in sorted(self.goals, key=lambda key: int(key[1])) if key[0] == layer]
@@ -255,23 +255,39 @@ class _Repair:
         cross, h_s = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         rest = _Rest.empty(visit, self.widest, getattr(skeleton.config, "residual_multiplier", 1.0))
         # Instead of its own the module multiplies one input, with zeros: what it would put out is not wanted.
-        weights = visit.weights | {
-            member.tensor: torch.zeros_like(visit.weights[member.tensor].narrow(member.dim, 0, 1))
-        }
+        nothing = torch.zeros_like(visit.weights[member.tensor].narrow(member.dim, 0, 1))
+        weights = visit.weights | self._narrowed(visit, member) | {member.tensor: nothing}
         for part in visit.parts():
             with _given(visit, member, replace=True) as seen:
                 output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
             (x,) = seen
-            rest.keep(part, output, x)
             left = x if len(lines) == x.shape[1] else x[:, lines]
+            rest.keep(part, output, left)
             # Those after gaps stay on the host.
             _add_errors(cross, goal[part].to(output.device), output, left, 1 / rest.scale)
             gram(h_s, left)
+        del weights  # the narrowed ones are as large as the right side
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
         damping = ridge * h_s.diagonal().mean()
         right = cross.add_(matrix[:, lines].to(cross.dtype).mul_(damping))
         return self._solve(right, h_s, damping, visit.layer), rest
+
+    def _narrowed(self, visit: Visit, member: Member) -> dict[str, Tensor]:
+        """Cut the weights that make `member`'s input to the units that are kept, where the module runs with them.
+
+        Heads cannot go without another config, and a Conv1D knows its width: they compute what is not looked at.
+        """
+        skeleton, transposed = self.sweeper.skeleton, self.sweeper.skeleton.matrices(visit.layer)
+        geometry, units = skeleton.geometries[visit.layer], self.kept[visit.layer][member.kind]
+        if member.kind != "channel" or len(units) == geometry.channels or any(transposed.values()):
+            return {}
+        made = [each for each in skeleton.family.members if each.kind == member.kind and each is not member]
+        return {
+            each.tensor: weight.index_select(each.dim, kept_lines(each, geometry, units).to(weight.device))
+            for each in made
+            if (weight := visit.weights.get(each.tensor)) is not None
+        }
 
     def _input(self, visit: Visit, member: Member, weights: dict[str, Tensor], part: slice) -> Tensor:
         """Compute the input [tokens, d_in] of `member`'s module for some sequences, and no more of the layer."""

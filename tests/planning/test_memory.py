@@ -184,7 +184,7 @@ def test_what_a_repair_takes_is_planned(granularity, goal, place, placed, checkp
 
 @pytest.mark.parametrize("place", ["host", slow("device")])
 def test_what_an_evaluation_takes_is_planned(place, placed, checkpoint):
-    counted = placed(checkpoint(), "magnitude", place=place, held=Kept(), evaluation=(5, 2048))
+    counted = placed(checkpoint(), "taylor", place=place, held=Kept(), evaluation=(5, 2048))
     assert "perplexity before" in counted.real
     check(counted)
 
