@@ -22,6 +22,20 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from streamprune.config import PruneConfig
+from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
+from streamprune.methods.table import METHODS
+from streamprune.output.companions import Companions
+from streamprune.pipeline.job import Job
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import Source
+from streamprune.planning.decision import Plan, make_plan
+from streamprune.planning.placement import Placement, choose_placement
+from streamprune.planning.stage import Work
+from streamprune.storage.scratch import read_at, write_at
+from streamprune.streaming.perplexity import perplexity
+from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+
 aten = torch.ops.aten
 BLOCK = 512  # the allocator's
 CUBLAS_WORKSPACE = 32 << 20  # bytes, on a Hopper card; for each thread that multiplies
@@ -134,8 +148,6 @@ def counting(clock: Any) -> Iterator[Counter]:
     """Count on a machine of the virtual clock, which is running, and let nothing be written or read on scratch."""
     from virtual_time import replaced
 
-    from streamprune.storage.scratch import read_at, write_at
-
     counter, inside = Counter(), clock.world.inside
 
     @contextmanager
@@ -161,13 +173,29 @@ def counting(clock: Any) -> Iterator[Counter]:
 
 @dataclass
 class Counted:
-    """Stages of a run: bytes planned and counted by each one's name, and of what the plan is made."""
+    """Stages of a run, by their names: bytes counted, and bytes planned by purpose.
 
-    planned: dict[str, int]
-    real: dict[str, int]
-    parts: dict[str, dict[str, int]]
-    peaks: dict[str, list[int]]
-    placement: Any
+    Attributes:
+        peaks: bytes of each memory that was taken at a stage's peak.
+    """
+
+    placement: Placement
+    real: dict[str, int] = field(default_factory=dict)
+    peaks: dict[str, list[int]] = field(default_factory=dict)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def ends(self, stage: str, counter: Counter) -> None:
+        """Note the peak of a stage that has ended."""
+        self.real[stage], self.peaks[stage] = counter.peak, counter.peak_of
+        counter.begin()
+
+    def compare(self, slot_bytes: int) -> None:
+        """Note what was planned of the stages that have ended; slots are taken when layers first need them."""
+        passed = set[int]()
+        for stage in (stage for stage in self.placement.stages if stage.name in self.real):
+            passed.update(layer for order in stage.passes for layer in order)
+            kept = max(0, min(self.placement.held.slots, len(passed)) - 2)
+            self.parts[stage.name] = {**stage.device, "kept": kept * slot_bytes}
 
 
 def count(
@@ -185,72 +213,64 @@ def count(
     from clock_rates import machine_of
     from virtual_clock import META, Clock, running
 
-    from streamprune.config import PruneConfig
-    from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
-    from streamprune.methods.table import METHODS
-    from streamprune.output.companions import Companions
-    from streamprune.pipeline.job import Job
-    from streamprune.pipeline.progress import Progress
-    from streamprune.pipeline.source import Source
-    from streamprune.planning.decision import make_plan
-    from streamprune.planning.placement import choose_placement
-    from streamprune.planning.stage import Work
-    from streamprune.streaming.perplexity import perplexity
-    from streamprune.streaming.sweeper import default_micro_batch
-
     config = PruneConfig(str(path), Path("unused"), **{"host_memory": 1 << 42, "evaluate": False, **options})
     row, clock = METHODS[config.method], Clock(machine_of("h100"))
     shape = (config.samples or row.calibration[0], config.seq_len or row.calibration[1])
     source = Source(config.model, planned=META, scope="units" if config.target == "units" else "matrices")
     with running(clock), source.open() as sweeper, counting(clock) as counter:
-        model = sweeper.skeleton.model.to(META).requires_grad_(False)
-        for layer in sweeper.skeleton.layers:  # nothing is there of them
-            counter.live.update({each.untyped_storage()._cdata: 0 for each in layer.parameters()})
-        for each in model.parameters():
-            counter.see(each)
+        _begin(sweeper, counter)
         plan = make_plan(config, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1])
         work = Work(shape if row.needs_text else None, repair, evaluation)
-        placement = choose_placement(sweeper, config, plan, work, baseline=0)
-        sweeper.micro_batch, sweeper.place, sweeper.scratch = placement.micro_batch, placement.place, config.scratch
-        sweeper.pager.slots, sweeper.graphs = placement.held.slots, placement.held.graphs
-        job = Job(
-            config,
-            plan,
-            sweeper,
-            Progress(),
-            torch.zeros(shape, dtype=torch.int64) if row.needs_text else None,
-            None if repair is None else torch.zeros(repair, dtype=torch.int64),
-            Companions(path),
-            state_slots=placement.held.state_slots,
-            state_scratch=config.scratch if placement.state == "scratch" else None,
-        )
-        counter.take(-2, 2 * CUBLAS_WORKSPACE)  # autograd multiplies in a thread of its own
-        counter.begin()
-        real, peaks = {}, {}
-
-        def ended(stage: str) -> None:
-            real[stage], peaks[stage] = counter.peak, counter.peak_of
-            counter.begin()
-
+        counted = Counted(choose_placement(sweeper, config, plan, work, baseline=0))
+        job = _ready(config, plan, sweeper, work, counted.placement)
         if evaluation is not None:
             perplexity(sweeper, torch.zeros(evaluation, dtype=torch.int64))
-            ended("perplexity before")
-        everything = sweeper.skeleton.all_units(plan.layers)
-        sink: Any = UnitScores(everything) if config.target == "units" else LayerScores(plan.layers)
-        if plan.sparsity is not None:
-            sink = WeightPruner(plan.sparsity, lambda ref, stored, pruned: None)
-        row.score(job._statistics(), plan.settings, sink)
+            counted.ends("perplexity before", counter)
+        row.score(job._statistics(), plan.settings, _sink(config, plan, sweeper))
         sweeper.close()
-        ended(f"scoring {row.name}")
+        counted.ends(f"scoring {row.name}", counter)
         if repair is not None:
             job._repair(plan.choice.widths, SimpleNamespace(put_layer=lambda page, made: None))
-            ended("repairing")
-        parts, passed = dict[str, dict[str, int]](), set[int]()
-        for stage in (stage for stage in placement.stages if stage.name in real):
-            passed.update(layer for order in stage.passes for layer in order)
-            # Slots are taken when layers first need them.
-            kept = max(0, min(placement.held.slots, len(passed)) - 2)
-            parts[stage.name] = {**stage.device, "kept": kept * sweeper.pager.slot_bytes}
-    planned = {name: sum(each.values()) for name, each in parts.items()}
-    return Counted(planned, real, parts, peaks, placement)
+            counted.ends("repairing", counter)
+        counted.compare(sweeper.pager.slot_bytes)
+    return counted
+
+
+def _begin(sweeper: Sweeper, counter: Counter) -> None:
+    """Let embeddings and head be on the device, nothing of the layers, and what cuBLAS takes at its first product."""
+    model = sweeper.skeleton.model.to("meta").requires_grad_(False)
+    for layer in sweeper.skeleton.layers:
+        counter.live.update({each.untyped_storage()._cdata: 0 for each in layer.parameters()})
+    for each in model.parameters():
+        counter.see(each)
+    counter.take(-2, 2 * CUBLAS_WORKSPACE)  # autograd multiplies in a thread of its own
+    counter.begin()
+
+
+def _ready(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, placement: Placement) -> Job:
+    """Make a job as a run has it, and tell the sweeper where things stay."""
+    sweeper.micro_batch, sweeper.place, sweeper.scratch = placement.micro_batch, placement.place, config.scratch
+    sweeper.pager.slots, sweeper.graphs = placement.held.slots, placement.held.graphs
+    ids, repair = (
+        None if shape is None else torch.zeros(shape, dtype=torch.int64) for shape in (work.calibration, work.repair)
+    )
+    return Job(
+        config,
+        plan,
+        sweeper,
+        Progress(),
+        ids,
+        repair,
+        Companions(sweeper.skeleton.checkpoint.path),
+        state_slots=placement.held.state_slots,
+        state_scratch=config.scratch if placement.state == "scratch" else None,
+    )
+
+
+def _sink(config: PruneConfig, plan: Plan, sweeper: Sweeper) -> Any:
+    if plan.sparsity is not None:
+        return WeightPruner(plan.sparsity, lambda ref, stored, pruned: None)
+    if config.target == "layers":
+        return LayerScores(plan.layers)
+    return UnitScores(sweeper.skeleton.all_units(plan.layers))

@@ -21,7 +21,7 @@ from streamprune.paging.state import aligned
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
-from streamprune.recovery.panels import PANEL
+from streamprune.recovery.panels import PANEL_COLUMNS
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper
@@ -233,7 +233,7 @@ def _least_squares(inputs: int, outputs: int, left: int, *, stream: bool) -> int
     """
     squares, right = left**2, outputs * left
     beside = squares + 3 * right if stream else inputs * left + right + max(inputs * outputs, squares)
-    panel = min(PANEL, left)
+    panel = min(PANEL_COLUMNS, left)
     return max(beside, squares + right + panel * (left + panel))  # its factor, what that may take, and what is below
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PANEL = 1024  # columns that are factored together
+PANEL_COLUMNS = 1024  # columns that are factored together
 
 
-def solve_in_place(right: Tensor, matrix: Tensor, panel: int = PANEL) -> Tensor | None:
+def solve_in_place(right: Tensor, matrix: Tensor, panel: int = PANEL_COLUMNS) -> Tensor | None:
     """Return B A⁻¹ in the place of B, by a Cholesky factor; None where there is no factor.
 
     Args:
