@@ -139,6 +139,7 @@ class Statistics:
                 weight = consume(ref, visit.page.tensors[name], inputs.sums.pop(name))
                 if prunes and weight is not None:
                     visit.weights[name].copy_(weight)
+                del weight  # it would stand beside what the next one is made of
             return visit.run() if prunes and visit.layer != last else output
 
         self._walk(collect, change=prunes)
