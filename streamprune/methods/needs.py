@@ -60,8 +60,12 @@ class KeptState:
 
 
 def _weights(task: Task) -> Cost:
-    """Cost of a sweep over weights as they are stored."""
-    return task.cost(device={"a matrix and its scores": 3 * 4 * task.sizes.most(_largest, task.layers)})
+    """Cost of a sweep over weights as they are stored.
+
+    A GPU's kernels score without room. Where weights are pruned scores may be drawn, float32, and a mask made of them.
+    """
+    each = 5 * task.prunes if task.gpu else 3 * 4
+    return task.cost(device={"a matrix and its scores": each * task.sizes.most(_largest, task.layers)})
 
 
 def _there_and_back(task: Task) -> list[Sequence[int]]:
@@ -79,38 +83,73 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
     matrix. Hidden states pass every layer forwards and the head; backwards a layer takes its input and a gradient.
     """
     sizes, tokens, above = task.sizes, task.tokens_at_once, task.whole[task.layers[0] :]
-    several = task.shape[0] > task.micro_batch
-
-    def gradients(layer: LayerSizes) -> int:
-        return (1 + task.sums) * layer.largest + (task.sums * layer.weights if several else 0)
-
-    ends = sizes.most(lambda layer: sum(sum(shape) for shape in layer.passed), task.whole)
     widest = sizes.most(lambda layer: layer.widest, task.whole)
     threads = task.sweeper.binder.threads if moved and task.apart else 0
     forward, forward_above = task.flops(task.whole), task.flops(above)
     passed = len(task.whole) + (task.sweeps - 1) * len(above)
-    kept = above[max(0, len(above) - task.graphs) :]
-    # With weights of its own. Norms, rotations and activations save more than the ends of matrices: 0.7 to 1.4 of them.
-    saved = 1.4 * ends + (4 * task.attention_columns if task.eager else 0)
-    graph_bytes = int(saved * task.tokens * task.itemsize) + task.sweeper.binder.buffer_bytes
+    kept, unscored = above[max(0, len(above) - task.graphs) :], task.whole[-1] - task.layers[-1]
+    # Those above the prunable layers have gone before there are weight gradients.
+    graphs, scored = ({"graphs of layers": max(0, len(kept) - gone) * _graph(task)} for gone in (0, unscored))
+    backward = {"gradients of activations": 3 * widest * tokens * task.itemsize}
+    summed = {"gradients, and what is made of them": sizes.most(partial(_weight_gradients, task, moved), task.layers)}
+    again = {
+        "activations": sizes.most(partial(_saved, task), task.whole) * tokens * task.itemsize
+        + task.scores(backwards=True)
+    }
     return task.cost(
         states=len(above) + 2,  # boundaries, and the gradient
         brought=passed + task.sweeps * (2 * len(above) + 1),
         taken=passed + task.sweeps * (len(above) + 1),
         own=moved,
-        device={
-            "logits": task.logits,
-            "activations": ends * tokens * task.itemsize,
-            "gradients of activations": 3 * widest * tokens * task.itemsize,
-            "gradients, and what is made of them": sizes.most(gradients, task.layers) * task.sum_itemsize,
-            "graphs of layers": len(kept) * graph_bytes,
-        },
+        device=task.in_turn(
+            graphs | {"logits": task.logits(backwards=True)},
+            graphs | backward,
+            scored | backward | summed,
+            backward | summed | again,
+        ),
         host={"δ on its way": threads * 4 * sizes.most(_largest, task.layers)},
         forward=forward + forward_above * (task.sweeps - 1) + task.sweeps * task.head_flops,
         backward=(3 * forward_above - task.flops(kept) + 2 * task.head_flops) * task.sweeps,
         # It is drawn again on the way back.
         noise=2 * task.sweeps * sizes.total(lambda layer: layer.weights, task.layers) if moved else 0,
     )
+
+
+def _saved(task: Task, layer: LayerSizes) -> int:
+    """Count the numbers that a layer saves of a token: inputs and outputs of the matrices that it passes.
+
+    They stand for what two norms, rotations and attention save too. In half precision on a GPU further norms save what
+    they are given in float32, and what a fused matrix puts out is copied.
+    """
+    ends, config = sum(sum(shape) for shape in layer.passed), task.sweeper.skeleton.config
+    if not task.sums_halves:
+        return ends
+    norms, copies = max(0, layer.normed - 2 * config.hidden_size), max(0, 7 - len(layer.passed))
+    steps = layer.widest if getattr(config, "activation_function", "") == "gelu_new" else 0  # one operation is many
+    return ends + 2 * norms + copies * config.hidden_size + steps
+
+
+def _graph(task: Task) -> int:
+    """Count the bytes of a layer's graph over all sequences, with weights of its own.
+
+    Norms, rotations and activations save more than the ends of matrices: in float32 0.7 to 1.4 of them.
+    """
+
+    def saved(layer: LayerSizes) -> int:
+        return _saved(task, layer) + layer.widest if task.sums_halves else int(1.4 * _saved(task, layer))
+
+    each = task.sizes.most(saved, task.whole) + (4 * task.attention_columns if task.eager else 0)
+    return each * task.tokens * task.itemsize + task.sweeper.binder.buffer_bytes
+
+
+def _weight_gradients(task: Task, moved: bool, layer: LayerSizes) -> int:
+    """Count the bytes of a layer's weight gradients, or what is summed instead, and of what is made of the largest."""
+    several = task.shape[0] > task.micro_batch
+    if not task.sums_halves:  # the gradient of a micro-batch stands beside its sum
+        return ((1 + task.sums) * layer.largest + (task.sums * layer.weights if several else 0)) * task.sum_itemsize
+    summed = task.sums * (layer.weights if several else layer.largest) * task.sum_itemsize
+    # What the method keeps comes as float32, where it does not lie there as that; what is pruned is a copy.
+    return summed + layer.largest * (4 * (moved and task.apart) + task.itemsize * task.prunes)
 
 
 def _up_to_the_last(task: Task) -> list[Sequence[int]]:
@@ -120,17 +159,9 @@ def _up_to_the_last(task: Task) -> list[Sequence[int]]:
 def _inputs(task: Task, *, gram: bool) -> Cost:
     """Cost of a forward sweep that sums over inputs: moments, or with `gram` Gram matrices for SparseGPT.
 
-    Of the activations, every input of a matrix is held for one micro-batch, and an MLP's product beside its factors. A
-    layer that is pruned runs twice, first up to its last product. A Gram matrix is factored beside two copies of its
-    size.
+    A layer that is pruned runs twice, first up to its last product.
     """
-    sizes, itemsize, (passed,) = task.sizes, task.sum_itemsize, _up_to_the_last(task)
-
-    def activations(layer: LayerSizes) -> int:
-        return sum(_inputs_of(layer)) + 3 * layer.widest
-
-    def sums(layer: LayerSizes) -> int:
-        return sum(width * (width if gram else 3) for width in _inputs_of(layer))
+    sizes, (passed,) = task.sizes, _up_to_the_last(task)
 
     def squares(layer: LayerSizes) -> float:
         return task.gram_flops(layer.inputs) + sum(rows * width**2 for rows, width in layer.matrices)
@@ -148,16 +179,58 @@ def _inputs(task: Task, *, gram: bool) -> Cost:
         brought=len(passed) + len(again),
         taken=len(passed),
         own=task.prunes,
-        device={
-            "activations": sizes.most(activations, passed) * task.tokens_at_once * task.itemsize,
-            "sums over inputs": sizes.most(sums, task.layers) * itemsize,
-            "factors": 2 * sizes.most(lambda layer: max(_inputs_of(layer)) ** 2, task.layers) * itemsize if gram else 0,
-            "a matrix, pruned and updated": 3 * sizes.most(_largest, task.layers) * itemsize,
-        },
+        device=_held_for_grams(task) if gram else _held_for_moments(task),
         forward=forward + (sizes.total(squares, task.layers) if gram else 0),
         factors=sizes.total(factors, task.layers) if gram else 0,
         updates=sizes.total(lambda layer: layer.weights, task.layers) if gram else 0,
     )
+
+
+def _held_for_moments(task: Task) -> Mapping[str, int]:
+    """Count the bytes of a layer that runs, and then of scores, by purpose.
+
+    A gated MLP's product and its two factors exist together. On a GPU two more of the product do after them, in
+    float32: widened, and less its mean.
+    """
+    sizes, (passed,) = task.sizes, _up_to_the_last(task)
+    wide = max(3, 1 + 8 // task.itemsize) if task.gpu else 3
+    of_matrix = (4 + task.itemsize * task.prunes) if task.gpu else 3 * task.sum_itemsize
+    return task.in_turn(
+        {"activations": sizes.most(partial(_running, task, wide), passed)},
+        {"a matrix, pruned and updated": of_matrix * sizes.most(_largest, task.layers)},
+    )
+
+
+def _held_for_grams(task: Task) -> Mapping[str, int]:
+    """Count the bytes of a layer that runs, of a factor beside sums, of the matrix that it prunes, by purpose.
+
+    A Gram matrix is factored beside two copies of its size, and cuSOLVER may take as much once more.
+    """
+    sizes, size, (passed,) = task.sizes, task.sum_itemsize, _up_to_the_last(task)
+
+    def sums(layer: LayerSizes) -> int:
+        return sum(width**2 for width in (layer.inputs if task.gpu else _inputs_of(layer))) * size
+
+    def factored(layer: LayerSizes) -> int:
+        *narrower, widest = sorted(_inputs_of(layer))
+        # The widest input comes last, when the other sums are gone.
+        beside = max((3 * width**2 for width in narrower), default=0) * size
+        return max(4 * widest**2 * size, sums(layer) + beside)
+
+    matrix = {"a matrix, pruned and updated": 3 * sizes.most(_largest, task.layers) * size}
+    factors = {"factors": 2 * sizes.most(lambda layer: max(_inputs_of(layer)) ** 2, task.layers) * size}
+    activations = {"activations": sizes.most(partial(_running, task, 3), passed)}
+    summed = {"sums over inputs": sizes.most(sums, task.layers)}
+    if not task.gpu:
+        return activations | summed | factors | matrix
+    return task.in_turn(activations | summed, {"sums over inputs, and factors": sizes.most(factored, task.layers)})
+
+
+def _running(task: Task, wide: int, layer: LayerSizes) -> int:
+    """Count the bytes of every input of a matrix for one micro-batch, and of as many of the widest."""
+    # Of a GPU each input counts, also those of the same width, and what goes past them.
+    inputs = 4 * task.sweeper.skeleton.config.hidden_size if task.gpu else sum(_inputs_of(layer))
+    return (inputs + wide * layer.widest) * task.tokens_at_once * task.itemsize + task.scores(backwards=False)
 
 
 def _from_what_is_left_out(task: Task) -> list[Sequence[int]]:
@@ -177,10 +250,10 @@ def _hidden(task: Task, *, left_out: bool = False) -> Cost:
         brought=carried + (len(task.layers) if left_out else 2 * len(task.layers)),  # the head, or whoever looks
         taken=carried,
         carries=1 + streams,
-        device={
-            "activations": task.forward_activations(task.whole),
-            "logits": task.logits if left_out else 0,
-        },
+        device=task.in_turn(
+            {"activations": task.forward_activations(task.whole)},
+            {"logits": task.logits(backwards=False) if left_out else 0},
+        ),
         forward=forward,
     )
 

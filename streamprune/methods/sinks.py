@@ -16,11 +16,14 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import prune_n_of_m, prune_rows, unit_score
+from streamprune.kernels.launch import Backend
 from streamprune.model.units import FLOOR_SLACK, KeptUnits, Kind, TensorRef, fold_lines
 
 
 class _Sums:
     """Base of sinks that add up scores: everything becomes scores of a matrix's lines."""
+
+    backend: Backend | None  # as in `unit_score`
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Take in a score for each line of a matrix along `ref.dim`."""
@@ -36,7 +39,7 @@ class _Sums:
         scale: float = 1.0,
     ) -> None:
         """Take in a matrix's importance in one of the forms of `unit_score`, times `scale`."""
-        lines = unit_score(weight, a, ref.dim, form, fisher)
+        lines = unit_score(weight, a, ref.dim, form, fisher, backend=self.backend)
         self.lines(ref, lines if scale == 1 else lines * scale)
 
     def add_norms(
@@ -59,7 +62,8 @@ class UnitScores(_Sums):
     `means[layer, tensor]` holds the mean inputs [d_in] of matrices whose pruned inputs a bias shall stand for.
     """
 
-    def __init__(self, units: KeptUnits) -> None:
+    def __init__(self, units: KeptUnits, backend: Backend | None = None) -> None:
+        self.backend = backend
         self._counts = {layer: {kind: len(each) for kind, each in kinds.items()} for layer, kinds in units.items()}
         # Sums stay where they are made until somebody looks: fetching each would wait for all that is computed.
         self._values: dict[int, dict[Kind, Tensor]] = {layer: {} for layer in units}
@@ -119,7 +123,8 @@ class UnitScores(_Sums):
 class LayerScores(_Sums):
     """Sink of a float64 score for each prunable layer, `values[layer]`; what is added for its matrices is summed."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
+    def __init__(self, layers: Sequence[int], backend: Backend | None = None) -> None:
+        self.backend = backend
         self._values: dict[int, Any] = dict.fromkeys(layers, 0.0)  # sums stay on the device until somebody looks
 
     @property
@@ -169,12 +174,13 @@ class Sparsity:
         x_norm: Tensor | None = None,
         grad_norm: Tensor | None = None,
         alpha: float = 1.0,
+        backend: Backend | None = None,
     ) -> None:
-        """Zero what goes of `matrix` [d_out, d_in] by |w|(‖x_j‖ + α‖g‖), in place."""
+        """Zero what goes of `matrix` [d_out, d_in] by |w|(‖x_j‖ + α‖g‖), in place; `backend` as in `prune_rows`."""
         if self.m:
-            prune_n_of_m(matrix, self.n, self.m, x_norm, grad_norm, alpha)
+            prune_n_of_m(matrix, self.n, self.m, x_norm, grad_norm, alpha, backend=backend)
         else:
-            prune_rows(matrix, self.count(matrix.shape[1]), x_norm, grad_norm, alpha)
+            prune_rows(matrix, self.count(matrix.shape[1]), x_norm, grad_norm, alpha, backend=backend)
 
 
 class WeightPruner:
@@ -183,8 +189,13 @@ class WeightPruner:
     Weights are compared within an output row, whatever the method.
     """
 
-    def __init__(self, sparsity: Sparsity, hand_on: Callable[[TensorRef, Tensor, Tensor], None]) -> None:
-        self.sparsity, self._hand_on = sparsity, hand_on
+    def __init__(
+        self,
+        sparsity: Sparsity,
+        hand_on: Callable[[TensorRef, Tensor, Tensor], None],
+        backend: Backend | None = None,
+    ) -> None:
+        self.sparsity, self._hand_on, self.backend = sparsity, hand_on, backend
 
     def add(
         self,
@@ -223,7 +234,8 @@ class WeightPruner:
                     "a smaller --set gamma"
                 )
         pruned = weight.clone()  # the stored one is hashed as it was read
-        self.sparsity.prune(ref.matrix(pruned), x_norm, None if grad_norm is None else ref.matrix(grad_norm), alpha)
+        gradient = None if grad_norm is None else ref.matrix(grad_norm)
+        self.sparsity.prune(ref.matrix(pruned), x_norm, gradient, alpha, self.backend)
         return self.put(ref, weight, pruned)
 
     def put(self, ref: TensorRef, weight: Tensor, pruned: Tensor) -> Tensor:

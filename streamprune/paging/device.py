@@ -285,7 +285,8 @@ def limit_memory(device: torch.device, nbytes: int | None) -> None:
     """Let tensors of this process take no more than `nbytes` of a GPU; None for all that there is."""
     if is_gpu(device):
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
+        # Of its index: torch takes no device without one here.
+        torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device.index)
 
 
 def synchronize(device: torch.device) -> None:

@@ -79,9 +79,11 @@ class Job:
 
     def score(self) -> UnitScores | LayerScores:
         """Score units or layers by the method, or take the scores from the journal if all of them are there."""
-        layers = self.config.target == "layers"
+        layers, backend = self.config.target == "layers", self.sweeper.backend
         scores = (
-            LayerScores(self.plan.layers) if layers else UnitScores(self.sweeper.skeleton.all_units(self.plan.layers))
+            LayerScores(self.plan.layers, backend)
+            if layers
+            else UnitScores(self.sweeper.skeleton.all_units(self.plan.layers), backend)
         )
         if self.journal is not None:
             self.journal.watch(scores)
@@ -140,7 +142,8 @@ class Job:
                 counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
 
             with self._scoring():
-                METHODS[self.config.method].score(statistics, self.plan.settings, WeightPruner(plan.sparsity, write))
+                pruner = WeightPruner(plan.sparsity, write, self.sweeper.backend)
+                METHODS[self.config.method].score(statistics, self.plan.settings, pruner)
             self.sweeper.close()
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)

@@ -6,13 +6,14 @@ in the heap are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from streamprune.config import PruneConfig
-from streamprune.methods.needs import STORED_WEIGHTS
 from streamprune.methods.table import METHODS
+from streamprune.model.masking import output_matrices
 from streamprune.output.writer import WRITERS
 from streamprune.paging.blocks import staging_bytes
 from streamprune.paging.device import is_gpu
@@ -21,6 +22,7 @@ from streamprune.paging.state import aligned
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
+from streamprune.recovery.panels import PANEL_COLUMNS
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
 from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper
@@ -48,9 +50,7 @@ def stages(
     if work.repair is not None:
         passes = least_squares.passes(sizes.sweeper, plan.choice.widths)
         fitted = passes[-1]
-        found.append(
-            _repair(sizes, config, plan.repair, work.repair, where, passes, n_layers - len(plan.choice.widths))
-        )
+        found.append(_repair(sizes, config, plan, work.repair, where, passes))
     written = set(plan.layers) if config.target == "weights" else set(fitted)
     found.append(_writing(sizes, [layer for layer in range(n_layers) if layer not in written], plan.form.nbytes))
     return found
@@ -66,7 +66,9 @@ def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
         brought=len(whole.whole) * count,
         taken=len(whole.whole) * count,
         carries=0,
-        device={"activations": group.forward_activations(whole.whole), "logits": group.logits},
+        device=group.in_turn(
+            {"activations": group.forward_activations(whole.whole)}, {"logits": group.logits(backwards=False)}
+        ),
         forward=whole.flops(whole.whole) + whole.head_flops,
     )
     return Stage(name="perplexity before", passes=[whole.whole] * count, **vars(cost))
@@ -106,8 +108,7 @@ def scoring(
         prunes=prunes,
         apart=apart,
     )
-    # Scores that nothing is read for take no more than those of weights.
-    cost = one_after_another([need.cost(task) for need in needs or (STORED_WEIGHTS,)])
+    cost = one_after_another([need.cost(task) for need in needs] or [Cost(device=task.always)])
     kept = _state(sizes.sweeper, config, plan, state, held.state_slots)
     host = {
         "pinned chunks": sizes.sweeper.pager.chunk_bytes,
@@ -176,38 +177,42 @@ def state_blocks(plan: Plan, sweeper: Sweeper) -> dict[int, int]:
 def _repair(
     sizes: Sizes,
     config: PruneConfig,
-    goal: least_squares.RepairGoal | None,
+    plan: Plan,
     shape: Shape,
     where: Place,
     passes: Sequence[Sequence[int]],
-    gaps: int,
 ) -> Stage:
     """Stage of the repair: hidden states of both models before and after a layer and after gaps, least squares.
 
     With a goal in the residual stream down's inputs are kept too, for the repaired layer's output.
     """
     task, fitted = Task(sizes, shape, config.micro_batch or default_micro_batch(shape[1]), where), passes[-1]
-    inputs, size = sizes.most(_widest_input, fitted), task.sum_itemsize
-    apart = where == "device" and is_gpu(sizes.sweeper.skeleton.device)  # those after gaps go to the host
+    gaps, stream = sizes.sweeper.n_layers - len(plan.choice.widths), plan.repair == "stream"
+    inputs, hidden_size = sizes.most(_widest_input, fitted), sizes.sweeper.skeleton.config.hidden_size
+    apart = where == "device" and task.gpu  # those after gaps go to the host
     host = {"hidden states after gaps": gaps * task.hidden_bytes} if apart else {}
     host["a piece for the journal"] = 2 * min(PIECE_BYTES, task.hidden_bytes) if config.resume else 0
 
     def squares(layer: LayerSizes) -> float:
         return 2 * task.gram_flops([_widest_input(layer)])
 
-    stream = goal == "stream"
-    kept = -(-inputs // sizes.sweeper.skeleton.config.hidden_size) if stream else 0
-    carried = 2 * inputs * task.tokens_at_once * task.itemsize if stream and where != "device" else 0
+    kept = -(-inputs // hidden_size) if stream else 0
+    on_the_way = 2 * inputs * task.tokens_at_once * task.itemsize if stream and where != "device" else 0
+    # A CPU widens what it multiplies.
+    widened = 0 if task.sums_halves else 2 * inputs * task.tokens_at_once * task.sum_itemsize
+    # A layer's input and output, or what down adds to; with a goal the dense model's, or those after gaps.
+    states = (3 if stream and not gaps else 2) if task.gpu else 5
     cost = task.cost(
-        states=5 + kept + (0 if apart else gaps),
+        states=states + kept + (0 if apart else gaps),
         # The dense model's layer; o, down's error and its goal, the pruned layer's output; with a goal down's inputs.
         brought=(5 + kept) * len(fitted),
         taken=(3 + kept) * len(fitted),
         carries=2 + gaps if config.resume else 0,
         own=True,
         device={
-            "activations": task.forward_activations(fitted) + 2 * inputs * task.tokens_at_once * size + carried,
-            "Gram matrices": 3 * inputs**2 * size,
+            "activations": task.forward_activations(fitted) + widened + on_the_way,
+            "Gram matrices": _least_squares(inputs, hidden_size, _left(sizes, plan, inputs), stream=stream)
+            * task.sum_itemsize,
         },
         host=host,
         # The dense model's layer, the pruned one but for its last product, that product for its output (without a goal
@@ -216,6 +221,27 @@ def _repair(
         factors=sizes.total(lambda layer: _widest_input(layer) ** 3 / 3, fitted),
     )
     return Stage(name="repairing", passes=passes, **vars(cost))
+
+
+def _left(sizes: Sizes, plan: Plan, inputs: int) -> int:
+    """Return how many of the widest inputs stay at the most; all of them where scores decide on each layer's."""
+    skeleton, shares = sizes.sweeper.skeleton, [0.0]
+    for layer, units in plan.choice.widths.items():
+        kind = output_matrices(skeleton, layer)[-1].kind
+        shares.append(len(units[kind]) / skeleton.geometries[layer].units(kind) if layer in plan.layers else 0.0)
+    return inputs if plan.choice.allocation != "uniform" else math.ceil(max(shares) * inputs)
+
+
+def _least_squares(inputs: int, outputs: int, left: int, *, stream: bool) -> int:
+    """Count the numbers of a fit of W [outputs, left]: its sums beside its right side, or then its solution in panels.
+
+    To the own output the sums are [inputs, left]; H_S is taken out of them, after the right side is made with W. To the
+    stream they are H_S and the right side, beside narrowed weights; then W is added to it.
+    """
+    squares, right = left**2, outputs * left
+    beside = squares + 3 * right if stream else inputs * left + right + max(inputs * outputs, squares)
+    panel = min(PANEL_COLUMNS, left)
+    return max(beside, squares + right + panel * (left + panel))  # its factor, what that may take, and what is below
 
 
 def _widest_input(layer: LayerSizes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,7 +83,7 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
             if device > room[0] or host > room[1]:
                 continue
             make = partial(stages, sizes, config, plan, work, where, state, micro_batch)
-            held, found = _keep(sweeper, config, plan, make, room[0] - device if gpu else room[1] - host)
+            held, found = _keep(sweeper, config, plan, make, room[0] if gpu else room[1])
             device, host = _peaks(found, gpu)
             grown = (held.slots - 2) * sweeper.pager.slot_bytes
             device, host = (device + grown, host) if gpu else (0, host + grown)
@@ -153,9 +154,9 @@ def _peaks(found: Sequence[Stage], gpu: bool) -> tuple[int, int]:
 
 
 def _keep(
-    sweeper: Sweeper, config: PruneConfig, plan: Plan, make: Callable[[Kept], list[Stage]], left: int
+    sweeper: Sweeper, config: PruneConfig, plan: Plan, make: Callable[[Kept], list[Stage]], room: int
 ) -> tuple[Kept, list[Stage]]:
-    """Choose what `left` bytes keep, and give the stages with that.
+    """Choose what is kept within `room` bytes of what computes, and give the stages with that.
 
     Weights and state save as much by the byte at each turn of a sweep, but all of either saves more than parts of both:
     of either first, what passes less over the link. Graphs save arithmetic, and get what is left then. On a CPU without
@@ -165,12 +166,17 @@ def _keep(
     least = _least(gpu)
     if not gpu and config.host_memory is None:
         return least, _with_reading(sweeper, make(least), least.slots)
-    (scoring,) = (stage for stage in make(replace(least, graphs=1)) if stage.name.startswith("scoring"))
-    slot, graph, of_state = sweeper.pager.slot_bytes, scoring.device.get("graphs of layers", 0), len(plan.layers)
+    nothing = make(least)
+    scoring, with_graph = (
+        next(stage for stage in stages if stage.name.startswith("scoring"))
+        for stages in (nothing, make(replace(least, graphs=1)))
+    )
+    saves = with_graph.backward < scoring.backward  # what has no backward sweep keeps no graph
+    slot, of_state = sweeper.pager.slot_bytes, len(plan.layers)
     block = scoring.device.get("state of layers", 0) // min(least.state_slots, of_state)
     options = []
     for order in (("weights", "state"), ("state", "weights")) if block else (("weights",),):
-        rest, held = left, least
+        rest, held = room - _peaks(nothing, gpu)[not gpu], least
         for what in order:
             if what == "weights":
                 held = replace(held, slots=max(2, min(sweeper.n_layers, 2 + rest // slot)))
@@ -180,7 +186,14 @@ def _keep(
                     held, state_slots=max(least.state_slots, min(of_state, least.state_slots + rest // block))
                 )
                 rest -= (held.state_slots - least.state_slots) * block
-        held = replace(held, graphs=min(sweeper.n_layers - plan.layers[0], rest // graph) if graph else 0)
+        for_graphs = room - (held.slots - 2) * slot
+
+        def fits(graphs: int, held: Kept = held, most: int = for_graphs) -> bool:
+            return _peaks(make(replace(held, graphs=graphs)), gpu)[not gpu] <= most
+
+        # The most that fit: the more there are, the more is held.
+        some = range(1, sweeper.n_layers - plan.layers[0] + 1) if saves else ()
+        held = replace(held, graphs=bisect.bisect_left(some, True, key=lambda graphs: not fits(graphs)))
         found = _with_reading(sweeper, make(held), held.slots)
         options.append((sum(stage.up + stage.down for stage in found), held, found))
     _, held, found = min(options, key=lambda option: option[0])

@@ -33,6 +33,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Member, kept_lines
 from streamprune.paging.hidden_states import Spilled, States, pieces
 from streamprune.paging.pager import Page
+from streamprune.recovery.panels import solve_in_place
 from streamprune.storage.journal import Journal, Key
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, journalled_walk
@@ -241,33 +242,35 @@ class _Repair:
             left = x[:, lines] if pruned is None else self._input(visit, member, pruned, part)[:, lines]
             add_product(cross, x, left)
             if h_s is not None:
-                gram(h_s, left)
+                gram(h_s, left, backend=self.sweeper.backend)
         right = matrix.to(cross.dtype) @ cross
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
         h_s = cross[lines] if h_s is None else h_s
+        del cross  # the largest of the three, and needed no more
         return self._solve(right, h_s, ridge * h_s.diagonal().mean(), visit.layer)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> tuple[Tensor, _Rest]:
         """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]; return what it adds to."""
         matrix, skeleton = _matrix(visit, member), self.sweeper.skeleton
-        narrow = self._narrowed(visit, member)
         cross, h_s = _zeros(matrix, matrix.shape[0], len(lines)), _zeros(matrix, len(lines), len(lines))
         rest = _Rest.empty(visit, self.widest, getattr(skeleton.config, "residual_multiplier", 1.0))
         # Instead of its own the module multiplies one input, with zeros: what it would put out is not wanted.
         nothing = torch.zeros_like(visit.weights[member.tensor].narrow(member.dim, 0, 1))
-        weights = visit.weights | narrow | {member.tensor: nothing}
+        weights = visit.weights | self._narrowed(visit, member) | {member.tensor: nothing}
         for part in visit.parts():
             with _given(visit, member, replace=True) as seen:
                 output = skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
             (x,) = seen
             left = x if len(lines) == x.shape[1] else x[:, lines]
             rest.keep(part, output, left)
-            _add_errors(cross, goal[part], output, left, 1 / rest.scale)
-            gram(h_s, left)
+            # Those after gaps stay on the host.
+            _add_errors(cross, goal[part].to(output.device), output, left, 1 / rest.scale)
+            gram(h_s, left, backend=self.sweeper.backend)
+        del weights  # the narrowed ones are as large as the right side
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
         damping = ridge * h_s.diagonal().mean()
-        right = cross.add_(matrix[:, lines].to(cross.dtype) * damping)
+        right = cross.add_(matrix[:, lines].to(cross.dtype).mul_(damping))
         return self._solve(right, h_s, damping, visit.layer), rest
 
     def _narrowed(self, visit: Visit, member: Member) -> dict[str, Tensor]:
@@ -293,18 +296,20 @@ class _Repair:
         return seen[0]
 
     def _solve(self, right: Tensor, h_s: Tensor, damping: Tensor, layer: int) -> Tensor:
-        """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`; `h_s` is overwritten, its lower triangle counts.
+        """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`, in the place of `right`.
+
+        `h_s` is overwritten, its lower triangle counts.
 
         Raises:
             StreampruneError: H_S + λI is singular.
         """
         h_s.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(h_s)
-        if failed:
+        solution = solve_in_place(right, h_s)
+        if solution is None:
             raise StreampruneError(
                 f"layer {layer}: the inputs' Gram matrix is singular; raise --compensate-ridge or --compensate-tokens"
             )
-        return torch.cholesky_solve(right.T, lower).T
+        return solution
 
 
 @dataclass

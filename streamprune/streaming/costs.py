@@ -21,6 +21,9 @@ from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 
 Shape = tuple[int, int]  # sequences, and tokens of each
+# What a GPU's libraries keep: cuBLAS on large cards 32 MiB for each of two threads, ours and autograd's. And all
+# that is small: norms, positions, scores of lines.
+LIBRARY_BYTES = (2 * 32 + 8) << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,17 @@ class Cost:
     carried: int = 0
 
 
+def most_held(each: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
+    """Return the one that holds most, of bytes by purpose."""
+    return max(each, key=lambda held: sum(held.values()))
+
+
 def one_after_another(costs: Sequence[Cost]) -> Cost:
     """Add up costs of works that follow one another: the largest of what each holds, and the work of all."""
 
-    def most(held: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
-        return max(held, key=lambda each: sum(each.values()))
-
     return Cost(
-        device=most(cost.device for cost in costs),
-        host=most(cost.host for cost in costs),
+        device=most_held(cost.device for cost in costs),
+        host=most_held(cost.host for cost in costs),
         scratch=max(cost.scratch for cost in costs),
         moved=sum(cost.moved for cost in costs),
         up=sum(cost.up for cost in costs),
@@ -86,6 +91,7 @@ class LayerSizes:
         inputs: widths of the inputs that its matrices share: one for the matrices that begin a kind of unit, one for
             its last.
         mixed: width of attention's values when they are mixed: all its heads together.
+        normed: width of all that its norms are given.
         stored: bytes of its tensors in the checkpoint, the largest first.
     """
 
@@ -93,6 +99,7 @@ class LayerSizes:
     passed: tuple[torch.Size, ...]
     inputs: tuple[int, ...]
     mixed: int
+    normed: int
     stored: tuple[int, ...]
 
     @property
@@ -125,8 +132,15 @@ def _sizes_of(skeleton: Skeleton, layer: int) -> LayerSizes:
         tuple(passed),
         (*last, *[hidden] * len(last)),
         next((width for member, width in zip(ends, last, strict=True) if member.kind != "channel"), hidden),
+        _normed(shapes),
         tuple(sorted((entry.nbytes for entry in skeleton.entries[layer].values()), reverse=True)),
     )
+
+
+def _normed(shapes: Mapping[str, torch.Size]) -> int:
+    # q_norm norms what q_proj puts out, be it all of it together or head by head.
+    norms = [name for name in shapes if "norm" in name and name.endswith("weight")]
+    return sum(shapes.get(name.replace("_norm", "_proj"), shapes[name])[0] for name in norms)
 
 
 class Sizes:
@@ -197,6 +211,16 @@ class Task:
         return self.sweeper.skeleton.dtype.itemsize
 
     @property
+    def gpu(self) -> bool:
+        """Tell whether the device has memory of its own."""
+        return is_gpu(self.sweeper.skeleton.device)
+
+    @property
+    def sums_halves(self) -> bool:
+        """Tell whether products of halves are summed in float32 as they are."""
+        return self.gpu and self.itemsize == 2
+
+    @property
     def sum_itemsize(self) -> int:
         """Bytes of a number in sums, factors and gradients: float32, float64 in float64 runs."""
         return max(self.itemsize, 4)
@@ -236,15 +260,42 @@ class Task:
         """Number of a token's attention scores: over the tokens of its sequence, of all heads."""
         return self.shape[1] * self.sweeper.skeleton.config.num_attention_heads
 
+    def logits(self, *, backwards: bool) -> int:
+        """Count bytes of logits of the tokens that go through the head together, their softmax, and both gradients."""
+        config = self.sweeper.skeleton.config
+        each = min(LOGITS_BYTES, self.tokens * config.vocab_size * 4)
+        capped = bool(getattr(config, "final_logit_softcapping", None))  # what the cap saves
+        return ((4 if backwards else 2) + capped) * each
+
     @property
-    def logits(self) -> int:
-        """Bytes of logits, their softmax and its gradient for the tokens that go through the head together."""
-        return 3 * min(LOGITS_BYTES, self.tokens * self.sweeper.skeleton.config.vocab_size * 4)
+    def always(self) -> dict[str, int]:
+        """Bytes that the device holds whatever is done, by purpose."""
+        libraries = {"libraries": LIBRARY_BYTES} if self.gpu else {}
+        return {"embeddings and head": self.sweeper.skeleton.resident_bytes, **libraries}
+
+    def in_turn(self, *phases: Mapping[str, int]) -> Mapping[str, int]:
+        """Join what is held in phases that follow one another: of a GPU what holds most.
+
+        A CPU's heap may keep what a phase has let go of, in small pieces, so beside it all of them count.
+        """
+        if self.gpu:
+            return most_held(phases)
+        names = {name for phase in phases for name in phase}
+        return {name: max(phase.get(name, 0) for phase in phases) for name in sorted(names)}
+
+    def scores(self, *, backwards: bool) -> int:
+        """Count bytes of a micro-batch's attention scores, where they exist as a whole.
+
+        A softmax in float32 stands between its input, or backwards two gradients, and what the values are mixed by.
+        """
+        each = (12 if backwards else 8) + self.itemsize
+        return each * self.attention_columns * self.tokens_at_once if self.eager else 0
 
     def forward_activations(self, layers: Iterable[int]) -> int:
         """Count bytes of a micro-batch without gradients: an MLP's product beside its factors, attention's inputs."""
         widest = self.sizes.most(lambda layer: layer.widest, layers)
-        return (3 * widest + 4 * self.sweeper.skeleton.config.hidden_size) * self.tokens_at_once * self.itemsize
+        running = (3 * widest + 4 * self.sweeper.skeleton.config.hidden_size) * self.tokens_at_once * self.itemsize
+        return running + self.scores(backwards=False)
 
     def flops(self, layers: Iterable[int]) -> float:
         """Count FLOPs of a forward pass through layers: matrices, attention's scores and mixing."""
@@ -289,11 +340,11 @@ class Task:
         base = {
             "slots": 2 * pager.slot_bytes,
             "bound layer": binder.buffer_bytes if own or binder.copies else 0,
-            "embeddings and head": self.sweeper.skeleton.resident_bytes,
+            **self.always,
         }
         on_device, on_host, scratch = self._states(states)
         elsewhere = self.hidden_bytes if self.where != "device" else 0
-        link = elsewhere if is_gpu(self.sweeper.skeleton.device) else 0
+        link = elsewhere if self.gpu else 0
         return Cost(
             device={**base, **on_device, **(device or {})},
             host={**on_host, **(host or {})},
@@ -320,7 +371,7 @@ class Task:
             return {"hidden states": count * nbytes}, {}, 0
         part = self.tokens_at_once * self.sweeper.skeleton.config.hidden_size * self.itemsize
         host = {}
-        if is_gpu(self.sweeper.skeleton.device):
+        if self.gpu:
             host["hidden states"] = count * nbytes if self.where == "host" else 0
             host["staging of hidden states"] = _pinned(part) if self.where == "scratch" or self._staged else 0
         return {"hidden states": PARTS * part}, host, count * nbytes if self.where == "scratch" else 0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamprune.kernels.launch import Backend
 from streamprune.model.skeleton import LayerCall, Skeleton
 from streamprune.model.units import TensorRef
 from streamprune.paging.device import paging_device
@@ -52,6 +53,7 @@ class Sweeper:
         pager: brings the layers' weights.
         micro_batch: sequences per layer call; part of the arithmetic, since sums depend on it.
         scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
+        backend: of the kernels, where it is not the device's own.
 
     Attributes:
         place, scratch: where hidden states stay, to be set before the sweeps.
@@ -62,11 +64,16 @@ class Sweeper:
     """
 
     def __init__(
-        self, skeleton: Skeleton, pager: Pager, micro_batch: int, scope: Literal["units", "matrices"] = "units"
+        self,
+        skeleton: Skeleton,
+        pager: Pager,
+        micro_batch: int,
+        scope: Literal["units", "matrices"] = "units",
+        backend: Backend | None = None,
     ) -> None:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
-        self.scope = scope
-        self.binder = Binder(skeleton)
+        self.scope, self.backend = scope, backend
+        self.binder = Binder(skeleton, backend)
         self._calls: dict[int, list[LayerCall]] = {}
         self.place: Place = "device"
         self.scratch: Path | None = None

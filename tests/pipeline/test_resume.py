@@ -162,7 +162,8 @@ def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killi
     with pytest.raises(Killed):
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     killing(-1, "after")
-    for change, name in (({"seed": 1}, "--seed"), ({"ratio": 0.3}, "--ratio"), ({"dtype": "float64"}, "--dtype")):
+    changes = {"seed": 1, "ratio": 0.3, "dtype": "float64", "kernels": "torch"}
+    for change, name in (({name: value}, f"--{name}") for name, value in changes.items()):
         with pytest.raises(UsageError, match=rf"{name}.* has .*remove that directory"):
             prune(config(tiny_llama, tmp_path / "out", *what, resume=True, **change))
     # What changes no byte may change.

@@ -59,7 +59,7 @@ def test_what_is_counted_is_what_tensors_take(tiny_llama, tmp_path):
     assert 2 * layer * 4 <= device["slots"] <= 2 * (layer * 4 + 9 * DISK_BLOCK)  # tensors lie in blocks as in the file
     assert device["embeddings and head"] == 4 * (2 * vocabulary * hidden + hidden)
     assert device["hidden states"] == (8 - 1 + 1 + 1) * tokens * hidden * 4  # inputs, the last output, its gradient
-    assert device["logits"] == 3 * tokens * vocabulary * 4
+    assert device["logits"] == 4 * tokens * vocabulary * 4  # they, their softmax, and the gradients of both
     assert device["activations"] == sum(map(sum, matrices)) * batch * 4
     assert device["gradients, and what is made of them"] == 4 * (2 * max(sizes) + sum(sizes))
     assert device["bound layer"] == 0  # stored as it computes
