@@ -14,9 +14,16 @@ from streamprune.kernels.launch import Launch
 aten = torch.ops.aten
 NO_KERNEL = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view}
 ROWS_ONLY = {aten.embedding, aten.index, aten.index_select, aten.gather}  # which read as much as they put out
+IN_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}  # of which torch counts the others' FLOPs
 WRITE_ONLY = {aten.copy_, aten.zero_, aten.fill_, aten.normal_}  # to their first operand
-# FLOPs of a matrix of n rows, over n³ (Golub and Van Loan): a Cholesky factor, an inverse or a solution from it.
-FACTORS = {aten.linalg_cholesky_ex: 1 / 3, aten.cholesky_inverse: 2 / 3, aten.cholesky_solve: 2}
+# FLOPs of a matrix of n rows, over n³ (Golub and Van Loan): a Cholesky factor, an inverse or a solution from it, and a
+# triangle solved for as many columns.
+FACTORS = {
+    aten.linalg_cholesky_ex: 1 / 3,
+    aten.cholesky_inverse: 2 / 3,
+    aten.cholesky_solve: 2,
+    aten.linalg_solve_triangular: 1,
+}
 
 
 def operation_seconds(op: Any, args: Any, kwargs: Any, made: Any, machine: Machine) -> float:
@@ -25,7 +32,7 @@ def operation_seconds(op: Any, args: Any, kwargs: Any, made: Any, machine: Machi
     if op in ROWS_ONLY:
         return 2 * written / machine.memory
     read = _nbytes(args[1:]) if op in WRITE_ONLY else _nbytes(args)
-    taken = (read + written) / machine.memory
+    taken, op = (read + written) / machine.memory, IN_PLACE.get(op, op)
     if op in flop_registry:
         operand = args[1] if op in (aten.addmm, aten.baddbmm) else args[0]
         operands = [each for each in args if isinstance(each, Tensor)]
@@ -48,6 +55,8 @@ def kernel_seconds(launch: Launch, machine: Machine) -> float:
         taken = max(taken, products / machine.grad_norm)
     elif name == "gram_kernel":  # half of the matrix
         taken = max(taken, given["n_tokens"] * given["n_cols"] ** 2 / machine.half)
+    elif name == "obs_block_kernel":  # each column's error goes to those behind it
+        taken = max(taken, given["n_rows"] * given["n_cols"] ** 2 / machine.single)
     return taken
 
 

@@ -3,7 +3,7 @@
     python bench/clocked.py [--model llama-2-7b ...] [--card h100 ...] [--method taylor ...] [--json FILE]
 
 Runs the scoring of each method by the virtual clock (virtual_clock.py) on checkpoints of headers alone, and prints its
-seconds beside those of link, disk and arithmetic, and those that the host's memory takes to be pinned, once; without
+seconds beside those of link, disks and arithmetic, and those that the host's memory takes to be pinned, once; without
 those, as many times the busiest; and how many sweeps take longer than their busiest, a tenth, and one layer.
 """
 
@@ -13,15 +13,16 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from clock import Clock, Sweep
 from clock_rates import Machine, machine_of
 from plans import MODELS, write_headers
-from virtual_clock import META, Clock, Sweep, running
+from virtual_clock import META, running
 
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError
@@ -42,8 +43,7 @@ from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 HOST_MEMORY = 1 << 40
-# `random` reads nothing, and SparseGPT's columns are some ten million operations.
-NAMES = tuple(name for name in METHODS if name not in ("random", "sparsegpt"))
+NAMES = tuple(name for name in METHODS if name != "random")  # which reads nothing
 SLACK = 1.10  # of a sweep over its busiest resource, beside one layer that nothing hides
 # A run of a method, each of whose sweeps is as any of its others.
 SHORTER: dict[str, dict[str, Any]] = {
@@ -52,6 +52,7 @@ SHORTER: dict[str, dict[str, Any]] = {
     "moreau-gs": {"settings": {"steps": 3}},
     "layer-ppl": {"granularity": "layers"},
     "block-influence": {"granularity": "layers"},
+    "sparsegpt": {"granularity": "weights"},
 }
 
 
@@ -94,15 +95,15 @@ def score(
 
     Args:
         gpu_memory: bytes. warm: the page cache holds the checkpoint before. again: the second time in a process.
-        then: what the method keeps lies in pageable memory, and products of halves are rounded to half and widened, as
-            when an H100 was measured; else it passes with its layers, and they are summed in float32.
+        then: as when an H100 was measured: what the method keeps lies in pageable memory, hidden states in memory that
+            the driver takes before the sweep, and products of halves are rounded to half and widened.
         held: what stays on the device. at_once: sequences per layer call; where not as the plan says.
         options: of the `PruneConfig`.
     """
     given = {"gpu_memory": gpu_memory, "host_memory": HOST_MEMORY, "evaluate": False, **options}
     config = PruneConfig(str(path), Path("unused"), method, **given)
-    clock = Clock(machine)
-    with running(clock, halves=not then), _opened(config) as (sweeper, plan, shape):
+    clock = Clock(replace(machine, registering=machine.pinning) if then else machine)
+    with running(clock, then=then), _opened(config) as (sweeper, plan, shape):
         placement = _settle(sweeper, config, plan, shape)
         held = held or placement.held
         sweeper.pager.slots, sweeper.graphs, clock.warm = held.slots, held.graphs, warm
@@ -111,6 +112,7 @@ def score(
         for _ in range(2 if again else 1):
             begun, waits, linked, clock.sweeps = clock.world.now, dict(clock.waits), dict(clock.linked), []
             job = Job(config, plan, sweeper, Progress(), ids, None, Companions(path), state_slots=held.state_slots)
+            job.state_scratch = config.scratch if placement.state == "scratch" else None
             # As a run has it, but for the writing.
             store = make_store if then else job._stores()
             statistics = Statistics(sweeper, ids, plan.layers, config.seed, None, store)
@@ -157,7 +159,7 @@ def _opened(config: PruneConfig) -> Iterator[tuple[Sweeper, Plan, tuple[int, int
 def _settle(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tuple[int, int] | None) -> Placement:
     sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1] if shape else 128)
     found = choose_placement(sweeper, config, plan, Work(shape, None, None), baseline=0)
-    sweeper.micro_batch, sweeper.place = found.micro_batch, found.place
+    sweeper.micro_batch, sweeper.place, sweeper.scratch = found.micro_batch, found.place, found.scratch
     sweeper.pager.page_cache = HOST_MEMORY
     return found
 
@@ -195,6 +197,8 @@ def _noting_sweeps(clock: Clock) -> Iterator[None]:
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, default=NAMES)
 @click.option("--tokens", default=65536, show_default=True, help="Computed at once: more of them, fewer operations.")
 @click.option("--warm", is_flag=True, help="The page cache holds the checkpoint.")
+@click.option("--gpu-memory", type=int, help="GiB; by default the card's.")
+@click.option("--host-memory", type=int, help="GiB; what does not fit goes to a scratch disk of its own.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(
     models: Sequence[str],
@@ -202,25 +206,29 @@ def main(
     methods: Sequence[str],
     tokens: int,
     warm: bool,
+    gpu_memory: int | None,
+    host_memory: int | None,
     json_file: Path | None,
 ) -> None:
     """Run, print the table, and write JSON."""
-    rows = [["model", "card", "method", "seconds", "up", "down", "disk", "arithmetic", "memory", "ratio", "late"]]
-    figures = []
+    parts_of = {"up": "up", "down": "down", "disk": "disk", "scratch": "scratch", "arithmetic": "compute"}
+    rows = [["model", "card", "method", "seconds", *parts_of, "memory", "ratio", "late"]]
+    figures, spill = [], dict[str, Any]()
+    if host_memory is not None:
+        spill = {"host_memory": host_memory << 30, "scratch": Path("unused")}
     with tempfile.TemporaryDirectory() as directory:
         for model in models:
             write_headers(Path(directory) / model, MODELS[model])
         for model, card, method in ((m, c, each) for m in models for c in cards for each in methods):
             at_once = max(1, tokens // METHODS[method].calibration[1])
-            run = {"gpu_memory": CARDS[card].gib << 30, "warm": warm, "at_once": at_once, **SHORTER.get(method, {})}
+            run = {"gpu_memory": (gpu_memory or CARDS[card].gib) << 30, "warm": warm, "at_once": at_once}
+            run |= SHORTER.get(method, {}) | spill
             try:
                 found = score(Path(directory) / model, machine_of(card), method, **run)
             except StreampruneError as error:
                 click.echo(f"{model} {card} {method}: {error}", err=True)
                 continue
-            parts = [
-                sum(getattr(each.busy, name) for each in found.sweeps) for name in ("up", "down", "disk", "compute")
-            ]
+            parts = [sum(getattr(each.busy, name) for each in found.sweeps) for name in parts_of.values()]
             parts.append(found.waits["memory"])
             cells = [f"{found.seconds:.2f}", *(f"{part:.2f}" for part in parts)]
             cells.append(f"{(found.seconds - parts[-1]) / found.bound:.2f}")

@@ -91,7 +91,8 @@ class Case:
         minimum: least bytes per element of the matrix: every operand read once, every result written once.
         make: everything else, from operands.
         elements: how many elements of the matrix are worked on.
-        wanted: least rate of the kernel over that of a copy, or of the library's product; None where neither is near.
+        wanted: least rate of the kernel over that of a copy, or of the library's product; None where neither is near,
+            or where no run depends on it: that takes less than 1 % of every run (kernel_shares.py).
     """
 
     name: str
@@ -246,7 +247,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"moreau_step, GST {lines}", matrix, 12, partial(_moreau_step, dim, THRESHOLD, True))
         yield Case(f"moreau_step, GST {lines}, δ = 0", matrix, 8, partial(_moreau_step, dim, THRESHOLD, False))
         for form, least in {"first": 6, "second": 6, "mix": 10, "vectorize": 6, "square": 2}.items():
-            yield Case(f"unit_score {form}, {lines}", matrix, least, partial(_unit_score, dim, form))
+            yield Case(f"unit_score {form}, {lines}", matrix, least, partial(_unit_score, dim, form), wanted=None)
     for power, name in {1: "Σ|G|", 2: "ΣG²"}.items():
         yield Case(f"grad_norm {name}", "up", 8, partial(_grad_norm, power), wanted=0.60)
     # Half of the library's products: it is wanted that it takes no longer than they do.
@@ -255,7 +256,7 @@ def cases() -> Iterator[Case]:
     yield Case("prune_rows", "up", 7, _prune_rows)
     yield Case("prune_rows, long", "down", 7, _prune_rows)
     for n, m in ((2, 4), (4, 8)):
-        yield Case(f"prune_n_of_m {n}:{m}", "up", 7, partial(_prune_n_of_m, n, m))
+        yield Case(f"prune_n_of_m {n}:{m}", "up", 7, partial(_prune_n_of_m, n, m), wanted=None)
     # W read and written, and its errors; columns wait for each other, not for memory.
     yield Case("obs_block", "block", 13, partial(_obs_block, 0, 0), wanted=None)
     for n, m in ((2, 4), (4, 8)):

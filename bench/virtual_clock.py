@@ -9,173 +9,43 @@ card's rate or bytes over its memory's, whichever takes longer. Threads run in v
 from __future__ import annotations
 
 import mmap
-from collections import defaultdict
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from clock import SMALL, Clock
 from clock_costs import NO_KERNEL, kernel_seconds, operation_seconds
-from clock_rates import Machine
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from virtual_time import Engine, World, replaced, virtual_threads
+from virtual_time import replaced, virtual_threads
 
 from streamprune import kernels
 from streamprune.kernels.add_product import HALVES, sums_halves
 from streamprune.kernels.launch import Launch, use_triton
 from streamprune.paging import device as devices
+from streamprune.paging import hidden_states
 from streamprune.paging.device import GPU_READ_THREADS
+from streamprune.paging.hidden_states import Activations, Room
+from streamprune.paging.state import StateStream
+from streamprune.storage import scratch
 from streamprune.storage.checkpoint import Checkpoint
 
 META = torch.device("meta")
 aten = torch.ops.aten
 BACKWARD_OF_ATTENTION = 2.5  # FLOPs of FlashAttention's backward over its forward pass (2307.08691, §4.1)
 MAP_NORESERVE = 0x4000 | mmap.MAP_ANONYMOUS  # Linux; Python has no name for it before 3.13
-SMALL = 1 << 20  # bytes; smaller tensors of the host are real
-FRESH = 32 << 20  # larger ones the C library takes from the system each time (M_MMAP_THRESHOLD's limit)
-
-
-@dataclass
-class Busy:
-    """What a part of a run asked of each resource, in seconds at the resource's own rate.
-
-    Attributes:
-        up, down: bytes over the link, at the rate of pinned memory. disk: bytes read. compute: operations, and
-            launches: the host's work to start them. memory: the host's to take what the device copies from, which is
-            done once in a process. elapsed: seconds that it took, until all was computed.
-    """
-
-    up: float = 0
-    down: float = 0
-    disk: float = 0
-    compute: float = 0
-    launches: float = 0
-    memory: float = 0
-    elapsed: float = 0
-
-    def since(self, before: Busy) -> Busy:
-        """Return what was added since `before`."""
-        return Busy(*(getattr(self, name) - getattr(before, name) for name in vars(self)))
-
-    @property
-    def bound(self) -> float:
-        """Seconds below which nothing can bring it: the busiest resource's."""
-        return max(self.up, self.down, self.disk, self.compute, self.launches)
-
-
-@dataclass
-class Sweep:
-    """A pass over layers: the layers, and what it asked for."""
-
-    layers: int
-    busy: Busy
-
-    @property
-    def one_layer(self) -> float:
-        """Seconds of one layer, that nothing hides: read, brought, computed on, carried away."""
-        parts = self.busy
-        return (parts.up + parts.down + parts.disk + parts.compute) / max(1, self.layers)
-
-
-@dataclass
-class Clock:
-    """Clock of a machine: a stream per name, both directions of the link, the disk, and the host's threads."""
-
-    machine: Machine
-    world: World = field(default_factory=World)
-    streams: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # when each has done all its work
-    up: Engine = field(default_factory=Engine)
-    down: Engine = field(default_factory=Engine)
-    disk: Engine = field(default_factory=Engine)
-    compute: float = 0  # seconds of work
-    launches: float = 0  # seconds of the host
-    waits: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of the main thread, by what for
-    sweeps: list[Sweep] = field(default_factory=list)
-    pinned: set[int] = field(default_factory=set)
-    touched: set[int] = field(default_factory=set)
-    cached: set[tuple[int, int]] = field(default_factory=set)
-    known: dict[Any, Any] = field(default_factory=dict)  # what operations put out, and their seconds
-    devices: int = 0
-    warm: bool = False  # the page cache holds the checkpoint
-    linked: dict[str, float] = field(default_factory=lambda: {"up": 0, "down": 0})  # bytes
-
-    def run(self, seconds: float) -> None:
-        """Queue an operation of the compute stream."""
-        self.world.spend(self.machine.launch)
-        self.launches += self.machine.launch
-        self.streams["compute"] = max(self.streams["compute"], self.world.now) + seconds
-        self.compute += seconds
-
-    def take(self, seconds: float) -> None:
-        """Let the host take memory that the device copies from; behind the work, nobody waits for it."""
-        if self.world.in_main:
-            self.waits["memory"] += seconds
-        self.world.spend(seconds)
-
-    def synchronize(self, stream: str = "compute") -> None:
-        """Let the host wait for a stream."""
-        self.wait_for(self.streams[stream], stream)
-
-    def wait_for(self, time: float, what: str) -> None:
-        """Let the host wait for a time."""
-        self.waits[what] += max(0.0, time - self.world.now)
-        self.world.until(time)
-
-    def copy(self, stream: str, target: Tensor, source: Tensor, *, waits: bool = False, new: bool = False) -> float:
-        """Queue a copy over the link on a stream, and return when it is through; a copy that `waits` blocks the host.
-
-        Of pageable memory, the driver copies through a buffer of its own, and the host waits. `new` memory, if it is
-        large, and what was never written before is given out by the system on the way.
-        """
-        up = source.device.type == "cpu"
-        host, nbytes = (source, target.nbytes) if up else (target, source.nbytes)
-        pinned = host.untyped_storage().data_ptr() in self.pinned
-        link, ideal = (self.up, self.machine.link_up) if up else (self.down, self.machine.link_down)
-        self.linked["up" if up else "down"] += nbytes
-        rate = ideal if pinned else min(ideal, self.machine.pageable_up if up else self.machine.pageable_down)
-        if not pinned and not up and (host.nbytes > FRESH if new else self._first(host)):
-            rate = self.machine.fresh
-        self.world.turn()
-        if waits or not pinned:
-            self.wait_for(self.streams[stream], stream)
-        start = max(self.streams[stream], self.world.now)
-        ended = self.streams[stream] = link.take(start, nbytes / rate)
-        link.busy += nbytes / ideal - nbytes / rate  # what it would be of pinned memory
-        if waits or not pinned:
-            self.wait_for(ended, "link")
-        return ended
-
-    def _first(self, host: Tensor) -> bool:
-        """Tell whether memory that stays, and is no part of the heap, is written for the first time."""
-        if host.nbytes < SMALL or host.data_ptr() in self.touched:
-            return False
-        self.touched.add(host.data_ptr())
-        return True
-
-    def read(self, place: tuple[int, int], nbytes: int) -> None:
-        """Let the calling reader read from the disk, or again from the page cache."""
-        if self.warm or place in self.cached:
-            self.world.spend(nbytes / self.machine.page_cache)
-            self.disk.busy += nbytes / (self.machine.page_cache * GPU_READ_THREADS)
-            return
-        self.world.turn()
-        self.world.until(self.disk.take(self.world.now, nbytes / self.machine.disk))
-        self.cached.add(place)
-
-    def busy(self) -> Busy:
-        """Return what was asked for so far."""
-        computed = max(self.world.now, self.streams["compute"])
-        work = (self.up.busy, self.down.busy, self.disk.busy, self.compute, self.launches)
-        return Busy(*work, self.waits["memory"], computed)
 
 
 class ClockDevice:
     """Device with a clock; an event is the time at which it comes."""
 
-    direct, read_threads = False, GPU_READ_THREADS
+    direct, read_threads, registers = False, GPU_READ_THREADS, True
 
     def __init__(self, clock: Clock, stream: str = "copies") -> None:
         self.clock, self.stream = clock, stream
@@ -223,6 +93,20 @@ class ClockDevice:
     def _wait(self, stream: str, event: float | None) -> None:
         if event is not None:
             self.clock.streams[stream] = max(self.clock.streams[stream], event)
+
+
+class ClockFile:
+    """File on a scratch disk that holds nothing, for `BlockFile`."""
+
+    def __init__(self, clock: Clock, directory: Path, nbytes: int) -> None:
+        self._clock = clock
+
+    def close(self) -> None: ...
+
+    def read(self, tensor: Tensor, offset: int) -> None:
+        self._clock.spill(tensor.nbytes)
+
+    write = read
 
 
 class _Attention(torch.autograd.Function):
@@ -340,9 +224,13 @@ def _on_device(args: Any, kwargs: Any) -> bool:
 
 
 @contextmanager
-def running(clock: Clock, *, halves: bool = True) -> Iterator[None]:
-    """Let all paging in the block run on the clock's machine; `halves` are multiplied as they are, into float32."""
-    world = clock.world
+def running(clock: Clock, *, then: bool = False) -> Iterator[None]:
+    """Let all paging in the block run on the clock's machine.
+
+    Halves are multiplied as they are, into float32, and a thread takes hidden states' memory ahead of the sweep;
+    neither was so `then`.
+    """
+    world, room, carrier = clock.world, Activations.room, StateStream.__dict__["_carrier"]
     world.inside = lambda: CostMode(clock)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *rest: Any, **named: Any) -> Tensor:
@@ -354,20 +242,44 @@ def running(clock: Clock, *, halves: bool = True) -> Iterator[None]:
     def is_gpu(device: torch.device) -> bool:
         return device.type in ("cuda", "meta")
 
+    def spill(descriptor: int, tensor: Tensor, offset: int, scratch: Path | None) -> None:
+        clock.spill(tensor.nbytes)
+
+    def wait_for_room(self: Activations, nbytes: int) -> Room:
+        place = room(self, nbytes)
+        if then and not isinstance(place, int):
+            place.result()
+        return place
+
+    def wait_for_memory(self: StateStream) -> Any:
+        begun = world.now
+        found = carrier.__get__(self)
+        clock.waits["memory"] += (world.now - begun) * world.in_main
+        return found
+
+    # What hidden states ask of the system for their file.
+    system = SimpleNamespace(posix_fallocate=lambda *given: None, close=lambda descriptor: None)
     things = virtual_threads(world) | {
+        "BlockFile": (scratch.BlockFile, partial(ClockFile, clock)),
+        "scratch_file": (scratch.scratch_file, lambda directory: 0),
+        "read_at": (scratch.read_at, spill),
+        "write_at": (scratch.write_at, spill),
         "is_gpu": (devices.is_gpu, is_gpu),
         "paging_device": (devices.paging_device, lambda device, *, planned=False: ClockDevice(clock)),
         "use_triton": (use_triton, lambda tensor, backend: tensor.dtype != torch.float64),
-        "sums_halves": (sums_halves, lambda tensor: halves and tensor.dtype in HALVES),
+        "sums_halves": (sums_halves, lambda tensor: not then and tensor.dtype in HALVES),
     }
     with ExitStack() as stack:
         stack.enter_context(replaced("streamprune.", **things))
+        stack.enter_context(replaced(hidden_states.__name__, os=(os, system)))
         for owner, name, new in (
             (F, "scaled_dot_product_attention", attention),
             (Checkpoint, "read_into", read_into),
+            (Activations, "room", wait_for_room),
+            (StateStream, "_carrier", property(wait_for_memory)),
             (Launch, "run", lambda launch: clock.run(kernel_seconds(launch, clock.machine))),
         ):
-            stack.callback(setattr, owner, name, getattr(owner, name))
+            stack.callback(setattr, owner, name, owner.__dict__[name])
             setattr(owner, name, new)
         stack.callback(world.close)
         stack.enter_context(CostMode(clock))

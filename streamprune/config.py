@@ -258,6 +258,15 @@ class PruneConfig:
         resolved=True,
         card="never",
     )
+    kernels: Literal["auto", "torch"] = option(
+        AUTO,
+        values.text,
+        "auto: Triton's on a GPU, torch's operations on a CPU; or torch everywhere.",
+        _MACHINE,
+        more="They sum in another order, and draw other noise.",
+        choices=(AUTO, "torch"),
+        listed=False,
+    )
     evaluate: str | Literal[False] | None = option(
         None,
         values.source_or_off,

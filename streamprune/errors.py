@@ -17,6 +17,10 @@ class CheckpointError(StreampruneError):
     """The checkpoint is missing, damaged, or not of a kind that streamprune reads."""
 
 
+class KernelError(StreampruneError):
+    """A kernel cannot be compiled or started on the device, or there are none."""
+
+
 class CalibrationError(StreampruneError):
     """The text is missing, unreadable or too short."""
 

@@ -2,8 +2,28 @@
 
 import itertools
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import torch
+
+
+class LatePool:
+    """A pool of one thread that works as late as it may: when somebody waits, and then all that it was given before."""
+
+    def __init__(self, *given, **options):
+        self.queue, self.results = [], []
+
+    def submit(self, work):
+        self.queue.append(work)
+        return SimpleNamespace(result=partial(self._result, len(self.queue) - 1))
+
+    def _result(self, number):
+        while len(self.results) <= number:
+            self.results.append(self.queue[len(self.results)]())
+        return self.results[number]
+
+    def shutdown(self, cancel_futures): ...
 
 
 class FakeDevice:
@@ -11,13 +31,14 @@ class FakeDevice:
 
     An event is a (stream, length of its queue); finishing it runs that stream up to there, and what the queued waits
     ask of other streams first. `without` names a wait that the device forgets. `late` is the stream that runs last: of
-    the copy streams, in the order in which they were made, "copy", "copy 1" and so on.
+    the copy streams, in the order in which they were made, "copy", "copy 1" and so on. `registers`: not, if it refuses
+    to register host memory.
     """
 
     direct, read_threads = False, 2
 
-    def __init__(self, without=None, late="copy"):
-        self.without, self.late = without, late
+    def __init__(self, without=None, late="copy", registers=True):
+        self.without, self.late, self.registers = without, late, registers
         self.stream, self.numbers = "copy", itertools.count(1)
         self.queues, self.done = {"compute": [], "copy": []}, {"compute": 0, "copy": 0}
         self.lock = threading.RLock()
@@ -35,7 +56,7 @@ class FakeDevice:
     chunk = buffer
 
     def arena(self, nbytes):
-        return self.buffer(nbytes), True
+        return self.buffer(nbytes), self.registers
 
     def release(self, arena): ...
 
@@ -80,3 +101,10 @@ class FakeDevice:
     def chunk_free(self, event):
         if self.without != "chunk":
             self.finish(event)
+
+
+class Immediate(FakeDevice):
+    """A device that computes at once, and copies when compute waits for it."""
+
+    def compute_waits(self, copied):
+        self.finish(copied)

@@ -40,7 +40,7 @@ class FakeStatistics:
     """
 
     def __init__(self, weights, gradient, seed=0, compute=torch.float64):
-        self.layers, self.seed, self.samples = FAKE_LAYERS, seed, 1
+        self.layers, self.seed, self.samples, self.backend = FAKE_LAYERS, seed, 1, None
         skeleton = SimpleNamespace(all_units=lambda layers: {layer: all_units(GEOMETRY, KINDS) for layer in layers})
         self.sweeper = SimpleNamespace(skeleton=skeleton)
         self.stored, self.gradient, self.compute = weights, gradient, compute

@@ -62,7 +62,7 @@ def moreau_step(
     target = grad if delta is None else delta
     if use_triton(grad, backend) and (threshold is None or _tile(*grad.shape, dim) is not None):
         return _with_kernel(target, delta is not None, grad, rho, gamma, dim, threshold)
-    return _reference(target, delta is not None, grad, rho, gamma, dim, threshold)
+    return _reference(target, delta is not None, grad, rho, gamma, dim, threshold, backend)
 
 
 def soft_threshold(delta: Tensor, dim: int, threshold: float, norms: Tensor) -> Tensor:
@@ -78,7 +78,14 @@ def soft_threshold(delta: Tensor, dim: int, threshold: float, norms: Tensor) -> 
 
 
 def _reference(
-    target: Tensor, has_delta: bool, grad: Tensor, rho: float, gamma: float, dim: int, threshold: float | None
+    target: Tensor,
+    has_delta: bool,
+    grad: Tensor,
+    rho: float,
+    gamma: float,
+    dim: int,
+    threshold: float | None,
+    backend: Backend | None,
 ) -> MoreauStep:
     if has_delta:
         target.mul_(1 - gamma / rho).add_(grad, alpha=-gamma)
@@ -87,7 +94,7 @@ def _reference(
     if threshold is None:
         return MoreauStep(target)
     # In blocks: torch's own norm of columns takes four times as long, and of bfloat16 it makes a copy.
-    norms = unit_score(target, None, dim, "square").sqrt_()
+    norms = unit_score(target, None, dim, "square", backend=backend).sqrt_()
     norms = norms.to(torch.promote_types(target.dtype, torch.float32))
     return MoreauStep(target, norms, soft_threshold(target, dim, threshold, norms))
 

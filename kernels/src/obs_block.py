@@ -52,7 +52,9 @@ def obs_block(
     # As in `prune_n_of_m`: Triton's blocks have powers of two as sizes, and comparisons grow with M².
     fits = columns <= BLOCK_COLUMNS and m in (0, 2, 4, 8, 16)
     triton = use_triton(weight, backend) and fits
-    gone = None if m else _lowest((weight / factor.diagonal()[:, None]).square_(), count, by_topk=triton)
+    gone = (
+        None if m else _lowest((weight / factor.diagonal()[:, None]).square_(), count, by_topk=triton or weight.is_cuda)
+    )
     if triton:
         launch(weight, factor, errors, gone, n, m).run()
     else:

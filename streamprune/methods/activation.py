@@ -50,7 +50,8 @@ def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> 
     """
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> None:
-        sink.lines(ref, unit_score(weight, None, ref.dim, "square") * inputs.variance.double())
+        squares = unit_score(weight, None, ref.dim, "square", backend=statistics.backend)
+        sink.lines(ref, squares * inputs.variance.double())
         if settings["bias"] == "yes":
             sink.means[ref.key] = inputs.mean.cpu()
 

@@ -59,7 +59,7 @@ def moreau(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None
     rho, gamma = settings["rho"], settings["gamma"]
 
     def advance(ref: TensorRef, delta: Tensor | None, grad: Tensor) -> Tensor:
-        return moreau_step(delta, grad, rho, gamma).delta
+        return moreau_step(delta, grad, rho, gamma, backend=statistics.backend).delta
 
     _moreau(statistics, settings, sink, advance)
 
@@ -77,7 +77,7 @@ def moreau_gs(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> N
         dim, threshold = ref.dim, gamma * settings["eta"]
         if quantile is not None:
             threshold = float(thresholds[ref.key]) if ref.key in thresholds else 0.0
-        step = moreau_step(delta, grad, rho, gamma, dim=dim, threshold=threshold)
+        step = moreau_step(delta, grad, rho, gamma, dim=dim, threshold=threshold, backend=statistics.backend)
         if quantile is not None and ref.key not in thresholds:
             assert step.norms is not None
             # δ_1 = −γg, so the quantile of its norms is γη already.

@@ -26,7 +26,7 @@ def random(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None
     def prune(pruner: WeightPruner, ref: TensorRef, weight: Tensor) -> None:
         # A score of 0 marks what goes: a 0 that was drawn stays the lowest, but is none.
         scores = uniform(ref.layer, ref.tensor, weight.shape).clamp_(min=SMALLEST).to(weight.device)
-        pruner.sparsity.prune(ref.matrix(scores))
+        pruner.sparsity.prune(ref.matrix(scores), backend=statistics.backend)
         gone = scores == 0
         del scores  # before there is the pruned one
         pruner.put(ref, weight, weight.masked_fill(gone, 0))

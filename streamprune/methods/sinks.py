@@ -9,17 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import prune_n_of_m, prune_rows, unit_score
+from streamprune.kernels.launch import Backend
 from streamprune.model.units import FLOOR_SLACK, KeptUnits, Kind, TensorRef, fold_lines
 
 
 class _Sums:
     """Base of sinks that add up scores: everything becomes scores of a matrix's lines."""
+
+    backend: Backend | None  # as in `unit_score`
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Take in a score for each line of a matrix along `ref.dim`."""
@@ -35,7 +39,7 @@ class _Sums:
         scale: float = 1.0,
     ) -> None:
         """Take in a matrix's importance in one of the forms of `unit_score`, times `scale`."""
-        lines = unit_score(weight, a, ref.dim, form, fisher)
+        lines = unit_score(weight, a, ref.dim, form, fisher, backend=self.backend)
         self.lines(ref, lines if scale == 1 else lines * scale)
 
     def add_norms(
@@ -58,22 +62,42 @@ class UnitScores(_Sums):
     `means[layer, tensor]` holds the mean inputs [d_in] of matrices whose pruned inputs a bias shall stand for.
     """
 
-    def __init__(self, units: KeptUnits) -> None:
-        self.values: dict[int, dict[Kind, Tensor]] = {
-            layer: {kind: torch.zeros(len(each), dtype=torch.float64) for kind, each in kinds.items()}
-            for layer, kinds in units.items()
-        }
+    def __init__(self, units: KeptUnits, backend: Backend | None = None) -> None:
+        self.backend = backend
+        self._counts = {layer: {kind: len(each) for kind, each in kinds.items()} for layer, kinds in units.items()}
+        # Sums stay where they are made until somebody looks: fetching each would wait for all that is computed.
+        self._values: dict[int, dict[Kind, Tensor]] = {layer: {} for layer in units}
         self.means: dict[tuple[int, str], Tensor] = {}
+
+    @property
+    def values(self) -> dict[int, dict[Kind, Tensor]]:
+        """Scores by layer and kind, in host memory."""
+        for layer in self._values:
+            self._fetch(layer)
+        return self._values
+
+    def _fetch(self, layer: int) -> dict[Kind, Tensor]:
+        """Return a layer's scores in host memory; what was never added to is 0."""
+        if layer not in self._values:
+            return {}
+        values = self._values[layer]
+        self._values[layer] = {
+            kind: values[kind].cpu() if kind in values else torch.zeros(count, dtype=torch.float64)
+            for kind, count in self._counts[layer].items()
+        }
+        return self._values[layer]
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its units, in the order of the calls."""
         assert ref.member is not None, "with units, only matrices that units cut are scored"
-        self.values[ref.layer][ref.member.kind] += fold_lines(ref.member, ref.geometry, lines).cpu()
+        values, kind = self._values[ref.layer], ref.member.kind
+        scores = fold_lines(ref.member, ref.geometry, lines).double()
+        values[kind] = scores.add_(values[kind].to(scores.device)) if kind in values else scores
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """Return all that is known of a layer, for the journal."""
         means = {f"mean/{tensor}": mean for (of, tensor), mean in self.means.items() if of == layer}
-        return {**{str(kind): values for kind, values in self.values.get(layer, {}).items()}, **means}
+        return {**{str(kind): values for kind, values in self._fetch(layer).items()}, **means}
 
     def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
         """Take back a `layer_state`."""
@@ -81,7 +105,7 @@ class UnitScores(_Sums):
             if name.startswith("mean/"):
                 self.means[layer, name.removeprefix("mean/")] = tensor
             else:
-                self.values[layer][name] = tensor  # type: ignore[index]
+                self._values[layer][name] = tensor  # type: ignore[index]
 
     def root(self) -> None:
         """Take the square root of every score: sums of squares become ℓ2 norms."""
@@ -99,28 +123,37 @@ class UnitScores(_Sums):
 class LayerScores(_Sums):
     """Sink of a float64 score for each prunable layer, `values[layer]`; what is added for its matrices is summed."""
 
-    def __init__(self, layers: Sequence[int]) -> None:
-        self.values = dict.fromkeys(layers, 0.0)
+    def __init__(self, layers: Sequence[int], backend: Backend | None = None) -> None:
+        self.backend = backend
+        self._values: dict[int, Any] = dict.fromkeys(layers, 0.0)  # sums stay on the device until somebody looks
+
+    @property
+    def values(self) -> dict[int, float]:
+        """Scores by layer."""
+        for layer, value in self._values.items():
+            self._values[layer] = float(value)
+        return self._values
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its layer."""
-        self.values[ref.layer] += float(lines.sum())
+        self._values[ref.layer] = lines.sum().double() + self._values[ref.layer]
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:
         """Return a layer's score, for the journal."""
-        return {"score": torch.tensor(self.values[layer], dtype=torch.float64)} if layer in self.values else {}
+        known = layer in self._values
+        return {"score": torch.tensor(float(self._values[layer]), dtype=torch.float64)} if known else {}
 
     def load_layer(self, layer: int, state: dict[str, Tensor]) -> None:
         """Take back a `layer_state`."""
-        self.values[layer] = float(state["score"])
+        self._values[layer] = float(state["score"])
 
     def root(self) -> None:
         """Take the square root of every score: sums of squares become ℓ2 norms."""
-        self.values = {layer: math.sqrt(value) for layer, value in self.values.items()}
+        self._values = {layer: math.sqrt(value) for layer, value in self.values.items()}
 
     def draw(self, random: Callable[..., Tensor]) -> None:
         """Put `random(layer, "layer", ())` in the place of every score."""
-        self.values = {layer: float(random(layer, "layer", ())) for layer in self.values}
+        self._values = {layer: float(random(layer, "layer", ())) for layer in self._values}
 
 
 @dataclass(frozen=True)
@@ -141,12 +174,13 @@ class Sparsity:
         x_norm: Tensor | None = None,
         grad_norm: Tensor | None = None,
         alpha: float = 1.0,
+        backend: Backend | None = None,
     ) -> None:
-        """Zero what goes of `matrix` [d_out, d_in] by |w|(‖x_j‖ + α‖g‖), in place."""
+        """Zero what goes of `matrix` [d_out, d_in] by |w|(‖x_j‖ + α‖g‖), in place; `backend` as in `prune_rows`."""
         if self.m:
-            prune_n_of_m(matrix, self.n, self.m, x_norm, grad_norm, alpha)
+            prune_n_of_m(matrix, self.n, self.m, x_norm, grad_norm, alpha, backend=backend)
         else:
-            prune_rows(matrix, self.count(matrix.shape[1]), x_norm, grad_norm, alpha)
+            prune_rows(matrix, self.count(matrix.shape[1]), x_norm, grad_norm, alpha, backend=backend)
 
 
 class WeightPruner:
@@ -155,8 +189,13 @@ class WeightPruner:
     Weights are compared within an output row, whatever the method.
     """
 
-    def __init__(self, sparsity: Sparsity, hand_on: Callable[[TensorRef, Tensor, Tensor], None]) -> None:
-        self.sparsity, self._hand_on = sparsity, hand_on
+    def __init__(
+        self,
+        sparsity: Sparsity,
+        hand_on: Callable[[TensorRef, Tensor, Tensor], None],
+        backend: Backend | None = None,
+    ) -> None:
+        self.sparsity, self._hand_on, self.backend = sparsity, hand_on, backend
 
     def add(
         self,
@@ -195,7 +234,8 @@ class WeightPruner:
                     "a smaller --set gamma"
                 )
         pruned = weight.clone()  # the stored one is hashed as it was read
-        self.sparsity.prune(ref.matrix(pruned), x_norm, None if grad_norm is None else ref.matrix(grad_norm), alpha)
+        gradient = None if grad_norm is None else ref.matrix(grad_norm)
+        self.sparsity.prune(ref.matrix(pruned), x_norm, gradient, alpha, self.backend)
         return self.put(ref, weight, pruned)
 
     def put(self, ref: TensorRef, weight: Tensor, pruned: Tensor) -> Tensor:

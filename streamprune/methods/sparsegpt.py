@@ -9,6 +9,7 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import obs_block
+from streamprune.kernels.launch import Backend
 from streamprune.methods.sinks import Sparsity, WeightPruner
 from streamprune.model.units import TensorRef
 from streamprune.streaming.inputs import Gram
@@ -33,7 +34,7 @@ def sparsegpt(statistics: Statistics, settings: dict[str, Any], sink: WeightPrun
         factor, dead = gram.factor
         pruned = weight.clone()
         matrix = ref.matrix(pruned)
-        matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity))
+        matrix.copy_(prune_and_update(matrix, factor, dead, sink.sparsity, backend=statistics.backend))
         return sink.put(ref, weight, pruned)
 
     statistics.inputs(Gram, consume, prunes=True)
@@ -80,7 +81,13 @@ def _invert(upper: Tensor) -> Tensor:
 
 
 def prune_and_update(
-    weight: Tensor, factor: Tensor, dead: Tensor, sparsity: Sparsity, block: int = COLUMN_BLOCK
+    weight: Tensor,
+    factor: Tensor,
+    dead: Tensor,
+    sparsity: Sparsity,
+    block: int = COLUMN_BLOCK,
+    *,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Prune W [d_out, d_in] and update what remains.
 
@@ -88,6 +95,7 @@ def prune_and_update(
         factor: U [d_in, d_in]; float32, or float64, in which the work is done.
         dead: inputs that are always zero [d_in]; their weights become zero.
         block: columns at a time; multiples of M in N:M.
+        backend: as in `obs_block`.
 
     Returns:
         The new W in the dtype of `factor`. Undamped, Σ e²/2 of its errors e = (w − q)/U_jj is ‖ΔW X‖²/N for
@@ -105,6 +113,6 @@ def prune_and_update(
         stop = min(start + block, columns)
         count = 0 if sparsity.m else sparsity.count(stop * rows) - sparsity.count(start * rows)
         local = factor[start:stop, start:stop]
-        errors = obs_block(work[start:stop], local, count, sparsity.n, sparsity.m)
+        errors = obs_block(work[start:stop], local, count, sparsity.n, sparsity.m, backend=backend)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return work.T

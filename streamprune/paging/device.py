@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,10 @@ class Device(Protocol):
 
     direct: bool  # readers may write the slot's memory themselves
     read_threads: int  # how many read, where the user does not say
+
+    @property
+    def registers(self) -> bool:
+        """Tell whether an `arena` can be memory that copies of go beside the computing."""
 
     def another(self) -> Device:
         """Return the same device with a copy stream of its own, for copies that go at the same time as this one's."""
@@ -77,7 +82,7 @@ def _large_pages(nbytes: int) -> Tensor:
 class HostDevice:
     """CPU: readers write the slots themselves, and everything is finished when it returns."""
 
-    direct, read_threads = True, READ_THREADS
+    direct, read_threads, registers = True, READ_THREADS, True
 
     def another(self) -> HostDevice:
         return self
@@ -115,6 +120,14 @@ class CudaDevice:
         self.device = device
         self.compute = torch.cuda.current_stream(device)
         self.copies = torch.cuda.Stream(device)
+        self._registered: set[int] = set()  # addresses
+
+    @cached_property
+    def registers(self) -> bool:
+        """Tell it by a page."""
+        memory, registered = self.arena(HUGE_PAGE)
+        self.release(memory)
+        return registered
 
     def another(self) -> CudaDevice:
         return CudaDevice(self.device)
@@ -129,13 +142,23 @@ class CudaDevice:
         # torch pins at 1.6 GB/s, and rounds up to a power of two; large pages are registered at 5 GB/s (H100).
         memory = _large_pages(nbytes)
         with torch.cuda.device(self.device):
-            error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)
-        return memory, int(error) == 0  # else the driver stages each copy, and whoever queues it waits
+            if int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), nbytes, 0)):
+                self._forget_error()
+                return memory, False
+        self._registered.add(memory.data_ptr())
+        return memory, True
+
+    def _forget_error(self) -> None:
+        """Take back the last error of CUDA's runtime: torch would find it after the next kernel, and raise it there."""
+        with suppress(RuntimeError):
+            torch.ones(1, device=self.device)
 
     def release(self, arena: Tensor) -> None:
-        self.compute.synchronize()
-        self.copies.synchronize()
-        torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())
+        if arena.data_ptr() in self._registered:
+            self.compute.synchronize()
+            self.copies.synchronize()
+            torch.cuda.cudart().cudaHostUnregister(arena.data_ptr())
+            self._registered.remove(arena.data_ptr())
 
     def copy(self, target: Tensor, source: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self.copies):
@@ -262,7 +285,8 @@ def limit_memory(device: torch.device, nbytes: int | None) -> None:
     """Let tensors of this process take no more than `nbytes` of a GPU; None for all that there is."""
     if is_gpu(device):
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
+        # Of its index: torch takes no device without one here.
+        torch.cuda.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device.index)
 
 
 def synchronize(device: torch.device) -> None:

@@ -36,9 +36,17 @@ class Activations:
         place: on the "device", in "host" memory (beside a CPU it is the device's), or in a file on "scratch".
         transfers: moves tensors between the device and the host.
         scratch: directory of the file, which has no name and goes with the process.
+        say_staged: is called, by a thread, when host memory cannot be registered: parts go by way of pinned memory.
     """
 
-    def __init__(self, device: torch.device, place: Place, transfers: Device, scratch: Path | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        place: Place,
+        transfers: Device,
+        scratch: Path | None = None,
+        say_staged: Callable[[], object] = lambda: None,
+    ) -> None:
         self.device, self.scratch, self.transfers = device, scratch, transfers
         self.on_file = place == "scratch"
         self.spills = self.on_file or (place == "host" and not transfers.direct)
@@ -49,6 +57,7 @@ class Activations:
         self._free: dict[int, list[Room]] = {}  # of hidden states that are gone, by bytes
         self._registrar: ThreadPoolExecutor | None = None
         self._staging = torch.empty(0, dtype=torch.uint8)
+        self._staged, self._say_staged = False, say_staged
 
     def several(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         """Make `count` new hidden states [n, seq, d], with anything in them.
@@ -88,7 +97,7 @@ class Activations:
             # By a thread, ahead of the sweep: a GPU takes seconds to register what all boundaries need.
             if self._registrar is None:
                 self._registrar = ThreadPoolExecutor(1, thread_name_prefix="streamprune-arena")
-            return self._registrar.submit(lambda: self.transfers.arena(nbytes)[0])
+            return self._registrar.submit(self._take, nbytes)
         if self._descriptor < 0:
             self._descriptor = scratch_file(self.scratch)
         offset, self._end = self._end, self._end + nbytes
@@ -101,6 +110,13 @@ class Activations:
                 "choose another"
             ) from error
         return offset
+
+    def _take(self, nbytes: int) -> Tensor:
+        memory, registered = self.transfers.arena(nbytes)
+        if not registered:
+            self._staged = True
+            self._say_staged()
+        return memory
 
     def release(self, nbytes: int, place: Room) -> None:
         """Give back the room of hidden states that are gone, for others to take."""
@@ -131,6 +147,8 @@ class Activations:
             host = buffer if self.transfers.direct else self._host(place, offset, buffer)
             if isinstance(place, int):
                 read_at(self._descriptor, host, place + offset, self.scratch)
+            elif self._staged:
+                host.copy_(_view(place.result(), offset, buffer))
             if host is not buffer:
                 # The worker waits, so that whoever waits for the worker needs no event.
                 self.transfers.chunk_free(self.transfers.copy(buffer, host))
@@ -155,6 +173,8 @@ class Activations:
                 self.transfers.chunk_free(self.transfers.copy(host, value))
             if isinstance(place, int):
                 write_at(self._descriptor, host, place + offset, self.scratch)
+            elif self._staged:
+                _view(place.result(), offset, value).copy_(host)
 
         if len(self._writes) == WRITES:
             self._writes.popleft().result()
@@ -179,14 +199,18 @@ class Activations:
         return self._worker.submit(run)
 
     def _host(self, place: Room, offset: int, like: Tensor) -> Tensor:
-        """View host memory in the shape of a part: where it stays, or pinned, on its way to or from the file."""
-        if isinstance(place, int):
-            if len(self._staging) < like.nbytes:
-                self._staging = self.transfers.chunk(like.nbytes)
-            memory, offset = self._staging, 0
-        else:
-            memory = place.result()
-        return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+        """View host memory in the shape of a part: where it stays, or pinned, on its way from there and to there."""
+        if isinstance(place, Future):
+            memory = place.result()  # before it is asked whether copies are staged
+            if not self._staged:
+                return _view(memory, offset, like)
+        if len(self._staging) < like.nbytes:
+            self._staging = self.transfers.chunk(like.nbytes)
+        return _view(self._staging, 0, like)
+
+
+def _view(memory: Tensor, offset: int, like: Tensor) -> Tensor:
+    return memory[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class Spilled:

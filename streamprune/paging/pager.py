@@ -62,18 +62,19 @@ class Step:
     kept: bool = True
 
 
-def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> list[Step]:
+def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn, busy: int = 1) -> list[Step]:
     """Choose the slot of each layer in a sweep: the one that holds it, else the one whose layer is needed last.
 
     Args:
         held: the layer of each slot now; at least two slots.
         then: whether the next sweep comes "back" through `order` or passes it "again": what is needed after this sweep.
+        busy: steps before a step whose slots it does not take, while there are others: they are computed on, or left.
     """
     future = [*order, *(reversed(order) if then == "back" else order)]
     uses: dict[int, list[int]] = {}
     for time_of_use, layer in reversed(list(enumerate(future))):
         uses.setdefault(layer, []).append(time_of_use)  # the next one last
-    slots, steps, last_use = list(held), list[Step](), [-1] * len(held)
+    slots, steps, last_use, busy = list(held), list[Step](), [-1] * len(held), min(busy, len(held) - 1)
 
     def next_use(slot: int) -> float:
         if (layer := slots[slot]) is None:
@@ -85,8 +86,8 @@ def schedule(order: Sequence[int], held: Sequence[int | None], then: Turn) -> li
         read = layer not in slots
         if read:
             # The slot before is computed on while this one fills.
-            busy = steps[-1].slot if steps else -1
-            slot = max((s for s in range(len(slots)) if s != busy), key=lambda s: (slots[s] is None, next_use(s), -s))
+            free = set(range(len(slots))) - {step.slot for step in steps[-busy:]}
+            slot = max(free, key=lambda s: (slots[s] is None, next_use(s), -s))
             if last_use[slot] >= 0:
                 steps[last_use[slot]] = replace(steps[last_use[slot]], kept=False)
         else:

@@ -79,16 +79,18 @@ class Job:
 
     def score(self) -> UnitScores | LayerScores:
         """Score units or layers by the method, or take the scores from the journal if all of them are there."""
-        statistics = self._statistics()
-        layers = self.config.target == "layers"
+        layers, backend = self.config.target == "layers", self.sweeper.backend
         scores = (
-            LayerScores(self.plan.layers) if layers else UnitScores(self.sweeper.skeleton.all_units(self.plan.layers))
+            LayerScores(self.plan.layers, backend)
+            if layers
+            else UnitScores(self.sweeper.skeleton.all_units(self.plan.layers), backend)
         )
         if self.journal is not None:
             self.journal.watch(scores)
             if self.journal.facts.get("scored"):
                 self.costs |= self.journal.facts["costs"]
                 return scores
+        statistics = self._statistics()
         with self._scoring():
             METHODS[self.config.method].score(statistics, self.plan.settings, scores)
         self.sweeper.close()  # hidden states go before the repair and the writing take memory
@@ -132,7 +134,7 @@ class Job:
         with OutputWriter(plan.form, directory, shard_size, digests) as writer:
             if journal is not None:
                 # Tensors are on the disk before a commit says that they need not be written again.
-                journal.before_commit = writer.sync
+                journal.before_commit.append(writer.sync)
 
             def write(ref: TensorRef, stored: Tensor, pruned: Tensor) -> None:
                 name = skeleton.layer_prefix(ref.layer) + ref.tensor
@@ -140,7 +142,8 @@ class Job:
                 counts[name] = [pruned.numel() - int(pruned.count_nonzero()), pruned.numel()]
 
             with self._scoring():
-                METHODS[self.config.method].score(statistics, self.plan.settings, WeightPruner(plan.sparsity, write))
+                pruner = WeightPruner(plan.sparsity, write, self.sweeper.backend)
+                METHODS[self.config.method].score(statistics, self.plan.settings, pruner)
             self.sweeper.close()
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager)
@@ -157,7 +160,7 @@ class Job:
         """Return a function that makes all that was written so far count, where the run can be resumed."""
         if self.journal is None:
             return lambda: None
-        self.journal.before_commit = writer.sync
+        self.journal.before_commit.append(writer.sync)
         return self.journal.save
 
     def _statistics(self) -> Statistics:
@@ -167,16 +170,22 @@ class Job:
     def _stores(self) -> MakeStore:
         """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""
         dtype = self.plan.state_dtype
-        elsewhere = partial(make_store, journal=self.journal, scratch=self.state_scratch, dtype=dtype)
-        device, kept = self.sweeper.pager.device, {state.name for state in self.plan.state}
-        if device.direct or self.journal is not None or self.state_scratch is not None or not kept:
+        elsewhere = partial(make_store, journal=self.journal, dtype=dtype)
+        device, journal, kept = self.sweeper.pager.device, self.journal, {state.name for state in self.plan.state}
+        if not kept or (device.direct and (journal is not None or self.state_scratch is None)):
             return elsewhere
         stream = StateStream(
-            state_blocks(self.plan, self.sweeper), device.another(), device.another(), dtype=getattr(torch, dtype)
+            state_blocks(self.plan, self.sweeper),
+            device.another(),
+            device.another(),
+            dtype=getattr(torch, dtype),
+            scratch=self.state_scratch,
+            saved=None if journal is None else {name: journal.store(name) for name in kept},
+            say_staged=self.sweeper.say_staged,
         )
         self.sweeper.state, stream.slots = stream, self.state_slots
-        if not stream.registered:
-            self.progress.say("host memory cannot be registered with the GPU (ulimit -l), so copies are staged")
+        if journal is not None:
+            journal.before_commit.append(stream.save)
         return lambda name: stream.store(name) if name in kept else elsewhere(name)
 
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:

@@ -121,7 +121,8 @@ class Progress:
         """Write the event with its fields for machines, or the line, if there is one, for people."""
         text = json.dumps({"event": event, **fields}) if self.as_json else line
         if text is not None and not self.quiet:
-            print(text, file=self.stream, flush=True)
+            # In one piece: threads have something to say too.
+            print(f"{text}\n", end="", file=self.stream, flush=True)
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamprune.config import PruneConfig
-from streamprune.errors import OutputError
+from streamprune.errors import KernelError, OutputError
 from streamprune.figures import peak_rss
+from streamprune.kernels.launch import KernelFailure, has_triton
 from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits
@@ -28,6 +30,7 @@ from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.rehearsal import compile_ahead
 from streamprune.pipeline.source import Source
 from streamprune.planning import rates
 from streamprune.planning.cards import CARDS
@@ -50,6 +53,7 @@ from streamprune.values import dtype_name
 # What a run holds that a plan does not: tokens, and what tokenising them leaves behind (1 to 3 MB of texts of 23 kB and
 # 1.1 MB, 9 MB more for a moment). The tokenizer itself, 50 to 340 MB, a plan loads too.
 TEXT_BYTES = 12_000_000
+REFERENCE = "use --kernels torch, which is slower and draws other noise"
 CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
 
 
@@ -115,7 +119,7 @@ def prune(
         resume.remove_finished(journal_directory)
     check_output(config.output, overwrite=config.overwrite)
     form_class(config, form).check_machine()
-    with ExitStack() as output:
+    with _naming_the_reference(), ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
         directory, facts, written, segments = _score_and_write(config, output, progress, journal_directory, form)
         if segments is not None:
@@ -147,6 +151,7 @@ def _score_and_write(
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
         _refuse_in_place(config, skeleton.checkpoint.path)
+        _refuse_without_kernels(config, skeleton.device)
         plan = make_plan(config, skeleton, form)
         _check_output_space(config, plan, skeleton, journal_directory)
         progress.say(describe(config, skeleton, plan))
@@ -173,6 +178,7 @@ def _score_and_write(
         progress.say(placement_line(placement, sweeper))
         limit_memory(skeleton.device, config.gpu_memory)
         output.callback(limit_memory, skeleton.device, None)
+        compile_ahead(sweeper, config, plan, work)
         saved["micro_batch"] = placement.micro_batch
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
             saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]
@@ -234,6 +240,7 @@ def _source(
         trust_remote_code=config.trust_remote_code,
         reader=config.reader,
         read_threads=config.read_threads,
+        backend="torch" if config.kernels == "torch" else None,
         planned=planned,
     )
     return source.open(progress)
@@ -311,6 +318,25 @@ def _perplexity_after(
         ).open(progress) as pruned,
     ):
         return _perplexity(pruned, segments, "after", progress)
+
+
+def _refuse_without_kernels(config: PruneConfig, device: torch.device) -> None:
+    """Refuse a GPU where nothing compiles kernels: the reference takes their place only where it is asked for.
+
+    Raises:
+        KernelError: Triton is not installed.
+    """
+    if config.kernels != "torch" and is_gpu(device) and not has_triton():
+        raise KernelError(f"Triton is not installed, so {device} has no kernels: pip install triton, or {REFERENCE}")
+
+
+@contextmanager
+def _naming_the_reference() -> Iterator[None]:
+    """Turn the failure of a kernel into an error that names what does without it."""
+    try:
+        yield
+    except KernelFailure as failure:
+        raise KernelError(f"{failure}; {REFERENCE}") from failure
 
 
 def _refuse_in_place(config: PruneConfig, source: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
 from streamprune.errors import CheckpointError
+from streamprune.kernels.launch import Backend
 from streamprune.model.skeleton import Skeleton
 from streamprune.output import sparse24
 from streamprune.paging import device as devices
@@ -20,6 +22,8 @@ from streamprune.storage.reader import ReaderKind
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.values import AUTO
 
+STAGED = "host memory cannot be registered with the GPU (ulimit -l), so copies are staged"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -29,6 +33,7 @@ class Source:
         model: directory or hub id.
         micro_batch: sequences per layer call.
         scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
+        backend: of the kernels, where it is not the device's own.
         decompress: take compressed weights too, by way of a dense copy.
         planned: a device that need not be there: nothing is read but config.json and headers.
     """
@@ -41,6 +46,7 @@ class Source:
     trust_remote_code: bool = False
     reader: ReaderKind = "buffered"
     read_threads: int | None = None
+    backend: Backend | None = None
     decompress: bool = False
     planned: torch.device | None = None
 
@@ -76,6 +82,8 @@ class Source:
                 readers=self.read_threads or transfers.read_threads,
                 progress=progress.advance if progress is not None else lambda nbytes, **facts: None,
             )
-            sweeper = Sweeper(skeleton, pager, self.micro_batch, self.scope)
+            sweeper = Sweeper(skeleton, pager, self.micro_batch, self.scope, self.backend)
+            if progress is not None:
+                sweeper.staged = partial(progress.say, STAGED)
             stack.callback(sweeper.close)
             yield sweeper

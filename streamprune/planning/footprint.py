@@ -15,6 +15,7 @@ from streamprune.config import PruneConfig
 from streamprune.methods.table import METHODS
 from streamprune.model.masking import output_matrices
 from streamprune.output.writer import WRITERS
+from streamprune.paging.blocks import staging_bytes
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import PIECE_BYTES, Place
 from streamprune.paging.state import aligned
@@ -91,7 +92,8 @@ def scoring(
     """
     method = METHODS[config.method]
     needs, sweeps = method.needs_for(config.target, plan.settings), method.sweeps(plan.settings)
-    apart = state == "scratch" or config.resume or plan.state_dtype != "float32"
+    gpu = is_gpu(sizes.sweeper.skeleton.device)
+    apart = plan.state_dtype != "float32" or (config.resume and not gpu)
     prunes = config.target == "weights"
     sums = method.sums(plan.settings)
     task = Task(
@@ -119,6 +121,7 @@ def scoring(
         "moved": cost.moved + kept.moved,
         "up": cost.up + kept.up,
         "down": cost.down + kept.down,
+        "staged": cost.staged + kept.staged,
         "carried": cost.carried if config.resume else 0,
     }
     passes = [order for need in needs for order in need.passes(task)]
@@ -129,26 +132,30 @@ def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place, slot
     """Cost of what the method keeps between its sweeps: where it stays, and how often it comes and goes."""
     if not plan.state:
         return Cost(host={"state of the method": 0})
-    gpu = is_gpu(sweeper.skeleton.device)
+    gpu, on_file = is_gpu(sweeper.skeleton.device), place == "scratch"
+    if not gpu and not on_file:  # with --resume it is in the journal's files
+        return Cost(host={"state of the method": 0 if config.resume else plan.state_bytes})
     brought, taken = (
         sum(getattr(kind, way)(plan.settings) * nbytes for kind, nbytes in plan.state.items())
         for way in ("brought", "taken")
     )
-    if config.resume:  # it is in the journal
-        return Cost(host={"state of the method": 0}, up=brought * gpu, down=taken * gpu)
-    if place == "scratch":
-        spilled, held = plan.state_bytes, {"state of the method": 0}
-        return Cost(host=held, scratch=spilled, moved=brought + taken, up=brought * gpu, down=taken * gpu)
-    if not gpu:
-        return Cost(host={"state of the method": plan.state_bytes})
     blocks = state_blocks(plan, sweeper)
     again = sum(kind.brought(plan.settings) * nbytes for kind, nbytes in plan.state.items() if kind.both_ways)
-    there = min(slots, len(blocks)) / len(blocks)  # of the layers, where a sweep turns
+    there, slot = min(slots, len(blocks)) / len(blocks), max(blocks.values())  # of the layers, where a sweep turns
+    up = brought - int(again * there) if there < 1 else 0
+    down = taken if there < 1 or config.resume else 0  # with all of it there, none goes but to a journal
+    staged = on_file or not sweeper.pager.device.registers
     return Cost(
-        device={"state of layers": min(slots, len(blocks)) * max(blocks.values())},
-        host={"state of the method": sum(blocks.values())},
-        up=brought - int(again * there) if there < 1 else 0,
-        down=taken if there < 1 else 0,  # with all of it there, none ever goes
+        device={"state of layers": min(slots, len(blocks)) * slot},
+        host={
+            "state of the method": 0 if on_file else sum(blocks.values()),
+            "staging of state": staging_bytes(slot) if gpu and staged else 0,
+        },
+        scratch=sum(blocks.values()) if on_file else 0,
+        moved=(up + down) if on_file else 0,
+        up=up * gpu,
+        down=down * gpu,
+        staged=(up + down) if staged and not on_file else 0,
     )
 
 

@@ -71,9 +71,9 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
     # Smaller micro-batches come last: sums differ by them in their last bits, by where things stay they do not.
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
-            (stages(sizes, config, plan, work, where, state, micro_batch), where, state)
+            (stages(sizes, config, plan, work, where, state, micro_batch, _least(gpu)), where, state)
             for where in _places(config, gpu)
-            for state in _state_places(config, plan)
+            for state in _state_places(config, plan, gpu)
         ]
         # What spills least first.
         options.sort(key=lambda option: max(stage.scratch for stage in option[0]))
@@ -109,9 +109,14 @@ def _places(config: PruneConfig, gpu: bool) -> list[Place]:
     return places
 
 
-def _state_places(config: PruneConfig, plan: Plan) -> list[Place]:
-    """List the places where the method's state may stay; a run that can be resumed has it in its journal."""
-    spill = config.scratch is not None and plan.state_bytes > 0 and not config.resume
+def _least(gpu: bool) -> Kept:
+    """Return what a run keeps at least: on a CPU state that comes from scratch passes memory that is short."""
+    return Kept() if gpu else Kept(state_slots=2)
+
+
+def _state_places(config: PruneConfig, plan: Plan, gpu: bool) -> list[Place]:
+    """List the places where the method's state may stay; on a CPU a run that can be resumed has it in its journal."""
+    spill = config.scratch is not None and plan.state_bytes > 0 and (gpu or not config.resume)
     return ["host", "scratch"] if spill else ["host"]
 
 
@@ -158,26 +163,29 @@ def _keep(
     a budget nothing is kept, since the page cache keeps layers too.
     """
     gpu = is_gpu(sweeper.skeleton.device)
+    least = _least(gpu)
     if not gpu and config.host_memory is None:
-        return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots)
-    nothing = make(Kept())
+        return least, _with_reading(sweeper, make(least), least.slots)
+    nothing = make(least)
     scoring, with_graph = (
         next(stage for stage in stages if stage.name.startswith("scoring"))
-        for stages in (nothing, make(Kept(graphs=1)))
+        for stages in (nothing, make(replace(least, graphs=1)))
     )
     saves = with_graph.backward < scoring.backward  # what has no backward sweep keeps no graph
     slot, of_state = sweeper.pager.slot_bytes, len(plan.layers)
-    block = scoring.device.get("state of layers", 0) // min(STATE_SLOTS, of_state)
+    block = scoring.device.get("state of layers", 0) // min(least.state_slots, of_state)
     options = []
     for order in (("weights", "state"), ("state", "weights")) if block else (("weights",),):
-        rest, held = room - _peaks(nothing, gpu)[not gpu], Kept()
+        rest, held = room - _peaks(nothing, gpu)[not gpu], least
         for what in order:
             if what == "weights":
                 held = replace(held, slots=max(2, min(sweeper.n_layers, 2 + rest // slot)))
                 rest -= (held.slots - 2) * slot
             else:
-                held = replace(held, state_slots=max(STATE_SLOTS, min(of_state, STATE_SLOTS + rest // block)))
-                rest -= (held.state_slots - STATE_SLOTS) * block
+                held = replace(
+                    held, state_slots=max(least.state_slots, min(of_state, least.state_slots + rest // block))
+                )
+                rest -= (held.state_slots - least.state_slots) * block
         for_graphs = room - (held.slots - 2) * slot
 
         def fits(graphs: int, held: Kept = held, most: int = for_graphs) -> bool:
@@ -238,7 +246,7 @@ def _refusal(
         remedies.append("lower --micro-batch")
     if not remedies:
         remedies.append("raise it")
-    if plan.state_bytes > sum(needed) / 10 and not config.resume:
+    if plan.state_bytes > sum(needed) / 10 and (limits[0] > 0 or not config.resume):
         without = " or ".join(dict.fromkeys(state.without for state in plan.state))
         remedies.append(
             f"for its {human(plan.state_bytes)} of state use --method {method.stateless}, or --set {without}"

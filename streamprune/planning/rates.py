@@ -42,7 +42,7 @@ LINK_BYTES = 256 << 20  # of a copy that the link is measured with
 # CUDA's first use with the compilation of kernels, by which scoring took longer than planned on an H100, the median of
 # six short runs (bench/README.md, Plan against reality).
 PROCESS_START, GPU_START = 4.0, 1.5
-RATES_FORMAT = 2  # of what is kept of a measurement: those of earlier ones are not read
+RATES_FORMAT = 3  # of what is kept of a measurement: those of earlier ones are not read
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Rates:
     """Rates: bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
 
     `noise`, `factors` and `updates` are how much of a Stage's work of that name is done in a second, `link` bytes/s
-    between host and GPU, each way, and `start` the seconds before work begins.
+    between host and GPU, each way, `staging` bytes/s within host memory, and `start` the seconds before work begins.
     """
 
     read: float
@@ -61,6 +61,7 @@ class Rates:
     factors: float = math.inf
     updates: float = math.inf
     link: float = math.inf
+    staging: float = math.inf
     start: float = PROCESS_START
 
 
@@ -73,12 +74,12 @@ def assumed(card: str) -> Rates:
 
 
 def seconds(stage: Stage, rates: Rates) -> float:
-    """Estimate the seconds that a stage takes: the longest of disk, link and computing; the others hide behind it."""
+    """Estimate the seconds of a stage: the longest of disk, link, staging and computing; the others hide behind it."""
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
     link = max(stage.up, stage.down) / rates.link  # it goes both ways at the same time
     # The scratch disk is taken to be as fast as the checkpoint's, or the same.
     reading = (stage.read + stage.moved) / rates.read
-    return max(reading, link, computing) + stage.written / (rates.read * WRITE_SHARE)
+    return max(reading, link, computing, stage.staged / rates.staging) + stage.written / (rates.read * WRITE_SHARE)
 
 
 def default_cache() -> Path:
@@ -103,6 +104,7 @@ def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
             "measured here",
             *_beside(sweeper),
             link=_link(sweeper.skeleton.device) if gpu else math.inf,
+            staging=_staging(sweeper.skeleton.device) if gpu else math.inf,
             start=PROCESS_START + GPU_START * gpu,
         )
         cache.mkdir(parents=True, exist_ok=True)
@@ -193,6 +195,12 @@ def _link(device: torch.device) -> float:
     there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
     here = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     return LINK_BYTES / max(_seconds_of(partial(to.copy_, of), device) for to, of in ((there, here), (here, there)))
+
+
+def _staging(device: torch.device) -> float:
+    """Measure the bytes/s at which one thread copies memory to pinned memory."""
+    here, pinned = (torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=each) for each in (False, True))
+    return LINK_BYTES / _seconds_of(lambda: pinned.copy_(here), device)
 
 
 def _seconds_of(run: Callable[[], object], device: torch.device) -> float:

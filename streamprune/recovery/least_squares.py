@@ -242,7 +242,7 @@ class _Repair:
             left = x[:, lines] if pruned is None else self._input(visit, member, pruned, part)[:, lines]
             add_product(cross, x, left)
             if h_s is not None:
-                gram(h_s, left)
+                gram(h_s, left, backend=self.sweeper.backend)
         right = matrix.to(cross.dtype) @ cross
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
         h_s = cross[lines] if h_s is None else h_s
@@ -265,7 +265,7 @@ class _Repair:
             rest.keep(part, output, left)
             # Those after gaps stay on the host.
             _add_errors(cross, goal[part].to(output.device), output, left, 1 / rest.scale)
-            gram(h_s, left)
+            gram(h_s, left, backend=self.sweeper.backend)
         del weights  # the narrowed ones are as large as the right side
         # The fewer the tokens, the less of e is more than chance: then W' stays nearer to W_S.
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge

@@ -66,7 +66,7 @@ class Journal:
 
     Attributes:
         facts: figures of the run that are saved with every commit.
-        before_commit: called before a commit counts: to sync what lies elsewhere.
+        before_commit: called before a commit counts: to sync or bring what lies elsewhere.
 
     Raises:
         UsageError: the journal there is of another run; names what differs.
@@ -77,7 +77,7 @@ class Journal:
     def __init__(self, directory: Path, fingerprint: dict[str, Any]) -> None:
         self.directory = directory
         self.facts: dict[str, Any] = {}
-        self.before_commit: Callable[[], None] = lambda: None
+        self.before_commit: list[Callable[[], None]] = []
         self._sweep, self._number = -1, 0
         self._files: dict[str, str] = {}  # what is saved: the file that holds it
         self._point: tuple[int, int, float | None] | None = None  # sweep, layer, loss
@@ -213,7 +213,8 @@ class Journal:
 
     def save(self) -> None:
         """Make what was written so far count, by a journal.json that names it."""
-        self.before_commit()
+        for prepare in self.before_commit:
+            prepare()
         value = {
             "fingerprint": self._fingerprint,
             "facts": self.facts,
@@ -276,6 +277,9 @@ class _Store(MutableMapping[Key, Tensor]):
 
     def __delitem__(self, key: Key) -> None:
         del self._journal._files[self._file(key)]
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, tuple) and self._file(key) in self._journal._files
 
     def __iter__(self) -> Iterator[Key]:
         for name in list(self._journal._files):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed, perturb
+from streamprune.kernels.launch import Backend
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import at_once, draw_threads
 from streamprune.paging.pager import Page
@@ -33,16 +34,22 @@ class Perturbation:
     key: tuple[int, ...]
     delta: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
 
+    def move(self, out: Tensor, stored: Tensor, layer: int, name: str, backend: Backend | None = None) -> None:
+        """Write the moved weight to `out`. δ is brought here from where it is kept, a tensor for each thread."""
+        delta = self.delta.get((layer, name))
+        seed = noise_seed(*self.key, layer, name)
+        perturb(out, stored, None if delta is None else delta.to(out.device), self.sigma, seed, backend=backend)
+
 
 class Binder:
     """Binder of a page's tensors to weights of the compute dtype, in one buffer that stays.
 
     A tensor that is stored in the compute dtype and not perturbed is used where it lies, in the slot. The pieces of a
-    fused parameter are always copied, each to its place.
+    fused parameter are always copied, each to its place. `backend` of the kernels is as in `perturb`.
     """
 
-    def __init__(self, skeleton: Skeleton) -> None:
-        self.skeleton = skeleton
+    def __init__(self, skeleton: Skeleton, backend: Backend | None = None) -> None:
+        self.skeleton, self.backend = skeleton, backend
         self._buffer: Tensor | None = None
         self._finite: set[int] = set()
         # Tensors have generators of their own, so they can be drawn together.
@@ -92,7 +99,7 @@ class Binder:
                 position += _aligned(weights[parameter].numel())
             out = self._within(weights, page.layer, name)
             if perturbation is not None and moved:
-                drawing.append(self._pool.submit(_perturb, out, stored, perturbation, page.layer, name))
+                drawing.append(self._pool.submit(perturbation.move, out, stored, page.layer, name, self.backend))
             else:
                 out.copy_(stored)
         for draw in drawing:
@@ -135,13 +142,6 @@ class Binder:
     def _new_buffer(self, layer: int) -> Tensor:
         elements = sum(_aligned(shape.numel()) for shape in self.skeleton.shapes(layer).values())
         return torch.empty(elements, dtype=self.skeleton.dtype, device=self.skeleton.device)
-
-
-def _perturb(out: Tensor, stored: Tensor, perturbation: Perturbation, layer: int, name: str) -> None:
-    """Call `perturb`, with δ brought here from where it is kept, so that a thread has one tensor's δ at a time."""
-    delta = perturbation.delta.get((layer, name))
-    seed = noise_seed(*perturbation.key, layer, name)
-    perturb(out, stored, None if delta is None else delta.to(out.device), perturbation.sigma, seed)
 
 
 def _aligned(elements: int) -> int:

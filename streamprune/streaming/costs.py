@@ -33,7 +33,8 @@ class Cost:
     Attributes:
         device, host: bytes held there at the same time, by purpose; beside a CPU they are the same memory.
         scratch: bytes on the scratch disk. moved: bytes written there and read from there.
-        up, down: bytes over the link to a GPU and back, without the layers that are read.
+        up, down: bytes over the link to a GPU and back, without the layers that are read. staged: bytes that are copied
+            within host memory on their way there and back.
         forward, backward: FLOPs of products of matrices.
         noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
             goes through column by column.
@@ -46,6 +47,7 @@ class Cost:
     moved: int = 0
     up: int = 0
     down: int = 0
+    staged: int = 0
     forward: float = 0
     backward: float = 0
     noise: float = 0
@@ -69,6 +71,7 @@ def one_after_another(costs: Sequence[Cost]) -> Cost:
         moved=sum(cost.moved for cost in costs),
         up=sum(cost.up for cost in costs),
         down=sum(cost.down for cost in costs),
+        staged=sum(cost.staged for cost in costs),
         forward=sum(cost.forward for cost in costs),
         backward=sum(cost.backward for cost in costs),
         noise=sum(cost.noise for cost in costs),
@@ -349,9 +352,15 @@ class Task:
             moved=(brought + taken) * elsewhere if self.where == "scratch" else 0,
             up=brought * link,
             down=taken * link,
+            staged=(brought + taken) * link if self._staged else 0,
             carried=carries * self.hidden_bytes,
             **work,
         )
+
+    @property
+    def _staged(self) -> bool:
+        """Tell whether hidden states that stay on the host go by way of pinned memory."""
+        return self.where == "host" and not self.sweeper.pager.device.registers
 
     def _states(self, count: int) -> tuple[dict[str, int], dict[str, int], int]:
         """Count bytes of `count` times all hidden states: on the device, on the host, on scratch."""
@@ -363,7 +372,8 @@ class Task:
         part = self.tokens_at_once * self.sweeper.skeleton.config.hidden_size * self.itemsize
         host = {}
         if self.gpu:
-            host["hidden states"] = count * nbytes if self.where == "host" else _pinned(part)
+            host["hidden states"] = count * nbytes if self.where == "host" else 0
+            host["staging of hidden states"] = _pinned(part) if self.where == "scratch" or self._staged else 0
         return {"hidden states": PARTS * part}, host, count * nbytes if self.where == "scratch" else 0
 
 

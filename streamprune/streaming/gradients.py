@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamprune.kernels import add_product, grad_norm, sums_halves
+from streamprune.kernels.launch import Backend
 from streamprune.model.units import TensorRef
 from streamprune.streaming.watch import watch_ends
 
@@ -73,18 +74,22 @@ class GradientCollector:
 
 
 class PowerCollector:
-    """Collector that sums |g_n|^p over the samples of all micro-batches, for powers p; `shape` is (samples, seq)."""
+    """Collector that sums |g_n|^p over the samples of all micro-batches, for powers p.
+
+    `shape` is (samples, seq), `backend` as in `grad_norm`.
+    """
 
     def __init__(
         self,
         consume: PowersConsumer,
         powers: Sequence[int],
         shape: tuple[int, int],
+        backend: Backend | None,
         ref: TensorRef,
         stored: Tensor,
         parts: int,
     ) -> None:
-        self.consume, self.powers, (self.samples, self.seq_len) = consume, powers, shape
+        self.consume, self.powers, (self.samples, self.seq_len), self.backend = consume, powers, shape, backend
         self.ref, self.stored, self.left = ref, stored, parts
         self.sums: dict[int, Tensor] = {}
 
@@ -95,7 +100,8 @@ class PowerCollector:
             if power not in self.sums:
                 self.sums[power] = torch.zeros(self.stored.shape, dtype=dtype, device=dy.device)
             # Some models flatten samples and tokens before a Linear.
-            grad_norm(self.sums[power], *(end.reshape(-1, self.seq_len, end.shape[-1]) for end in (x, dy)), power)
+            ends = (end.reshape(-1, self.seq_len, end.shape[-1]) for end in (x, dy))
+            grad_norm(self.sums[power], *ends, power, backend=self.backend)
         self.left -= 1
         if self.left == 0:
             sums, self.sums = self.sums, {}

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from streamprune.kernels import gram, mirror
+from streamprune.kernels.launch import Backend
 from streamprune.streaming.watch import SeenEnough, watch_inputs
 
 
 class Moments:
     """Moments of each column of a Linear's input over all tokens: Σx², the mean, and Σ(x − mean)² by Chan's update.
 
-    They are [columns] in float32 (float64 for float64 inputs); `count` is the number of tokens.
+    They are [columns] in float32 (float64 for float64 inputs); `count` is the number of tokens. No kernel makes them,
+    whatever `backend` is.
     """
 
-    def __init__(self, columns: int, x: Tensor) -> None:
+    def __init__(self, columns: int, x: Tensor, backend: Backend | None = None) -> None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.count = 0
         self.squares, self.mean, self.deviations = torch.zeros(3, columns, dtype=dtype, device=x.device)
@@ -46,18 +48,20 @@ class Moments:
 class Gram:
     """Gram matrix Σ x xᵀ [columns, columns] of a Linear's input over all tokens, float32 (float64 for float64 inputs).
 
-    `factor` has room for what a method makes of it once for all matrices that share the input.
+    `factor` has room for what a method makes of it once for all matrices that share the input; `backend` is as in
+    `gram`.
     """
 
-    def __init__(self, columns: int, x: Tensor) -> None:
+    def __init__(self, columns: int, x: Tensor, backend: Backend | None = None) -> None:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.count = 0
         self.total = torch.zeros(columns, columns, dtype=dtype, device=x.device)
         self.factor: Any = None
+        self.backend = backend
 
     def add(self, x: Tensor) -> None:
         """Take in tokens [tokens, columns]."""
-        gram(self._total, x)
+        gram(self._total, x, backend=self.backend)
         self.count, self._whole = self.count + len(x), False
 
     @property
@@ -83,8 +87,9 @@ class Inputs(Generic[Sums]):
         sums: the sums by the tensors' names, after the layer has run.
     """
 
-    def __init__(self, kind: type[Sums], tensors: Sequence[str]) -> None:
+    def __init__(self, kind: type[Sums], tensors: Sequence[str], backend: Backend | None = None) -> None:
         self.kind: type[Sums] = kind
+        self.backend = backend
         self.tensors = tensors
         self.sums: dict[str, Sums] = {}
         self._seen: list[tuple[Tensor, Sums]] = []
@@ -110,7 +115,7 @@ class Inputs(Generic[Sums]):
         else:
             x = given.detach().reshape(-1, given.shape[-1])
             if name not in self.sums:
-                self.sums[name] = self.kind(x.shape[-1], x)
+                self.sums[name] = self.kind(x.shape[-1], x, self.backend)
             self.sums[name].add(x)
             self._seen.append((given, self.sums[name]))
         if self._awaited is not None:

@@ -43,6 +43,7 @@ class Statistics:
         samples: calibration sequences.
         seed: the run's seed.
         store: gives what a method keeps between sweeps, by name: tensors by (layer, tensor).
+        backend: to be handed to operations of `streamprune.kernels`.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Statistics:
     ) -> None:
         self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
         self._journal = journal
-        self.store = store
+        self.store, self.backend = store, sweeper.backend
         self._again = False  # the sweeper has kept the lowest prunable layer's input
         self._swept = False  # a gradient sweep was asked for, though an earlier run may have made it
         self.samples = 0 if input_ids is None else len(input_ids)
@@ -103,7 +104,8 @@ class Statistics:
 
     def gradient_powers(self, consume: PowersConsumer, powers: Sequence[int]) -> float:
         """Hand over Σ_n |g_n|^p over the samples' own gradients, for p = 0 the mean gradient; else as `gradients`."""
-        return self._sweep(partial(PowerCollector, consume, powers, (self.samples, self._ids.shape[1])), None)
+        shape = (self.samples, self._ids.shape[1])
+        return self._sweep(partial(PowerCollector, consume, powers, shape, self.backend), None)
 
     def inputs(
         self,
@@ -128,7 +130,7 @@ class Statistics:
             if visit.layer not in self.layers:
                 return visit.run()
             refs = {name: ref for name, ref in self.sweeper.scored[visit.layer].items() if of(ref)}
-            inputs, output = Inputs(kind, list(refs)), visit.hidden
+            inputs, output = Inputs(kind, list(refs), self.backend), visit.hidden
             if prunes or visit.layer == last:
                 visit.give(inputs)
             else:

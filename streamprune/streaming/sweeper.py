@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamprune.kernels.launch import Backend
 from streamprune.model.skeleton import LayerCall, Skeleton
 from streamprune.model.units import TensorRef
 from streamprune.paging.device import paging_device
@@ -52,24 +53,33 @@ class Sweeper:
         pager: brings the layers' weights.
         micro_batch: sequences per layer call; part of the arithmetic, since sums depend on it.
         scope: what is scored and moved: the matrices that "units" are cut from, or all "matrices" of a layer.
+        backend: of the kernels, where it is not the device's own.
 
     Attributes:
         place, scratch: where hidden states stay, to be set before the sweeps.
         graphs: layers below the head whose graphs a forward sweep keeps for the backward one, which then computes
             nothing again.
         state: what the method keeps between sweeps, where it does not lie on the device; it passes with the layers.
+        staged: is called once, when host memory cannot be registered with the device, so that copies are staged.
     """
 
     def __init__(
-        self, skeleton: Skeleton, pager: Pager, micro_batch: int, scope: Literal["units", "matrices"] = "units"
+        self,
+        skeleton: Skeleton,
+        pager: Pager,
+        micro_batch: int,
+        scope: Literal["units", "matrices"] = "units",
+        backend: Backend | None = None,
     ) -> None:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
-        self.scope = scope
-        self.binder = Binder(skeleton)
+        self.scope, self.backend = scope, backend
+        self.binder = Binder(skeleton, backend)
         self._calls: dict[int, list[LayerCall]] = {}
         self.place: Place = "device"
         self.scratch: Path | None = None
         self.state: StateStream | None = None
+        self.staged: Callable[[], object] = lambda: None
+        self._said_staged = False
         self.graphs = 0
         self._graphs: dict[int, _Graph] = {}
         self._activations: Activations | None = None
@@ -287,7 +297,7 @@ class Sweeper:
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         if self._activations is None:
             device = self.skeleton.device
-            self._activations = Activations(device, self.place, paging_device(device), self.scratch)
+            self._activations = Activations(device, self.place, paging_device(device), self.scratch, self.say_staged)
         return self._activations.several(count, shape, dtype)
 
     def embed(self, input_ids: Tensor, micro_batch: int, keep_from: int | None = None) -> States:
@@ -326,6 +336,12 @@ class Sweeper:
         if self._activations is not None:
             self._activations.close()
             self._activations = None
+
+    def say_staged(self) -> None:
+        """Say that copies are staged, unless it was said before: for hidden states, or the method's state."""
+        if not self._said_staged:
+            self._said_staged = True
+            self.staged()
 
     def recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """Return the recorded calls for this sequence length; they do not depend on the tokens."""

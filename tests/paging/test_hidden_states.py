@@ -37,7 +37,7 @@ class Late(Host):
     """One that computes as late as it may."""
 
     def __init__(self, late):
-        self.transfers = FakeDevice(late=late)
+        self.transfers = FakeDevice(late=late.removesuffix(", staged"), registers="staged" not in late)
 
     def compute(self, work):
         self.transfers.queue("compute", work)
@@ -56,6 +56,7 @@ def made(machine, shape, number):
 PLACES = [
     ("device", "host"),
     *((place, device) for place in ("host", "scratch") for device in ("host", "copy", "compute")),
+    *(("host", f"{device}, staged") for device in ("copy", "compute")),
 ]
 
 
@@ -92,9 +93,28 @@ def test_a_backward_sweep_finds_what_a_forward_sweep_left(place, device, size, t
     assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
 
 
-@pytest.mark.parametrize("place", ["device", "host", "scratch"])
+@pytest.mark.parametrize("registers", [True, False])
+def test_memory_that_is_not_registered_is_copied_from_by_way_of_memory_that_is(registers):
+    class Watched(FakeDevice):
+        def copy(self, target, source):
+            copied.append((target.data_ptr(), source.data_ptr()))
+            return super().copy(target, source)
+
+    device, copied, said = Watched(registers=registers), [], []
+    owner = Activations(torch.device("cpu"), "host", device, None, lambda: said.append("staged"))
+    (states,) = owner.several(1, (N, 5, 7), torch.float32)
+    states[slice(0, N)] = torch.ones(N, 5, 7)
+    assert float(whole(states).sum()) == N * 5 * 7 and float(states[slice(0, N)].sum()) == N * 5 * 7
+    stays = states._place.result().data_ptr()
+    assert len(copied) == 2 and all((stays in each) is registers for each in copied)
+    assert bool(said) is not registers
+    owner.close()
+
+
+@pytest.mark.parametrize("place", ["device", "host", "staged", "scratch"])
 def test_what_is_written_in_place_is_read_in_the_next_pass(place, tmp_path):
-    owner = activations(place, FakeDevice() if place == "host" else HostDevice(), tmp_path)
+    transfers = FakeDevice(registers=place != "staged") if place in ("host", "staged") else HostDevice()
+    owner = activations("host" if place == "staged" else place, transfers, tmp_path)
     (states,) = owner.several(1, (N, 5, 7), torch.float32)
     for start in range(N):
         states[slice(start, start + 1)] = torch.full((1, 5, 7), float(start))

@@ -1,23 +1,22 @@
 """A method's state passes the device with its layers: each of three waits is needed, and values are those of a dict."""
 
-from contextlib import nullcontext
-from functools import partial
-from types import SimpleNamespace
+import errno
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, partialmethod
 
 import pytest
 import torch
-from fake_device import FakeDevice
-from safetensors.torch import load_file
-from tiny_models import N_LAYERS, make_sweeper, save_tiny, token_ids
+from fake_device import FakeDevice, LatePool
 
-from streamprune import PruneConfig, prune
-from streamprune.methods.sinks import UnitScores
-from streamprune.methods.table import METHODS, resolve_settings
-from streamprune.paging.device import HUGE_PAGE, CudaDevice
-from streamprune.paging.pager import Page
+from streamprune.errors import OutputError
+from streamprune.paging import blocks
+from streamprune.paging.device import HostDevice
+from streamprune.paging.pager import Page, schedule
 from streamprune.paging.state import StateStream, aligned
-from streamprune.storage.tensor_store import make_store
-from streamprune.streaming.statistics import Statistics
+from streamprune.storage.reader import DISK_BLOCK
+from streamprune.storage.scratch import BlockFile
 
 LAYERS, SHAPE = range(6), (5, 7)
 BLOCK = 2 * aligned(5 * 7 * 4)
@@ -40,9 +39,9 @@ class Forgetful(StateStream):
             slot.carried = None
 
 
-def run(device, slots=3, rounds=3, forgets=False):
+def run(device, slots=3, rounds=3, forgets=False, scratch=None):
     """Count each layer's visits in the store "count", and sum what queued compute reads of it when it finally runs."""
-    stream = Forgetful(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    stream = Forgetful(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another(), scratch=scratch)
     stream.slots, stream.forgets = slots, forgets
     counts, fixed, seen = stream.store("count"), stream.store("fixed"), []
 
@@ -67,6 +66,7 @@ def run(device, slots=3, rounds=3, forgets=False):
         sweep(stream, LAYERS, "back", ["count"], look)
         assert len(counts) == len(fixed) == len(LAYERS)
     device.finish_all()
+    stream.close()
     return seen
 
 
@@ -80,7 +80,12 @@ def expected(rounds=3):
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 6, 9])
 @pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
-def test_the_waits_are_sufficient_whatever_finishes_late(late, slots):
+@pytest.mark.parametrize(
+    ("piece", "pool"), [(blocks.CHUNK_BYTES, ThreadPoolExecutor), (DISK_BLOCK // 4, LatePool)], ids=["whole", "pieces"]
+)
+def test_the_waits_are_sufficient_whatever_finishes_late(piece, pool, late, slots, monkeypatch):
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", piece)
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", pool)
     assert run(FakeDevice(late=late), slots) == expected()
 
 
@@ -95,102 +100,204 @@ def test_fetching_waits_for_what_leaves_the_slot(slots):
     assert run(FakeDevice(late="copy 2"), slots, forgets=True) != expected()
 
 
-# Methods.
+class Measured(FakeDevice):
+    """A device that notes, of each copy, its bytes and how many of its stream's were not through when it was queued."""
+
+    def __init__(self):
+        super().__init__()
+        self.noted = {}
+
+    def copy(self, target, source):
+        queued = self.noted.setdefault(self.stream, [])
+        queued.append((len(target), sum(not through() for _, _, through in queued)))
+        event = super().copy(target, source)
+        queued[-1] += ((lambda: self.done[event[0]] >= event[1]),)
+        return event
 
 
-class Immediate(FakeDevice):
-    """A device that computes at once, and copies when compute waits for it."""
-
-    def compute_waits(self, copied):
-        self.finish(copied)
-
-
-KEEPING = [
-    ("moreau", {"steps": 3}),
-    ("moreau-gs", {"steps": 3, "eta_quantile": 0.2}),
-    ("moreau-gs", {"steps": 2, "draws": 2}),
-    ("smoothgrad", {"draws": 3}),
-    ("gblm", {}),
-]
+def test_a_layer_is_fetched_in_pieces_of_which_few_are_on_their_way(monkeypatch):
+    """What waits for the link beside state waits for these, and not for a layer of it."""
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", DISK_BLOCK // 4)
+    device = Measured()
+    assert run(device, 3) == expected()
+    sizes, before, _ = zip(*device.noted["copy 1"], strict=True)
+    assert set(sizes) == {DISK_BLOCK // 4} and len(sizes) % 4 == 0
+    # Those of a layer, and those of the layer before that nobody waited for yet.
+    assert max(before) < 2 * blocks.CHUNKS
 
 
-def scores_of(path, method, settings, layers, stream=None, dtype="float32"):
-    """The scores of a method that keeps its state in memory, or lets it pass with the layers."""
-    sweeper = make_sweeper(path, dtype=torch.float32)
-    sweeper.state, memory = stream, partial(make_store, dtype=dtype)
-    streamed = {state.name for state in METHODS[method].states}
-    store = memory if stream is None else lambda name: stream.store(name) if name in streamed else memory(name)
-    statistics = Statistics(sweeper, token_ids(n=3, seq=12), layers, 0, store=store)
-    sink = UnitScores(sweeper.skeleton.all_units(layers))
-    METHODS[method].score(statistics, resolve_settings(method, settings), sink)
-    return {(layer, kind): value for layer, kinds in sink.values.items() for kind, value in kinds.items()}
+@pytest.mark.parametrize("then", ["back", "again"])
+@pytest.mark.parametrize("slots", [2, 3, 4, 6])
+def test_a_slot_whose_state_is_leaving_is_not_the_next_to_be_filled(slots, then):
+    held = [None] * slots
+    for _ in range(4):
+        steps = schedule(range(9), held, then, busy=2)
+        for number, step in enumerate(steps):
+            before = [each.slot for each in steps[max(0, number - min(2, slots - 1)) : number]]
+            assert not step.read or step.slot not in before
+            held[step.slot] = step.layer
 
 
-@pytest.mark.parametrize("slots", [2, 3, 8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("method", "settings"), KEEPING, ids=str)
-def test_scores_are_those_of_state_in_memory(method, settings, dtype, slots, tmp_path):
-    save_tiny(tmp_path, "llama", dtype=torch.float32)
-    layers, device = range(1, N_LAYERS), Immediate()
-    sweeper = make_sweeper(tmp_path)
-    elements = sum(sweeper.skeleton.shapes(1)[name].numel() + 16 for name in sweeper.scored[1])
-    blocks = dict.fromkeys(layers, 2 * 4 * elements)
-    stream = StateStream(blocks, device.another(), device.another(), dtype=getattr(torch, dtype), poison=True)
-    stream.slots = slots
-    found = scores_of(tmp_path, method, settings, layers, stream, dtype)
-    expected = scores_of(tmp_path, method, settings, layers, dtype=dtype)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
-    assert not stream.held, "the last sweep takes what was kept"
+# Staged: what the device cannot copy from itself, by threads that are as late as they may, a block of the disk at once.
 
 
+@pytest.fixture(params=["memory", "scratch"])
+def staged(request, tmp_path, monkeypatch):
+    """What `run` is given for state that is staged, on a device that refuses to register memory."""
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", LatePool)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", DISK_BLOCK)
+
+    def given(**device):
+        scratch = {"scratch": tmp_path} if request.param == "scratch" else {}
+        return {"device": FakeDevice(registers=False, **device), **scratch}
+
+    return given
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
+def test_the_waits_are_sufficient_where_copies_are_staged(late, slots, staged):
+    assert run(**staged(late=late), slots=slots) == expected()
+
+
+@pytest.mark.parametrize("slots", [2, 3])
 @pytest.mark.parametrize(
-    ("method", "granularity", "settings"),
-    [
-        ("moreau-gs", "units", {"steps": 3, "eta_quantile": 0.2}),
-        ("moreau", "layers", {"steps": 2, "draws": 2}),
-        ("smoothgrad", "weights", {"draws": 3}),
-        ("gblm", "2:4", {}),
-    ],
+    ("without", "late"), [("copied", "copy 1"), ("consumed", "compute"), ("chunk", "copy 1"), ("chunk", "copy 2")]
 )
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_a_run_gives_the_same_bytes(method, granularity, settings, state_dtype, tmp_path, monkeypatch):
-    save_tiny(tmp_path / "model", "llama", dtype=torch.float32, head_dim=8, intermediate_size=40)
-    found, device = [], Immediate()
-    for name in ("memory", "passing"):
-        config = PruneConfig(
-            str(tmp_path / "model"),
-            tmp_path / name,
-            method,
-            settings,
-            granularity,
-            layers=(1, 4),
-            samples=3,
-            seq_len=16,
-            state_dtype=state_dtype,
-            evaluate=False,
-        )
-        found.append(load_file(prune(config).output / "model.safetensors"))
-        monkeypatch.setattr("streamprune.paging.device.paging_device", lambda *given, **options: device)
-    assert len(device.queues) == 4, "copies to the device and from it have streams of their own"
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+def test_each_wait_is_needed_where_copies_are_staged(without, late, slots, staged):
+    assert run(**staged(without=without, late=late), slots=slots) != expected()
 
 
-def test_an_arena_is_registered_with_the_gpu_and_given_back(monkeypatch):
-    """The calls of CUDA's runtime that this makes, without a GPU."""
-    called, error = [], [0]
-    runtime = SimpleNamespace(
-        cudaHostRegister=lambda pointer, nbytes, flags: called.append((pointer, nbytes, flags)) or error[0],
-        cudaHostUnregister=lambda pointer: called.append(pointer),
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    device = CudaDevice.__new__(CudaDevice)
-    device.device, stream = torch.device("cuda"), SimpleNamespace(synchronize=lambda: called.append("through"))
-    device.compute = device.copies = stream
-    memory, registered = device.arena(3 << 20)
-    assert registered and len(memory) == 3 << 20 and memory.data_ptr() % HUGE_PAGE == 0
-    device.release(memory)
-    assert called == [(memory.data_ptr(), 3 << 20, 0), "through", "through", memory.data_ptr()]
-    error[0] = 2  # out of memory: a limit on what may be locked
-    assert device.arena(4096)[1] is False
+@pytest.mark.parametrize("slots", [2, 3, 4])
+def test_reading_waits_for_what_is_written_out_of_the_slot(slots, staged):
+    assert run(**staged(late="copy 2"), slots=slots, forgets=True) != expected()
+
+
+class AtOnce(HostDevice):
+    """A CPU, on which queued compute is done at once."""
+
+    def queue(self, stream, work):
+        work()
+
+    def finish_all(self): ...
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_on_a_cpu_slots_are_read_and_written_themselves(forgets, tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks, "ThreadPoolExecutor", LatePool)
+    assert (run(AtOnce(), scratch=tmp_path, forgets=forgets) == expected()) is not forgets
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_read_and_written_can_go_around_the_page_cache(tmp_path, monkeypatch):
+    moved = []
+
+    def noted(self, tensor, offset, move):
+        moved.append((move, offset % DISK_BLOCK, tensor.nbytes % DISK_BLOCK, tensor.data_ptr() % DISK_BLOCK))
+        getattr(BlockFile, f"{move}_")(self, tensor, offset)
+
+    for move in ("read", "write"):
+        monkeypatch.setattr(BlockFile, f"{move}_", getattr(BlockFile, move), raising=False)
+        monkeypatch.setattr(BlockFile, move, partialmethod(noted, move=move))
+    assert run(AtOnce(), scratch=tmp_path) == expected()
+    assert set(moved) == {("read", 0, 0, 0), ("write", 0, 0, 0)}
+
+
+@pytest.mark.parametrize("slots", [2, 3])
+def test_a_sweep_that_reads_no_state_leaves_all_as_it_is(slots):
+    device, passed = FakeDevice(), []
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    stream.slots, store = slots, stream.store("count")
+
+    def begin(layer):
+        store[layer, "q"] = torch.full(SHAPE, float(layer))
+        device.finish_all()
+
+    sweep(stream, LAYERS, "back", [], passed.append)
+    assert not stream._slots and passed == list(LAYERS), "nothing is kept yet, so no memory is taken"
+    sweep(stream, LAYERS, "back", None, begin)
+    device.finish_all()
+    queued, held = {name: len(queue) for name, queue in device.queues.items()}, [s.layer for s in stream._slots]
+    for stores in ([], ["other"]):
+        sweep(stream, LAYERS, "back", stores, passed.append)
+    assert {name: len(queue) for name, queue in device.queues.items()} == queued
+    assert [slot.layer for slot in stream._slots] == held and passed == 3 * list(LAYERS)
+
+
+def test_memory_is_registered_beside_a_sweep_that_keeps_nothing():
+    through = threading.Event()
+
+    class Slow(FakeDevice):
+        def arena(self, nbytes):
+            assert through.wait(60), "the sweep waits for it"
+            return super().arena(nbytes)
+
+    device, passed = Slow(), []
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another())
+    sweep(stream, LAYERS, "back", [], passed.append)
+    assert passed == list(LAYERS)
+    through.set()
+    sweep(stream, LAYERS[::-1], "back", None, lambda layer: stream.store("count").update({(layer, "q"): torch.ones(3)}))
+    assert len(stream.held) == len(LAYERS)
+    stream.close()
+
+
+@pytest.mark.parametrize("when", ["pwrite", "preadv"])
+def test_a_scratch_disk_that_fails_in_a_sweep_is_named(when, tmp_path, monkeypatch):
+    def fail(*given):
+        raise OSError(errno.EIO, "Input/output error")
+
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), HostDevice(), HostDevice(), scratch=tmp_path)
+    stream.slots, store = 2, stream.store("count")
+    monkeypatch.setattr(os, when, fail)
+    with pytest.raises(OutputError, match=f"--scratch {tmp_path}: Input/output error; "):
+        for _ in range(2):
+            sweep(stream, LAYERS, "again", None, lambda layer: store.update({(layer, "q"): torch.ones(SHAPE)}))
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if "streamprune-state" in thread.name]
+
+
+# In a journal.
+
+
+def saved_in_turn(device):
+    """What a journal's stores hold after each layer of some sweeps, and what they should."""
+    stores = {"count": {}, "sum": {}}
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another(), saved=stores)
+    counts, sums = stream.store("count"), stream.store("sum")
+    found, wanted, now = [], [], {"count": {}, "sum": {}}
+
+    def visit(number, layer):
+        if number:
+            count = counts.pop((layer, "q"))
+            device.queue("compute", lambda: count.add_(1))
+        else:
+            count = torch.full(SHAPE, float(layer))
+        counts[layer, "q"] = count
+        if number % 2:
+            del sums[layer, "q"]
+            del now["sum"][layer, "q"]
+        else:
+            sums[layer, "q"] = now["sum"][layer, "q"] = torch.full(SHAPE, float(number))
+        now["count"][layer, "q"] = torch.full(SHAPE, float(layer + number))
+        if not number:
+            device.finish_all()
+        stream.save()
+        found.append({name: dict(held) for name, held in stores.items()})
+        wanted.append({name: dict(held) for name, held in now.items()})
+
+    for number in range(4):
+        sweep(stream, LAYERS[:: 1 - 2 * (number % 2)], "back", None, partial(visit, number))
+    return found, wanted
+
+
+def alike(one, other):
+    return [(set(a), [float(t.sum()) for t in a.values()]) for each in one for a in each.values()] == [
+        (set(a), [float(t.sum()) for t in a.values()]) for each in other for a in each.values()
+    ]
+
+
+@pytest.mark.parametrize("late", ["compute", "copy 1", "copy 2"])
+def test_a_journal_is_given_what_has_arrived(late):
+    assert alike(*saved_in_turn(FakeDevice(late=late)))
+    assert not alike(*saved_in_turn(FakeDevice(late=late, without="chunk")))

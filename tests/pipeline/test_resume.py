@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from cli_runner import COMMAND
+from fake_device import Immediate
 from killed_runs import RUNS, Killed, config, kill_at_commits, weights
 from marks import slow
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from streamprune import prune
 from streamprune.errors import JournalError, OutputError, UsageError
 from streamprune.output.writer import OutputWriter
+from streamprune.paging import device as devices
 from streamprune.pipeline.progress import Progress
 from streamprune.storage.journal import JOURNAL, Journal, save_file
 from streamprune.storage.tensor_store import Memory
@@ -33,6 +35,54 @@ def test_a_run_killed_at_a_commit_ends_with_the_same_bytes(what, tiny_llama, tmp
 @pytest.mark.parametrize("what", RUNS, ids=str)
 def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(what, tiny_llama, tmp_path, killing):
     kill_at_commits(what, tiny_llama, tmp_path, killing, every=True)
+
+
+PASSING = [
+    ("moreau-gs", "units", {"steps": 3, "draws": 2, "eta_quantile": 0.3}, {}),
+    slow(("moreau-gs", "units", {"steps": 3}, {"state_dtype": "bfloat16"})),
+    slow(("smoothgrad", "units", {"draws": 3}, {})),
+    ("gblm", "weights", {}, {"state_dtype": "bfloat16"}),
+    slow(("moreau", "layers", {"steps": 2}, {})),
+]
+
+
+@pytest.fixture(params=["arena", slow("staged"), slow("scratch")])
+def passing(request, tmp_path, monkeypatch):
+    """Lets state pass a device that is not direct, as on a GPU: through an arena, one not registered, or scratch."""
+    device = Immediate(registers=request.param == "arena")
+    monkeypatch.setattr("streamprune.paging.device.paging_device", lambda *given, **options: device)
+    if request.param == "scratch":
+        monkeypatch.setattr("streamprune.planning.placement._state_places", lambda *given: ["scratch"])
+    return {"scratch": tmp_path / "spill"} if request.param == "scratch" else {}
+
+
+@pytest.mark.parametrize("what", PASSING, ids=str)
+def test_a_run_whose_state_passes_a_device_ends_with_the_same_bytes(what, passing, tiny_llama, tmp_path, killing):
+    method, granularity, settings, options = what
+    kill_at_commits((method, granularity, settings, options | passing), tiny_llama, tmp_path, killing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", PASSING, ids=str)
+def test_a_run_whose_state_passes_a_device_is_killed_anywhere(what, passing, tiny_llama, tmp_path, killing):
+    method, granularity, settings, options = what
+    kill_at_commits((method, granularity, settings, options | passing), tiny_llama, tmp_path, killing, every=True)
+
+
+def test_a_journal_goes_on_with_state_that_passes_a_device_and_back(tiny_llama, tmp_path, killing, monkeypatch):
+    what = ("moreau-gs", "units", {"steps": 4}, {})
+    expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
+    original = devices.paging_device
+    for attempt in range(40):
+        direct = attempt % 2
+        monkeypatch.setattr(devices, "paging_device", original if direct else lambda *given, **options: Immediate())
+        killing(5, "after")
+        try:
+            result = prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+            break
+        except Killed:
+            continue
+    assert attempt > 3 and weights(result.output) == expected
 
 
 def test_a_run_killed_again_and_again_gets_there(tiny_llama, tmp_path, killing):
@@ -112,7 +162,8 @@ def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killi
     with pytest.raises(Killed):
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     killing(-1, "after")
-    for change, name in (({"seed": 1}, "--seed"), ({"ratio": 0.3}, "--ratio"), ({"dtype": "float64"}, "--dtype")):
+    changes = {"seed": 1, "ratio": 0.3, "dtype": "float64", "kernels": "torch"}
+    for change, name in (({name: value}, f"--{name}") for name, value in changes.items()):
         with pytest.raises(UsageError, match=rf"{name}.* has .*remove that directory"):
             prune(config(tiny_llama, tmp_path / "out", *what, resume=True, **change))
     # What changes no byte may change.

@@ -13,7 +13,7 @@ from tiny_models import save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import CheckpointError, UsageError
-from streamprune.paging.device import CudaDevice, compute_dtype
+from streamprune.paging.device import CudaDevice, compute_dtype, limit_memory
 from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
 
@@ -26,6 +26,21 @@ def test_the_compute_dtype_of_a_gpu_is_that_of_most_bytes(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with Checkpoint(tmp_path) as checkpoint:
         assert compute_dtype("auto", torch.device("cuda"), checkpoint) == torch.float16
+
+
+@pytest.mark.parametrize("name,index", [("cuda", 0), ("cuda:1", 1)])
+def test_a_gpu_is_limited_whether_its_number_is_said_or_not(name, index, monkeypatch):
+    fractions = {}
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80))
+    take = {"name": "_cuda_setMemoryFraction", "value": lambda part, at: fractions.update({at: part})}
+    monkeypatch.setattr(torch._C, **take, raising=False)  # not there in a build for CPUs
+    limit_memory(torch.device(name), 20)
+    assert fractions == {index: 0.25}
+    for everything in (None, 100):
+        limit_memory(torch.device(name), everything)
+        assert fractions == {index: 1.0}
 
 
 def test_a_hub_id_is_fetched_without_pickles_or_code(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What goes over the link to a GPU is counted; a stage takes as long as the busiest of link, disk and arithmetic."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from streamprune import PruneConfig
 from streamprune.errors import StreampruneError
 from streamprune.methods.needs import MOMENTS
+from streamprune.paging.device import PlannedDevice
+from streamprune.paging.hidden_states import PARTS
 from streamprune.paging.state import STATE_SLOTS
 from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
@@ -98,6 +101,44 @@ def test_state_passes_it_as_often_as_its_kind_is_used(
     assert stage.down == down * nbytes
     kept = scoring(tiny_llama, tmp_path, monkeypatch, method, settings=settings, state_dtype=state_dtype, keep=True)
     assert (kept.up, kept.down) == (kept.read, 0), "all of it has room on the card"
+
+
+@pytest.mark.parametrize("place", ["device", "host", "scratch"])
+def test_memory_that_cannot_be_registered_costs_pinned_memory_and_time(place, tiny_llama, tmp_path, monkeypatch):
+    run = (tiny_llama, tmp_path, monkeypatch, "moreau", place)
+    free = scoring(*run)
+    monkeypatch.setattr(PlannedDevice, "registers", False)
+    staged = scoring(*run)
+    slot = free.device["state of layers"] // STATE_SLOTS
+    part = staged.device["hidden states"] // PARTS if place != "device" else 0
+    state, hidden = (staged.host.get(f"staging of {what}", 0) for what in ("state", "hidden states"))
+    assert state == 4 * slot, "two chunks each way, of which tiny ones hold all of a layer"
+    assert part <= hidden < max(1, 2 * part)
+    assert sum(staged.host.values()) - sum(free.host.values()) == state + (hidden if place == "host" else 0)
+    # What passes the link, but for the layers that are read, and hidden states on scratch, which are read into it.
+    over = staged.up - staged.read + staged.down - (staged.moved if place == "scratch" else 0)
+    assert (free.staged, staged.staged) == (0, over) and over > 0
+    slow = Rates(math.inf, math.inf, math.inf, "made up", staging=10.0)
+    assert seconds(staged, slow) == over / 10 and seconds(free, slow) == 0
+
+
+def test_state_on_scratch_passes_the_disk_and_the_link(tiny_llama, tmp_path, monkeypatch):
+    run = (tiny_llama, tmp_path, monkeypatch, "moreau")
+    host = scoring(*run)
+    monkeypatch.setattr("streamprune.planning.placement._state_places", lambda *given: ["scratch"])
+    scratch = scoring(*run)
+    assert (scratch.up, scratch.down) == (host.up, host.down)
+    assert scratch.moved == host.up - host.read + host.down and host.moved == 0
+    assert scratch.scratch == host.host["state of the method"] and scratch.host["state of the method"] == 0
+    assert scratch.device == host.device and scratch.host["staging of state"] > 0
+
+
+def test_a_journal_takes_all_that_changes(scored, tiny_llama, tmp_path, monkeypatch):
+    run = (tiny_llama, tmp_path, monkeypatch, "moreau")
+    free, resumed = (scoring(*run, keep=True, resume=each, scratch=None) for each in (False, True))
+    assert free.down == 0 and resumed.down == 4 * scored * 9, "once for each update but the last of ten"
+    assert resumed.up == free.up == free.read, "what is kept need not come back"
+    assert resumed.host["state of the method"] == free.host["state of the method"] > 4 * scored
 
 
 def test_what_is_left_of_a_budget_keeps_weights_state_and_graphs(tiny_llama, tmp_path):

@@ -100,7 +100,7 @@ def test_a_scratch_that_is_a_file_is_refused_by_its_name(tiny_llama, tmp_path):
 
 def on_scratch(monkeypatch):
     monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["scratch"])
-    monkeypatch.setattr("streamprune.planning.placement._state_places", lambda config, plan: ["scratch"])
+    monkeypatch.setattr("streamprune.planning.placement._state_places", lambda *given: ["scratch"])
 
 
 @pytest.mark.parametrize("method,granularity,settings,more", SPILLED)
@@ -121,8 +121,11 @@ def test_the_output_does_not_depend_on_where_things_stay(
 
 @pytest.mark.slow
 def test_state_goes_to_scratch_where_memory_is_short(tmp_path):
-    save_tiny(tmp_path / "model", "llama", hidden_size=240, intermediate_size=16384, dtype=torch.bfloat16)
+    save_tiny(
+        tmp_path / "model", "llama", hidden_size=240, intermediate_size=16384, num_hidden_layers=6, dtype=torch.bfloat16
+    )
     given = {"granularity": "weights", "settings": {"steps": 2, "sigma": 0.0}, "method": "moreau", "dtype": "float32"}
+    given["layers"] = (0, 6)  # the state of two is in memory
 
     def smallest(**scratch):
         with pytest.raises(StreampruneError) as refusal:

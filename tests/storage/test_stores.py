@@ -1,5 +1,6 @@
 """What methods keep between sweeps comes back as it was, or as near as a narrower dtype has it."""
 
+import errno
 import os
 
 import pytest
@@ -7,12 +8,17 @@ import torch
 
 from streamprune import PruneConfig
 from streamprune.errors import OutputError, UsageError
-from streamprune.storage.tensor_store import Memory, Narrow, Scratch, make_store
+from streamprune.paging.device import HostDevice
+from streamprune.storage.journal import Journal
+from streamprune.storage.reader import DISK_BLOCK
+from streamprune.storage.scratch import BlockFile
+from streamprune.storage.tensor_store import Memory, Narrow, make_store
 
 
-@pytest.mark.parametrize("make", [Memory, None])
-def test_a_store_is_a_mapping(make, tmp_path):
-    store, expected = (make or (lambda: Scratch(tmp_path)))(), {}
+@pytest.mark.parametrize("kind", ["memory", "journal"])
+def test_a_store_is_a_mapping(kind, tmp_path):
+    journal = Journal(tmp_path, {}) if kind == "journal" else None
+    store, expected = make_store("delta", journal=journal), {}
     generator = torch.Generator().manual_seed(0)
     for step in range(200):
         key = (int(torch.randint(0, 5, (), generator=generator)), "abc"[step % 3])
@@ -29,30 +35,97 @@ def test_a_store_is_a_mapping(make, tmp_path):
         store[9, "none"]
 
 
-def test_a_scratch_store_uses_its_room_again_and_leaves_no_name(tmp_path):
-    store, before = Scratch(tmp_path), len(os.listdir("/proc/self/fd"))
-    for step in range(10):
-        store[0, "a"] = torch.full((100,), float(step))
-        assert float(store.pop((0, "a"))[7]) == step
-    assert os.fstat(store._descriptor).st_size == 400
-    assert os.listdir(tmp_path) == []
-    del store
-    assert len(os.listdir("/proc/self/fd")) == before - 1
+def test_memory_uses_its_room_again():
+    store = Memory()
+    store[0, "a"] = torch.zeros(100)
+    place = store.pop((0, "a")).data_ptr()
+    store[0, "a"] = torch.ones(100)
+    assert store[0, "a"].data_ptr() == place
 
 
-def test_a_scratch_disk_that_is_full_is_named(tmp_path, monkeypatch):
-    store = make_store("delta", scratch=tmp_path)
+BLOCKS = 5
 
+
+def whole_blocks(count, value):
+    memory = HostDevice().buffer(count * DISK_BLOCK)
+    return memory.fill_(value)
+
+
+@pytest.fixture(params=["direct", "refused when opened", "refused when read", "misplaced in memory"])
+def block_file(request, tmp_path, monkeypatch):
+    """A file of blocks, and its directory: around the page cache, or where disk, driver or caller are against it."""
+    around, opened = [], os.open
+
+    def refuse(path, flags, *mode):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return opened(path, flags, *mode)
+
+    if request.param == "refused when opened":
+        monkeypatch.setattr(os, "open", refuse)
+    file = BlockFile(tmp_path, BLOCKS * DISK_BLOCK)
+    for name, error in (("preadv", errno.EFAULT), ("pwrite", errno.EINVAL)):
+        original = getattr(os, name)
+
+        def moved(descriptor, *given, original=original, error=error):
+            if descriptor == file._direct and request.param == "refused when read":
+                raise OSError(error, "refused")
+            around.append(descriptor == file._direct)
+            return original(descriptor, *given)
+
+        monkeypatch.setattr(os, name, moved)
+    yield file, request.param
+    file.close()
+    assert all(around) if request.param == "direct" and file._direct is not None else not any(around)
+
+
+def test_a_file_of_blocks_holds_what_was_written_last(block_file, tmp_path):
+    file, how = block_file
+    shift = 8 if how == "misplaced in memory" else 0
+    for round_ in range(2):
+        for number in range(BLOCKS):
+            given = whole_blocks(2, number + round_)[shift : shift + DISK_BLOCK]
+            file.write(given, number * DISK_BLOCK)
+        for first in range(BLOCKS - 1):
+            found = whole_blocks(3, 99)[shift : shift + 2 * DISK_BLOCK]
+            file.read(found, first * DISK_BLOCK)
+            assert found.view(2, -1).unique(dim=1).flatten().tolist() == [first + round_, first + 1 + round_]
+    assert os.listdir(tmp_path) == [] and os.fstat(file._descriptor).st_size == BLOCKS * DISK_BLOCK
+
+
+def test_a_file_of_blocks_goes_when_it_is_closed(tmp_path):
+    before = len(os.listdir("/proc/self/fd"))
+    BlockFile(tmp_path, DISK_BLOCK).close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("when", ["posix_fallocate", "pwrite", "preadv"])
+def test_a_scratch_disk_that_is_full_or_fails_is_named(when, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr(os, when, full)
     with pytest.raises(OutputError, match=f"--scratch {tmp_path}.*No space left"):
-        store[0, "a"] = torch.ones(3)
+        file = BlockFile(tmp_path, DISK_BLOCK)
+        try:
+            file.write(whole_blocks(1, 0), 0)
+            file.read(whole_blocks(1, 0), 0)
+        finally:
+            file.close()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_narrow_store_rounds_float32_and_nothing_else(tmp_path):
-    store, value = make_store("delta", scratch=tmp_path, dtype="bfloat16"), torch.randn(50, 20)
+def test_a_scratch_file_that_was_cut_off_is_an_error(tmp_path):
+    file = BlockFile(tmp_path, 2 * DISK_BLOCK)
+    os.ftruncate(file._descriptor, DISK_BLOCK)
+    with pytest.raises(OutputError, match=f"--scratch {tmp_path}: its file was cut off"):
+        file.read(whole_blocks(2, 0), 0)
+    file.close()
+
+
+def test_a_narrow_store_rounds_float32_and_nothing_else():
+    store, value = make_store("delta", dtype="bfloat16"), torch.randn(50, 20)
     assert isinstance(store, Narrow)
     store[0, "a"], store[0, "b"] = value, torch.tensor(1.0 + 1e-12, dtype=torch.float64)
     assert store[0, "a"].dtype == torch.float32 and torch.equal(store[0, "a"], value.bfloat16().float())

@@ -9,9 +9,15 @@ from tiny_models import N_LAYERS, need_direct, save_tiny, token_ids, whole_model
 
 from streamprune import PruneConfig, prune
 from streamprune.kernels import perturb
+from streamprune.kernels.launch import compiling
+from streamprune.methods.sinks import UnitScores
+from streamprune.methods.table import METHODS
 from streamprune.model.skeleton import Skeleton
-from streamprune.paging.device import paging_device
+from streamprune.paging.device import limit_memory, paging_device
 from streamprune.paging.pager import Pager
+from streamprune.pipeline.rehearsal import rehearse
+from streamprune.planning.decision import make_plan
+from streamprune.planning.stage import Work
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.statistics import Statistics
@@ -61,6 +67,19 @@ def test_streamed_gradients_equal_whole_model_autograd_on_the_cpu(family, tmp_pa
         whole = expected[f"{path}.{layer}.{tensor}"]
         # Norms compute in float32 whatever the model's dtype.
         assert (grad - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def test_no_sweep_waits_for_a_kernel_that_was_not_compiled_ahead(tmp_path, monkeypatch):
+    triton, compiled = pytest.importorskip("triton"), []
+    save_tiny(tmp_path, "llama", dtype=torch.bfloat16)
+    sweeper, ids = cuda_sweeper(tmp_path, torch.bfloat16), token_ids(n=5, seq=20)
+    plan = make_plan(PruneConfig("in", tmp_path / "out", "moreau-gs", {"steps": 2}, layers=(1, 3)), sweeper.skeleton)
+    with compiling(CUDA):
+        rehearse(sweeper, PruneConfig("in", tmp_path / "out", "moreau-gs"), plan, Work(tuple(ids.shape), None, None))
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **miss: compiled.append(miss["repr"]))
+    scores = UnitScores(sweeper.skeleton.all_units(plan.layers))
+    METHODS["moreau-gs"].score(Statistics(sweeper, ids, plan.layers, 0), plan.settings, scores)
+    assert compiled == []
 
 
 def test_every_sweep_gives_the_same_bits(tmp_path):
@@ -121,6 +140,45 @@ def test_a_gpu_takes_the_kernel_by_itself():
     weight = torch.ones(1000, device=CUDA)
     outs = [perturb(torch.empty_like(weight), weight, None, 0.05, 5, backend=b) for b in (None, "triton", "torch")]
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_host_memory_is_registered_passed_both_ways_and_given_back():
+    up, nbytes = paging_device(CUDA), (3 << 20) + 5
+    down, values = up.another(), (torch.arange(nbytes) % 251).to(torch.uint8)
+    for _ in range(3):  # what was given back can be registered again
+        arena, registered = up.arena(nbytes)
+        assert registered and arena.is_pinned()
+        arena.copy_(values)
+        there = up.buffer(nbytes)
+        up.copy_waits(up.record_consumed())
+        up.compute_waits(up.copy(there, arena))
+        there.add_(1)
+        down.copy_waits(up.record_consumed())
+        down.chunk_free(down.copy(arena, there))
+        assert torch.equal(arena, values + 1)
+        up.release(arena)
+        assert not arena.is_pinned()
+
+
+def test_memory_that_cannot_be_registered_spoils_nothing(monkeypatch):
+    device = paging_device(CUDA)
+    arena, registered = device.arena(4 << 20)
+    monkeypatch.setattr("streamprune.paging.device._large_pages", lambda nbytes: arena)  # twice it cannot be
+    assert registered and not device.another().arena(4 << 20)[1]
+    assert torch.ones(3, device=CUDA).sum() == 3  # no kernel is taken for what failed
+    device.release(arena)
+    assert torch.ones(3, device=CUDA).sum() == 3
+
+
+def test_a_limit_is_kept_to_and_lifted():
+    torch.cuda.empty_cache()
+    limit_memory(CUDA, torch.cuda.memory_reserved() + (64 << 20))
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(128 << 20, dtype=torch.uint8, device=CUDA)
+    finally:
+        limit_memory(CUDA, None)
+    assert torch.empty(128 << 20, dtype=torch.uint8, device=CUDA).is_cuda
 
 
 @pytest.fixture(scope="module")
