@@ -7,7 +7,6 @@ is counted by formula: cuBLAS's workspaces, and those of attention and of Choles
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +31,6 @@ from streamprune.pipeline.source import Source
 from streamprune.planning.decision import Plan, make_plan
 from streamprune.planning.placement import Placement, choose_placement
 from streamprune.planning.stage import Work
-from streamprune.storage.scratch import read_at, write_at
 from streamprune.streaming.perplexity import perplexity
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -145,9 +143,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def counting(clock: Any) -> Iterator[Counter]:
-    """Count on a machine of the virtual clock, which is running, and let nothing be written or read on scratch."""
-    from virtual_time import replaced
-
+    """Count on a machine of the virtual clock, which is running."""
     counter, inside = Counter(), clock.world.inside
 
     @contextmanager
@@ -158,13 +154,8 @@ def counting(clock: Any) -> Iterator[Counter]:
     def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Tensor:
         return _Attention.apply(q, k, v, counter)
 
-    def nothing(*given: Any) -> None: ...
-
     clock.world.inside = both
     with ExitStack() as stack:
-        files = SimpleNamespace(**vars(os) | {"posix_fallocate": nothing})
-        stack.enter_context(replaced("streamprune.paging.hidden_states", os=(os, files)))
-        stack.enter_context(replaced("streamprune.", read_at=(read_at, nothing), write_at=(write_at, nothing)))
         stack.callback(setattr, F, "scaled_dot_product_attention", F.scaled_dot_product_attention)
         F.scaled_dot_product_attention = attention
         stack.enter_context(CountMode(counter))

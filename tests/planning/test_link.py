@@ -146,7 +146,8 @@ def test_what_is_left_of_a_budget_keeps_weights_state_and_graphs(tiny_llama, tmp
     config = PruneConfig(str(tiny_llama), tmp_path / "out", "moreau", {"steps": 3}, samples=4, seq_len=32)
     config = replace(config, layers=LAYERS, evaluate=False, host_memory="8GiB")
     seen = []
-    for budget in range(LIBRARY_BYTES, 8_000_000 + int(LIBRARY_BYTES / (1 - MARGIN)), 200_000):
+    libraries = int(LIBRARY_BYTES / (1 - MARGIN))
+    for budget in range(libraries + 710_000, libraries + 8_000_000, 90_000):
         try:
             placement = foretell(replace(config, gpu_memory=budget), assume="l4").placement
         except StreampruneError:

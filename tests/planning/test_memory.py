@@ -63,7 +63,7 @@ def placed(monkeypatch, tmp_path):
         if place is not None:
             monkeypatch.setattr(placement, "_places", lambda config, gpu: [place])
         if state is not None:
-            monkeypatch.setattr(placement, "_state_places", lambda config, plan: [state])
+            monkeypatch.setattr(placement, "_state_places", lambda config, plan, gpu: [state])
         if held is not None:
             monkeypatch.setattr(
                 placement,
