@@ -142,7 +142,8 @@ def test_the_dtype_of_the_state_is_recorded_where_there_is_a_state(tiny_llama, t
     [(BF16, "auto", "bfloat16"), (F16, "auto", "bfloat16"), (F32, "auto", "float32"), (BF16, "float32", "float32")],
 )
 def test_a_plan_for_a_gpu_says_and_counts_what_it_computes_in_and_keeps(stored, dtype, said, tmp_path):
-    save_tiny(tmp_path / "model", "llama", dtype=stored, num_hidden_layers=8)
+    wide = {"hidden_size": 192, "intermediate_size": 512, "head_dim": 32}  # all matrices are whole pages
+    save_tiny(tmp_path / "model", "llama", dtype=stored, num_hidden_layers=8, **wide)
     given = {"method": "moreau-gs", "layers": (2, 6), "evaluate": False, "dtype": dtype}
     by_state = {
         state: foretell(PruneConfig(str(tmp_path / "model"), tmp_path / "out", state_dtype=state, **given), assume="l4")
