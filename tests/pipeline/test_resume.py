@@ -63,7 +63,7 @@ def test_a_run_whose_state_passes_a_device_ends_with_the_same_bytes(what, passin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", PASSING[1:], ids=str)  # the first has as many commits as all others together
+@pytest.mark.parametrize("what", PASSING[1:], ids=str)  # the longest one is killed at some, above
 def test_a_run_whose_state_passes_a_device_is_killed_anywhere(what, passing, tiny_llama, tmp_path, killing):
     method, granularity, settings, options = what
     kill_at_commits((method, granularity, settings, options | passing), tiny_llama, tmp_path, killing, every=True)
