@@ -213,7 +213,7 @@ def count(
         plan = make_plan(config, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1])
         work = Work(shape if row.needs_text else None, repair, evaluation)
-        counted = Counted(choose_placement(sweeper, config, plan, work, baseline=0))
+        counted = Counted(choose_placement(sweeper, config, plan, work, baseline=0, memory=1 << 40))
         job = _ready(config, plan, sweeper, work, counted.placement)
         if evaluation is not None:
             perplexity(sweeper, torch.zeros(evaluation, dtype=torch.int64))

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import click
+import psutil
 import pytest
 import torch
 from tiny_models import FAMILY_FIELDS, save_tiny
@@ -296,6 +297,8 @@ def test_plans_are_those_of_the_script(page, tmp_path, monkeypatch, streamprune)
     from random_model import save_tokenizer
 
     monkeypatch.chdir(tmp_path)
+    # As large as the command's process: the page cache has what it leaves.
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda self: types.SimpleNamespace(rss=500 << 20))
     Path("c4.txt").write_text("A text. " * 10000)
     shown = list(plans(page))
     assert shown

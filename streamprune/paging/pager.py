@@ -187,14 +187,22 @@ class Pager:
         if nbytes:
             self._progress(0, skipped=nbytes)
 
-    def bytes_to_read(self, sweeps: Iterable[tuple[Sequence[int], Turn]]) -> int:
-        """Count the bytes that these sweeps will read, one after another, given what the slots hold now."""
-        held, total = self._held(), 0
+    def to_read(self, sweeps: Iterable[tuple[Sequence[int], Turn]]) -> Iterator[list[int]]:
+        """Yield the layers that each of these sweeps will read, one after another, given what the slots hold now."""
+        held = self._held()
         for order, then in sweeps:
-            for step in schedule(order, held, then):
-                total += self.bytes_of(step.layer) if step.read else 0
+            steps = schedule(order, held, then)
+            for step in steps:
                 held[step.slot] = step.layer
-        return total
+            yield [step.layer for step in steps if step.read]
+
+    def stays_in_cache(self, layer: int) -> bool:
+        """Tell whether a layer, once read, is left in the page cache.
+
+        The same layers are, from sweep to sweep; those above them are read around it. Were all of them left there, each
+        would push out those that the next sweep asks for first.
+        """
+        return sum(map(self.bytes_of, range(layer + 1))) <= self.page_cache
 
     def _held(self) -> list[int | None]:
         return [self._slots[number].layer if number < len(self._slots) else None for number in range(self.slots)]
@@ -294,9 +302,7 @@ class Pager:
         self.checkpoint.read_into(read.file, read.offset, byte_view(target), stays=read.stays)
 
     def _reads(self, layer: int) -> Iterator[_Read]:
-        # The same layers stay in the page cache from sweep to sweep; those above them are read around it. Were all of
-        # them left there, each would push out those that the next sweep asks for first.
-        stays = sum(map(self.bytes_of, range(layer + 1))) <= self.page_cache
+        stays = self.stays_in_cache(layer)
         for name, entry in self.entries[layer].items():
             done = 0
             while done < entry.nbytes:

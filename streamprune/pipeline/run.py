@@ -54,7 +54,6 @@ from streamprune.values import dtype_name
 # 1.1 MB, 9 MB more for a moment). The tokenizer itself, 50 to 340 MB, a plan loads too.
 TEXT_BYTES = 12_000_000
 REFERENCE = "use --kernels torch, which is slower and draws other noise"
-CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
 
 
 @dataclass(frozen=True)
@@ -246,20 +245,26 @@ def _source(
     return source.open(progress)
 
 
-def _settle(config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0) -> Placement:
-    """Decide where things stay, and tell the sweeper; `to_come` is what the process does not hold yet, in bytes."""
-    skeleton = sweeper.skeleton
+def _settle(
+    config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0, memory: int | None = None
+) -> Placement:
+    """Decide where things stay, and tell the sweeper.
+
+    Args:
+        to_come: what the process does not hold yet, in bytes.
+        memory: bytes that the process and the page cache have together, if not what is free here.
+    """
+    skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
     loaded = skeleton.resident_bytes if skeleton.loaded and not is_gpu(skeleton.device) else 0
-    baseline = psutil.Process().memory_info().rss - loaded + to_come
-    placement = choose_placement(sweeper, config, plan, work, baseline=baseline)
+    memory = psutil.virtual_memory().available + process if memory is None else memory
+    placement = choose_placement(sweeper, config, plan, work, baseline=process - loaded + to_come, memory=memory)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
         check_space(config.scratch, spilled, "what goes to --scratch")
     sweeper.micro_batch, sweeper.pager.slots = placement.micro_batch, placement.held.slots
     sweeper.graphs = placement.held.graphs
-    to_take = placement.host_bytes - psutil.Process().memory_info().rss
-    sweeper.pager.page_cache = max(0, int(CACHE_SHARE * (psutil.virtual_memory().available - to_take)))
+    sweeper.pager.page_cache = placement.page_cache
     sweeper.place, sweeper.scratch = placement.place, placement.scratch
     return placement
 
@@ -285,7 +290,9 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         work = batches.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
-        placement = _settle(config, plan, sweeper, work, to_come=TEXT_BYTES)
+        # Memory that is given for a card that need not be here need not be here either.
+        memory = config.host_memory if assume else None
+        placement = _settle(config, plan, sweeper, work, to_come=TEXT_BYTES, memory=memory)
         found = None
         if measure:
             found = rates.measured(sweeper, seq_len, rates.default_cache())

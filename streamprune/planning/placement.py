@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
@@ -21,7 +20,7 @@ from streamprune.paging.pager import Turn
 from streamprune.paging.state import STATE_SLOTS
 from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
-from streamprune.planning.rates import Rates, seconds
+from streamprune.planning.rates import DISK, Rates, seconds
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.streaming.costs import Sizes
 from streamprune.streaming.sweeper import Sweeper
@@ -29,6 +28,9 @@ from streamprune.streaming.sweeper import Sweeper
 MARGIN = 0.05  # of what tensors may take, for holes in the heap
 DRIFT = 32 << 20  # what the same process takes before its first tensor, more or less from run to run
 GPU_SHARE = 0.9  # of what is free, where no budget is given
+CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
+# What placements are compared by: they differ in what moves. As fast as a PCIe 4.0 link and drive, whatever is there.
+MOVING = Rates(read=DISK, forward=math.inf, backward=math.inf, source="", link=25e9)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Placement:
         held: what stays beyond what has to. place: where hidden states stay. state: what the method keeps does.
         micro_batch: sequences per layer call.
         device_bytes, host_bytes: the peaks; beside a CPU the first is 0.
+        page_cache: bytes of the page cache that layers may take.
         halved: the micro-batch is smaller than by default, so sums differ in their last bits.
     """
 
@@ -50,14 +53,18 @@ class Placement:
     stages: Sequence[Stage]
     device_bytes: int
     host_bytes: int
+    page_cache: int
     halved: bool = False
 
 
-def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work, *, baseline: int) -> Placement:
-    """Choose the placement that reads least within the budget.
+def choose_placement(
+    sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work, *, baseline: int, memory: int
+) -> Placement:
+    """Choose the placement that waits least for what is read and moved, within the budget.
 
     Args:
         baseline: bytes of the process without any tensors of the model.
+        memory: bytes that the process and the page cache have together.
 
     Raises:
         StreampruneError: nothing fits; it names the smallest budget that would do.
@@ -65,9 +72,14 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
     gpu = is_gpu(sweeper.skeleton.device)
     if config.gpu_memory is not None and not gpu:
         raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
-    limits = _limits(config, sweeper, gpu)
+    limits = _limits(config, sweeper, gpu, memory)
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
     sizes, needed = Sizes(sweeper), list[tuple[tuple[int, int], Sequence[Stage]]]()
+
+    def left(host: int) -> int:
+        """Return the bytes that the page cache has for layers beside `host` bytes of tensors."""
+        return max(0, int(CACHE_SHARE * (memory - baseline - host))) if config.reader == "buffered" else 0
+
     # Smaller micro-batches come last: sums differ by them in their last bits, by where things stay they do not.
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
@@ -83,12 +95,13 @@ def choose_placement(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Wo
             if device > room[0] or host > room[1]:
                 continue
             make = partial(stages, sizes, config, plan, work, where, state, micro_batch)
-            held, found = _keep(sweeper, config, plan, make, room[0] if gpu else room[1])
+            held, found = _keep(sweeper, config, plan, make, room[0] if gpu else room[1], left(host))
             device, host = _peaks(found, gpu)
             grown = (held.slots - 2) * sweeper.pager.slot_bytes
             device, host = (device + grown, host) if gpu else (0, host + grown)
             halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
-            return Placement(held, where, state, config.scratch, micro_batch, found, device, baseline + host, halved)
+            peaks = (device, baseline + host, left(host))
+            return Placement(held, where, state, config.scratch, micro_batch, found, *peaks, halved)
 
     def lacks(each: tuple[tuple[int, int], Sequence[Stage]]) -> tuple[int, int]:
         (device, host), _ = each
@@ -120,10 +133,9 @@ def _state_places(config: PruneConfig, plan: Plan, gpu: bool) -> list[Place]:
     return ["host", "scratch"] if spill else ["host"]
 
 
-def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool) -> tuple[int, int]:
+def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool, memory: int) -> tuple[int, int]:
     """Return the bytes that the device (0 where it is the CPU) and the process may hold."""
-    process = psutil.Process().memory_info().rss
-    host = config.host_memory if config.host_memory is not None else psutil.virtual_memory().available + process
+    host = config.host_memory if config.host_memory is not None else memory
     if not gpu:
         return 0, host
     if not sweeper.skeleton.loaded and config.gpu_memory is not None:  # of a card that need not be there
@@ -154,18 +166,19 @@ def _peaks(found: Sequence[Stage], gpu: bool) -> tuple[int, int]:
 
 
 def _keep(
-    sweeper: Sweeper, config: PruneConfig, plan: Plan, make: Callable[[Kept], list[Stage]], room: int
+    sweeper: Sweeper, config: PruneConfig, plan: Plan, make: Callable[[Kept], list[Stage]], room: int, cache: int
 ) -> tuple[Kept, list[Stage]]:
     """Choose what is kept within `room` bytes of what computes, and give the stages with that.
 
     Weights and state save as much by the byte at each turn of a sweep, but all of either saves more than parts of both:
-    of either first, what passes less over the link. Graphs save arithmetic, and get what is left then. On a CPU without
-    a budget nothing is kept, since the page cache keeps layers too.
+    of either first, what waits less for the link, and for the disk where `cache` bytes do not hold the layers. Graphs
+    save arithmetic, and get what is left then. On a CPU without a budget nothing is kept, since the page cache keeps
+    layers too.
     """
     gpu = is_gpu(sweeper.skeleton.device)
     least = _least(gpu)
     if not gpu and config.host_memory is None:
-        return least, _with_reading(sweeper, make(least), least.slots)
+        return least, _with_reading(sweeper, make(least), least.slots, cache)
     nothing = make(least)
     scoring, with_graph = (
         next(stage for stage in stages if stage.name.startswith("scoring"))
@@ -194,25 +207,29 @@ def _keep(
         # The most that fit: the more there are, the more is held.
         some = range(1, sweeper.n_layers - plan.layers[0] + 1) if saves else ()
         held = replace(held, graphs=bisect.bisect_left(some, True, key=lambda graphs: not fits(graphs)))
-        found = _with_reading(sweeper, make(held), held.slots)
-        options.append((sum(stage.up + stage.down for stage in found), held, found))
+        found = _with_reading(sweeper, make(held), held.slots, cache)
+        waits = sum(seconds(stage, MOVING) for stage in found), sum(stage.up + stage.down for stage in found)
+        options.append((waits, held, found))
     _, held, found = min(options, key=lambda option: option[0])
     return held, found
 
 
-def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int) -> list[Stage]:
+def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int, cache: int) -> list[Stage]:
     """Fill in the bytes that each stage reads: in turn, since one begins with the layers that the last one left."""
-    pager, before, gpu = sweeper.pager, 0, is_gpu(sweeper.skeleton.device)
-    kept, pager.slots = pager.slots, slots
-    passes: list[tuple[Sequence[int], Turn]] = []
-    result = []
+    pager, gpu = sweeper.pager, is_gpu(sweeper.skeleton.device)
+    before, pager.slots, pager.page_cache = (pager.slots, pager.page_cache), slots, cache
+    passes: list[tuple[Sequence[int], Turn]] = [(order, "back") for stage in found for order in stage.passes]
+    stay, cached = {layer for layer in range(sweeper.n_layers) if pager.stays_in_cache(layer)}, set[int]()
+    to_read, result = pager.to_read(passes), []
     for stage in found:
-        passes += [(order, "back") for order in stage.passes]
-        total = pager.bytes_to_read(passes)
-        read = total - before
-        result.append(replace(stage, read=read, up=stage.up + read * gpu))
-        before = total
-    pager.slots = kept
+        read = disk = 0
+        for layer in (layer for _ in stage.passes for layer in next(to_read)):
+            read += pager.bytes_of(layer)
+            if layer not in cached:
+                disk += pager.bytes_of(layer)
+                cached |= {layer} & stay
+        result.append(replace(stage, read=read, disk=disk, up=stage.up + read * gpu))
+    pager.slots, pager.page_cache = before
     return result
 
 
@@ -278,8 +295,10 @@ def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) 
     largest = max(placement.stages, key=lambda stage: sum(stage.device.values()))
     parts = sorted(largest.device.items(), key=lambda item: -item[1])
     lines.append(f"{largest.name} holds {', '.join(f'{human(size)} of {name}' for name, size in parts if size)}")
+    read, disk = (sum(getattr(stage, name) for stage in placement.stages) for name in ("read", "disk"))
+    cached = f"; the page cache gives {human(read - disk)} of what is read" if read > disk else ""
     source = f"; {found.source}; {found.start:.0f} s more until work begins" if found else ""
-    lines.append(f"up to {placement.micro_batch} sequences are computed at once{source}")
+    lines.append(f"up to {placement.micro_batch} sequences are computed at once{cached}{source}")
     return "\n".join(lines)
 
 

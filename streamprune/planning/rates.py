@@ -78,7 +78,7 @@ def seconds(stage: Stage, rates: Rates) -> float:
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
     link = max(stage.up, stage.down) / rates.link  # it goes both ways at the same time
     # The scratch disk is taken to be as fast as the checkpoint's, or the same.
-    reading = (stage.read + stage.moved) / rates.read
+    reading = (stage.disk + stage.moved) / rates.read
     return max(reading, link, computing, stage.staged / rates.staging) + stage.written / (rates.read * WRITE_SHARE)
 
 

@@ -32,11 +32,12 @@ class Stage(Cost):
     """Step of a run: what it costs, and what it reads and writes.
 
     Attributes:
-        passes: the layers it passes, in order. read: bytes of them that are not in memory yet.
-        written: bytes of the output.
+        passes: the layers it passes, in order. read: bytes of them that are in no slot yet. disk: those of them that
+            the page cache does not give. written: bytes of the output.
     """
 
     name: str
     passes: Sequence[Sequence[int]] = ()
     read: int = 0
+    disk: int = 0
     written: int = 0

@@ -28,8 +28,8 @@ from streamprune.streaming.statistics import Statistics
 SAMPLES, SEQ, LAYERS, N_LAYERS = 4, 32, (1, 7), 8
 
 
-def keep_nothing(sweeper, config, plan, make, left):
-    return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots)
+def keep_nothing(sweeper, config, plan, make, room, cache):
+    return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots, cache)
 
 
 def scoring(tiny_llama, tmp_path, monkeypatch, method, place="device", keep=False, **more):
@@ -163,6 +163,23 @@ def test_what_is_left_of_a_budget_keeps_weights_state_and_graphs(tiny_llama, tmp
     assert link == sum(entry.nbytes for layer in make_sweeper(tiny_llama).skeleton.entries for entry in layer.values())
 
 
+@pytest.mark.parametrize("reader", ["buffered", "direct"])
+def test_what_the_page_cache_does_not_hold_is_kept_first(reader, tmp_path):
+    """State of all layers saves the link more than weights of all do, but it does not come from the disk each time."""
+    layers = 16
+    save_tiny(tmp_path / "model", "llama", num_hidden_layers=layers, dtype=torch.bfloat16)
+    config = PruneConfig(str(tmp_path / "model"), tmp_path / "out", "moreau-gs", samples=4, seq_len=32)
+    config = replace(config, layers=(1, 15), evaluate=False, host_memory="8GiB", state_dtype="float32", reader=reader)
+    placement = foretell(
+        replace(config, gpu_memory=int(LIBRARY_BYTES / (1 - MARGIN)) + 2_100_000), assume="l4"
+    ).placement
+    stage, size = placement.stages[0], sum(map(make_sweeper(tmp_path / "model").pager.bytes_of, range(layers)))
+    if reader == "direct":
+        assert placement.held.slots == layers and stage.disk == stage.read == size
+    else:
+        assert placement.held.state_slots == 14 and stage.read > stage.disk == size
+
+
 def test_on_a_cpu_there_is_no_link(tiny_llama, tmp_path):
     config = PruneConfig(str(tiny_llama), tmp_path / "out", "moreau", samples=2, seq_len=16, evaluate=False)
     forecast = foretell(config)
@@ -171,7 +188,7 @@ def test_on_a_cpu_there_is_no_link(tiny_llama, tmp_path):
 
 
 RATES = Rates(read=10.0, forward=1.0, backward=2.0, source="made up", link=100.0)
-STAGE = Stage(name="all at once", read=20, up=500, down=300, forward=1.0, backward=4.0)
+STAGE = Stage(name="all at once", read=200, disk=20, up=500, down=300, forward=1.0, backward=4.0)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +196,8 @@ STAGE = Stage(name="all at once", read=20, up=500, down=300, forward=1.0, backwa
     [
         (STAGE, 5.0),  # up
         (replace(STAGE, down=700), 7.0),  # it goes both ways at the same time
-        (replace(STAGE, read=90), 9.0),
-        (replace(STAGE, read=20, moved=60), 8.0),
+        (replace(STAGE, disk=90), 9.0),
+        (replace(STAGE, moved=60), 8.0),
         (replace(STAGE, backward=10.0), 6.0),
         (replace(STAGE, written=10), 5.0 + 10 / (10 * rates.WRITE_SHARE)),
     ],

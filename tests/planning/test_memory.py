@@ -68,7 +68,10 @@ def placed(monkeypatch, tmp_path):
             monkeypatch.setattr(
                 placement,
                 "_keep",
-                lambda sweeper, config, plan, make, left: (held, _with_reading(sweeper, make(held), held.slots)),
+                lambda sweeper, config, plan, make, room, cache: (
+                    held,
+                    _with_reading(sweeper, make(held), held.slots, cache),
+                ),
             )
         options = {"gpu_memory": BUDGET, "scratch": tmp_path, **TEXTS[method], **options}
         if options.get("granularity", "units") in ("units", "layers"):

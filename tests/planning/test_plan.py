@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -11,9 +10,9 @@ import pytest
 from streamprune import PruneConfig, prune
 from streamprune.figures import peak_rss
 from streamprune.paging.pager import Pager
-from streamprune.pipeline import run
-from streamprune.pipeline.run import CACHE_SHARE, foretell
+from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
+from streamprune.planning.placement import CACHE_SHARE
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.storage.reader import DISK_BLOCK
 
@@ -74,8 +73,9 @@ def test_nothing_but_headers_is_read(tiny_llama, tmp_path, monkeypatch):
     assert "two layers at a time" in foretell(config(tiny_llama, tmp_path / "out")).text
 
 
-def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path, monkeypatch):
-    seen, original, place, available, planned = set(), Pager.pages, run.choose_placement, 1 << 40, 1 << 38
+@pytest.mark.parametrize("reader", ["buffered", "direct"])
+def test_the_page_cache_has_a_share_of_what_the_run_leaves(reader, tiny_llama, tmp_path, monkeypatch):
+    seen, original, available = set(), Pager.pages, 1 << 40
 
     def pages(self, *arguments):
         seen.add(self.page_cache)
@@ -83,10 +83,12 @@ def test_the_page_cache_has_a_share_of_what_the_run_leaves(tiny_llama, tmp_path,
 
     monkeypatch.setattr(Pager, "pages", pages)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
-    monkeypatch.setattr(run, "choose_placement", lambda *a, **more: replace(place(*a, **more), host_bytes=planned))
-    prune(config(tiny_llama, tmp_path / "out"))
+    planned = prune(config(tiny_llama, tmp_path / "out", reader=reader)).facts["memory"]["planned_host"]
     assert len(seen) == 1
-    assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= peak_rss()
+    if reader == "direct":
+        assert seen == {0}
+    else:
+        assert 0 <= seen.pop() / CACHE_SHARE - (available - planned) <= peak_rss()
 
 
 def test_a_card_that_is_not_there_is_planned_for(streamprune, tiny_llama):
