@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, power_of_two, tl, use_triton
+from streamprune.kernels.selection import kth_lowest
 
 GROUP = 4  # columns that a program takes out of its tile at a time, where no N:M says it
 BLOCK_COLUMNS = 128  # of a block that one program holds in registers
@@ -68,26 +69,25 @@ def _lowest(scores: Tensor, count: int, *, by_topk: bool) -> Tensor:
         return torch.zeros_like(scores, dtype=torch.bool)
     flat = scores.flatten()
     # A GPU's kthvalue gives all of them to one block of threads.
-    lowest = flat.topk(count, largest=False, sorted=False) if by_topk else flat.kthvalue(count)
-    threshold = lowest.values.amax()
+    threshold = flat.topk(count, largest=False, sorted=False).values.amax() if by_topk else kth_lowest(flat, count)
     gone, ties = flat < threshold, flat == threshold
     ties &= ties.cumsum(0) <= count - gone.sum()
     return gone.logical_or_(ties).view_as(scores)
 
 
 def _reference(weight: Tensor, factor: Tensor, errors: Tensor, gone: Tensor | None, n: int, m: int) -> None:
-    diagonal = factor.diagonal()
-    for column in range(len(weight)):
+    diagonal = factor.diagonal()[:, None]
+    # An operation takes longer to start than to run, so a column has two: what stays is divided by infinity.
+    divisor = torch.full_like(weight, torch.inf) if gone is None else torch.where(gone, diagonal, torch.inf)
+    for column, (line, by, error) in enumerate(zip(weight, divisor, errors, strict=True)):
         if gone is None and column % m == 0:
             group = slice(column, column + m)
-            scores = (weight[group] / diagonal[group, None]).square_()
-            order = scores.argsort(dim=0, stable=True)
-            picked = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order[: m - n], True)
-        goes = picked[column % m] if gone is None else gone[column]
-        error = torch.where(goes, weight[column] / diagonal[column], 0)
+            order = (weight[group] / diagonal[group]).square_().argsort(dim=0, stable=True)
+            picked = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order[: m - n], True)
+            divisor[group] = torch.where(picked, diagonal[group], torch.inf)
+        torch.div(line, by, out=error)
         weight[column + 1 :].addr_(factor[column, column + 1 :], error, alpha=-1)
-        weight[column].masked_fill_(goes, 0)
-        errors[column] = error
+    weight.masked_fill_(divisor.isfinite(), 0)
 
 
 def launch(weight: Tensor, factor: Tensor, errors: Tensor, gone: Tensor | None, n: int = 0, m: int = 0) -> Launch:

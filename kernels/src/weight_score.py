@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from streamprune.kernels.launch import Backend, Launch, ceil_div, jit, most_warps, power_of_two, tl, use_triton
+from streamprune.kernels.selection import kth_lowest
 
 ROW_BLOCK = 1 << 17  # elements at a time on a CPU
 MOST_COLUMNS = 1 << 15  # of a row that one program holds in registers
@@ -65,7 +66,7 @@ def prune_rows(
         return weight
     for part in _row_blocks(weight):
         score = weight_score(weight[part], x_norm, None if grad_norm is None else grad_norm[part], alpha)
-        threshold = score.kthvalue(count, dim=1, keepdim=True).values
+        threshold = kth_lowest(score, count)
         # Of the weights that equal the threshold only as many go as are missing, so that a row loses exactly `count`.
         gone, ties = score < threshold, score == threshold
         wanted = count - gone.sum(dim=1, keepdim=True)
