@@ -37,13 +37,11 @@ def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(what, tiny_llama, t
     kill_at_commits(what, tiny_llama, tmp_path, killing, every=True)
 
 
-PASSING = [
-    ("moreau-gs", "units", {"steps": 3, "draws": 2, "eta_quantile": 0.3}, {}),
-    slow(("moreau-gs", "units", {"steps": 3}, {"state_dtype": "bfloat16"})),
-    slow(("smoothgrad", "units", {"draws": 3}, {})),
-    ("gblm", "weights", {}, {"state_dtype": "bfloat16"}),
-    slow(("moreau", "layers", {"steps": 2}, {})),
-]
+GS = ("moreau-gs", "units", {"steps": 3, "draws": 2, "eta_quantile": 0.3}, {})
+GS_HALF = ("moreau-gs", "units", {"steps": 3}, {"state_dtype": "bfloat16"})
+SMOOTH = ("smoothgrad", "units", {"draws": 3}, {})
+GBLM = ("gblm", "weights", {}, {"state_dtype": "bfloat16"})
+LAYERS = ("moreau", "layers", {"steps": 2}, {})
 
 
 @pytest.fixture(params=["arena", slow("staged"), slow("scratch")])
@@ -56,14 +54,26 @@ def passing(request, tmp_path, monkeypatch):
     return {"scratch": tmp_path / "spill"} if request.param == "scratch" else {}
 
 
-@pytest.mark.parametrize("what", PASSING, ids=str)
+@pytest.mark.parametrize("what", [GS, slow(GS_HALF), slow(SMOOTH), GBLM, slow(LAYERS)], ids=str)
 def test_a_run_whose_state_passes_a_device_ends_with_the_same_bytes(what, passing, tiny_llama, tmp_path, killing):
     method, granularity, settings, options = what
     kill_at_commits((method, granularity, settings, options | passing), tiny_llama, tmp_path, killing)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", PASSING[1:], ids=str)  # the longest one is killed at some, above
+@pytest.mark.parametrize(
+    "passing,what",
+    [
+        ("arena", GS_HALF),
+        ("arena", SMOOTH),
+        ("staged", GBLM),
+        ("staged", LAYERS),
+        ("scratch", SMOOTH),
+        ("scratch", GBLM),
+    ],
+    indirect=["passing"],
+    ids=str,
+)
 def test_a_run_whose_state_passes_a_device_is_killed_anywhere(what, passing, tiny_llama, tmp_path, killing):
     method, granularity, settings, options = what
     kill_at_commits((method, granularity, settings, options | passing), tiny_llama, tmp_path, killing, every=True)
