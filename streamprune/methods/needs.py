@@ -7,7 +7,7 @@ A need is a row here and a function of `Statistics` that meets it. Nothing here 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -258,6 +258,30 @@ def _hidden(task: Task, *, left_out: bool = False) -> Cost:
     )
 
 
+def _for_trials(task: Task) -> list[Sequence[int]]:
+    assert task.trials is not None, "whoever tries masks says how many"
+    return [task.whole] * task.trials[0]
+
+
+def _masked(task: Task) -> Cost:
+    """Cost of forward sweeps that each carry the sequences of many masks, of which one at a time is computed.
+
+    What a mask lets out is taken to be computed: how much that is, is learnt.
+    """
+    assert task.trials is not None
+    passes, trials, batch = task.trials
+    carried = replace(task, shape=(trials * batch, task.shape[1]), micro_batch=min(task.micro_batch, batch))
+    activations = {"activations": carried.forward_activations(task.whole)}
+    masked = {"masked weights": task.itemsize * task.sizes.most(lambda layer: layer.weights, task.layers)}
+    return carried.cost(
+        states=2,
+        brought=(len(task.whole) + 1) * passes,
+        taken=(len(task.whole) + 1) * passes,
+        device=task.in_turn({**activations, **masked}, {"logits": carried.logits(backwards=False)}),
+        forward=(carried.flops(task.whole) + carried.head_flops) * passes,
+    )
+
+
 def _inputs_of(layer: LayerSizes) -> set[int]:
     """Widths of the matrices' inputs, each once."""
     return {shape[1] for shape in layer.matrices}
@@ -275,4 +299,5 @@ SAMPLE_POWERS = Need("gradients", _there_and_back, _gradients)
 MOMENTS = Need("inputs", _up_to_the_last, partial(_inputs, gram=False))
 GRAMS = Need("inputs", _up_to_the_last, partial(_inputs, gram=True))
 HIDDEN = Need("hidden", _up_to_the_last, _hidden)
+MASKED = Need("losses", _for_trials, _masked)
 LOSSES = Need("losses", _from_what_is_left_out, partial(_hidden, left_out=True))

@@ -19,6 +19,7 @@ from streamprune.methods.needs import (
     GRAMS,
     HIDDEN,
     LOSSES,
+    MASKED,
     MOMENTS,
     MOVED_GRADIENTS,
     SAMPLE_POWERS,
@@ -38,6 +39,7 @@ class Setting:
     maximum: float | None = None
     exclusive: bool = False  # the minimum itself is excluded
     choices: tuple[str, ...] = ()
+    whole: bool = False  # an integer, also where the default is none
 
     def parse(self, name: str, value: Any) -> Any:
         """`value` (a string from the command line, or already typed) checked, or a UsageError."""
@@ -45,7 +47,7 @@ class Setting:
             if value not in self.choices:
                 raise UsageError(f"--set {name}={value}: choose one of {', '.join(self.choices)}")
             return value
-        kind = int if isinstance(self.default, int) else float
+        kind = int if self.whole or isinstance(self.default, int) else float
         try:
             number = kind(value)
             if not math.isfinite(number) or (isinstance(value, float) and number != value):
@@ -77,7 +79,9 @@ class Method:
         narrows: whether bfloat16 state was measured to rank units as float32 state does, at its defaults: then a GPU
             keeps that by default.
         stateless: the method to take instead where there is no room for that.
-        allocation: its own, for units.
+        allocation: its own, for units. normalize: what global allocation makes of its scores, where not the usual.
+        trials: passes over all layers, masks that are tried in each, and sequences of each of these.
+        variants: what settings are that are not given, by the setting `variant`.
     """
 
     name: str
@@ -95,6 +99,9 @@ class Method:
     narrows: bool = False
     stateless: str = "taylor"
     allocation: Literal["uniform", "global"] = "uniform"
+    normalize: str | None = None
+    trials: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def score(self) -> Callable[..., None]:
@@ -174,6 +181,47 @@ _SUM_OF_SMOOTHGRAD = KeptState(
 )
 _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", "terms=gradient")
 
+# Scores that a policy can begin with: of methods that keep nothing between sweeps.
+_STARTS = ("magnitude", "taylor", "wanda", "wanda-sp", "gblm", "layer-ppl", "block-influence")
+_OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, LOSSES, HIDDEN)
+
+
+def _not_of_the_start(settings: Mapping[str, Any]) -> tuple[Need, ...]:
+    start = METHODS.get(settings["init"])
+    return tuple(need for need in _OF_A_START if start is None or need not in start.needs)
+
+
+def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
+    passes = -(-settings["steps"] // settings["per_pass"])
+    return passes, min(settings["per_pass"], settings["steps"]) * settings["masks"], settings["batch"]
+
+
+_CHOSEN = "; by default the variant's"
+# What a variant does where a setting does not say: as the paper has it, its published code, and what was measured best.
+_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "exact": {"baseline": "moving", "antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2},
+    "published": {"baseline": "published", "antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2},
+    "best": {"baseline": "others", "antithetic": "yes", "learner": "shared", "lr": 0.05, "masks": 4},
+}
+_POLICY = {
+    "variant": Setting("exact", "what else is not set", choices=("exact", "published", "best")),
+    "init": Setting(
+        None,
+        "scores to begin with: by default wanda-sp, of layers layer-ppl",
+        choices=(*_STARTS, "score-const", "random"),
+    ),
+    "steps": Setting(300, "updates", minimum=1),
+    "batch": Setting(8, "sequences of an update", minimum=1),
+    "masks": Setting(None, f"masks that are tried on them, N_s{_CHOSEN}", minimum=1, whole=True),
+    "per_pass": Setting(1, "updates that one pass over the layers serves, K", minimum=1),
+    "lr": Setting(None, f"step size{_CHOSEN}", minimum=0, exclusive=True),
+    "window": Setting(5, "steps of the moving baseline", minimum=1),
+    "baseline": Setting(None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published")),
+    "antithetic": Setting(None, f"masks come in opposite pairs{_CHOSEN}", choices=("yes", "no")),
+    "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "shared")),
+    "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
+    "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
+}
 
 _ROWS = (
     Method("random", "plain:random", _ALL, (), "uniform at random, the floor to beat", "-"),
@@ -291,6 +339,21 @@ _ROWS = (
         _LONG,
     ),
     Method(
+        "bernoulli",
+        "bernoulli:bernoulli",
+        ("units", "layers"),
+        (MASKED, *_OF_A_START),
+        "keep probabilities, learnt from losses of random masks",
+        "arXiv 2406.10576",
+        _POLICY,
+        (1024, 128),
+        unneeded=_not_of_the_start,
+        allocation="global",
+        normalize="none",
+        trials=_trials,
+        variants=_VARIANTS,
+    ),
+    Method(
         "layer-ppl",
         "depth:layer_ppl",
         ("layers",),
@@ -330,6 +393,12 @@ def resolve_settings(method: str, given: Mapping[str, Any], target: Target | Non
         name: setting.parse(name, given[name]) if given.get(name) is not None else setting.default
         for name, setting in known.items()
     }
+    if METHODS[method].variants:
+        chosen = METHODS[method].variants[settings["variant"]]
+        settings |= {name: value for name, value in chosen.items() if settings[name] is None}
+        settings["init"] = settings["init"] or ("layer-ppl" if target == "layers" else "wanda-sp")
+        if settings["init"] in METHODS:
+            resolve_settings(settings["init"], {}, target)
     if target == "weights" and settings.get("order") == "vectorize":
         raise UsageError("--set order=vectorize sums over rows and columns, so it has no scores for weights; use first")
     return settings

@@ -24,7 +24,7 @@ from streamprune.paging.device import peaks
 from streamprune.paging.pager import Page
 from streamprune.paging.state import STATE_SLOTS, StateStream
 from streamprune.pipeline.progress import Progress
-from streamprune.planning.decision import Plan
+from streamprune.planning.decision import Plan, kept_share
 from streamprune.planning.footprint import state_blocks
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
@@ -165,7 +165,16 @@ class Job:
 
     def _statistics(self) -> Statistics:
         config = self.config
-        return Statistics(self.sweeper, self.ids, self.plan.layers, config.seed, self.journal, self._stores())
+        return Statistics(
+            self.sweeper,
+            self.ids,
+            self.plan.layers,
+            config.seed,
+            self.journal,
+            self._stores(),
+            keeps=kept_share(config, self.sweeper.skeleton, self.plan),
+            note=self.progress.note,
+        )
 
     def _stores(self) -> MakeStore:
         """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""
@@ -213,7 +222,9 @@ class Job:
         """Open the stage in which the method works; its figures go into `costs`."""
         method, checkpoint = METHODS[self.config.method], self.sweeper.skeleton.checkpoint
         shape = (0, 0) if self.ids is None else (len(self.ids), self.ids.shape[1])
-        task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=method.sweeps(self.plan.settings))
+        trials = None if method.trials is None else method.trials(self.plan.settings)
+        sweeps = method.sweeps(self.plan.settings)
+        task = Task(Sizes(self.sweeper), shape, layers=self.plan.layers, sweeps=sweeps, trials=trials)
         needs = method.needs_for(self.config.target, self.plan.settings)
         orders = [order for need in needs for order in need.passes(task)]
         start, read = time.perf_counter(), checkpoint.bytes_read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -117,6 +118,14 @@ class Progress:
             stage.said, figures = now, stage.figures(now)
             self._tell("progress", figures, f"{stage.name}: {stage.share:.0%}, {_so_far(figures)}")
 
+    def note(self, **figures: float) -> None:
+        """Report figures of a step inside the stage, by name."""
+        stage, now = self._stage, self._clock()
+        if stage is not None and (self.as_json or now - stage.noted >= LINE_SECONDS):
+            stage.noted = now
+            said = ", ".join(f"{name} {value:,.4g}" for name, value in figures.items())
+            self._tell("step", {"stage": stage.name, **figures}, f"{stage.name}: {said}")
+
     def _tell(self, event: str, fields: Mapping[str, Any], line: str | None) -> None:
         """Write the event with its fields for machines, or the line, if there is one, for people."""
         text = json.dumps({"event": event, **fields}) if self.as_json else line
@@ -134,7 +143,7 @@ class _Stage:
         predicted: seconds of the whole stage by a plan.
         layer: the last one that was passed.
         waited: seconds that computing stood still for what was read.
-        start, said: when it began, and when it was last spoken of.
+        start, said, noted: when it began, was last spoken of, and its steps were.
     """
 
     name: str
@@ -143,6 +152,7 @@ class _Stage:
     bar: tqdm[Any]
     start: float
     said: float
+    noted: float = -math.inf
     layer: int | None = None
     done: int = 0
     read: int = 0

@@ -145,7 +145,8 @@ class GlobalRule:
 
     Attributes:
         ratio: fraction of their parameters that goes.
-        normalize: "zscore" of the scores in each layer and kind, or "raw" scores divided by the unit's parameters.
+        normalize: "zscore" of the scores in each layer and kind, "raw" scores divided by the unit's parameters, or
+            "none": as they are.
         min_keep: fraction of each kind that every layer keeps, one unit at least.
         round_to: the kept number of channels is a multiple of this.
     """
@@ -220,7 +221,7 @@ def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tup
     ordered = values.double().sort().values
     if rule.normalize == "raw":
         ordered /= cost
-    else:
+    elif rule.normalize == "zscore":
         deviation = ordered.std() if len(ordered) > 1 else torch.zeros(())
         ordered = (ordered - ordered.mean()) / (deviation if deviation > 0 else 1)
     step, most = rule.step(kind), rule.most(kind, len(ordered))

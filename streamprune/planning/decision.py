@@ -213,7 +213,8 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, 
             "global allocation gives every layer its own widths: leave --stock, --attention-ratio and --mlp-ratio out, "
             "or pass --allocation uniform"
         )
-    rule = GlobalRule(_ratio(config), config.normalize, config.min_keep, config.round_to)
+    normalize = METHODS[config.method].normalize or config.normalize
+    rule = GlobalRule(_ratio(config), normalize, config.min_keep, config.round_to)
     everything = skeleton.all_units()
     allocation.check_global(rule, costs, skeleton.all_units(layers))
 
@@ -295,6 +296,14 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
 def prunable_parameters(skeleton: Skeleton, costs: UnitCosts, layers: Iterable[int]) -> int:
     """Count the parameters of all units of these layers."""
     return sum(cost * skeleton.geometries[layer].units(kind) for layer in layers for kind, cost in costs[layer].items())
+
+
+def kept_share(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> float:
+    """Return the fraction of the parameters of prunable units, or layers, that the plan keeps."""
+    gone = removed_parameters(skeleton, plan.costs, plan.choice.widths)
+    if config.target == "layers":
+        return 1 - gone / sum(shape.numel() for layer in plan.layers for shape in skeleton.shapes(layer).values())
+    return 1 - gone / max(1, prunable_parameters(skeleton, plan.costs, plan.layers))
 
 
 def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) -> int:

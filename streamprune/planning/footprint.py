@@ -107,6 +107,7 @@ def scoring(
         graphs=held.graphs,
         prunes=prunes,
         apart=apart,
+        trials=None if method.trials is None else method.trials(plan.settings),
     )
     cost = one_after_another([need.cost(task) for need in needs] or [Cost(device=task.always)])
     kept = _state(sizes.sweeper, config, plan, state, held.state_slots)

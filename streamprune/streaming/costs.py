@@ -187,6 +187,7 @@ class Task:
         graphs: layers whose graphs stay for the backward sweep.
         prunes: weights go as they are scored, so a layer runs again with what is left of it.
         apart: what the method keeps is not in memory as it is used: a tensor of it comes there, in float32, on its way.
+        trials: passes with masks, how many in each, and sequences of each of these.
     """
 
     sizes: Sizes
@@ -199,6 +200,7 @@ class Task:
     graphs: int = 0
     prunes: bool = False
     apart: bool = False
+    trials: tuple[int, int, int] | None = None
 
     @property
     def sweeper(self) -> Sweeper:

@@ -18,6 +18,7 @@ from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.gradients import Consumer, GradientCollector, MakeCollector, PowerCollector, PowersConsumer
 from streamprune.streaming.inputs import Inputs, Sums
+from streamprune.streaming.masked import Trial, masked_losses
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, Visitor, journalled_walk, walk
 
@@ -44,6 +45,7 @@ class Statistics:
         seed: the run's seed.
         store: gives what a method keeps between sweeps, by name: tensors by (layer, tensor).
         backend: to be handed to operations of `streamprune.kernels`.
+        keeps: fraction of the prunable parameters that will stay. note: takes in figures of a step, by name.
     """
 
     def __init__(
@@ -54,10 +56,14 @@ class Statistics:
         seed: int,
         journal: Journal | None = None,
         store: MakeStore = make_store,
+        *,
+        keeps: float = 1.0,
+        note: Callable[..., None] = lambda **figures: None,
     ) -> None:
         self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
         self._journal = journal
         self.store, self.backend = store, sweeper.backend
+        self.keeps, self.note = keeps, note
         self._again = False  # the sweeper has kept the lowest prunable layer's input
         self._swept = False  # a gradient sweep was asked for, though an earlier run may have made it
         self.samples = 0 if input_ids is None else len(input_ids)
@@ -185,6 +191,22 @@ class Statistics:
                 losses[layer, "loss"] = torch.tensor(loss, dtype=torch.float64)
             self._commit(END, {"dense": dense[0]})
         return {layer: float(losses[layer, "loss"]) for layer in self.layers}
+
+    def losses_of(self, rows: Sequence[int], trials: Sequence[Trial]) -> list[float] | None:
+        """Return the mean loss in nats of each trial, in one forward sweep; None if an earlier run has made it.
+
+        Whoever asks says `finish_pass` when what was learnt from the losses is in a store. `trials` are on the
+        calibration sequences `rows`.
+        """
+        point = self._begin()
+        if point is not None and point.layer == END:
+            self.sweeper.pager.skip(range(self.sweeper.n_layers))
+            return None
+        return masked_losses(self.sweeper, self._ids[list(rows)], trials, self.layers[0])
+
+    def finish_pass(self) -> None:
+        """Record that the sweep of `losses_of` is through, with what is in stores."""
+        self._commit(END)
 
     def _without(
         self, layers: Sequence[int], begin: int, dense: list[States], point: Point | None

@@ -260,7 +260,7 @@ class Sweeper:
         grad = self.states_like(hidden) if with_grad else None
         count = n * (seq - 1)
         tokens = max(1, LOGITS_BYTES // (4 * self.skeleton.config.vocab_size))
-        for rows, blocks in _token_blocks(n, seq - 1, tokens):
+        for rows, blocks in token_blocks(n, seq - 1, tokens):
             states = hidden[rows].detach()
             grads = torch.zeros_like(states) if with_grad else None
             for columns in blocks:
@@ -290,9 +290,10 @@ class Sweeper:
         assert states is not None and start == count, "a journal holds all of them"
         return states
 
-    def states_like(self, states: States, width: int | None = None) -> States:
-        """Make new hidden states of the same shape, or of another width, with anything in them."""
-        return self._new_states(1, (*states.shape[:2], width or states.shape[2]), states.dtype)[0]
+    def states_like(self, states: States, width: int | None = None, count: int | None = None) -> States:
+        """Make new hidden states of the same shape, or of another width or count, with anything in them."""
+        n, seq, hidden_size = states.shape
+        return self._new_states(1, (count or n, seq, width or hidden_size), states.dtype)[0]
 
     def _new_states(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[States]:
         if self._activations is None:
@@ -371,7 +372,7 @@ def _stores_of(perturbation: Perturbation | None) -> Collection[str]:
     return [delta.name] if isinstance(delta, Streamed) else []
 
 
-def _token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
+def token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
     """Yield blocks of at most about `tokens` tokens of [n, seq]: rows, and the columns of each block in them."""
     rows, columns = max(1, tokens // seq), min(seq, tokens)
     for top in range(0, n, rows):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamprune.model.skeleton import LayerCall
 from streamprune.paging.hidden_states import States, pieces
-from streamprune.paging.pager import Page
+from streamprune.paging.pager import Page, Turn
 from streamprune.storage.journal import END, Journal
 from streamprune.streaming.inputs import Inputs
 from streamprune.streaming.sweeper import Sweeper
@@ -80,6 +80,7 @@ def walk(
     stop: int | None = None,
     change: bool = True,
     micro_batch: int | None = None,
+    then: Turn = "back",
 ) -> States:
     """Make a forward sweep in which `visit` makes each layer's output; return the last one [n, seq, d].
 
@@ -90,12 +91,13 @@ def walk(
         stop: the first layer that is not visited.
         change: the visitor may change weights.
         micro_batch: sequences per layer call, where not the sweeper's.
+        then: the next sweep comes "back", or goes the same way "again".
     """
     sweeper.forget_boundaries()
     size = micro_batch or sweeper.micro_batch
     first, given = start or (0, [])
     hidden, calls = given.pop() if given else sweeper.embed(input_ids, size), sweeper.recorded(input_ids)
-    with sweeper.pages(range(first, sweeper.n_layers if stop is None else stop)) as pages:
+    with sweeper.pages(range(first, sweeper.n_layers if stop is None else stop), then) as pages:
         for page in pages:
             weights = sweeper.binder.bind(page, own=change)
             hidden = visit(Visit(sweeper, page, weights, hidden, calls[page.layer], size))

@@ -1,0 +1,115 @@
+"""Pruning without gradients: a Bernoulli policy on units or layers, by forward passes alone (arXiv 2406.10576)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.kernels import noise_seed
+from streamprune.methods.policy import Key, Policy, Space, start_from_scores
+from streamprune.methods.sinks import LayerScores, UnitScores
+from streamprune.methods.table import METHODS, resolve_settings
+from streamprune.model.families import unit_costs
+from streamprune.model.units import Kind
+from streamprune.streaming.masked import Trial
+from streamprune.streaming.statistics import Statistics
+
+CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to the budget
+
+
+def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores | LayerScores) -> None:
+    """Score units or layers by the keep probabilities that are learnt from losses of random masks."""
+    start = settings["init"]
+    if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
+        METHODS[start].score(statistics, resolve_settings(start, {}), sink)
+    space = _space(statistics, sink)
+    begin = _start(space, sink, start, statistics.seed)
+    policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"))
+    steps, each = settings["steps"], settings["per_pass"]
+    for first in range(0, steps, each):
+        numbers = range(first, min(first + each, steps))
+        p, masks = policy.sampled_from, {step: policy.draw(step) for step in numbers}
+        rows = {step: _batch(statistics, settings["batch"], step) for step in numbers}
+        trials = list(_trials(space, masks, rows))
+        losses = statistics.losses_of([row for step in numbers for row in rows[step]], trials)
+        if losses is None:  # the policy in the store has learnt from them
+            continue
+        for step in numbers:
+            own, losses = losses[: len(masks[step])], losses[len(masks[step]) :]
+            statistics.note(step=step, **policy.learn(step, steps, masks[step], own, p))
+        statistics.finish_pass()
+    _put(sink, space.split(policy.s))
+
+
+def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
+    """Make the space of all that may go; what it costs, and how much of it stays."""
+    skeleton, parts, costs, n = statistics.sweeper.skeleton, dict[Key, slice](), list[float](), 0
+    for layer in statistics.layers:
+        if isinstance(sink, LayerScores):
+            sizes = {"layer": (1, sum(shape.numel() for shape in skeleton.shapes(layer).values()))}
+        else:
+            geometry = skeleton.geometries[layer]
+            each = unit_costs(skeleton.family, geometry, skeleton.shapes(layer))
+            sizes = {kind: (geometry.units(kind), cost) for kind, cost in each.items()}
+        for kind, (count, cost) in sizes.items():
+            parts[layer, kind] = slice(n, n + count)
+            costs += [float(cost)] * count
+            n += count
+    row = torch.tensor(costs, dtype=torch.float64)
+    return Space(parts, row, statistics.keeps * float(row.sum()))
+
+
+def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) -> Tensor:
+    """Return the keep probabilities to begin with [n]."""
+    n = len(space.costs)
+    if start == "random":
+        generator = torch.Generator().manual_seed(noise_seed(seed, "start"))
+        return torch.rand(n, generator=generator, dtype=torch.float64)
+    if start == "score-const":
+        return torch.full((n,), CONSTANT, dtype=torch.float64)
+    if isinstance(sink, LayerScores):
+        row = torch.tensor(list(sink.values.values()), dtype=torch.float64)
+        return start_from_scores({(0, "layer"): row}, space)
+    scores: Mapping[Key, Tensor] = {
+        (layer, kind): values for layer, kinds in sink.values.items() for kind, values in kinds.items()
+    }
+    return start_from_scores({key: scores[key] for key in space.parts}, space)
+
+
+def _batch(statistics: Statistics, size: int, step: int) -> list[int]:
+    """List the sequences of a step: all of them in a new order for each epoch, some after others."""
+    samples = statistics.samples
+    chosen = []
+    for number in range(step * size, (step + 1) * size):
+        epoch, place = divmod(number, samples)
+        generator = torch.Generator().manual_seed(noise_seed(statistics.seed, "epoch", epoch))
+        chosen.append(int(torch.randperm(samples, generator=generator)[place]))
+    return chosen
+
+
+def _trials(space: Space, masks: Mapping[int, Tensor], rows: Mapping[int, list[int]]) -> Iterator[Trial]:
+    """Yield a trial for each mask of each step, on that step's sequences."""
+    begin = 0
+    for step, drawn in masks.items():
+        sequences = slice(begin, begin + len(rows[step]))
+        begin = sequences.stop
+        for mask in drawn:
+            kept: dict[int, dict[Kind, list[int]]] = {}
+            gone = set()
+            for (layer, kind), part in space.split(mask).items():
+                if kind == "layer":
+                    gone |= set() if bool(part) else {layer}
+                else:
+                    kept.setdefault(layer, {})[kind] = part.nonzero().flatten().tolist()  # type: ignore[index]
+            yield Trial(kept, frozenset(gone), sequences)
+
+
+def _put(sink: UnitScores | LayerScores, probabilities: Mapping[Key, Tensor]) -> None:
+    for (layer, kind), values in probabilities.items():
+        if isinstance(sink, LayerScores):
+            sink.values[layer] = float(values)
+        else:
+            sink.values[layer][kind].copy_(values)  # type: ignore[index]

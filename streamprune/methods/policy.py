@@ -1,0 +1,205 @@
+"""Bernoulli policy: keep probabilities of units or layers, learnt from losses of random masks (arXiv 2406.10576).
+
+Minimised is Φ(s) = E L(m) over masks m ~ Bernoulli(s) under a budget of parameters, Σ cost·s <= budget. Forward passes
+are all that it takes: ∇Φ = E[(L(m) − b)·(m − s)/(s(1 − s))] for any b that does not depend on m (§3.2, Eq. 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.errors import StreampruneError
+from streamprune.kernels import noise_seed
+from streamprune.methods.projection import project
+
+Key = tuple[int, str]
+STATE = 0  # the layer by whose number the policy's tensors are kept in a store
+BISECTIONS = 70  # by then the two ends are neighbours
+BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise for the most part
+
+
+@dataclass(frozen=True)
+class Space:
+    """Units, or layers, that stay or go, in a row.
+
+    Attributes:
+        parts: for each group of a layer and kind its key, and its place in the row.
+        costs: parameters of each [n], float64.
+        budget: parameters that may stay.
+    """
+
+    parts: Mapping[Key, slice]
+    costs: Tensor
+    budget: float
+
+    def split(self, row: Tensor) -> dict[Key, Tensor]:
+        """View a row [n] by group."""
+        return {key: row[place] for key, place in self.parts.items()}
+
+    def groups(self) -> Tensor:
+        """Return the number of each unit's group, int64 [n]."""
+        sizes = torch.tensor([place.stop - place.start for place in self.parts.values()])
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+
+def shifted(logits: Tensor, space: Space) -> Tensor:
+    """Return σ(logits + μ) [n] with the μ at which the expected parameters are the budget."""
+    total = float(space.costs.sum())
+    if space.budget >= total:
+        return torch.ones_like(logits)
+    low, high = -float(logits.max()) - 60.0, -float(logits.min()) + 60.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if float(space.costs @ torch.sigmoid(logits + middle)) > space.budget:
+            high = middle
+        else:
+            low = middle
+    return torch.sigmoid(logits + low)
+
+
+def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
+    """Return σ(z + μ) [n] of another method's scores, z-scores within each layer and kind: `sigmoid-norm` (§3.3)."""
+    parts = []
+    for values in scores.values():
+        deviation = values.std() if len(values) > 1 else torch.zeros(())
+        parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
+    return shifted(torch.cat(parts), space)
+
+
+class Policy:
+    """Policy on a `Space`: draws masks, and learns from their losses. All of its state is in `store`.
+
+    Args:
+        start: keep probabilities [n], where `store` has none yet.
+        settings: of the method, with what its variant says filled in.
+    """
+
+    def __init__(
+        self, space: Space, start: Tensor, settings: Mapping[str, Any], seed: int, store: MutableMapping[Key, Tensor]
+    ) -> None:
+        self.space, self.settings, self.seed, self.store = space, settings, seed, store
+        self._of = space.groups()
+        if (STATE, "s") not in store:
+            s = project(start, space.costs, space.budget)
+            if settings["learner"] != "projection":
+                floor = settings["floor"]
+                logits = torch.logit(start.clamp(floor, 1 - floor))
+                s = shifted(logits, space)
+                self._put(logits=logits, shared=torch.zeros(len(space.parts), dtype=torch.float64))
+            self._put(s=s)
+
+    def _put(self, **tensors: Tensor) -> None:
+        for name, tensor in tensors.items():
+            self.store[STATE, name] = tensor
+
+    def _get(self, name: str, default: Tensor | None = None) -> Tensor:
+        if default is not None and (STATE, name) not in self.store:
+            return default
+        return self.store[STATE, name].clone()
+
+    @property
+    def s(self) -> Tensor:
+        """Keep probabilities [n], float64."""
+        return self._get("s")
+
+    @property
+    def sampled_from(self) -> Tensor:
+        """Probabilities that masks are drawn from [n]: away from 0 and 1, which no draw would ever leave again."""
+        return self.s.clamp(self.settings["floor"], 1 - self.settings["floor"])
+
+    def draw(self, step: int) -> Tensor:
+        """Draw the masks of a step, bool [masks, n]; the same of the same state."""
+        count, p = self.settings["masks"], self.sampled_from
+        generator = torch.Generator().manual_seed(noise_seed(self.seed, "policy", step))
+        if self.settings["antithetic"] == "no":
+            return torch.rand((count, len(p)), generator=generator, dtype=torch.float64) < p
+        half = torch.rand((-(-count // 2), len(p)), generator=generator, dtype=torch.float64)
+        return torch.stack([half, 1 - half], dim=1).flatten(0, 1)[:count] < p
+
+    def learn(self, step: int, steps: int, masks: Tensor, losses: Sequence[float], p: Tensor) -> dict[str, float]:
+        """Move the probabilities by the losses of one step's masks, which were drawn from `p`; return figures of it.
+
+        Raises:
+            StreampruneError: a loss is NaN or infinite.
+        """
+        values = torch.tensor(losses, dtype=torch.float64)
+        for number, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise StreampruneError(
+                    f"the loss of mask {number} of step {step} is {loss}: nothing is learnt from it; try --dtype float32"
+                )
+        before, figures = self.s, {"loss": float(values.mean())}
+        baseline = self._baseline(values)
+        if self.settings["learner"] == "projection":
+            s = self._projected(step, steps, masks, values - baseline, p)
+        else:
+            s = self._shared(masks, values - baseline, p)
+        self._put(s=s)
+        changed = int(((s > 0.5) != (before > 0.5)).sum())
+        entropy = float(-(torch.special.xlogy(s, s) + torch.special.xlogy(1 - s, 1 - s)).mean())
+        return figures | {
+            "baseline": float(baseline.mean()),
+            "kept": float(self.space.costs @ s),
+            "entropy": entropy,
+            "changed": changed,
+        }
+
+    def _baseline(self, losses: Tensor) -> Tensor:
+        """Return what is subtracted from each loss: none of them depends on the mask that it stands beside.
+
+        "moving": the mean of earlier steps. "others": the mean of the step's other masks. "published": the moving mean
+        with this step's losses in it already, as the published code has it, which is not unbiased.
+        """
+        kind, mean = self.settings["baseline"], losses.mean()
+        if kind == "others":
+            return (losses.sum() - losses) / (len(losses) - 1)
+        before = self._get("baseline", mean)
+        after = before + (mean - before) / self.settings["window"]
+        self._put(baseline=after)
+        return after if kind == "published" else before
+
+    def _projected(self, step: int, steps: int, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
+        """Take a step against the estimate of ∇Φ and project it onto the budget (Algorithm 1)."""
+        published, lr = self.settings["variant"] == "published", self.settings["lr"]
+        variance = p * (1 - p)
+        score = (masks.double() - p) / (variance.sqrt() if published else variance)
+        gradient = gains @ score / len(gains)
+        if published:
+            lr *= (1 + math.cos(math.pi * step / steps)) / 2
+            gradient *= len(gains) / max(1, len(gains) - 1)
+        if self.settings["natural"] == "yes":
+            gradient *= variance
+        s = project(self.s - lr * gradient, self.space.costs, self.space.budget)
+        if bool(((s == 0) | (s == 1)).all()):
+            raise StreampruneError(f"after step {step} every probability is 0 or 1; lower --set lr={lr}")
+        return s
+
+    def _shared(self, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
+        """Move logits of units, and one that the units of a layer and kind share, by Adam; the budget holds exactly.
+
+        Of logits the score is m − p: its variance does not grow where p is near 0 or 1. A shift μ of all of them keeps
+        the budget, and is differentiated through.
+        """
+        costs, variance = self.space.costs, p * (1 - p)
+        gradient = gains @ (masks.double() - p) / len(gains)
+        gradient -= costs * variance / float(costs @ variance) * gradient.sum()
+        shared = torch.zeros(len(self.space.parts), dtype=torch.float64).index_add_(0, self._of, gradient)
+        count = self._get("count", torch.zeros(1, dtype=torch.float64)) + 1
+        self._put(count=count)
+        logits = self._get("logits") - self._adam("logits", gradient, float(count))
+        offsets = self._get("shared") - self._adam("shared", shared, float(count))
+        self._put(logits=logits, shared=offsets)
+        return shifted(logits + offsets[self._of], self.space)
+
+    def _adam(self, name: str, gradient: Tensor, count: float) -> Tensor:
+        first = BETAS[0] * self._get(f"{name}.first", torch.zeros_like(gradient)) + (1 - BETAS[0]) * gradient
+        second = BETAS[1] * self._get(f"{name}.second", torch.zeros_like(gradient)) + (1 - BETAS[1]) * gradient.square()
+        self._put(**{f"{name}.first": first, f"{name}.second": second})
+        mean, deviation = first / (1 - BETAS[0] ** count), (second / (1 - BETAS[1] ** count)).sqrt()
+        return self.settings["lr"] * mean / (deviation + EPSILON)

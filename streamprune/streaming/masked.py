@@ -1,0 +1,109 @@
+"""Losses of a model with some of its units or layers masked: one pass over the layers serves many masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from streamprune.model.masking import mask_layer
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import KeptUnits, Kind, kept_lines, module_of
+from streamprune.paging.hidden_states import States
+from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper, token_blocks
+from streamprune.streaming.walk import Visit, walk
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Mask that is tried on some sequences.
+
+    Attributes:
+        kept: the units that stay, ascending, by layer and kind; layers that are not in it are whole.
+        gone: layers whose residual branches are left out.
+        sequences: the first of its sequences among those of the pass, and the one behind the last.
+    """
+
+    kept: KeptUnits
+    gone: frozenset[int]
+    sequences: slice
+
+
+@torch.no_grad()
+def masked_losses(sweeper: Sweeper, input_ids: Tensor, trials: Sequence[Trial], first: int) -> list[float]:
+    """Compute the mean next-token loss (nats) of each trial, in one forward sweep.
+
+    Up to layer `first`, the lowest that a mask changes, trials on the same sequences are one.
+
+    Args:
+        input_ids: [n, seq].
+    """
+    skeleton, rows = sweeper.skeleton, [range(trial.sequences.start, trial.sequences.stop) for trial in trials]
+    starts = [sum(map(len, rows[:number])) for number in range(len(rows))]
+    ids = input_ids[[row for each in rows for row in each]]
+
+    def visit(each: Visit) -> States:
+        if each.layer < first:
+            return each.run()
+        # The first layer with masks is given what trials share, and puts out what each has for itself.
+        given = [trial.sequences.start for trial in trials] if each.layer == first else starts
+        output = sweeper.states_like(each.hidden, count=len(ids))
+        for trial, begin, end in zip(trials, given, starts, strict=True):
+            weights = masked_weights(skeleton, each.layer, each.weights, trial.kept.get(each.layer, {}))
+            for part in sweeper.micro_batches(trial.sequences.stop - trial.sequences.start):
+                hidden = each.hidden[begin + part.start : begin + part.stop]
+                if each.layer not in trial.gone:
+                    hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
+                output[end + part.start : end + part.stop] = hidden
+        return output
+
+    hidden = walk(sweeper, input_ids, visit, change=False, then="again")
+    losses = sequence_losses(sweeper, hidden, ids)
+    return [float(losses[start : start + len(each)].mean()) for start, each in zip(starts, rows, strict=True)]
+
+
+def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tensor:
+    """Compute the mean next-token loss (nats) of each sequence from the last layer's output: float64 [n]."""
+    n, seq, _ = hidden.shape
+    targets = input_ids.to(sweeper.skeleton.device)
+    losses = torch.zeros(n, dtype=torch.float64, device=targets.device)
+    tokens = max(1, LOGITS_BYTES // (4 * sweeper.skeleton.config.vocab_size))
+    for rows, blocks in token_blocks(n, seq - 1, tokens):
+        states = hidden[rows]
+        for columns in blocks:
+            logits = sweeper.skeleton.head(states[:, columns])
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            following = targets[rows, columns.start + 1 : columns.stop + 1]
+            loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
+            losses[rows] += loss.view_as(following).double().sum(dim=1)
+    return losses.cpu() / (seq - 1)
+
+
+def masked_weights(
+    skeleton: Skeleton, layer: int, weights: Mapping[str, Tensor], kept: Mapping[Kind, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Return a layer's weights with which it computes what it does without the units that are not `kept`.
+
+    Channels are cut out where the layer's modules take their widths from the weights: what goes is not computed.
+    Elsewhere, and of KV groups, the columns through which a unit reaches the residual stream become zero, in copies.
+    """
+    masked, geometry = dict(weights), skeleton.geometries[layer]
+    for kind, units in kept.items():
+        if len(units) == geometry.units(kind):
+            continue
+        members = [each for each in skeleton.family.members if each.kind == kind and each.tensor in weights]
+        if kind == "channel" and all(_is_linear(skeleton.layers[layer], each.tensor) for each in members):
+            for member in members:
+                lines = kept_lines(member, geometry, units).to(weights[member.tensor].device)
+                masked[member.tensor] = weights[member.tensor].index_select(member.dim, lines)
+        else:
+            masked |= {each.tensor: weights[each.tensor].clone() for each in members}
+            mask_layer(skeleton, {layer: {kind: list(units)}}, layer, masked, kind)
+    return masked
+
+
+def _is_linear(layer: nn.Module, tensor: str) -> bool:
+    return isinstance(layer.get_submodule(module_of(tensor)), nn.Linear)
