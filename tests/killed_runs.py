@@ -23,6 +23,8 @@ RUNS = [
     ("random", "layers", {}, {}),
     ("layer-ppl", "layers", {}, {}),
     ("block-influence", "layers", {}, {}),
+    ("bernoulli", "units", {"steps": 5, "per_pass": 2, "batch": 2, "variant": "logits"}, {}),
+    ("bernoulli", "layers", {"steps": 3, "batch": 2}, {}),
     ("moreau", "layers", {"steps": 2}, {}),
     ("magnitude", "weights", {}, {}),
     ("wanda", "weights", {}, {}),

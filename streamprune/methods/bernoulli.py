@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from streamprune.kernels import noise_seed
-from streamprune.methods.policy import Key, Policy, Space, start_from_scores
+from streamprune.methods.policy import Policy, Space, start_from_scores
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.units import Kind
+from streamprune.storage.journal import Key
 from streamprune.streaming.masked import Trial
 from streamprune.streaming.statistics import Statistics
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
-from streamprune.methods.projection import project
+from streamprune.storage.journal import Key
 
-Key = tuple[int, str]
 STATE = 0  # the layer by whose number the policy's tensors are kept in a store
 BISECTIONS = 70  # by then the two ends are neighbours
 BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise for the most part
@@ -70,6 +69,52 @@ def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
         deviation = values.std() if len(values) > 1 else torch.zeros(())
         parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
     return shifted(torch.cat(parts), space)
+
+
+def project(values: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """Project `values` [n] onto {s: 0 <= s <= 1, Σ costs·s <= budget}, the nearest point in the Euclidean norm.
+
+    It is clip(values − v·costs, 0, 1) with the least v >= 0 that meets the budget (arXiv 2406.10576, Theorem 2, where
+    costs are 1): Σ costs·s falls with v along straight lines that bend where a number comes down to 1 or to 0, so the
+    bends are sorted, the piece is found on which the budget lies, and v is solved for there. O(n log n).
+
+    Args:
+        values, costs: float64; costs above 0.
+
+    Raises:
+        ValueError: a negative budget, costs that are not above 0, or numbers that are not finite.
+    """
+    if budget < 0 or not bool((costs > 0).all()) or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"budget {budget}, costs from {float(costs.min())}: wanted >= 0, > 0, and finite values")
+    clipped = values.clamp(0, 1)
+    excess = float(costs @ clipped) - budget
+    if excess <= 0:
+        return clipped
+    # Beyond `leaves` a number falls by its cost, beyond `lands` no more.
+    leaves, lands = ((values - 1) / costs).clamp(min=0), (values / costs).clamp(min=0)
+    bends, order = torch.cat([leaves, lands]).sort()
+    slopes = torch.cat([costs.square(), -costs.square()])[order].cumsum(0)
+    fallen = torch.cat([torch.zeros(1, dtype=values.dtype), (slopes[:-1] * bends.diff()).cumsum(0)])
+    piece = int(torch.searchsorted(fallen, excess))  # the budget is met before the bend of this number
+    begin, end = float(bends[max(0, piece - 1)]), float(bends[min(piece, len(bends) - 1)])
+    # Solved anew from the numbers on their way there: sums along the bends have lost digits.
+    middle = (begin + end) / 2
+    full, falling = leaves >= middle, (leaves < middle) & (lands > middle)
+    slope = float(costs[falling].square().sum())
+    v = (float(costs[full].sum() + costs[falling] @ values[falling]) - budget) / slope if slope > 0 else end
+    return (values - min(max(v, begin), end) * costs).clamp(0, 1)
+
+
+def estimate(masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
+    """Estimate ∇Φ times s(1 − s), so the gradient by logits [n], from masks [count, n] drawn from `p` [n].
+
+    It is the mean of (L − b)·(m − s) (§3.2, Eq. 6 with ∇log p(m|s) = (m − s)/(s(1 − s))): by logits the score does not
+    grow where s is near 0 or 1.
+
+    Args:
+        gains: L − b of each mask [count]; b must not depend on that mask.
+    """
+    return gains @ (masks.double() - p) / len(gains)
 
 
 class Policy:
@@ -132,7 +177,7 @@ class Policy:
         for number, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise StreampruneError(
-                    f"the loss of mask {number} of step {step} is {loss}: nothing is learnt from it; try --dtype float32"
+                    f"step {step}: the loss of mask {number} is {loss}, nothing is learnt from it; try --dtype float32"
                 )
         before, figures = self.s, {"loss": float(values.mean())}
         baseline = self._baseline(values)
@@ -151,14 +196,17 @@ class Policy:
         }
 
     def _baseline(self, losses: Tensor) -> Tensor:
-        """Return what is subtracted from each loss: none of them depends on the mask that it stands beside.
+        """Return what is subtracted from each loss; it does not depend on the mask that it stands beside.
 
-        "moving": the mean of earlier steps. "others": the mean of the step's other masks. "published": the moving mean
-        with this step's losses in it already, as the published code has it, which is not unbiased.
+        "moving": the mean of earlier steps. "others": that of the step's masks that were drawn apart. "published": the
+        moving mean with this step's losses in it already, as the published code has it, which is not unbiased.
         """
         kind, mean = self.settings["baseline"], losses.mean()
         if kind == "others":
-            return (losses.sum() - losses) / (len(losses) - 1)
+            # Opposite masks depend on each other, so neither stands in the other's baseline.
+            size = 2 if self.settings["antithetic"] == "yes" else 1
+            own = losses.view(-1, size).sum(dim=1).repeat_interleave(size)
+            return (losses.sum() - own) / (len(losses) - size)
         before = self._get("baseline", mean)
         after = before + (mean - before) / self.settings["window"]
         self._put(baseline=after)
@@ -167,14 +215,12 @@ class Policy:
     def _projected(self, step: int, steps: int, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
         """Take a step against the estimate of ∇Φ and project it onto the budget (Algorithm 1)."""
         published, lr = self.settings["variant"] == "published", self.settings["lr"]
-        variance = p * (1 - p)
-        score = (masks.double() - p) / (variance.sqrt() if published else variance)
-        gradient = gains @ score / len(gains)
+        variance, gradient = p * (1 - p), estimate(masks, gains, p)
         if published:
             lr *= (1 + math.cos(math.pi * step / steps)) / 2
-            gradient *= len(gains) / max(1, len(gains) - 1)
-        if self.settings["natural"] == "yes":
-            gradient *= variance
+            gradient *= len(gains) / max(1, len(gains) - 1) / variance.sqrt()
+        elif self.settings["natural"] == "no":  # of these coordinates the Fisher information is 1/(s(1 − s))
+            gradient /= variance
         s = project(self.s - lr * gradient, self.space.costs, self.space.budget)
         if bool(((s == 0) | (s == 1)).all()):
             raise StreampruneError(f"after step {step} every probability is 0 or 1; lower --set lr={lr}")
@@ -186,8 +232,7 @@ class Policy:
         Of logits the score is m − p: its variance does not grow where p is near 0 or 1. A shift μ of all of them keeps
         the budget, and is differentiated through.
         """
-        costs, variance = self.space.costs, p * (1 - p)
-        gradient = gains @ (masks.double() - p) / len(gains)
+        costs, variance, gradient = self.space.costs, p * (1 - p), estimate(masks, gains, p)
         gradient -= costs * variance / float(costs @ variance) * gradient.sum()
         shared = torch.zeros(len(self.space.parts), dtype=torch.float64).index_add_(0, self._of, gradient)
         count = self._get("count", torch.zeros(1, dtype=torch.float64)) + 1

@@ -7,7 +7,6 @@ or weights to be pruned. CONTRIBUTING.md says how to add one.
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -27,40 +26,7 @@ from streamprune.methods.needs import (
     KeptState,
     Need,
 )
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Number of a method's own: its default, what it may be, and one line on it."""
-
-    default: Any
-    meaning: str
-    minimum: float | None = None
-    maximum: float | None = None
-    exclusive: bool = False  # the minimum itself is excluded
-    choices: tuple[str, ...] = ()
-    whole: bool = False  # an integer, also where the default is none
-
-    def parse(self, name: str, value: Any) -> Any:
-        """`value` (a string from the command line, or already typed) checked, or a UsageError."""
-        if self.choices:
-            if value not in self.choices:
-                raise UsageError(f"--set {name}={value}: choose one of {', '.join(self.choices)}")
-            return value
-        kind = int if self.whole or isinstance(self.default, int) else float
-        try:
-            number = kind(value)
-            if not math.isfinite(number) or (isinstance(value, float) and number != value):
-                raise ValueError
-        except (TypeError, ValueError, OverflowError):
-            wanted = "an integer" if kind is int else "a finite number"
-            raise UsageError(f"--set {name}={value}: not {wanted}") from None
-        low, high = self.minimum, self.maximum
-        if low is not None and (number < low or (self.exclusive and number == low)):
-            raise UsageError(f"--set {name}={value}: must be {'above' if self.exclusive else 'at least'} {low}")
-        if high is not None and number > high:
-            raise UsageError(f"--set {name}={value}: must be at most {high}")
-        return number
+from streamprune.methods.setting import Setting
 
 
 @dataclass(frozen=True)
@@ -197,14 +163,14 @@ def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 _CHOSEN = "; by default the variant's"
-# What a variant does where a setting does not say: as the paper has it, its published code, and what was measured best.
+# What a variant does where a setting does not say: as in the paper, as in its code, or our own.
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "exact": {"baseline": "moving", "antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2},
     "published": {"baseline": "published", "antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2},
-    "best": {"baseline": "others", "antithetic": "yes", "learner": "shared", "lr": 0.05, "masks": 4},
+    "logits": {"baseline": "others", "antithetic": "yes", "learner": "logits", "lr": 0.05, "masks": 4},
 }
 _POLICY = {
-    "variant": Setting("exact", "what else is not set", choices=("exact", "published", "best")),
+    "variant": Setting("exact", "what else is not set", choices=("exact", "published", "logits")),
     "init": Setting(
         None,
         "scores to begin with: by default wanda-sp, of layers layer-ppl",
@@ -218,7 +184,7 @@ _POLICY = {
     "window": Setting(5, "steps of the moving baseline", minimum=1),
     "baseline": Setting(None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published")),
     "antithetic": Setting(None, f"masks come in opposite pairs{_CHOSEN}", choices=("yes", "no")),
-    "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "shared")),
+    "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits")),
     "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
     "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
 }
@@ -373,6 +339,20 @@ _ROWS = (
 METHODS: Mapping[str, Method] = {method.name: method for method in _ROWS}
 
 
+def _check_masks(settings: Mapping[str, Any]) -> None:
+    """Refuse too few masks for what they are compared with.
+
+    Raises:
+        UsageError: there are none beside a mask, or beside a pair of opposite ones.
+    """
+    size, masks = 2 if settings["antithetic"] == "yes" else 1, settings["masks"]
+    if settings["baseline"] == "others" and (masks % size or masks < 2 * size):
+        what = "pairs of opposite masks" if size == 2 else "masks"
+        raise UsageError(
+            f"--set masks={masks}: with baseline=others two {what} are needed at least; give {2 * size}, or moving"
+        )
+
+
 def resolve_settings(method: str, given: Mapping[str, Any], target: Target | None = None) -> dict[str, Any]:
     """Resolve all of a method's numbers: `given` over the defaults.
 
@@ -396,6 +376,7 @@ def resolve_settings(method: str, given: Mapping[str, Any], target: Target | Non
     if METHODS[method].variants:
         chosen = METHODS[method].variants[settings["variant"]]
         settings |= {name: value for name, value in chosen.items() if settings[name] is None}
+        _check_masks(settings)
         settings["init"] = settings["init"] or ("layer-ppl" if target == "layers" else "wanda-sp")
         if settings["init"] in METHODS:
             resolve_settings(settings["init"], {}, target)

@@ -108,6 +108,7 @@ def scoring(
         prunes=prunes,
         apart=apart,
         trials=None if method.trials is None else method.trials(plan.settings),
+        cuts=config.target == "units",
     )
     cost = one_after_another([need.cost(task) for need in needs] or [Cost(device=task.always)])
     kept = _state(sizes.sweeper, config, plan, state, held.state_slots)

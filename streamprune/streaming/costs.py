@@ -187,7 +187,7 @@ class Task:
         graphs: layers whose graphs stay for the backward sweep.
         prunes: weights go as they are scored, so a layer runs again with what is left of it.
         apart: what the method keeps is not in memory as it is used: a tensor of it comes there, in float32, on its way.
-        trials: passes with masks, how many in each, and sequences of each of these.
+        trials: passes with masks, how many in each, and sequences of each of these. cuts: masks are of units.
     """
 
     sizes: Sizes
@@ -201,6 +201,7 @@ class Task:
     prunes: bool = False
     apart: bool = False
     trials: tuple[int, int, int] | None = None
+    cuts: bool = True
 
     @property
     def sweeper(self) -> Sweeper:

@@ -13,7 +13,7 @@ from streamprune.model.masking import mask_layer
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Kind, kept_lines, module_of
 from streamprune.paging.hidden_states import States
-from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper, token_blocks
+from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper, blocks_of_tokens
 from streamprune.streaming.walk import Visit, walk
 
 
@@ -58,6 +58,7 @@ def masked_losses(sweeper: Sweeper, input_ids: Tensor, trials: Sequence[Trial], 
                 if each.layer not in trial.gone:
                     hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
                 output[end + part.start : end + part.stop] = hidden
+            del weights  # before there are the next trial's
         return output
 
     hidden = walk(sweeper, input_ids, visit, change=False, then="again")
@@ -71,7 +72,7 @@ def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tens
     targets = input_ids.to(sweeper.skeleton.device)
     losses = torch.zeros(n, dtype=torch.float64, device=targets.device)
     tokens = max(1, LOGITS_BYTES // (4 * sweeper.skeleton.config.vocab_size))
-    for rows, blocks in token_blocks(n, seq - 1, tokens):
+    for rows, blocks in blocks_of_tokens(n, seq - 1, tokens):
         states = hidden[rows]
         for columns in blocks:
             logits = sweeper.skeleton.head(states[:, columns])
@@ -79,7 +80,7 @@ def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tens
             following = targets[rows, columns.start + 1 : columns.stop + 1]
             loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none")
             losses[rows] += loss.view_as(following).double().sum(dim=1)
-    return losses.cpu() / (seq - 1)
+    return losses / (seq - 1)
 
 
 def masked_weights(

@@ -260,7 +260,7 @@ class Sweeper:
         grad = self.states_like(hidden) if with_grad else None
         count = n * (seq - 1)
         tokens = max(1, LOGITS_BYTES // (4 * self.skeleton.config.vocab_size))
-        for rows, blocks in token_blocks(n, seq - 1, tokens):
+        for rows, blocks in blocks_of_tokens(n, seq - 1, tokens):
             states = hidden[rows].detach()
             grads = torch.zeros_like(states) if with_grad else None
             for columns in blocks:
@@ -372,7 +372,7 @@ def _stores_of(perturbation: Perturbation | None) -> Collection[str]:
     return [delta.name] if isinstance(delta, Streamed) else []
 
 
-def token_blocks(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
+def blocks_of_tokens(n: int, seq: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:
     """Yield blocks of at most about `tokens` tokens of [n, seq]: rows, and the columns of each block in them."""
     rows, columns = max(1, tokens // seq), min(seq, tokens)
     for top in range(0, n, rows):

@@ -1,0 +1,298 @@
+"""The policy's projection, estimate and learning, against enumeration and quadratic programs solved by hand."""
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+
+from streamprune import PruneConfig, prune
+from streamprune.errors import StreampruneError, UsageError
+from streamprune.methods.policy import Policy, Space, estimate, project, shifted, start_from_scores
+from streamprune.methods.table import resolve_settings
+
+F64 = torch.float64
+
+
+def settings(**given):
+    return resolve_settings("bernoulli", given, "units")
+
+
+def random(seed, *shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+# The projection.
+
+
+def quadratic_program(values, costs, budget):
+    """The nearest point by trying every set of numbers that are at 0, at 1, or between: 3^n systems."""
+    best, found = torch.inf, None
+    for where in product((0, 1, 2), repeat=len(values)):
+        at = torch.tensor(where)
+        free = at == 2
+        room = budget - costs[at == 1].sum()
+        for tight in (False, True):
+            s = (at == 1).to(F64)
+            s[free] = values[free]
+            if tight and free.any():
+                s[free] -= costs[free] * (costs[free] @ values[free] - room) / costs[free].square().sum()
+            feasible = bool((s >= 0).all()) and bool((s <= 1).all()) and float(costs @ s) <= budget + 1e-9
+            distance = float((s - values).square().sum())
+            if feasible and distance < best:
+                best, found = distance, s
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_projection_is_the_solution_of_the_quadratic_program(seed):
+    values, costs = 3 * random(seed, 5) - 1, random(seed + 100, 5) * 4 + 0.1
+    if seed % 3 == 0:
+        costs = costs.ceil()  # bends that fall together
+    budget = float(costs.sum() * random(seed + 200, 1))
+    torch.testing.assert_close(project(values, costs, budget), quadratic_program(values, costs, budget))
+
+
+def test_a_projection_is_idempotent_keeps_the_order_and_leaves_what_is_feasible():
+    values, costs = 3 * random(1, 10_000) - 1, torch.full((10_000,), 2.0, dtype=F64)
+    s = project(values, costs, 3000.0)
+    assert float(costs @ s) == pytest.approx(3000.0, rel=1e-13)
+    torch.testing.assert_close(project(s, costs, 3000.0), s, rtol=0, atol=1e-13)
+    assert bool((s[values.argsort()].diff() >= 0).all())
+    inside = random(2, 10) / 10
+    assert project(inside, torch.ones(10, dtype=F64), 5.0).equal(inside)
+    assert project(values, costs, 0.0).max() == 0
+    for budget, each in ((-1.0, costs), (1.0, costs * 0)):
+        with pytest.raises(ValueError, match="wanted"):
+            project(values, each, budget)
+
+
+# The estimate.
+
+P = torch.tensor([0.3, 0.6, 0.85], dtype=F64)
+MASKS = torch.tensor(list(product((False, True), repeat=3)))
+
+
+def loss(mask):
+    """Any function of three bits."""
+    table = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.0, 4.0, -2.0, 0.25], dtype=F64)
+    return table[(mask.long() @ torch.tensor([4, 2, 1]))]
+
+
+def probability(mask):
+    return torch.where(mask, P, 1 - P).prod(dim=-1)
+
+
+def gradient():
+    """∂Φ/∂s_i = E[L | m_i = 1] − E[L | m_i = 0]."""
+    losses, chances = loss(MASKS), probability(MASKS)
+    return torch.stack(
+        [
+            (losses * chances * MASKS[:, i]).sum() / P[i] - (losses * chances * ~MASKS[:, i]).sum() / (1 - P[i])
+            for i in range(3)
+        ]
+    )
+
+
+@pytest.mark.parametrize("baseline", [0.0, 1.7, -30.0])
+def test_over_all_masks_the_estimate_is_the_gradient_whatever_an_earlier_baseline_is(baseline):
+    mean = sum(
+        chance * estimate(mask[None], (each - baseline)[None], P)
+        for mask, chance, each in zip(MASKS, probability(MASKS), loss(MASKS), strict=True)
+    )
+    torch.testing.assert_close(mean / (P * (1 - P)), gradient())
+
+
+def policy(**given):
+    space = Space({(0, "channel"): slice(0, 3)}, torch.ones(3, dtype=F64), 3.0)
+    return Policy(space, P, settings(**given), 0, {})
+
+
+def test_over_all_pairs_the_other_mask_is_a_baseline_without_bias():
+    learner = policy(variant="logits", antithetic="no", masks=2)
+    mean = torch.zeros(3, dtype=F64)
+    for first, second in product(MASKS, repeat=2):
+        masks = torch.stack([first, second])
+        losses = loss(masks)
+        mean += probability(masks).prod() * estimate(masks, losses - learner._baseline(losses), P)
+    torch.testing.assert_close(mean / (P * (1 - P)), gradient())
+
+
+def test_opposite_masks_have_the_other_pairs_as_a_baseline_and_no_bias():
+    """Exactly: over all of the cells that a uniform number of each unit can lie in."""
+    learner = policy(variant="logits", masks=4)
+    cells = []
+    for p in P.tolist():
+        ends = sorted({0.0, p, 1 - p, 1.0})
+        cells.append([((a + b) / 2, b - a) for a, b in pairwise(ends)])
+    pairs = []
+    for cell in product(*cells):
+        u, chance = torch.tensor([u for u, _ in cell], dtype=F64), torch.tensor([w for _, w in cell]).prod()
+        pairs.append((torch.stack([u < P, 1 - u < P]), chance))
+    mean = torch.zeros(3, dtype=F64)
+    for (one, chance), (two, other) in product(pairs, repeat=2):
+        masks = torch.cat([one, two])
+        losses = loss(masks)
+        mean += chance * other * estimate(masks, losses - learner._baseline(losses), P)
+    torch.testing.assert_close(mean / (P * (1 - P)), gradient(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_moving_baseline_is_that_of_earlier_steps_and_the_published_one_is_not():
+    before, published = policy(window=4, masks=2), policy(variant="published", window=4, masks=2)
+    for losses in ([2.0, 4.0], [6.0, 8.0], [1.0, 1.0]):
+        values = torch.tensor(losses, dtype=F64)
+        found = [float(each._baseline(values)) for each in (before, published)]
+    # δ: 3, then 3 + 4/4 = 4, then 4 − 3/4.
+    assert found == [4.0, 3.25]
+
+
+def test_masks_are_drawn_with_their_probabilities_and_opposite_ones_lie_apart():
+    learner = policy(variant="logits", masks=4)
+    drawn = torch.stack([learner.draw(step) for step in range(4000)]).double()
+    torch.testing.assert_close(drawn.mean(dim=(0, 1)), learner.s, atol=0.02, rtol=0)
+    covariance = (drawn[:, 0] * drawn[:, 1]).mean(dim=0) - learner.s**2
+    expected = (2 * learner.s - 1).clamp(min=0) - learner.s**2
+    torch.testing.assert_close(covariance, expected, atol=0.03, rtol=0)
+    assert policy(variant="logits").draw(7).equal(policy(variant="logits").draw(7))
+
+
+# Starts.
+
+
+def test_scores_become_probabilities_that_meet_the_budget_in_their_order():
+    space = Space({(0, "kv_group"): slice(0, 3), (0, "channel"): slice(3, 23)}, torch.ones(23, dtype=F64), 11.5)
+    space.costs[:3] = 40
+    space = Space(space.parts, space.costs, 70.0)
+    scores = {(0, "kv_group"): random(3, 3) * 1e6, (0, "channel"): random(4, 20)}
+    s = start_from_scores(scores, space)
+    assert float(space.costs @ s) == pytest.approx(70.0, rel=1e-12)
+    for key, place in space.parts.items():
+        assert s[place].argsort().equal(scores[key].argsort())
+    assert shifted(torch.zeros(23, dtype=F64), Space(space.parts, space.costs, 1e9)).min() == 1
+
+
+# Learning.
+
+STEPS = 1500  # of a toy
+
+
+def toy(seed, costs):
+    """Twelve units of two layers, a loss that depends on pairs of them too, and the best of all masks.
+
+    What a unit is worth by the parameter is a step away from the next one, and the budget is that of the seven best: a
+    smaller step, or a budget between, is a knapsack whose best mask no order of units finds.
+    """
+    parts = {(0, "kv_group"): slice(0, 2), (0, "channel"): slice(2, 6), (1, "kv_group"): slice(6, 8)}
+    parts[1, "channel"] = slice(8, 12)
+    order = random(seed, 12).argsort()
+    worth, pairs = 0.2 + order / 6, 0.03 * (random(seed + 500, 12, 12) - 0.5)
+    space = Space(parts, costs, float(costs[order >= 5].sum()))
+
+    def losses(masks):
+        x = 1 - masks.double()
+        return (x * worth * costs).sum(dim=-1) + ((x @ pairs) * x).sum(dim=-1)
+
+    masks = torch.tensor(list(product((False, True), repeat=12)))
+    masks = masks[masks.double() @ costs <= space.budget]
+    return space, losses, masks[losses(masks).argmin()]
+
+
+def highest(s, space):
+    """The mask of the highest probabilities that the budget has room for."""
+    mask, left = torch.zeros(len(s), dtype=torch.bool), space.budget
+    for unit in s.argsort(descending=True).tolist():
+        if float(space.costs[unit]) <= left:
+            mask[unit], left = True, left - float(space.costs[unit])
+    return mask
+
+
+NATURAL = {"variant": "exact", "natural": "yes", "lr": 0.005, "masks": 4}
+DIFFERENT = [3.0, 3.0, 1.0, 1.0, 1.0, 1.0] * 2
+
+
+def found_of(seeds, given, costs):
+    """In how many seeds the best mask is found."""
+    found = 0
+    for seed in seeds:
+        space, losses, best = toy(seed, torch.tensor(costs, dtype=F64))
+        learner = Policy(space, torch.full((12,), 0.6, dtype=F64), settings(**given), seed, {})
+        for step in range(STEPS):
+            p, masks = learner.sampled_from, learner.draw(step)
+            learner.learn(step, STEPS, masks, losses(masks).tolist(), p)
+            assert float(space.costs @ learner.s) <= space.budget + 1e-9
+        found += bool(losses(highest(learner.s, space)) <= losses(best) + 1e-9)
+    return found
+
+
+@pytest.mark.parametrize("given", [NATURAL, {"variant": "logits"}], ids=str)
+def test_it_finds_the_best_of_all_masks_of_a_toy(given):
+    assert found_of(range(2, 5), given, DIFFERENT) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("costs", [[1.0] * 12, DIFFERENT], ids=["equal", "different"])
+@pytest.mark.parametrize("given", [NATURAL, {"variant": "logits"}], ids=str)
+def test_it_finds_the_best_mask_in_nineteen_of_twenty_seeds(given, costs):
+    assert found_of(range(20), given, costs) >= 19
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "given,target,said",
+    [
+        ({"masks": 0}, "units", "--set masks=0: must be at least 1"),
+        ({"per_pass": 0}, "units", "--set per_pass=0: must be at least 1"),
+        ({"masks": 2.5}, "units", "--set masks=2.5: not an integer"),
+        ({"variant": "logits", "masks": 2}, "units", "two pairs of opposite masks are needed at least; give 4"),
+        ({"variant": "logits", "masks": 5}, "units", "give 4"),
+        ({"baseline": "others", "masks": 1}, "units", "two masks are needed at least; give 2"),
+        ({"init": "layer-ppl"}, "units", "layer-ppl has no scores for units"),
+        ({"init": "wanda-sp"}, "layers", "wanda-sp has no scores for layers"),
+        ({"init": "moreau"}, "units", "--set init=moreau: choose one of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given, target, said):
+    with pytest.raises(UsageError, match=said):
+        resolve_settings("bernoulli", given, target)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_step_and_mask_and_is_not_learnt_from(bad):
+    learner = policy(masks=2)
+    before, p = dict(learner.store), learner.sampled_from
+    with pytest.raises(StreampruneError, match="step 3: the loss of mask 1"):
+        learner.learn(3, 10, learner.draw(3), [1.0, bad], p)
+    assert learner.store == before
+
+
+def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
+    learner = policy(lr=1e6, masks=2)
+    with pytest.raises(StreampruneError, match="every probability is 0 or 1; lower --set lr"):
+        for step in range(10):
+            learner.learn(step, 10, learner.draw(step), [1.0, 50.0], learner.sampled_from)
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("granularity", ["units", "layers"])
+@pytest.mark.parametrize("variant", ["exact", "published", "logits"])
+def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny_llama, tmp_path):
+    outputs = []
+    for name in ("one", "two"):
+        config = PruneConfig(
+            str(tiny_llama), tmp_path / name, "bernoulli", {"variant": variant, "steps": 4, "batch": 2}
+        )
+        options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "granularity": granularity}
+        result = prune(PruneConfig(**{**vars(config), **options, "evaluate": False}))
+        outputs.append((result.output / "model.safetensors").read_bytes())
+        assert result.facts["parameters"]["after"] < result.facts["parameters"]["before"]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("init", ["magnitude", "taylor", "wanda", "wanda-sp", "gblm", "score-const", "random"])
+def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama, tmp_path):
+    given = {"init": init, "steps": 1, "batch": 2, "lr": 1e-9}
+    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
+    assert prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options)).layout == "ragged"
