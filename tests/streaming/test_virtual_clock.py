@@ -209,8 +209,8 @@ LINKED = [
 
 @pytest.mark.parametrize("method,place,run", LINKED)
 def test_bytes_over_the_link_are_those_of_the_plan(method, place, run, bench, checkpoint, monkeypatch):
-    def nothing(sweeper, config, plan, make, left):
-        return Kept(), placement._with_reading(sweeper, make(Kept()), 2)
+    def nothing(sweeper, config, plan, make, room, cache):
+        return Kept(), placement._with_reading(sweeper, make(Kept()), 2, cache)
 
     monkeypatch.setattr(placement, "_places", lambda config, gpu: [place])
     monkeypatch.setattr(placement, "_keep", nothing)  # as if nothing were left of the budget
