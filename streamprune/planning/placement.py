@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +28,8 @@ MARGIN = 0.05  # of what tensors may take, for holes in the heap
 DRIFT = 32 << 20  # what the same process takes before its first tensor, more or less from run to run
 GPU_SHARE = 0.9  # of what is free, where no budget is given
 CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
-# What placements are compared by: they differ in what moves. As fast as a PCIe 4.0 link and drive, whatever is there.
-MOVING = Rates(read=DISK, forward=math.inf, backward=math.inf, source="", link=25e9)
+# What placements are compared by beside DISK, whatever is there: bytes/s of a link of PCIe 4.0.
+LINK = 25e9
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,8 @@ def _keep(
         some = range(1, sweeper.n_layers - plan.layers[0] + 1) if saves else ()
         held = replace(held, graphs=bisect.bisect_left(some, True, key=lambda graphs: not fits(graphs)))
         found = _with_reading(sweeper, make(held), held.slots, cache)
-        waits = sum(seconds(stage, MOVING) for stage in found), sum(stage.up + stage.down for stage in found)
+        # Added up, not the longest: a sweep in which one of them is uneven waits for each in turn.
+        waits = sum(stage.disk / DISK + (stage.up + stage.down) / LINK for stage in found)
         options.append((waits, held, found))
     _, held, found = min(options, key=lambda option: option[0])
     return held, found
