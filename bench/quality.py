@@ -248,7 +248,7 @@ def show(table: str, results: dict[str, Any]) -> str:
 def show_dtypes(results: dict[str, Any]) -> str:
     """A row per method and what goes: perplexity after either dtype's arithmetic, and its processor's seconds.
 
-    Those of a repaired row are of the repair; the others of scoring. A processor that is shared costs none of them.
+    Only seeds that were measured in both count. Those of a repaired row are of the repair; the others of scoring. A processor that is shared costs none of them.
     """
     from streamprune.figures import table as aligned
 
@@ -257,12 +257,11 @@ def show_dtypes(results: dict[str, Any]) -> str:
         table, method, _ = key.split("/")
         for name, result in run.items() if table == "dtypes" else ():
             what, dtype = name.rsplit(", ", 1)
-            cells.setdefault((method, what), {}).setdefault(dtype, []).append(result)
+            if {f"{what}, float32", f"{what}, bfloat16"} <= run.keys():
+                cells.setdefault((method, what), {}).setdefault(dtype, []).append(result)
     head = ["float32", "bfloat16", "more", "measured in bfloat16", "CPU s, float32", "bfloat16", f"at most {BAR:.1%}"]
     rows = [["method", "what goes", *head]]
     for (method, what), by_dtype in cells.items():
-        if len(by_dtype) < 2:
-            continue
         wide, half = by_dtype["float32"], by_dtype["bfloat16"]
         values = [[one["perplexity"]["test 128"] for one in each] for each in (wide, half)]
         more = statistics.mean(values[1]) / statistics.mean(values[0]) - 1
