@@ -248,7 +248,8 @@ def show(table: str, results: dict[str, Any]) -> str:
 def show_dtypes(results: dict[str, Any]) -> str:
     """A row per method and what goes: perplexity after either dtype's arithmetic, and its processor's seconds.
 
-    Only seeds that were measured in both count. Those of a repaired row are of the repair; the others of scoring. A processor that is shared costs none of them.
+    Only seeds that were measured in both count. Seconds of a repaired row are of the repair; the others of scoring. A
+    processor that is shared costs none of them.
     """
     from streamprune.figures import table as aligned
 
