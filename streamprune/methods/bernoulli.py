@@ -82,13 +82,14 @@ def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) 
 
 def _batch(statistics: Statistics, size: int, step: int) -> list[int]:
     """List the sequences of a step: all of them in a new order for each epoch, some after others."""
-    samples = statistics.samples
-    chosen = []
-    for number in range(step * size, (step + 1) * size):
-        epoch, place = divmod(number, samples)
+    samples, begin = statistics.samples, step * size
+    epochs = range(begin // samples, (begin + size - 1) // samples + 1)
+    orders = []
+    for epoch in epochs:
         generator = torch.Generator().manual_seed(noise_seed(statistics.seed, "epoch", epoch))
-        chosen.append(int(torch.randperm(samples, generator=generator)[place]))
-    return chosen
+        orders += torch.randperm(samples, generator=generator).tolist()
+    begin -= epochs.start * samples
+    return orders[begin : begin + size]
 
 
 def _trials(space: Space, masks: Mapping[int, Tensor], rows: Mapping[int, list[int]]) -> Iterator[Trial]:
@@ -109,6 +110,7 @@ def _trials(space: Space, masks: Mapping[int, Tensor], rows: Mapping[int, list[i
 
 
 def _put(sink: UnitScores | LayerScores, probabilities: Mapping[Key, Tensor]) -> None:
+    """Put the probabilities in the place of the scores that they began with."""
     for (layer, kind), values in probabilities.items():
         if isinstance(sink, LayerScores):
             sink.values[layer] = float(values)

@@ -46,6 +46,7 @@ def masked_losses(sweeper: Sweeper, input_ids: Tensor, trials: Sequence[Trial], 
     ids = input_ids[[row for each in rows for row in each]]
 
     def visit(each: Visit) -> States:
+        """Compute a layer's output for every trial, one after another."""
         if each.layer < first:
             return each.run()
         # The first layer with masks is given what trials share, and puts out what each has for itself.
