@@ -87,16 +87,21 @@ def _reference(
     threshold: float | None,
     backend: Backend | None,
 ) -> MoreauStep:
+    # δ of a narrower dtype is rounded once, when the step is through.
+    wide = target.to(torch.promote_types(target.dtype, grad.dtype))
     if has_delta:
-        target.mul_(1 - gamma / rho).add_(grad, alpha=-gamma)
+        wide.mul_(1 - gamma / rho).add_(grad, alpha=-gamma)
     else:
-        target.mul_(-gamma)
-    if threshold is None:
-        return MoreauStep(target)
-    # In blocks: torch's own norm of columns takes four times as long, and of bfloat16 it makes a copy.
-    norms = unit_score(target, None, dim, "square", backend=backend).sqrt_()
-    norms = norms.to(torch.promote_types(target.dtype, torch.float32))
-    return MoreauStep(target, norms, soft_threshold(target, dim, threshold, norms))
+        wide.mul_(-gamma)
+    norms = zeroed = None
+    if threshold is not None:
+        # In blocks: torch's own norm of columns takes four times as long, and of bfloat16 it makes a copy.
+        norms = unit_score(wide, None, dim, "square", backend=backend).sqrt_()
+        norms = norms.to(torch.promote_types(wide.dtype, torch.float32))
+        zeroed = soft_threshold(wide, dim, threshold, norms)
+    if wide is not target:
+        target.copy_(wide)
+    return MoreauStep(target, norms, zeroed)
 
 
 def _with_kernel(

@@ -80,7 +80,7 @@ def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:
     def consume(ref: TensorRef, weight: Tensor, inputs: Moments) -> Tensor | None:
         factor = alpha * (PUBLISHED_SAMPLES ** (1 / power) if per_sample else 1)
         x_norm = (inputs.squares / samples).sqrt_()
-        return sink.add_norms(ref, weight, x_norm, norms.pop(ref.key).to(weight.device), factor)
+        return sink.add_norms(ref, weight, x_norm, norms.pop(ref.key).to(x_norm), factor)
 
     # Before any weight is pruned, since the gradients are the dense model's.
     statistics.gradient_powers(keep, (power,))

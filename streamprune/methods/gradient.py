@@ -100,12 +100,15 @@ def _moreau(
     state = statistics.store("delta")  # a sweep binds a layer with its δ before it hands over that layer's gradients
 
     def update(step: int, ref: TensorRef, weight: Tensor, grad: Tensor) -> None:
-        previous = state.pop(ref.key, None)
-        delta = advance(ref, None if previous is None else previous.to(grad.device), grad)
-        if step < steps - 1:
-            state[ref.key] = delta
-        else:
+        previous, last = state.pop(ref.key, None), step == steps - 1
+        if previous is not None:
+            # Where δ is kept narrower it moves where it lies; the last one is scored before it is rounded.
+            previous = previous.to(grad) if last else previous.to(grad.device)
+        delta = advance(ref, previous, grad)
+        if last:
             sink.add(ref, weight, delta, scale=1 / rho)
+        else:
+            state[ref.key] = delta
 
     for step in range(steps):
         _mean_gradient(statistics, partial(update, step), state, settings["sigma"], step, settings["draws"])
@@ -129,7 +132,7 @@ def _mean_gradient(
         if draws > 1:
             grad = grad.div_(draws)
         if ref.key in sums:
-            grad = sums.pop(ref.key).to(grad.device).add_(grad)
+            grad = sums.pop(ref.key).to(grad).add_(grad)
         if last:
             finish(ref, weight, grad)
         else:

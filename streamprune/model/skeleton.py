@@ -94,6 +94,7 @@ class Skeleton:
             trust_remote_code=trust_remote_code,
         )
         self.layers: list[nn.Module] = list(self.model.get_submodule(self.family.layers))
+        self._shapes = [{name: each.shape for name, each in layer.named_parameters()} for layer in self.layers]
         self.places = [self._find_places(index) for index in range(len(self.layers))]
         self._ports = [_Port(index) for index in range(len(self.layers))]
         parent, _, attribute = self.family.layers.rpartition(".")
@@ -125,7 +126,7 @@ class Skeleton:
 
     def shapes(self, index: int) -> dict[str, torch.Size]:
         """Return the shapes of the parameters of layer `index`, by their names inside the layer."""
-        return {name: parameter.shape for name, parameter in self.layers[index].named_parameters()}
+        return self._shapes[index]
 
     def matrices(self, index: int) -> dict[str, bool]:
         """Name the Linears' weights of layer `index`, and whether each is stored transposed, as [d_in, d_out].

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import psutil
@@ -116,12 +116,14 @@ class _Slot:
     Attributes:
         layer: the one that it holds, None before any.
         copied, consumed: events of the last copy into it and of the last compute on it.
+        views: of its memory as each layer's tensors, made at its first visit: a sweep visits thousands.
     """
 
     buffer: Tensor
     layer: int | None
     copied: Any
     consumed: Any
+    views: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class Pager:
@@ -251,7 +253,9 @@ class Pager:
             slot = self._slots[step.slot]
             self.device.compute_waits(slot.copied)
             self._passing = step.layer
-            yield Page(step.layer, self._views(step.layer, slot.buffer))
+            if step.layer not in slot.views:
+                slot.views[step.layer] = self._views(step.layer, slot.buffer)
+            yield Page(step.layer, slot.views[step.layer])
             if self.poison and not step.kept:
                 slot.buffer.fill_(0xFF)  # NaN in every float dtype
             slot.consumed = self.device.record_consumed()

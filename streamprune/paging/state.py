@@ -79,7 +79,7 @@ class StateStream:
     Args:
         blocks: bytes of each layer's state; layers without any are not in it.
         up, down: the device, once for copies to it and once for copies from it, so that both go at the same time.
-        dtype: float32 tensors are kept in it, and come back as float32.
+        dtype: float32 tensors are kept in it.
         scratch: directory of the file; by default it is an arena in host memory.
         saved: a journal's stores, by name: what they hold is taken over, and `save` puts there what was changed.
         say_staged: is called, by a thread, when host memory cannot be registered, so that copies are staged.
@@ -278,11 +278,10 @@ class StateStream:
     # What the stores do: a method reads and writes the state of the layer that is passing.
 
     def get(self, name: Name) -> Tensor:
-        """Return a tensor on the device: where it lies, or as float32 if it is kept narrower."""
+        """Return a tensor on the device, where it lies and in the dtype in which it is kept."""
         slot = self._slot_of(name)
         assert name in slot.present, f"{name} was not fetched for this sweep"
-        value = self._places[name].view(slot.buffer)
-        return value.float() if value.dtype == self.dtype != torch.float32 else value
+        return self._places[name].view(slot.buffer)
 
     def put(self, name: Name, value: Tensor) -> None:
         """Take in a tensor; nothing is copied where it lies in its place already."""

@@ -56,14 +56,13 @@ class Memory(MutableMapping[Key, Tensor]):
 
 
 class Narrow(MutableMapping[Key, Tensor]):
-    """Store that keeps float32 tensors in a narrower dtype within another store; they come back as float32."""
+    """Store that keeps float32 tensors in a narrower dtype within another store; whoever takes one out widens it."""
 
     def __init__(self, store: MutableMapping[Key, Tensor], dtype: torch.dtype) -> None:
         self._store, self._dtype = store, dtype
 
     def __getitem__(self, key: Key) -> Tensor:
-        value = self._store[key]
-        return value.float() if value.dtype == self._dtype else value
+        return self._store[key]
 
     def __setitem__(self, key: Key, value: Tensor) -> None:
         self._store[key] = value.to(self._dtype) if value.dtype == torch.float32 else value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,7 +55,9 @@ class Binder:
         self._finite: set[int] = set()
         # Tensors have generators of their own, so they can be drawn together.
         self.threads = draw_threads(skeleton.device)
-        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="streamprune-noise")
+        self._pool: ThreadPoolExecutor | None = None
+        if self.threads > 1:
+            self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="streamprune-noise")
 
     @property
     def buffer_bytes(self) -> int:
@@ -86,7 +89,8 @@ class Binder:
             own: copy all of them, so that they can be changed.
             apart: copy all of them to memory of their own, which stays as long as they do.
         """
-        shapes, weights, position, drawing = self.skeleton.shapes(page.layer), dict[str, Tensor](), 0, []
+        shapes, weights, position = self.skeleton.shapes(page.layer), dict[str, Tensor](), 0
+        drawing = list[Future[None]]()
         buffer = self._new_buffer(page.layer) if apart else None
         for name, stored in page.tensors.items():
             parameter, place = self.skeleton.places[page.layer].get(name, (name, None))
@@ -99,7 +103,11 @@ class Binder:
                 position += _aligned(weights[parameter].numel())
             out = self._within(weights, page.layer, name)
             if perturbation is not None and moved:
-                drawing.append(self._pool.submit(perturbation.move, out, stored, page.layer, name, self.backend))
+                move = partial(perturbation.move, out, stored, page.layer, name, self.backend)
+                if self._pool is None:
+                    move()
+                else:
+                    drawing.append(self._pool.submit(move))
             else:
                 out.copy_(stored)
         for draw in drawing:

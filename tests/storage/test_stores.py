@@ -128,7 +128,7 @@ def test_a_narrow_store_rounds_float32_and_nothing_else():
     store, value = make_store("delta", dtype="bfloat16"), torch.randn(50, 20)
     assert isinstance(store, Narrow)
     store[0, "a"], store[0, "b"] = value, torch.tensor(1.0 + 1e-12, dtype=torch.float64)
-    assert store[0, "a"].dtype == torch.float32 and torch.equal(store[0, "a"], value.bfloat16().float())
+    assert store[0, "a"].dtype == torch.bfloat16 and torch.equal(store[0, "a"], value.bfloat16())
     assert float(store[0, "b"]) == 1.0 + 1e-12
 
 
