@@ -68,7 +68,8 @@ stage() {  # one that fails does not keep the others from running
   fi
   # Tests that hang leave time for the others.
   if [[ $1 == tests ]] && ((seconds > 240)); then seconds=240; fi
-  timeout "$seconds" "$python" "${@:2}" || status=1
+  # Interrupted, tests still say which of them failed.
+  timeout -k 10 -s INT "$seconds" "$python" "${@:2}" || status=1
 }
 stage tests -m pytest -q -p no:cacheprovider -p no:benchmark "${tests[@]}" > >(tee "$out/tests.txt")
 stage main bench/main_job.py --scratch "$scratch" --seconds "$(($(left) - 15))" $dry --json "$out/main_job.json"

@@ -26,12 +26,10 @@ class MoreauStep:
     Attributes:
         delta: δ after the step [rows, columns], in the memory of the δ (at δ = 0: of the gradient) that was given.
         norms: ‖δ_S‖₂ before thresholding, float32 (float64 for a float64 δ), per line; None without a threshold.
-        zeroed: number of lines that became zero, on δ's device; None without a threshold.
     """
 
     delta: Tensor
     norms: Tensor | None = None
-    zeroed: Tensor | None = None
 
 
 def moreau_step(
@@ -65,16 +63,11 @@ def moreau_step(
     return _reference(target, delta is not None, grad, rho, gamma, dim, threshold, backend)
 
 
-def soft_threshold(delta: Tensor, dim: int, threshold: float, norms: Tensor) -> Tensor:
-    """Threshold the lines of δ alone, in place, for a threshold that comes from the `norms` of `MoreauStep`.
-
-    Returns:
-        The number of lines that are zero afterwards, on δ's device.
-    """
+def soft_threshold(delta: Tensor, dim: int, threshold: float, norms: Tensor) -> None:
+    """Threshold the lines of δ alone, in place, for a threshold that comes from the `norms` of `MoreauStep`."""
     kept = norms > threshold
     scale = torch.where(kept, 1 - threshold / norms, torch.zeros_like(norms))
     delta.mul_(scale.unsqueeze(1 - dim))
-    return (~kept).sum()
 
 
 def _reference(
@@ -93,15 +86,15 @@ def _reference(
         wide.mul_(1 - gamma / rho).add_(grad, alpha=-gamma)
     else:
         wide.mul_(-gamma)
-    norms = zeroed = None
+    norms = None
     if threshold is not None:
         # In blocks: torch's own norm of columns takes four times as long, and of bfloat16 it makes a copy.
         norms = unit_score(wide, None, dim, "square", backend=backend).sqrt_()
         norms = norms.to(torch.promote_types(wide.dtype, torch.float32))
-        zeroed = soft_threshold(wide, dim, threshold, norms)
+        soft_threshold(wide, dim, threshold, norms)
     if wide is not target:
         target.copy_(wide)
-    return MoreauStep(target, norms, zeroed)
+    return MoreauStep(target, norms)
 
 
 def _with_kernel(
@@ -111,7 +104,7 @@ def _with_kernel(
     norms = torch.zeros(lines, dtype=torch.float32, device=target.device)
     if target.numel():
         launch(target, grad, norms, rho, gamma, dim=dim, threshold=threshold, has_delta=has_delta).run()
-    return MoreauStep(target) if threshold is None else MoreauStep(target, norms, (norms <= threshold).sum())
+    return MoreauStep(target) if threshold is None else MoreauStep(target, norms)
 
 
 def _tile(rows: int, columns: int, dim: int) -> tuple[int, int] | None:

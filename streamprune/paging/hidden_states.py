@@ -67,6 +67,9 @@ class Activations:
         """
         if self.spills:
             return [Spilled(self, shape, dtype) for _ in range(count)]
+        if not self.transfers.direct:
+            # Each by itself: a GPU's allocator finds no room for all of them together where a part was taken since.
+            return [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(count)]
         # One tensor that stays: those that come and go among a layer's activations leave holes in the heap.
         return list(torch.empty((count, *shape), dtype=dtype, device=self.device).unbind())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,8 +48,11 @@ def _module(layer: nn.Module, weight: str) -> nn.Module:
 @contextmanager
 def _hooks(handles: list[Any]) -> Iterator[None]:
     try:
-        with suppress(SeenEnough):
-            yield
+        yield
+    except SeenEnough as enough:
+        # From Python 3.12 on it would be a cycle: a frame of its traceback leads to one that holds the exception, and
+        # the layer's activations stay until the collector comes.
+        enough.__traceback__ = None
     finally:
         for handle in handles:
             handle.remove()
