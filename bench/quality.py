@@ -2,9 +2,9 @@
 
     python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N] [--dtype D]
 
-TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `weights`
-(50 %, 2:4, 4:8), `layers` (1 to 9 of 30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on
-fewer tokens). DIR holds wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE
+TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `policy` (the
+same of bernoulli, of layers 4:28 and of all, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9 of
+30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE
 already has is not computed again, so a run that was cut short goes on. Each method scores once, in a process of its
 own, for all settings that share its scores; the checkpoints are written, loaded back and measured in float32, whatever
 `--dtype` they were made in. Needs about 2 GB of temporary space.
@@ -45,6 +45,22 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
             f"{ratio:.0%}{' compensated' if repaired else ''}": {"ratio": ratio, **MIDDLE, "compensate": repaired}
             for repaired in (False, True)
             for ratio in (0.2, 0.3, 0.4, 0.5)
+        },
+    ),
+    "policy": (
+        ("bernoulli",),
+        {
+            f"{ratio:.0%} {start}{', all layers' if everywhere else ''}{', compensated' if repaired else ''}": {
+                "ratio": ratio,
+                **({} if everywhere else MIDDLE),
+                "compensate": repaired,
+                "samples": 512,
+                "settings": {"init": start},
+            }
+            for start in ("wanda-sp", "taylor")
+            for everywhere in (False, True)
+            for ratio in (0.2, 0.3, 0.4, 0.5)
+            for repaired in (False, True)
         },
     ),
     "weights": (
@@ -99,7 +115,7 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     ),
 }
 DTYPE = "float32"  # on a GPU too: the same arithmetic everywhere
-SHARED = ("granularity", "layers", "stock", "dtype")  # of settings: what scores depend on
+SHARED = ("granularity", "layers", "stock", "dtype", "settings")  # of settings: what scores depend on
 BAR = 0.005  # of perplexity, that bfloat16 may cost a method which has it by default
 TEXTS = {
     "test 128": ("wikitext2-test", 128, 100),
@@ -131,6 +147,8 @@ def measure(job: dict[str, Any]) -> None:
         corpus = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt")
         inputs = any(need.label == "inputs" for need in method.needs)
         samples, seq_len = (first.get("samples", 128), 512) if inputs else (10, 128)
+        if method.trials is not None:
+            samples, seq_len = first["samples"], method.calibration[1]
         # A pair of dtypes settles nothing by itself: each seed has other texts.
         texts_of = partial(corpus.sequences, sampling="random" if "dtype" in first and job["seed"] else "first")
         ids = texts_of(samples, seq_len, seed=job["seed"])
@@ -200,9 +218,13 @@ def perplexities(directory: str, data: Path, dtype: str, texts: Sequence[str]) -
 
 def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     """Settings whose scores are the same, together; weights are pruned as they are scored, each by itself."""
+    from streamprune.methods.table import METHODS
+
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for name, options in settings.items():
-        key = json.dumps([options.get(each) for each in SHARED])
+        # A policy learns for one budget.
+        shared = SHARED if METHODS[method].trials is None else (*SHARED, "ratio")
+        key = json.dumps([options.get(each) for each in shared])
         if options.get("granularity", "units") not in ("units", "layers"):
             key = name
         groups.setdefault(key, {})[name] = options
@@ -281,7 +303,7 @@ def split(table: str, name: str) -> tuple[str, str]:
     if table == "compensate":
         target, tokens, ridge = name.split()
         return f"{int(tokens):,}", f"{target}, {ridge}"
-    if table == "units":
+    if table in ("units", "policy"):
         amount, _, variant = name.partition(" ")
         return amount, variant
     amount, _, variant = name.partition(", ")

@@ -60,7 +60,7 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
             costs += [float(cost)] * count
             n += count
     row = torch.tensor(costs, dtype=torch.float64)
-    return Space(parts, row, statistics.keeps * float(row.sum()))
+    return Space(parts, row, statistics.keeps * float(row.sum()), never_empty=not isinstance(sink, LayerScores))
 
 
 def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) -> Tensor:

@@ -272,7 +272,9 @@ def _masked(task: Task) -> Cost:
     passes, trials, batch = task.trials
     carried = replace(task, shape=(trials * batch, task.shape[1]), micro_batch=min(task.micro_batch, batch))
     activations = {"activations": carried.forward_activations(task.whole)}
-    masked = {"masked weights": task.cuts * task.itemsize * task.sizes.most(lambda layer: layer.weights, task.layers)}
+    # A matrix whose columns are cut stands beside them, transposed.
+    cut = task.sizes.most(lambda layer: layer.weights + layer.largest, task.layers)
+    masked = {"masked weights": task.cuts * task.itemsize * cut}
     return carried.cost(
         states=2,
         brought=(len(task.whole) + 1) * passes,

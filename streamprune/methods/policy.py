@@ -2,6 +2,11 @@
 
 Minimised is Φ(s) = E L(m) over masks m ~ Bernoulli(s) under a budget of parameters, Σ cost·s <= budget. Forward passes
 are all that it takes: ∇Φ = E[(L(m) − b)·(m − s)/(s(1 − s))] for any b that does not depend on m (§3.2, Eq. 6).
+
+A unit that is drawn by itself is lost in the noise of all others. `explore` draws what the units of a layer and kind
+share: Φ(θ) = E L(m(θ + σξ)), ξ ~ N(0, 1), where m(θ) keeps the highest logits that the budget has room for, and
+∇Φ = E[(L(m(θ + σξ)) − L(m(θ − σξ)))·ξ]/2σ (parameter-exploring policy gradients, Sehnke et al. 2010, with symmetric
+samples). Units are drawn together then, and every mask meets the budget.
 """
 
 from __future__ import annotations
@@ -21,6 +26,9 @@ from streamprune.storage.journal import Key
 STATE = 0  # the layer by whose number the policy's tensors are kept in a store
 BISECTIONS = 70  # by then the two ends are neighbours
 BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise for the most part
+FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
+AS_NORMAL = 1.702  # σ(1.702 x) is the normal distribution's Φ(x) to 0.01
+MOST_REFUSED = 10  # steps in a row without a finite loss
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,13 @@ class Space:
         parts: for each group of a layer and kind its key, and its place in the row.
         costs: parameters of each [n], float64.
         budget: parameters that may stay.
+        never_empty: whether each group keeps its best one, whatever the others are worth.
     """
 
     parts: Mapping[Key, slice]
     costs: Tensor
     budget: float
+    never_empty: bool = False
 
     def split(self, row: Tensor) -> dict[Key, Tensor]:
         """View a row [n] by group."""
@@ -45,6 +55,25 @@ class Space:
         """Return the number of each unit's group, int64 [n]."""
         sizes = torch.tensor([place.stop - place.start for place in self.parts.values()])
         return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    def directions(self) -> Tensor:
+        """Return the number of the direction that moves each unit, int64 [n]: its group's, or in small groups its own."""
+        found, count = list[Tensor](), 0
+        for place in self.parts.values():
+            size = place.stop - place.start
+            found.append(torch.full((size,), count) if size > FEW_UNITS else torch.arange(count, count + size))
+            count += 1 if size > FEW_UNITS else size
+        return torch.cat(found)
+
+    def highest(self, logits: Tensor) -> Tensor:
+        """Return the mask of the highest logits that the budget has room for, bool [n]."""
+        order = logits.clone()
+        for place in self.parts.values() if self.never_empty else ():
+            order[place.start + int(logits[place].argmax())] = math.inf
+        ranked = order.argsort(descending=True, stable=True)
+        mask = torch.zeros(len(logits), dtype=torch.bool)
+        mask[ranked[self.costs[ranked].cumsum(0) <= self.budget]] = True
+        return mask
 
 
 def shifted(logits: Tensor, space: Space) -> Tensor:
@@ -129,14 +158,19 @@ class Policy:
         self, space: Space, start: Tensor, settings: Mapping[str, Any], seed: int, store: MutableMapping[Key, Tensor]
     ) -> None:
         self.space, self.settings, self.seed, self.store = space, settings, seed, store
-        self._of = space.groups()
+        self._of, self._direction = space.groups(), space.directions()
         if (STATE, "s") not in store:
             s = project(start, space.costs, space.budget)
-            if settings["learner"] != "projection":
+            if settings["learner"] == "logits":
                 floor = settings["floor"]
                 logits = torch.logit(start.clamp(floor, 1 - floor))
                 s = shifted(logits, space)
                 self._put(logits=logits, shared=torch.zeros(len(space.parts), dtype=torch.float64))
+            elif settings["learner"] == "explore":
+                logits = torch.logit(start.clamp(EPSILON, 1 - EPSILON))
+                s = self._marginal(logits)
+                moved = torch.zeros(int(self._direction.max()) + 1, dtype=torch.float64)
+                self._put(logits=logits, moved=moved)
             self._put(s=s)
 
     def _put(self, **tensors: Tensor) -> None:
@@ -161,30 +195,57 @@ class Policy:
     def draw(self, step: int) -> Tensor:
         """Draw the masks of a step, bool [masks, n]; the same of the same state."""
         count, p = self.settings["masks"], self.sampled_from
-        generator = torch.Generator().manual_seed(noise_seed(self.seed, "policy", step))
+        if self.settings["learner"] == "explore":
+            logits = self._get("logits") + self._get("moved")[self._direction]
+            ways = self.settings["spread"] * self._noise(step)[:, self._direction]
+            return torch.stack([self.space.highest(logits + sign * way) for way in ways for sign in (1, -1)])
+        generator = self._generator(step)
         if self.settings["antithetic"] == "no":
             return torch.rand((count, len(p)), generator=generator, dtype=torch.float64) < p
         half = torch.rand((-(-count // 2), len(p)), generator=generator, dtype=torch.float64)
         return torch.stack([half, 1 - half], dim=1).flatten(0, 1)[:count] < p
 
+    def _generator(self, step: int) -> torch.Generator:
+        return torch.Generator().manual_seed(noise_seed(self.seed, "policy", step))
+
+    def _noise(self, step: int) -> Tensor:
+        """Draw ξ of the step's pairs of masks [masks / 2, directions]."""
+        shape = self.settings["masks"] // 2, int(self._direction.max()) + 1
+        return torch.randn(shape, generator=self._generator(step), dtype=torch.float64)
+
+    def _marginal(self, logits: Tensor) -> Tensor:
+        """Return the probabilities [n] that units stay when their logits are moved by σξ."""
+        return shifted(logits * (AS_NORMAL / self.settings["spread"]), self.space)
+
     def learn(self, step: int, steps: int, masks: Tensor, losses: Sequence[float], p: Tensor) -> dict[str, float]:
         """Move the probabilities by the losses of one step's masks, which were drawn from `p`; return figures of it.
 
+        A step with a loss that is not finite is refused: nothing moves, and "refused" is the number of its mask.
+
         Raises:
-            StreampruneError: a loss is NaN or infinite.
+            StreampruneError: MOST_REFUSED steps in a row were refused.
         """
         values = torch.tensor(losses, dtype=torch.float64)
-        for number, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise StreampruneError(
-                    f"step {step}: the loss of mask {number} is {loss}, nothing is learnt from it; try --dtype float32"
-                )
         before, figures = self.s, {"loss": float(values.mean())}
+        refused = self._get("refused", torch.zeros(()))
+        bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            self._put(refused=refused + 1)
+            if int(refused) + 1 == MOST_REFUSED:
+                raise StreampruneError(
+                    f"step {step}: the loss of mask {bad[0]} is {losses[bad[0]]}, and nothing was learnt from "
+                    f"{MOST_REFUSED} steps in a row; try --dtype float32"
+                )
+            return figures | {"refused": float(bad[0])}
+        if int(refused):
+            self._put(refused=torch.zeros(()))
         baseline = self._baseline(values)
         if self.settings["learner"] == "projection":
             s = self._projected(step, steps, masks, values - baseline, p)
-        else:
+        elif self.settings["learner"] == "logits":
             s = self._shared(masks, values - baseline, p)
+        else:
+            s = self._explored(step, steps, values)
         self._put(s=s)
         changed = int(((s > 0.5) != (before > 0.5)).sum())
         entropy = float(-(torch.special.xlogy(s, s) + torch.special.xlogy(1 - s, 1 - s)).mean())
@@ -235,16 +296,40 @@ class Policy:
         costs, variance, gradient = self.space.costs, p * (1 - p), estimate(masks, gains, p)
         gradient -= costs * variance / float(costs @ variance) * gradient.sum()
         shared = torch.zeros(len(self.space.parts), dtype=torch.float64).index_add_(0, self._of, gradient)
-        count = self._get("count", torch.zeros(1, dtype=torch.float64)) + 1
-        self._put(count=count)
-        logits = self._get("logits") - self._adam("logits", gradient, float(count))
-        offsets = self._get("shared") - self._adam("shared", shared, float(count))
+        count = self._counted()
+        logits = self._get("logits") - self._adam("logits", gradient, count)
+        offsets = self._get("shared") - self._adam("shared", shared, count)
         self._put(logits=logits, shared=offsets)
         return shifted(logits + offsets[self._of], self.space)
 
+    def _explored(self, step: int, steps: int, losses: Tensor) -> Tensor:
+        """Move the directions against the slopes that pairs of opposite masks have shown.
+
+        Adam's mean is divided by the size of all slopes together: of each direction's own it is noise. The step falls
+        to 0 by a cosine, so that the last ones average the noise out.
+        """
+        noise, spread = self._noise(step), self.settings["spread"]
+        gradient = (losses[0::2] - losses[1::2]) @ noise / (2 * spread * len(noise))
+        mean, deviation = self._moments("moved", gradient, self._counted())
+        size = deviation.square().mean().sqrt() + EPSILON
+        lr = self.settings["lr"] * (1 + math.cos(math.pi * step / steps)) / 2
+        moved = self._get("moved") - lr * mean / size
+        self._put(moved=moved)
+        return self._marginal(self._get("logits") + moved[self._direction])
+
+    def _counted(self) -> float:
+        """Count a step that was learnt from, and return their number."""
+        count = self._get("count", torch.zeros(1, dtype=torch.float64)) + 1
+        self._put(count=count)
+        return float(count)
+
     def _adam(self, name: str, gradient: Tensor, count: float) -> Tensor:
+        mean, deviation = self._moments(name, gradient, count)
+        return self.settings["lr"] * mean / (deviation + EPSILON)
+
+    def _moments(self, name: str, gradient: Tensor, count: float) -> tuple[Tensor, Tensor]:
+        """Return Adam's mean of gradients and the root of that of their squares, without bias."""
         first = BETAS[0] * self._get(f"{name}.first", torch.zeros_like(gradient)) + (1 - BETAS[0]) * gradient
         second = BETAS[1] * self._get(f"{name}.second", torch.zeros_like(gradient)) + (1 - BETAS[1]) * gradient.square()
         self._put(**{f"{name}.first": first, f"{name}.second": second})
-        mean, deviation = first / (1 - BETAS[0] ** count), (second / (1 - BETAS[1] ** count)).sqrt()
-        return self.settings["lr"] * mean / (deviation + EPSILON)
+        return first / (1 - BETAS[0] ** count), (second / (1 - BETAS[1] ** count)).sqrt()

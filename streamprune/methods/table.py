@@ -163,28 +163,32 @@ def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 _CHOSEN = "; by default the variant's"
-# What a variant does where a setting does not say: as in the paper, as in its code, or our own.
+# What a variant does where a setting does not say: as in the paper, as in its code, or two of our own.
+_PAPER = {"antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2, "batch": 8, "steps": 300}
+_OWN = {"antithetic": "yes", "lr": 0.05, "masks": 4}
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "exact": {"baseline": "moving", "antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2},
-    "published": {"baseline": "published", "antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2},
-    "logits": {"baseline": "others", "antithetic": "yes", "learner": "logits", "lr": 0.05, "masks": 4},
+    "best": {**_OWN, "baseline": "moving", "learner": "explore", "batch": 1, "steps": 600},
+    "exact": {**_PAPER, "baseline": "moving"},
+    "published": {**_PAPER, "baseline": "published"},
+    "logits": {**_OWN, "baseline": "others", "learner": "logits", "batch": 8, "steps": 300},
 }
 _POLICY = {
-    "variant": Setting("exact", "what else is not set", choices=("exact", "published", "logits")),
+    "variant": Setting("best", "what else is not set", choices=tuple(_VARIANTS)),
     "init": Setting(
         None,
         "scores to begin with: by default wanda-sp, of layers layer-ppl",
         choices=(*_STARTS, "score-const", "random"),
     ),
-    "steps": Setting(300, "updates", minimum=1),
-    "batch": Setting(8, "sequences of an update", minimum=1),
+    "steps": Setting(None, f"updates{_CHOSEN}", minimum=1, whole=True),
+    "batch": Setting(None, f"sequences of an update{_CHOSEN}", minimum=1, whole=True),
     "masks": Setting(None, f"masks that are tried on them, N_s{_CHOSEN}", minimum=1, whole=True),
     "per_pass": Setting(1, "updates that one pass over the layers serves, K", minimum=1),
     "lr": Setting(None, f"step size{_CHOSEN}", minimum=0, exclusive=True),
     "window": Setting(5, "steps of the moving baseline", minimum=1),
     "baseline": Setting(None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published")),
     "antithetic": Setting(None, f"masks come in opposite pairs{_CHOSEN}", choices=("yes", "no")),
-    "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits")),
+    "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits", "explore")),
+    "spread": Setting(0.5, "deviation σ of what explore tries, in those of scores", minimum=0, exclusive=True),
     "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
     "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
 }
@@ -346,6 +350,10 @@ def _check_masks(settings: Mapping[str, Any]) -> None:
         UsageError: there are none beside a mask, or beside a pair of opposite ones.
     """
     size, masks = 2 if settings["antithetic"] == "yes" else 1, settings["masks"]
+    if settings["learner"] == "explore" and (size == 1 or masks % 2):
+        raise UsageError(
+            f"--set masks={masks}: explore compares opposite masks; give an even number, with antithetic=yes"
+        )
     if settings["baseline"] == "others" and (masks % size or masks < 2 * size):
         what = "pairs of opposite masks" if size == 2 else "masks"
         raise UsageError(

@@ -51,9 +51,9 @@ def masked_losses(sweeper: Sweeper, input_ids: Tensor, trials: Sequence[Trial], 
             return each.run()
         # The first layer with masks is given what trials share, and puts out what each has for itself.
         given = [trial.sequences.start for trial in trials] if each.layer == first else starts
-        output = sweeper.states_like(each.hidden, count=len(ids))
+        output, turned = sweeper.states_like(each.hidden, count=len(ids)), dict[str, Tensor]()
         for trial, begin, end in zip(trials, given, starts, strict=True):
-            weights = masked_weights(skeleton, each.layer, each.weights, trial.kept.get(each.layer, {}))
+            weights = masked_weights(skeleton, each.layer, each.weights, trial.kept.get(each.layer, {}), turned)
             for part in sweeper.micro_batches(trial.sequences.stop - trial.sequences.start):
                 hidden = each.hidden[begin + part.start : begin + part.stop]
                 if each.layer not in trial.gone:
@@ -85,12 +85,20 @@ def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tens
 
 
 def masked_weights(
-    skeleton: Skeleton, layer: int, weights: Mapping[str, Tensor], kept: Mapping[Kind, Sequence[int]]
+    skeleton: Skeleton,
+    layer: int,
+    weights: Mapping[str, Tensor],
+    kept: Mapping[Kind, Sequence[int]],
+    turned: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return a layer's weights with which it computes what it does without the units that are not `kept`.
 
     Channels are cut out where the layer's modules take their widths from the weights: what goes is not computed.
     Elsewhere, and of KV groups, the columns through which a unit reaches the residual stream become zero, in copies.
+
+    Args:
+        turned: takes the transposed matrices that columns are cut from, for the layer's next mask: single columns are
+            thirty times as slow to gather as rows.
     """
     masked, geometry = dict(weights), skeleton.geometries[layer]
     for kind, units in kept.items():
@@ -99,8 +107,14 @@ def masked_weights(
         members = [each for each in skeleton.family.members if each.kind == kind and each.tensor in weights]
         if kind == "channel" and all(_is_linear(skeleton.layers[layer], each.tensor) for each in members):
             for member in members:
-                lines = kept_lines(member, geometry, units).to(weights[member.tensor].device)
-                masked[member.tensor] = weights[member.tensor].index_select(member.dim, lines)
+                weight = weights[member.tensor]
+                lines = kept_lines(member, geometry, units).to(weight.device)
+                if member.dim == 0:
+                    masked[member.tensor] = weight.index_select(0, lines)
+                else:
+                    if member.tensor not in turned:
+                        turned[member.tensor] = weight.T.contiguous()
+                    masked[member.tensor] = turned[member.tensor].index_select(0, lines).T
         else:
             masked |= {each.tensor: weights[each.tensor].clone() for each in members}
             mask_layer(skeleton, {layer: {kind: list(units)}}, layer, masked, kind)

@@ -7,7 +7,7 @@ import torch
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.methods.policy import Policy, Space, estimate, project, shifted, start_from_scores
+from streamprune.methods.policy import MOST_REFUSED, Policy, Space, estimate, project, shifted, start_from_scores
 from streamprune.methods.table import resolve_settings
 
 F64 = torch.float64
@@ -223,14 +223,14 @@ def found_of(seeds, given, costs):
     return found
 
 
-@pytest.mark.parametrize("given", [NATURAL, {"variant": "logits"}], ids=str)
+@pytest.mark.parametrize("given", [NATURAL, {"variant": "logits"}, {"variant": "best", "masks": 8}], ids=str)
 def test_it_finds_the_best_of_all_masks_of_a_toy(given):
     assert found_of(range(2, 5), given, DIFFERENT) == 3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("costs", [[1.0] * 12, DIFFERENT], ids=["equal", "different"])
-@pytest.mark.parametrize("given", [NATURAL, {"variant": "logits"}], ids=str)
+@pytest.mark.parametrize("given", [NATURAL, {"variant": "logits"}, {"variant": "best", "masks": 8}], ids=str)
 def test_it_finds_the_best_mask_in_nineteen_of_twenty_seeds(given, costs):
     assert found_of(range(20), given, costs) >= 19
 
@@ -246,7 +246,9 @@ def test_it_finds_the_best_mask_in_nineteen_of_twenty_seeds(given, costs):
         ({"masks": 2.5}, "units", "--set masks=2.5: not an integer"),
         ({"variant": "logits", "masks": 2}, "units", "two pairs of opposite masks are needed at least; give 4"),
         ({"variant": "logits", "masks": 5}, "units", "give 4"),
-        ({"baseline": "others", "masks": 1}, "units", "two masks are needed at least; give 2"),
+        ({"masks": 3}, "units", "--set masks=3: explore compares opposite masks; give an even number"),
+        ({"antithetic": "no"}, "units", "with antithetic=yes"),
+        ({"variant": "exact", "baseline": "others", "masks": 1}, "units", "two masks are needed at least; give 2"),
         ({"init": "layer-ppl"}, "units", "layer-ppl has no scores for units"),
         ({"init": "wanda-sp"}, "layers", "wanda-sp has no scores for layers"),
         ({"init": "moreau"}, "units", "--set init=moreau: choose one of"),
@@ -259,16 +261,23 @@ def test_settings_that_cannot_be_are_refused(given, target, said):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_names_step_and_mask_and_is_not_learnt_from(bad):
+def test_a_step_with_a_loss_that_is_no_number_is_refused_and_many_in_a_row_end_the_run(bad):
     learner = policy(masks=2)
     before, p = dict(learner.store), learner.sampled_from
-    with pytest.raises(StreampruneError, match="step 3: the loss of mask 1"):
-        learner.learn(3, 10, learner.draw(3), [1.0, bad], p)
-    assert learner.store == before
+    for _ in range(2):
+        for step in range(MOST_REFUSED - 1):
+            assert learner.learn(step, 20, learner.draw(step), [1.0, bad], p)["refused"] == 1
+        assert {name: value for name, value in learner.store.items() if name[1] != "refused"} == before
+        assert "refused" not in learner.learn(9, 20, learner.draw(9), [1.0, 2.0], p)
+        before = {name: value for name, value in learner.store.items() if name[1] != "refused"}
+    for step in range(10, 19):
+        learner.learn(step, 20, learner.draw(step), [1.0, bad], p)
+    with pytest.raises(StreampruneError, match="step 19: the loss of mask 1 is .*10 steps in a row"):
+        learner.learn(19, 20, learner.draw(19), [1.0, bad], p)
 
 
 def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
-    learner = policy(lr=1e6, masks=2)
+    learner = policy(variant="exact", lr=1e6, masks=2)
     with pytest.raises(StreampruneError, match="every probability is 0 or 1; lower --set lr"):
         for step in range(10):
             learner.learn(step, 10, learner.draw(step), [1.0, 50.0], learner.sampled_from)
@@ -278,7 +287,7 @@ def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
 
 
 @pytest.mark.parametrize("granularity", ["units", "layers"])
-@pytest.mark.parametrize("variant", ["exact", "published", "logits"])
+@pytest.mark.parametrize("variant", ["best", "exact", "published", "logits"])
 def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny_llama, tmp_path):
     outputs = []
     for name in ("one", "two"):
