@@ -1,6 +1,6 @@
 """`streamprune plan` for models that nobody has to have: checkpoints of real headers and no contents.
 
-    python bench/plans.py [-- OPTIONS OF THE PLAN]
+    python bench/plans.py [--policy] [-- OPTIONS OF THE PLAN]
 
 Writes config.json and sparse shards (headers, and files of the right length without blocks on the disk) in the shapes
 of Llama-2-13B, Llama-3-70B and Mixtral-8x7B, and prints what the command says of them. The README shows it.
@@ -79,6 +79,12 @@ PLANS = [
     ("mixtral-8x7b", "--assume rtx4090 --host-memory 64GiB --method taylor --stock"),
     ("mixtral-8x7b", "--assume rtx4090 --host-memory 64GiB --method block-influence --granularity layers"),
 ]
+# 64 updates at the same probabilities: what a pass reads is read 10 times and not 600.
+POLICIES = [
+    (name, f"--assume rtx4090 --gpu-memory 22GiB --host-memory 60GiB --method bernoulli --set per_pass={each}")
+    for name in ("llama-2-13b", "llama-3-70b")
+    for each in (1, 8, 64)
+]
 
 
 def write_headers(path: Path, fields: dict[str, Any]) -> None:
@@ -125,7 +131,8 @@ def stored_shapes(model_type: str, model: Any) -> dict[str, list[int]]:
 
 @click.command()
 @click.argument("more", nargs=-1)
-def main(more: tuple[str, ...]) -> None:
+@click.option("--policy", is_flag=True, help="Instead those of bernoulli, by updates that share a pass.")
+def main(more: tuple[str, ...], policy: bool) -> None:
     """Print the plans, with MORE options."""
     with tempfile.TemporaryDirectory() as directory:
         # A plan loads the tokenizer and opens the text, as the run will.
@@ -133,7 +140,7 @@ def main(more: tuple[str, ...]) -> None:
         for name, fields in MODELS.items():
             write_headers(Path(directory) / name, fields)
             save_tokenizer(Path(directory) / name)
-        for name, options in PLANS:
+        for name, options in POLICIES if policy else PLANS:
             arguments = ["plan", "--model", name, "--no-evaluate", *options.split(), *more]
             print(f"$ streamprune {' '.join(arguments)}", flush=True)
             command = [sys.executable, "-m", "streamprune", *arguments]

@@ -36,12 +36,16 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
         rows = {step: _batch(statistics, settings["batch"], step) for step in numbers}
         trials = list(_trials(space, masks, rows))
         losses = statistics.losses_of([row for step in numbers for row in rows[step]], trials)
-        if losses is None:  # the policy in the store has learnt from them
-            continue
         for step in numbers:
-            own, losses = losses[: len(masks[step])], losses[len(masks[step]) :]
-            statistics.note(step=step, **policy.learn(step, steps, masks[step], own, p))
-        statistics.finish_pass()
+            if losses is None:  # the policy in the store has learnt from them
+                statistics.note(step=step, **policy.told(step))
+            else:
+                own, losses = losses[: len(masks[step])], losses[len(masks[step]) :]
+                statistics.note(step=step, **policy.learn(step, steps, masks[step], own, p))
+        if losses is not None:
+            statistics.finish_pass()
+        if policy.settled(numbers[-1]):
+            break
     _put(sink, space.split(policy.s))
 
 

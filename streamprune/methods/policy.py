@@ -29,6 +29,7 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise
 FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
 AS_NORMAL = 1.702  # σ(1.702 x) is the normal distribution's Φ(x) to 0.01
 MOST_REFUSED = 10  # steps in a row without a finite loss
+FIGURES = ("loss", "baseline", "kept", "entropy", "changed", "refused")  # of a step
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Space:
         return torch.arange(len(sizes)).repeat_interleave(sizes)
 
     def directions(self) -> Tensor:
-        """Return the number of the direction that moves each unit, int64 [n]: its group's, or in small groups its own."""
+        """Return the number of the direction that moves each unit [n]: its group's, or in small groups its own."""
         found, count = list[Tensor](), 0
         for place in self.parts.values():
             size = place.stop - place.start
@@ -220,6 +221,9 @@ class Policy:
     def learn(self, step: int, steps: int, masks: Tensor, losses: Sequence[float], p: Tensor) -> dict[str, float]:
         """Move the probabilities by the losses of one step's masks, which were drawn from `p`; return figures of it.
 
+        The figures are the mean loss, the baseline, the parameters that stay as expected, the mean entropy (nats), how
+        many units changed side, and of a step that is refused its mask. `told` returns them again.
+
         A step with a loss that is not finite is refused: nothing moves, and "refused" is the number of its mask.
 
         Raises:
@@ -236,7 +240,7 @@ class Policy:
                     f"step {step}: the loss of mask {bad[0]} is {losses[bad[0]]}, and nothing was learnt from "
                     f"{MOST_REFUSED} steps in a row; try --dtype float32"
                 )
-            return figures | {"refused": float(bad[0])}
+            return self._tell(step, steps, figures | {"refused": float(bad[0])})
         if int(refused):
             self._put(refused=torch.zeros(()))
         baseline = self._baseline(values)
@@ -249,12 +253,31 @@ class Policy:
         self._put(s=s)
         changed = int(((s > 0.5) != (before > 0.5)).sum())
         entropy = float(-(torch.special.xlogy(s, s) + torch.special.xlogy(1 - s, 1 - s)).mean())
-        return figures | {
-            "baseline": float(baseline.mean()),
-            "kept": float(self.space.costs @ s),
-            "entropy": entropy,
-            "changed": changed,
+        figures |= {"baseline": float(baseline.mean()), "kept": float(self.space.costs @ s)}
+        return self._tell(step, steps, figures | {"entropy": entropy, "changed": float(changed)})
+
+    def _tell(self, step: int, steps: int, figures: dict[str, float]) -> dict[str, float]:
+        """Keep the figures of a step, with the policy."""
+        rows = self._get("figures", torch.full((steps, len(FIGURES)), math.nan, dtype=torch.float64))
+        rows[step] = torch.tensor([figures.get(name, math.nan) for name in FIGURES], dtype=torch.float64)
+        self._put(figures=rows)
+        return self.told(step)
+
+    def told(self, step: int) -> dict[str, float]:
+        """Return the figures of a step that was learnt from, also in an earlier run."""
+        return {
+            name: value
+            for name, value in zip(FIGURES, self._get("figures")[step].tolist(), strict=True)
+            if math.isfinite(value)
         }
+
+    def settled(self, step: int) -> bool:
+        """Tell whether nothing has changed side in `patience` steps up to this one."""
+        window = self.settings["patience"]
+        if window is None or step + 1 < window:
+            return False
+        changed = self._get("figures")[step + 1 - window : step + 1, FIGURES.index("changed")]
+        return bool((changed == 0).all())
 
     def _baseline(self, losses: Tensor) -> Tensor:
         """Return what is subtracted from each loss; it does not depend on the mask that it stands beside.

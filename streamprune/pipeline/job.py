@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +34,8 @@ from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.statistics import Statistics
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
+STEPS_FILE = "policy.jsonl"
+
 
 @dataclass(frozen=True)
 class Done:
@@ -62,6 +65,7 @@ class Job:
         state_slots: layers whose state a GPU may hold.
         state_scratch: directory of what the method keeps between sweeps, where it is not in memory or the journal.
         predicted: seconds of the stages, where rates of this machine are known.
+        steps: figures of a method's steps, by name, which become STEPS_FILE of the output.
     """
 
     config: PruneConfig
@@ -76,6 +80,7 @@ class Job:
     state_scratch: Path | None = None
     state_slots: int = STATE_SLOTS
     predicted: Mapping[str, float] = field(default_factory=dict)
+    steps: list[dict[str, float]] = field(default_factory=list)
 
     def score(self) -> UnitScores | LayerScores:
         """Score units or layers by the method, or take the scores from the journal if all of them are there."""
@@ -89,13 +94,14 @@ class Job:
             self.journal.watch(scores)
             if self.journal.facts.get("scored"):
                 self.costs |= self.journal.facts["costs"]
+                self.steps = self.journal.facts["steps"]
                 return scores
         statistics = self._statistics()
         with self._scoring():
             METHODS[self.config.method].score(statistics, self.plan.settings, scores)
         self.sweeper.close()  # hidden states go before the repair and the writing take memory
         if self.journal is not None:
-            self.journal.facts["costs"] = self.costs
+            self.journal.facts["costs"], self.journal.facts["steps"] = self.costs, self.steps
             self.journal.finish_scores(self.plan.layers)
         return scores
 
@@ -154,6 +160,9 @@ class Job:
         """Write what lies beside the tensors, and return the result."""
         config = form.config(zeros[0] / form.skeleton.parameters)
         self.companions.write(config, directory, files=form.files())
+        if self.steps:
+            lines = "".join(json.dumps(step) + "\n" for step in self.steps)
+            (directory / STEPS_FILE).write_text(lines, encoding="utf-8")
         return Done(form, zeros, source_hash)
 
     def _saves(self, writer: OutputWriter) -> Callable[[], None]:
@@ -173,8 +182,13 @@ class Job:
             self.journal,
             self._stores(),
             keeps=kept_share(config, self.sweeper.skeleton, self.plan),
-            note=self.progress.note,
+            note=self._note,
         )
+
+    def _note(self, **figures: float) -> None:
+        """Report figures of a step, and keep them for the output."""
+        self.steps.append(figures)
+        self.progress.note(**figures)
 
     def _stores(self) -> MakeStore:
         """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""

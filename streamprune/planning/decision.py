@@ -213,7 +213,12 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, 
             "global allocation gives every layer its own widths: leave --stock, --attention-ratio and --mlp-ratio out, "
             "or pass --allocation uniform"
         )
-    normalize = METHODS[config.method].normalize or config.normalize
+    own = METHODS[config.method].normalize
+    if own is not None and config.normalize != PruneConfig.__dataclass_fields__["normalize"].default:
+        raise UsageError(
+            f"--normalize {config.normalize}: {config.method} compares its probabilities as they are; leave it out"
+        )
+    normalize = own or config.normalize
     rule = GlobalRule(_ratio(config), normalize, config.min_keep, config.round_to)
     everything = skeleton.all_units()
     allocation.check_global(rule, costs, skeleton.all_units(layers))
@@ -221,7 +226,8 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, 
     def keep(scores: UnitScores) -> KeptUnits:
         return allocation.allocate_globally(scores.values, rule, costs, everything)
 
-    what = f"are compared by {rule.normalize} scores and lose the lowest units"
+    compared = "probabilities" if own is not None else f"{rule.normalize} scores"
+    what = f"are compared by {compared} and lose the lowest units"
     return Choice(keep(UnitScores(skeleton.all_units(layers))), keep, what, "global")
 
 

@@ -1,5 +1,6 @@
 """The policy's projection, estimate and learning, against enumeration and quadratic programs solved by hand."""
 
+import json
 from itertools import pairwise, product
 
 import pytest
@@ -262,18 +263,22 @@ def test_settings_that_cannot_be_are_refused(given, target, said):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_step_with_a_loss_that_is_no_number_is_refused_and_many_in_a_row_end_the_run(bad):
-    learner = policy(masks=2)
-    before, p = dict(learner.store), learner.sampled_from
-    for _ in range(2):
-        for step in range(MOST_REFUSED - 1):
-            assert learner.learn(step, 20, learner.draw(step), [1.0, bad], p)["refused"] == 1
-        assert {name: value for name, value in learner.store.items() if name[1] != "refused"} == before
-        assert "refused" not in learner.learn(9, 20, learner.draw(9), [1.0, 2.0], p)
-        before = {name: value for name, value in learner.store.items() if name[1] != "refused"}
-    for step in range(10, 19):
-        learner.learn(step, 20, learner.draw(step), [1.0, bad], p)
-    with pytest.raises(StreampruneError, match="step 19: the loss of mask 1 is .*10 steps in a row"):
-        learner.learn(19, 20, learner.draw(19), [1.0, bad], p)
+    learner = policy(variant="exact")
+
+    def learn(step, *losses):
+        before = learner.s
+        figures = learner.learn(step, 20, learner.draw(step), losses, learner.sampled_from)
+        return figures, bool((learner.s != before).any())
+
+    for begin in (0, MOST_REFUSED):  # one that is learnt from lies between
+        for step in range(begin, begin + MOST_REFUSED - 1):
+            figures, moved = learn(step, 1.0, bad)
+            assert figures["refused"] == 1 and not moved
+        if not begin:
+            figures, _ = learn(MOST_REFUSED - 1, 1.0, 2.0)
+            assert "refused" not in figures and figures["loss"] == 1.5
+    with pytest.raises(StreampruneError, match=r"step 19: the loss of mask 1 is .*10 steps in a row"):
+        learn(19, 1.0, bad)
 
 
 def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
@@ -296,6 +301,9 @@ def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny
         )
         options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "granularity": granularity}
         result = prune(PruneConfig(**{**vars(config), **options, "evaluate": False}))
+        told = [json.loads(line) for line in (result.output / "policy.jsonl").read_text().splitlines()]
+        assert [step["step"] for step in told] == [0, 1, 2, 3]
+        assert all(step["loss"] > 0 and step["kept"] > 0 and step["entropy"] >= 0 for step in told)
         outputs.append((result.output / "model.safetensors").read_bytes())
         assert result.facts["parameters"]["after"] < result.facts["parameters"]["before"]
     assert outputs[0] == outputs[1]
@@ -306,3 +314,15 @@ def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama
     given = {"init": init, "steps": 1, "batch": 2, "lr": 1e-9}
     options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
     assert prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options)).layout == "ragged"
+
+
+def test_it_ends_when_nothing_has_changed_side_for_as_long_as_it_was_told_to_wait(tiny_llama, tmp_path):
+    given = {"variant": "exact", "steps": 50, "batch": 2, "lr": 1e-9, "patience": 3, "per_pass": 2}
+    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
+    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options))
+    assert len((tmp_path / "out" / "policy.jsonl").read_text().splitlines()) == 4  # the pass that the third is in
+
+
+def test_other_normalizations_than_its_own_are_refused(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="--normalize raw: bernoulli compares its probabilities as they are"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", normalize="raw", evaluate=False))
