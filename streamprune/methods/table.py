@@ -277,7 +277,7 @@ _ROWS = (
         "variance of the inputs of o and down times their columns' squares, and a bias in their place",
         "FLAP, arXiv 2312.11983",
         {"bias": Setting("yes", "add o and down biases that keep the mean output", choices=("yes", "no"))},
-        (1024, 128),
+        (512, 128),
         allocation="global",
     ),
     Method(
@@ -317,7 +317,7 @@ _ROWS = (
         "keep probabilities, learnt from losses of random masks",
         "arXiv 2406.10576",
         _POLICY,
-        (1024, 128),
+        (512, 128),
         unneeded=_not_of_the_start,
         allocation="global",
         normalize="none",
