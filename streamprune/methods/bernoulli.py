@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed
-from streamprune.methods.policy import Policy, Space, start_from_scores
+from streamprune.methods.policy import RAMP, Policy, Space, shifted, start_from_scores
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
@@ -18,6 +21,7 @@ from streamprune.storage.journal import Key
 from streamprune.streaming.masked import Trial
 from streamprune.streaming.statistics import Statistics
 
+PROGRESSIVE, EPOCH_STAGES = "random-progressive", 3  # a random start whose budget falls, by so many steps an epoch
 CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to the budget
 
 
@@ -28,8 +32,9 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
         METHODS[start].score(statistics, resolve_settings(start, {}), sink)
     space = _space(statistics, sink)
     begin = _start(space, sink, start, statistics.seed)
-    policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"))
     steps, each = settings["steps"], settings["per_pass"]
+    stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
+    policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"), stage)
     for first in range(0, steps, each):
         numbers = range(first, min(first + each, steps))
         p, masks = policy.sampled_from, {step: policy.draw(step) for step in numbers}
@@ -70,9 +75,12 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
 def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) -> Tensor:
     """Return the keep probabilities to begin with [n]."""
     n = len(space.costs)
+    generator = torch.Generator().manual_seed(noise_seed(seed, "start"))
     if start == "random":
-        generator = torch.Generator().manual_seed(noise_seed(seed, "start"))
         return torch.rand(n, generator=generator, dtype=torch.float64)
+    if start == PROGRESSIVE:  # from nearly all of the parameters down
+        nearly_all = replace(space, budget=(1 - RAMP) * float(space.costs.sum()))
+        return shifted(torch.randn(n, generator=generator, dtype=torch.float64), nearly_all)
     if start == "score-const":
         return torch.full((n,), CONSTANT, dtype=torch.float64)
     if isinstance(sink, LayerScores):
@@ -82,6 +90,22 @@ def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) 
         (layer, kind): values for layer, kinds in sink.values.items() for kind, values in kinds.items()
     }
     return start_from_scores({key: scores[key] for key in space.parts}, space)
+
+
+def _stage(space: Space, samples: int, settings: Mapping[str, Any]) -> int:
+    """Return the steps of a third of an epoch, after which the budget falls (§3.3).
+
+    Raises:
+        UsageError: it would not be down before the last step.
+    """
+    stage = math.ceil(samples / (EPOCH_STAGES * settings["batch"]))
+    falls = math.ceil((1 - space.budget / float(space.costs.sum())) / RAMP) - 1
+    if stage * falls >= settings["steps"]:
+        raise UsageError(
+            f"--set steps={settings['steps']}: {PROGRESSIVE} comes down to the budget after {stage * falls} with "
+            f"batch={settings['batch']}; give more"
+        )
+    return stage
 
 
 def _batch(statistics: Statistics, size: int, step: int) -> list[int]:

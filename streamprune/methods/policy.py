@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise
 FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
 AS_NORMAL = 1.702  # σ(1.702 x) is the normal distribution's Φ(x) to 0.01
 MOST_REFUSED = 10  # steps in a row without a finite loss
+RAMP = 0.05  # of all parameters, by which the budget of `random-progressive` falls
 FIGURES = ("loss", "baseline", "kept", "entropy", "changed", "refused")  # of a step
 
 
@@ -153,19 +154,31 @@ class Policy:
     Args:
         start: keep probabilities [n], where `store` has none yet.
         settings: of the method, with what its variant says filled in.
+        stage: steps after which the budget falls by RAMP, from one RAMP below all parameters to that of `space`; None
+            where it is that from the beginning.
+
+    Attributes:
+        space: with the budget of the step that was drawn, or learnt from, last.
     """
 
     def __init__(
-        self, space: Space, start: Tensor, settings: Mapping[str, Any], seed: int, store: MutableMapping[Key, Tensor]
+        self,
+        space: Space,
+        start: Tensor,
+        settings: Mapping[str, Any],
+        seed: int,
+        store: MutableMapping[Key, Tensor],
+        stage: int | None = None,
     ) -> None:
-        self.space, self.settings, self.seed, self.store = space, settings, seed, store
+        self._whole, self._stage, self.settings, self.seed, self.store = space, stage, settings, seed, store
+        self.space = self._at(0)
         self._of, self._direction = space.groups(), space.directions()
         if (STATE, "s") not in store:
-            s = project(start, space.costs, space.budget)
+            s = project(start, space.costs, self.space.budget)
             if settings["learner"] == "logits":
                 floor = settings["floor"]
                 logits = torch.logit(start.clamp(floor, 1 - floor))
-                s = shifted(logits, space)
+                s = shifted(logits, self.space)
                 self._put(logits=logits, shared=torch.zeros(len(space.parts), dtype=torch.float64))
             elif settings["learner"] == "explore":
                 logits = torch.logit(start.clamp(EPSILON, 1 - EPSILON))
@@ -173,6 +186,13 @@ class Policy:
                 moved = torch.zeros(int(self._direction.max()) + 1, dtype=torch.float64)
                 self._put(logits=logits, moved=moved)
             self._put(s=s)
+
+    def _at(self, step: int) -> Space:
+        """Return the space with a step's budget."""
+        if self._stage is None:
+            return self._whole
+        share = 1 - RAMP * (1 + step // self._stage)
+        return replace(self._whole, budget=max(self._whole.budget, share * float(self._whole.costs.sum())))
 
     def _put(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
@@ -195,6 +215,7 @@ class Policy:
 
     def draw(self, step: int) -> Tensor:
         """Draw the masks of a step, bool [masks, n]; the same of the same state."""
+        self.space = self._at(step)
         count, p = self.settings["masks"], self.sampled_from
         if self.settings["learner"] == "explore":
             logits = self._get("logits") + self._get("moved")[self._direction]
@@ -229,7 +250,7 @@ class Policy:
         Raises:
             StreampruneError: MOST_REFUSED steps in a row were refused.
         """
-        values = torch.tensor(losses, dtype=torch.float64)
+        self.space, values = self._at(step), torch.tensor(losses, dtype=torch.float64)
         before, figures = self.s, {"loss": float(values.mean())}
         refused = self._get("refused", torch.zeros(()))
         bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]

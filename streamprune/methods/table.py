@@ -177,7 +177,7 @@ _POLICY = {
     "init": Setting(
         None,
         "scores to begin with: by default wanda-sp, of layers layer-ppl",
-        choices=(*_STARTS, "score-const", "random"),
+        choices=(*_STARTS, "score-const", "random", "random-progressive"),
     ),
     "steps": Setting(None, f"updates{_CHOSEN}", minimum=1, whole=True),
     "batch": Setting(None, f"sequences of an update{_CHOSEN}", minimum=1, whole=True),

@@ -323,6 +323,19 @@ def test_it_ends_when_nothing_has_changed_side_for_as_long_as_it_was_told_to_wai
     assert len((tmp_path / "out" / "policy.jsonl").read_text().splitlines()) == 4  # the pass that the third is in
 
 
+@pytest.mark.parametrize("variant", ["best", "exact", "logits"])
+def test_a_progressive_start_comes_down_to_the_budget_in_steps_of_a_twentieth(variant, tiny_llama, tmp_path):
+    given = {"variant": variant, "init": "random-progressive", "steps": 9, "batch": 2}
+    options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.22, "evaluate": False}
+    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options))
+    kept = [json.loads(line)["kept"] for line in (tmp_path / "out" / "policy.jsonl").read_text().splitlines()]
+    # 6 sequences, 2 a step: a third of an epoch is one step.
+    whole = kept[0] / 0.95
+    assert kept == pytest.approx([whole * share for share in (0.95, 0.9, 0.85, 0.8, *[0.78] * 5)], rel=0.02)
+    with pytest.raises(UsageError, match="--set steps=4: random-progressive comes down to the budget after 4"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "no", "bernoulli", {**given, "steps": 4}, **options))
+
+
 def test_other_normalizations_than_its_own_are_refused(tiny_llama, tmp_path):
     with pytest.raises(UsageError, match="--normalize raw: bernoulli compares its probabilities as they are"):
         prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", normalize="raw", evaluate=False))
