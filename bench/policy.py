@@ -126,8 +126,8 @@ def measure(statistics: Statistics, space: Space, start: Tensor, scores: Tensor,
         found.setdefault("opposite masks, the other pairs", []).append(shared(space, estimate(masks, gains, p)))
         masks = directed.draw(step)
         losses = losses_of(statistics, space, masks, [rows] * MASKS)
-        noise = directed._noise(step)
-        found.setdefault("explore", []).append((losses[0::2] - losses[1::2]) @ noise / (2 * 0.5 * len(noise)))
+        noise, spread = directed._noise(step), directed.settings["spread"]
+        found.setdefault("explore", []).append((losses[0::2] - losses[1::2]) @ noise / (2 * spread * len(noise)))
         click.echo(f"  {step + 1} of {repeat}", err=True)
     return {name: signal_and_noise(torch.stack(each)) for name, each in found.items()}
 

@@ -277,7 +277,7 @@ _ROWS = (
         "variance of the inputs of o and down times their columns' squares, and a bias in their place",
         "FLAP, arXiv 2312.11983",
         {"bias": Setting("yes", "add o and down biases that keep the mean output", choices=("yes", "no"))},
-        (512, 128),
+        (1024, 128),
         allocation="global",
     ),
     Method(
