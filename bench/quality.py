@@ -29,6 +29,8 @@ import click
 GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
 MIDDLE = {"layers": [4, 28]}
+STARTS = {name: {"init": name} for name in ("wanda-sp", "taylor", "random-progressive")}  # of the policy
+STARTS["wanda-sp, 2400 steps"] = {"init": "wanda-sp", "steps": 2400}
 # Table -> methods and their settings; settings of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "main": (
@@ -56,9 +58,9 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
                 **({} if everywhere else MIDDLE),
                 "compensate": repaired,
                 "samples": 512,
-                "settings": {"init": start},
+                "settings": settings,
             }
-            for start in ("wanda-sp", "taylor")
+            for start, settings in STARTS.items()
             for everywhere in (False, True)
             for ratio in (0.2, 0.3, 0.4, 0.5)
             for repaired in (False, True)
