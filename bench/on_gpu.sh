@@ -44,7 +44,7 @@ else
   limit=530 device=cuda layers=24 repeat=1 model=13B tokens=(--tokens 128 --tokens 1280 --tokens 12800)
   tests=(tests/kernel tests/streaming/test_cuda.py
     --deselect tests/kernel/test_machine_code.py -o faulthandler_timeout=60)  # what hangs says where
-  # Most of the tests' time goes into compiling kernels.
+  # Most of the tests' time goes into compiling kernels, and into what they are compared with on the CPU.
   "$python" -c 'import xdist' 2>/dev/null && tests+=(-n 8)
   "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU; --dry runs without one"'
 fi
@@ -69,9 +69,9 @@ stage() {  # one that fails does not keep the others from running
   # Tests that hang leave time for the others.
   if [[ $1 == tests ]] && ((seconds > 240)); then seconds=240; fi
   # Interrupted, tests still say which of them failed.
-  timeout -k 10 -s INT "$seconds" "$python" "${@:2}" || status=1
+  timeout -k 10 -s INT "$seconds" env ${threads:+OMP_NUM_THREADS=$threads} "$python" "${@:2}" || status=1
 }
-stage tests -m pytest -q -p no:cacheprovider -p no:benchmark "${tests[@]}" > >(tee "$out/tests.txt")
+threads=1 stage tests -m pytest -q -p no:cacheprovider -p no:benchmark "${tests[@]}" > >(tee "$out/tests.txt")
 stage main bench/main_job.py --scratch "$scratch" --seconds "$(($(left) - 15))" $dry --json "$out/main_job.json"
 stage kernels bench/kernels.py --gpu --model "$model" $dry --json "$out/kernels.json"
 stage end_to_end bench/end_to_end.py --scratch "$scratch" --layers "$layers" --repeat "$repeat" --device "$device" \

@@ -41,6 +41,7 @@ RUNS = [
     ("flap", "units", {}, {}),
     ("gblm", "units", {}, {}),
     ("gblm", "units", {"p": 2}, {}),
+    ("bernoulli", "units", {"init": "magnitude", "steps": 4}, {}),
     *(
         (method, pattern, {}, {})
         for method in ("magnitude", "wanda", "gblm", "sparsegpt", "taylor", "random")
