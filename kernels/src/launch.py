@@ -27,6 +27,7 @@ except ImportError:  # a CPU needs no Triton
     triton = tl = None
 
 MOST_COMPILERS = 8  # threads; a method has no more kernels than some twenty
+HOLDS_FUTURES = (3, 7)  # Triton's version from which a start finds a kernel that is being compiled, and waits for it
 
 
 class KernelFailure(RuntimeError):
@@ -120,16 +121,24 @@ def _cause(error: Exception) -> str:
 def compiling(device: torch.device) -> Iterator[None]:
     """Let kernels that are started on `meta` inside the block be compiled for a GPU, in threads, until all are.
 
-    Whoever starts one of them meanwhile waits for that one alone, and learns of it if it does not compile.
+    Whoever starts one of them meanwhile waits for that one alone, and learns of it if it does not compile; with a
+    Triton before HOLDS_FUTURES, compiles it once more.
     """
     on_device = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     threads = ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), thread_name_prefix="streamprune-compile")
-    with threads, on_device, triton.AsyncCompileMode(threads) as submitted:
+    with threads, on_device, triton.AsyncCompileMode(threads, ignore_errors=True) as submitted:
         try:
             yield
         finally:
-            # Triton would take the results here too, and its futures bear one taker: who starts the kernel.
-            submitted.raw_futures.clear()
+            # Triton would take the results here too, and its futures bear one taker: who starts the kernel. Where no
+            # start finds a future, that one is Triton.
+            if _version() >= HOLDS_FUTURES:
+                submitted.raw_futures.clear()
+
+
+def _version() -> tuple[int, ...]:
+    """Return Triton's, to the second number."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 def most_warps() -> int:

@@ -70,13 +70,13 @@ def _large_pages(nbytes: int) -> Tensor:
         memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"{nbytes} bytes for layers") from error
-    raw = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -raw.data_ptr() % HUGE_PAGE
+    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     # A request to a disk has a limited number of pages, whatever their size: large ones make direct reads faster. Not
     # of the last ones, of which a part would never be used.
     with suppress(OSError):  # a kernel without large pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // HUGE_PAGE * HUGE_PAGE)
-    return raw[start : start + nbytes]
+    # Not a slice of the whole: torch asks where a tensor's storage begins whether it is pinned.
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=start)
 
 
 class HostDevice:
