@@ -125,7 +125,7 @@ def repair(config: PruneConfig, ids: Tensor) -> Iterator[Prepared]:
     shape = (len(ids), ids.shape[1])
     with _opened(config, Work(None, shape, None), "repairing") as (sweeper, plan, _, waits, planned):
         job = Job(config, plan, sweeper, waits, None, ids, Companions(Path(config.model)))
-        kept = plan.choice.keep(job.score())
+        kept = plan.choice.keep(job.score().values)
         assert plan.repair is not None, "it was asked for"
 
         def run() -> Figures:

@@ -141,7 +141,7 @@ def scores_of(model: str, method: str, dtype: str, states: list[str]) -> dict[st
                 METHODS[method].score(
                     Statistics(sweeper, ids, LAYERS, 0, store=store_of(state)), settings, scores[state]
                 )
-            found[state] = scores[state], plan.choice.keep(scores[state]), time.perf_counter() - start
+            found[state] = scores[state], plan.choice.keep(scores[state].values), time.perf_counter() - start
     return found
 
 

@@ -24,12 +24,13 @@ from streamprune.commands import demo
 from streamprune.config import PruneConfig
 from streamprune.figures import table
 from streamprune.methods.bernoulli import _batch, _space, _start, _trials
-from streamprune.methods.policy import Policy, Space, estimate
+from streamprune.methods.budget import Space
+from streamprune.methods.policy import Policy, estimate
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
-from streamprune.planning.decision import kept_share, make_plan
+from streamprune.planning.decision import goal, make_plan
 from streamprune.planning.rates import default_cache
 from streamprune.storage.tensor_store import make_store
 from streamprune.streaming.statistics import Statistics
@@ -48,8 +49,8 @@ def opened(model: Path, data: Path, ratio: float) -> Iterator[tuple[Statistics, 
         plan = make_plan(config, sweeper.skeleton)
         ids = open_corpus(model, data / "wikitext2-valid.txt").sequences(SAMPLES, SEQ_LEN, "random", 0)
         sweeper.pager.slots = sweeper.n_layers
-        keeps = kept_share(config, sweeper.skeleton, plan)
-        statistics = Statistics(sweeper, ids, plan.layers, 0, None, make_store, keeps=keeps)
+        wanted = goal(config, sweeper.skeleton, plan)
+        statistics = Statistics(sweeper, ids, plan.layers, 0, None, make_store, goal=wanted)
         sink = UnitScores(sweeper.skeleton.all_units(plan.layers), sweeper.backend)
         METHODS["wanda-sp"].score(statistics, resolve_settings("wanda-sp", {}), sink)
         space = _space(statistics, sink)

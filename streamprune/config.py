@@ -382,7 +382,3 @@ class PruneConfig:
             raise UsageError("--compress stores weights of --granularity 2:4 only; leave it out")
         if self.stock and self.allocation == "global":
             raise UsageError("--allocation global gives every layer its own width: leave --stock out")
-        if self.allocation == "global" and (self.attention_ratio is not None or self.mlp_ratio is not None):
-            raise UsageError(
-                "--allocation global has one budget for all kinds of unit: leave --attention-ratio and --mlp-ratio out"
-            )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed
-from streamprune.methods.policy import RAMP, Policy, Space, shifted, start_from_scores
+from streamprune.methods.budget import Space, start_from_scores
+from streamprune.methods.policy import RAMP, Policy
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
@@ -68,8 +68,24 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
             parts[layer, kind] = slice(n, n + count)
             costs += [float(cost)] * count
             n += count
-    row = torch.tensor(costs, dtype=torch.float64)
-    return Space(parts, row, statistics.keeps * float(row.sum()), never_empty=not isinstance(sink, LayerScores))
+    row, goal = torch.tensor(costs, dtype=torch.float64), statistics.goal
+    assert goal is not None, "a run has one"
+    of_kind = {kind: sum(float(row[at].sum()) for (_, each), at in parts.items() if each == kind) for _, kind in parts}
+    budgets = {kinds: share * sum(of_kind.get(kind, 0) for kind in kinds) for kinds, share in goal.shares.items()}
+
+    def choose(logits: Tensor, part: float) -> Tensor:
+        mask, units = torch.zeros(len(logits), dtype=torch.bool), dict[int, dict[Kind, Tensor]]()
+        if isinstance(sink, LayerScores):
+            kept = goal.keep({layer: float(logits[at]) for (layer, _), at in parts.items()}, part)
+            return torch.tensor([layer in kept for layer, _ in parts])
+        for (layer, kind), at in parts.items():
+            units.setdefault(layer, {})[kind] = logits[at]  # type: ignore[index]
+        for layer, kinds in goal.keep(units, part).items():
+            for kind, stay in kinds.items() if layer in units else ():
+                mask[parts[layer, kind].start + torch.tensor(stay)] = True
+        return mask
+
+    return Space(parts, row, budgets, choose)
 
 
 def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) -> Tensor:
@@ -79,8 +95,8 @@ def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) 
     if start == "random":
         return torch.rand(n, generator=generator, dtype=torch.float64)
     if start == PROGRESSIVE:  # from nearly all of the parameters down
-        nearly_all = replace(space, budget=(1 - RAMP) * float(space.costs.sum()))
-        return shifted(torch.randn(n, generator=generator, dtype=torch.float64), nearly_all)
+        nearly_all = space.eased(RAMP / max(RAMP, space.gone))
+        return nearly_all.shifted(torch.randn(n, generator=generator, dtype=torch.float64))
     if start == "score-const":
         return torch.full((n,), CONSTANT, dtype=torch.float64)
     if isinstance(sink, LayerScores):
@@ -99,7 +115,7 @@ def _stage(space: Space, samples: int, settings: Mapping[str, Any]) -> int:
         UsageError: it would not be down before the last step.
     """
     stage = math.ceil(samples / (EPOCH_STAGES * settings["batch"]))
-    falls = math.ceil((1 - space.budget / float(space.costs.sum())) / RAMP) - 1
+    falls = math.ceil(space.gone / RAMP) - 1
     if stage * falls >= settings["steps"]:
         raise UsageError(
             f"--set steps={settings['steps']}: {PROGRESSIVE} comes down to the budget after {stage * falls} with "

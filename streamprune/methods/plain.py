@@ -1,18 +1,22 @@
-"""Methods that need no calibration text: random scores, and magnitude."""
+"""Methods of a few lines: random scores, magnitude; and of layers, perplexity without one, and block influence."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from streamprune.kernels import noise_seed
-from streamprune.methods.sinks import Sink, WeightPruner
+from streamprune.methods.sinks import LayerScores, Sink, WeightPruner
 from streamprune.model.units import TensorRef
 from streamprune.streaming.statistics import Statistics
 
+LARGEST_LOSS = 700.0  # its exponential is a number
 SMALLEST = 2.0**-25  # between 0 and the next number that torch.rand draws
 
 
@@ -42,3 +46,24 @@ def magnitude(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> N
     # Squares add up over the matrices of a unit; the root is taken of their sum.
     statistics.weights(lambda ref, weight: sink.add(ref, weight, form="square"))
     sink.root()
+
+
+def layer_ppl(statistics: Statistics, settings: dict[str, Any], sink: LayerScores) -> None:
+    """Score a layer by the perplexity of the calibration batch without it (Shortened LLaMA, 2402.02834, §3.1)."""
+    for layer, loss in statistics.losses_without().items():
+        sink.values[layer] = math.exp(min(loss, LARGEST_LOSS))
+
+
+def block_influence(statistics: Statistics, settings: dict[str, Any], sink: LayerScores) -> None:
+    """Score a layer by 1 − the mean over tokens of cos(x_in, x_out) (ShortGPT, 2403.03853, Eq. 1)."""
+
+    def consume(layer: int, parts: Iterator[tuple[Tensor, Tensor]]) -> None:
+        # In float64: most layers change little, so 1 − cos is the small difference of two numbers near 1.
+        cosines = [
+            F.cosine_similarity(x.double(), y.double(), dim=-1)
+            for before, after in parts
+            for x, y in zip(before, after, strict=True)
+        ]
+        sink.values[layer] = 1 - sum(float(each.sum()) for each in cosines) / sum(map(len, cosines))
+
+    statistics.hidden(consume)

@@ -4,7 +4,7 @@ Minimised is Φ(s) = E L(m) over masks m ~ Bernoulli(s) under a budget of parame
 are all that it takes: ∇Φ = E[(L(m) − b)·(m − s)/(s(1 − s))] for any b that does not depend on m (§3.2, Eq. 6).
 
 A unit that is drawn by itself is lost in the noise of all others. `explore` draws what the units of a layer and kind
-share: Φ(θ) = E L(m(θ + σξ)), ξ ~ N(0, 1), where m(θ) keeps the highest logits that the budget has room for, and
+share: Φ(θ) = E L(m(θ + σξ)), ξ ~ N(0, 1), where m(θ) keeps what a run would keep by these logits, and
 ∇Φ = E[(L(m(θ + σξ)) − L(m(θ − σξ)))·ξ]/2σ (parameter-exploring policy gradients, Sehnke et al. 2010, with symmetric
 samples). Units are drawn together then, and every mask meets the budget.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,119 +20,15 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
+from streamprune.methods.budget import Space
 from streamprune.storage.journal import Key
 
 STATE = 0  # the layer by whose number the policy's tensors are kept in a store
-BISECTIONS = 70  # by then the two ends are neighbours
 BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise for the most part
-FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
 AS_NORMAL = 1.702  # σ(1.702 x) is the normal distribution's Φ(x) to 0.01
 MOST_REFUSED = 10  # steps in a row without a finite loss
 RAMP = 0.05  # of all parameters, by which the budget of `random-progressive` falls
 FIGURES = ("loss", "baseline", "kept", "entropy", "changed", "refused")  # of a step
-
-
-@dataclass(frozen=True)
-class Space:
-    """Units, or layers, that stay or go, in a row.
-
-    Attributes:
-        parts: for each group of a layer and kind its key, and its place in the row.
-        costs: parameters of each [n], float64.
-        budget: parameters that may stay.
-        never_empty: whether each group keeps its best one, whatever the others are worth.
-    """
-
-    parts: Mapping[Key, slice]
-    costs: Tensor
-    budget: float
-    never_empty: bool = False
-
-    def split(self, row: Tensor) -> dict[Key, Tensor]:
-        """View a row [n] by group."""
-        return {key: row[place] for key, place in self.parts.items()}
-
-    def groups(self) -> Tensor:
-        """Return the number of each unit's group, int64 [n]."""
-        sizes = torch.tensor([place.stop - place.start for place in self.parts.values()])
-        return torch.arange(len(sizes)).repeat_interleave(sizes)
-
-    def directions(self) -> Tensor:
-        """Return the number of the direction that moves each unit [n]: its group's, or in small groups its own."""
-        found, count = list[Tensor](), 0
-        for place in self.parts.values():
-            size = place.stop - place.start
-            found.append(torch.full((size,), count) if size > FEW_UNITS else torch.arange(count, count + size))
-            count += 1 if size > FEW_UNITS else size
-        return torch.cat(found)
-
-    def highest(self, logits: Tensor) -> Tensor:
-        """Return the mask of the highest logits that the budget has room for, bool [n]."""
-        order = logits.clone()
-        for place in self.parts.values() if self.never_empty else ():
-            order[place.start + int(logits[place].argmax())] = math.inf
-        ranked = order.argsort(descending=True, stable=True)
-        mask = torch.zeros(len(logits), dtype=torch.bool)
-        mask[ranked[self.costs[ranked].cumsum(0) <= self.budget]] = True
-        return mask
-
-
-def shifted(logits: Tensor, space: Space) -> Tensor:
-    """Return σ(logits + μ) [n] with the μ at which the expected parameters are the budget."""
-    total = float(space.costs.sum())
-    if space.budget >= total:
-        return torch.ones_like(logits)
-    low, high = -float(logits.max()) - 60.0, -float(logits.min()) + 60.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if float(space.costs @ torch.sigmoid(logits + middle)) > space.budget:
-            high = middle
-        else:
-            low = middle
-    return torch.sigmoid(logits + low)
-
-
-def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
-    """Return σ(z + μ) [n] of another method's scores, z-scores within each layer and kind: `sigmoid-norm` (§3.3)."""
-    parts = []
-    for values in scores.values():
-        deviation = values.std() if len(values) > 1 else torch.zeros(())
-        parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
-    return shifted(torch.cat(parts), space)
-
-
-def project(values: Tensor, costs: Tensor, budget: float) -> Tensor:
-    """Project `values` [n] onto {s: 0 <= s <= 1, Σ costs·s <= budget}, the nearest point in the Euclidean norm.
-
-    It is clip(values − v·costs, 0, 1) with the least v >= 0 that meets the budget (arXiv 2406.10576, Theorem 2, where
-    costs are 1): Σ costs·s falls with v along straight lines that bend where a number comes down to 1 or to 0, so the
-    bends are sorted, the piece is found on which the budget lies, and v is solved for there. O(n log n).
-
-    Args:
-        values, costs: float64; costs above 0.
-
-    Raises:
-        ValueError: a negative budget, costs that are not above 0, or numbers that are not finite.
-    """
-    if budget < 0 or not bool((costs > 0).all()) or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"budget {budget}, costs from {float(costs.min())}: wanted >= 0, > 0, and finite values")
-    clipped = values.clamp(0, 1)
-    excess = float(costs @ clipped) - budget
-    if excess <= 0:
-        return clipped
-    # Beyond `leaves` a number falls by its cost, beyond `lands` no more.
-    leaves, lands = ((values - 1) / costs).clamp(min=0), (values / costs).clamp(min=0)
-    bends, order = torch.cat([leaves, lands]).sort()
-    slopes = torch.cat([costs.square(), -costs.square()])[order].cumsum(0)
-    fallen = torch.cat([torch.zeros(1, dtype=values.dtype), (slopes[:-1] * bends.diff()).cumsum(0)])
-    piece = int(torch.searchsorted(fallen, excess))  # the budget is met before the bend of this number
-    begin, end = float(bends[max(0, piece - 1)]), float(bends[min(piece, len(bends) - 1)])
-    # Solved anew from the numbers on their way there: sums along the bends have lost digits.
-    middle = (begin + end) / 2
-    full, falling = leaves >= middle, (leaves < middle) & (lands > middle)
-    slope = float(costs[falling].square().sum())
-    v = (float(costs[full].sum() + costs[falling] @ values[falling]) - budget) / slope if slope > 0 else end
-    return (values - min(max(v, begin), end) * costs).clamp(0, 1)
 
 
 def estimate(masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
@@ -171,14 +66,14 @@ class Policy:
         stage: int | None = None,
     ) -> None:
         self._whole, self._stage, self.settings, self.seed, self.store = space, stage, settings, seed, store
-        self.space = self._at(0)
+        self._part, self.space = self._at(0)
         self._of, self._direction = space.groups(), space.directions()
         if (STATE, "s") not in store:
-            s = project(start, space.costs, self.space.budget)
+            s = self.space.project(start)
             if settings["learner"] == "logits":
                 floor = settings["floor"]
                 logits = torch.logit(start.clamp(floor, 1 - floor))
-                s = shifted(logits, self.space)
+                s = self.space.shifted(logits)
                 self._put(logits=logits, shared=torch.zeros(len(space.parts), dtype=torch.float64))
             elif settings["learner"] == "explore":
                 logits = torch.logit(start.clamp(EPSILON, 1 - EPSILON))
@@ -187,12 +82,12 @@ class Policy:
                 self._put(logits=logits, moved=moved)
             self._put(s=s)
 
-    def _at(self, step: int) -> Space:
-        """Return the space with a step's budget."""
+    def _at(self, step: int) -> tuple[float, Space]:
+        """Return the part of what is to go that does at a step, and the space with its budgets."""
         if self._stage is None:
-            return self._whole
-        share = 1 - RAMP * (1 + step // self._stage)
-        return replace(self._whole, budget=max(self._whole.budget, share * float(self._whole.costs.sum())))
+            return 1.0, self._whole
+        part = min(1.0, RAMP * (1 + step // self._stage) / max(RAMP, self._whole.gone))
+        return part, self._whole.eased(part)
 
     def _put(self, **tensors: Tensor) -> None:
         for name, tensor in tensors.items():
@@ -215,12 +110,12 @@ class Policy:
 
     def draw(self, step: int) -> Tensor:
         """Draw the masks of a step, bool [masks, n]; the same of the same state."""
-        self.space = self._at(step)
+        self._part, self.space = self._at(step)
         count, p = self.settings["masks"], self.sampled_from
         if self.settings["learner"] == "explore":
             logits = self._get("logits") + self._get("moved")[self._direction]
             ways = self.settings["spread"] * self._noise(step)[:, self._direction]
-            return torch.stack([self.space.highest(logits + sign * way) for way in ways for sign in (1, -1)])
+            return torch.stack([self.space.choose(logits + sign * way, self._part) for way in ways for sign in (1, -1)])
         generator = self._generator(step)
         if self.settings["antithetic"] == "no":
             return torch.rand((count, len(p)), generator=generator, dtype=torch.float64) < p
@@ -237,7 +132,7 @@ class Policy:
 
     def _marginal(self, logits: Tensor) -> Tensor:
         """Return the probabilities [n] that units stay when their logits are moved by σξ."""
-        return shifted(logits * (AS_NORMAL / self.settings["spread"]), self.space)
+        return self.space.shifted(logits * (AS_NORMAL / self.settings["spread"]))
 
     def learn(self, step: int, steps: int, masks: Tensor, losses: Sequence[float], p: Tensor) -> dict[str, float]:
         """Move the probabilities by the losses of one step's masks, which were drawn from `p`; return figures of it.
@@ -250,7 +145,7 @@ class Policy:
         Raises:
             StreampruneError: MOST_REFUSED steps in a row were refused.
         """
-        self.space, values = self._at(step), torch.tensor(losses, dtype=torch.float64)
+        (self._part, self.space), values = self._at(step), torch.tensor(losses, dtype=torch.float64)
         before, figures = self.s, {"loss": float(values.mean())}
         refused = self._get("refused", torch.zeros(()))
         bad = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
@@ -326,7 +221,7 @@ class Policy:
             gradient *= len(gains) / max(1, len(gains) - 1) / variance.sqrt()
         elif self.settings["natural"] == "no":  # of these coordinates the Fisher information is 1/(s(1 − s))
             gradient /= variance
-        s = project(self.s - lr * gradient, self.space.costs, self.space.budget)
+        s = self.space.project(self.s - lr * gradient)
         if bool(((s == 0) | (s == 1)).all()):
             raise StreampruneError(f"after step {step} every probability is 0 or 1; lower --set lr={lr}")
         return s
@@ -334,17 +229,19 @@ class Policy:
     def _shared(self, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
         """Move logits of units, and one that the units of a layer and kind share, by Adam; the budget holds exactly.
 
-        Of logits the score is m − p: its variance does not grow where p is near 0 or 1. A shift μ of all of them keeps
-        the budget, and is differentiated through.
+        Of logits the score is m − p: its variance does not grow where p is near 0 or 1. A shift μ of those that share a
+        budget keeps it, and is differentiated through.
         """
-        costs, variance, gradient = self.space.costs, p * (1 - p), estimate(masks, gains, p)
-        gradient -= costs * variance / float(costs @ variance) * gradient.sum()
+        variance, gradient = p * (1 - p), estimate(masks, gains, p)
+        for places, _ in self.space.pools:
+            weight = self.space.costs[places] * variance[places]
+            gradient[places] -= weight / weight.sum() * gradient[places].sum()
         shared = torch.zeros(len(self.space.parts), dtype=torch.float64).index_add_(0, self._of, gradient)
         count = self._counted()
         logits = self._get("logits") - self._adam("logits", gradient, count)
         offsets = self._get("shared") - self._adam("shared", shared, count)
         self._put(logits=logits, shared=offsets)
-        return shifted(logits + offsets[self._of], self.space)
+        return self.space.shifted(logits + offsets[self._of])
 
     def _explored(self, step: int, steps: int, losses: Tensor) -> Tensor:
         """Move the directions against the slopes that pairs of opposite masks have shown.

@@ -326,7 +326,7 @@ _ROWS = (
     ),
     Method(
         "layer-ppl",
-        "depth:layer_ppl",
+        "plain:layer_ppl",
         ("layers",),
         (LOSSES,),
         "perplexity without the layer",
@@ -334,7 +334,7 @@ _ROWS = (
     ),
     Method(
         "block-influence",
-        "depth:block_influence",
+        "plain:block_influence",
         ("layers",),
         (HIDDEN,),
         "1 - cos between a layer's input and output",

@@ -25,7 +25,7 @@ from streamprune.paging.device import peaks
 from streamprune.paging.pager import Page
 from streamprune.paging.state import STATE_SLOTS, StateStream
 from streamprune.pipeline.progress import Progress
-from streamprune.planning.decision import Plan, kept_share
+from streamprune.planning.decision import Plan, goal
 from streamprune.planning.footprint import state_blocks
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
@@ -108,7 +108,7 @@ class Job:
     def cut(self, scores: UnitScores | LayerScores, directory: Path) -> Done:
         """Choose what stays, repair it if asked to, and write it."""
         skeleton, plan = self.sweeper.skeleton, self.plan
-        kept = plan.choice.keep(scores)
+        kept = plan.choice.keep(scores.values)
         form = plan.form.keep(kept)
 
         def biases(page: Page) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ class Job:
             config.seed,
             self.journal,
             self._stores(),
-            keeps=kept_share(config, self.sweeper.skeleton, self.plan),
+            goal=goal(config, self.sweeper.skeleton, self.plan),
             note=self._note,
         )
 

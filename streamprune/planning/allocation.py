@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.model.families import Family, stock_takes
-from streamprune.model.units import FLOOR_SLACK, Geometry, KeptUnits, Kind
+from streamprune.model.units import FLOOR_SLACK, KIND_NAMES, Geometry, KeptUnits, Kind
 
 UnitCosts = Mapping[int, Mapping[Kind, int]]  # parameters of a unit, by layer and kind
 
@@ -120,8 +120,7 @@ def keep_highest(scores: Tensor, removed: int) -> list[int]:
     """
     _check_finite(scores)
     # By rank, not by a threshold: equal scores on its wrong side would change the count.
-    order = torch.argsort(scores, stable=True)
-    return sorted(order[removed:].tolist())
+    return torch.argsort(scores, stable=True)[removed:].sort().values.tolist()
 
 
 def _check_finite(scores: Tensor) -> None:
@@ -149,12 +148,18 @@ class GlobalRule:
             "none": as they are.
         min_keep: fraction of each kind that every layer keeps, one unit at least.
         round_to: the kept number of channels is a multiple of this.
+        apart: fractions of kinds that have a budget of their own; what is left of `ratio` is for the others.
     """
 
     ratio: float
     normalize: str = "zscore"
     min_keep: float = 0.1
     round_to: int = 1
+    apart: Mapping[Kind, float] = field(default_factory=dict)
+
+    def eased(self, part: float) -> GlobalRule:
+        """Return the rule by which that part of it goes."""
+        return replace(self, ratio=part * self.ratio, apart={kind: part * share for kind, share in self.apart.items()})
 
     def step(self, kind: Kind) -> int:
         """Return how many units of a kind go together."""
@@ -173,18 +178,30 @@ def check_global(rule: GlobalRule, costs: UnitCosts, prunable: KeptUnits) -> Non
     Raises:
         UsageError: with the largest ratio that there is room for.
     """
-    rooms = [
-        (costs[layer][kind], len(units), rule.most(kind, len(units)))
-        for layer, kinds in prunable.items()
-        for kind, units in kinds.items()
-    ]
-    most = sum(cost * most for cost, _, most in rooms) / sum(cost * units for cost, units, _ in rooms)
-    if rule.ratio > most:
-        most = math.floor(most * 1000) / 1000  # rounded up it would be refused again
-        raise UsageError(
-            f"a ratio of {rule.ratio} is more than --min-keep {rule.min_keep} leaves room for, {most:.3f}; "
-            "lower one of them"
-        )
+    room, total = dict[Kind, int](), dict[Kind, int]()
+    for layer, kinds in prunable.items():
+        for kind, units in kinds.items():
+            room[kind] = room.get(kind, 0) + costs[layer][kind] * rule.most(kind, len(units))
+            total[kind] = total.get(kind, 0) + costs[layer][kind] * len(units)
+    for wanted, together in _budgets(rule, total):
+        size = sum(total[kind] for kind in together)
+        most = sum(room[kind] for kind in together) / max(1, size)
+        if wanted > most * size:
+            most = math.floor(most * 1000) / 1000  # rounded up it would be refused again
+            which = " and ".join(KIND_NAMES[kind] for kind in together)
+            of = "a ratio" if len(together) == len(total) else f"of the {which} a ratio"
+            raise UsageError(
+                f"{of} of {round(wanted / size, 6)} is more than --min-keep {rule.min_keep} leaves room for, "
+                f"{most:.3f}; lower one of them"
+            )
+
+
+def _budgets(rule: GlobalRule, total: Mapping[Kind, int]) -> list[tuple[float, list[Kind]]]:
+    """List the parameters that are to go, and the kinds that they are taken from, of `total` of each kind."""
+    alone = [(share * total[kind], [kind]) for kind, share in rule.apart.items() if kind in total]
+    others = [kind for kind in total if kind not in rule.apart]
+    rest = max(0.0, rule.ratio * sum(total.values()) - sum(wanted for wanted, _ in alone))
+    return [*alone, (rest, others)] if others else alone
 
 
 def allocate_globally(
@@ -200,23 +217,44 @@ def allocate_globally(
     that what goes is the budget to the nearest smallest block.
     """
     parts = [(layer, kind, values) for layer, kinds in scores.items() for kind, values in kinds.items() if len(values)]
-    budget = rule.ratio * sum(costs[layer][kind] * len(values) for layer, kind, values in parts)
-    slack = min(costs[layer][kind] * rule.step(kind) for layer, kind, _ in parts) / 2
-    blocks = []
+    total = dict[Kind, int]()
     for layer, kind, values in parts:
-        blocks += [(value, layer, kind, size) for value, size in _blocks(values, kind, rule, costs[layer][kind])]
-    removed: dict[tuple[int, Kind], int] = {}
-    gone = 0
-    for _, layer, kind, size in sorted(blocks, key=lambda block: block[0]):
-        if gone + size * costs[layer][kind] <= budget + slack:
-            gone += size * costs[layer][kind]
-            removed[layer, kind] = removed.get((layer, kind), 0) + size
+        total[kind] = total.get(kind, 0) + costs[layer][kind] * len(values)
+    removed = dict[tuple[int, Kind], int]()
+    for budget, together in _budgets(rule, total):
+        chosen = [part for part in parts if part[1] in together]
+        slack = min(costs[layer][kind] * rule.step(kind) for layer, kind, _ in chosen) / 2
+        removed |= _lowest(chosen, rule, costs, budget + slack)
     counts = {layer: {kind: removed.get((layer, kind), 0) for kind in kinds} for layer, kinds in scores.items()}
     return select(scores, counts, everything)
 
 
-def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tuple[float, int]]:
-    """List (mean normalised score, size) of the blocks of one layer and kind that may go, lowest first."""
+def _lowest(
+    parts: Sequence[tuple[int, Kind, Tensor]], rule: GlobalRule, costs: UnitCosts, room: float
+) -> dict[tuple[int, Kind], int]:
+    """Count the units that go of each layer and kind when the lowest blocks go that `room` has place for."""
+    values, sizes, prices, owners = [], [], [], []
+    for number, (layer, kind, scores) in enumerate(parts):
+        found, size = _blocks(scores, kind, rule, costs[layer][kind])
+        values.append(found)
+        sizes.append(size)
+        prices.append(size * costs[layer][kind])
+        owners.append(torch.full_like(size, number))
+    order = torch.cat(values).argsort(stable=True)
+    size, price, owner = (torch.cat(each)[order] for each in (sizes, prices, owners))
+    left, gone = torch.arange(len(order)), torch.zeros(len(parts), dtype=torch.int64)
+    while len(left):
+        spent = price[left].cumsum(0)
+        taken = int((spent <= room).sum())
+        gone.index_add_(0, owner[left[:taken]], size[left[:taken]])
+        room -= int(spent[taken - 1]) if taken else 0
+        left = left[taken:]
+        left = left[price[left] <= room]
+    return {(layer, kind): count for (layer, kind, _), count in zip(parts, gone.tolist(), strict=True)}
+
+
+def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> tuple[Tensor, Tensor]:
+    """Return mean normalised scores and sizes of the blocks of one layer and kind that may go, lowest first."""
     _check_finite(values)
     ordered = values.double().sort().values
     if rule.normalize == "raw":
@@ -227,8 +265,11 @@ def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> list[tup
     step, most = rule.step(kind), rule.most(kind, len(ordered))
     first = len(ordered) % step
     whole = ordered[first : first + max(0, most - first) // step * step].view(-1, step).mean(dim=1)
-    head = [(float(ordered[:first].mean()), first)] if 0 < first <= most else []
-    return head + [(value, step) for value in whole.tolist()]
+    sizes = torch.full((len(whole),), step)
+    if 0 < first <= most:
+        whole = torch.cat([ordered[:first].mean()[None], whole])
+        sizes = torch.cat([torch.tensor([first]), sizes])
+    return whole, sizes
 
 
 def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:

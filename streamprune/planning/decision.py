@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,11 @@ from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
 from streamprune.figures import human
 from streamprune.methods.needs import KeptState
-from streamprune.methods.sinks import LayerScores, Sparsity, UnitScores
+from streamprune.methods.sinks import Sparsity, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KIND_NAMES, KeptUnits
+from streamprune.model.units import KIND_NAMES, KeptUnits, Kind
 from streamprune.output.form import OutputForm
 from streamprune.output.mistral import MistralForm
 from streamprune.output.ragged_form import RaggedForm
@@ -26,7 +26,10 @@ from streamprune.paging.device import state_dtype
 from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, UnitCosts
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
+from streamprune.streaming.statistics import Goal, Keep
 from streamprune.values import dtype_name
+
+UnitValues = Mapping[int, Mapping[Kind, torch.Tensor]]  # of scores, by layer and kind
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,17 @@ class Choice:
 
     Attributes:
         widths: kept units of some choice of the same size, from which sizes are known before there are scores.
-        keep: gives the kept units by the scores.
+        keep: gives the kept units by the values of scores, and the part of what is to go that does.
         what: the choice in words.
         allocation: that of units: "uniform" or "global".
+        apart: whether each kind of units has a budget of its own.
     """
 
     widths: KeptUnits
-    keep: Callable[[Any], KeptUnits]
+    keep: Keep
     what: str
     allocation: str | None = None
+    apart: bool = False
 
 
 def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | None = None) -> Plan:
@@ -151,7 +156,9 @@ def _choose_weights(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, l
     where = "in blocks of their columns" if config.method == "sparsegpt" and not config.n_of_m else "in every row"
     size = "" if config.compress else "; the files stay as large"
     return Choice(
-        everything, lambda scores: everything, f"keep {share} of the weights {where}, the rest become zeros{size}"
+        everything,
+        lambda values, part=1.0: everything,
+        f"keep {share} of the weights {where}, the rest become zeros{size}",
     )
 
 
@@ -159,8 +166,8 @@ def _choose_layers(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, la
     everything = skeleton.all_units()
     count = allocation.layers_to_remove(_ratio(config), layers, len(everything))
 
-    def keep(scores: LayerScores) -> KeptUnits:
-        return allocation.select_layers(scores.values, count, everything, contiguous=config.contiguous)
+    def keep(values: Mapping[int, float], part: float = 1.0) -> KeptUnits:
+        return allocation.select_layers(values, round(part * count), everything, contiguous=config.contiguous)
 
     widths = {layer: units for layer, units in everything.items() if layer not in layers[:count]}
     return Choice(widths, keep, f"lose {count} of {len(layers)} layers{' in one run' if config.contiguous else ''}")
@@ -185,15 +192,19 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, lay
         for layer in layers
     }
 
-    def keep(scores: UnitScores) -> KeptUnits:
-        return allocation.select(scores.values, removed, everything)
+    def keep(values: UnitValues, part: float = 1.0) -> KeptUnits:
+        eased = {
+            layer: {kind: round(part * count) for kind, count in counts.items()} for layer, counts in removed.items()
+        }
+        return allocation.select(values, eased, everything)
 
     each = ", ".join(
         f"{_span(removed[layer][kind] for layer in layers)} of "
         f"{_span(len(everything[layer][kind]) for layer in layers)} {KIND_NAMES[kind]}"
         for kind in reversed(skeleton.family.kinds)
     )
-    return Choice(keep(UnitScores(skeleton.all_units(layers))), keep, f"lose {each} each", "uniform")
+    apart = config.attention_ratio is not None or config.mlp_ratio is not None
+    return Choice(keep(UnitScores(skeleton.all_units(layers)).values), keep, f"lose {each} each", "uniform", apart)
 
 
 def _span(counts: Iterable[int]) -> str:
@@ -203,32 +214,43 @@ def _span(counts: Iterable[int]) -> str:
 
 
 def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, layers: range) -> Choice:
-    if config.stock or config.attention_ratio is not None or config.mlp_ratio is not None or not skeleton.family.ragged:
-        if not skeleton.family.ragged:
-            raise UsageError(
-                f"layers of {skeleton.family.model_type} can only have one width, a global allocation makes many; "
-                "pass --allocation uniform --stock"
-            )
+    if not skeleton.family.ragged:
         raise UsageError(
-            "global allocation gives every layer its own widths: leave --stock, --attention-ratio and --mlp-ratio out, "
-            "or pass --allocation uniform"
+            f"layers of {skeleton.family.model_type} can only have one width, a global allocation makes many; "
+            "pass --allocation uniform --stock"
+        )
+    if config.stock:
+        raise UsageError(
+            "global allocation gives every layer its own widths: leave --stock out, or pass --allocation uniform"
         )
     own = METHODS[config.method].normalize
     if own is not None and config.normalize != PruneConfig.__dataclass_fields__["normalize"].default:
         raise UsageError(
             f"--normalize {config.normalize}: {config.method} compares its probabilities as they are; leave it out"
         )
-    normalize = own or config.normalize
-    rule = GlobalRule(_ratio(config), normalize, config.min_keep, config.round_to)
+    apart = _kinds_apart(config, skeleton)
+    rule = GlobalRule(_ratio(config), own or config.normalize, config.min_keep, config.round_to, apart)
     everything = skeleton.all_units()
     allocation.check_global(rule, costs, skeleton.all_units(layers))
 
-    def keep(scores: UnitScores) -> KeptUnits:
-        return allocation.allocate_globally(scores.values, rule, costs, everything)
+    def keep(values: UnitValues, part: float = 1.0) -> KeptUnits:
+        return allocation.allocate_globally(values, rule.eased(part), costs, everything)
 
     compared = "probabilities" if own is not None else f"{rule.normalize} scores"
-    what = f"are compared by {compared} and lose the lowest units"
-    return Choice(keep(UnitScores(skeleton.all_units(layers))), keep, what, "global")
+    what = f"are compared by {compared} and lose the lowest units{', of each kind its own share' if apart else ''}"
+    return Choice(keep(UnitScores(skeleton.all_units(layers)).values), keep, what, "global", bool(apart))
+
+
+def _kinds_apart(config: PruneConfig, skeleton: Skeleton) -> dict[Kind, float]:
+    """Return the fractions of kinds of unit that are set apart: with either of the two ratios that of KV groups."""
+    given: dict[Kind, float | None] = {"kv_group": config.attention_ratio, "channel": config.mlp_ratio}
+    for kind, share in given.items():
+        if share and kind not in skeleton.family.kinds:
+            flag = "--attention-ratio" if kind == "kv_group" else "--mlp-ratio"
+            raise UsageError(f"{KIND_NAMES[kind]} of {skeleton.family.model_type} cannot be pruned; leave {flag} out")
+    if given["channel"] is not None and given["kv_group"] is None:
+        given["kv_group"] = _ratio(config)
+    return {kind: share for kind, share in given.items() if share is not None and kind in skeleton.family.kinds}
 
 
 def _ratio(config: PruneConfig) -> float:
@@ -304,12 +326,26 @@ def prunable_parameters(skeleton: Skeleton, costs: UnitCosts, layers: Iterable[i
     return sum(cost * skeleton.geometries[layer].units(kind) for layer in layers for kind, cost in costs[layer].items())
 
 
-def kept_share(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> float:
-    """Return the fraction of the parameters of prunable units, or layers, that the plan keeps."""
-    gone = removed_parameters(skeleton, plan.costs, plan.choice.widths)
+def goal(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> Goal:
+    """Return what a method may be told of what will stay."""
     if config.target == "layers":
-        return 1 - gone / sum(shape.numel() for layer in plan.layers for shape in skeleton.shapes(layer).values())
-    return 1 - gone / max(1, prunable_parameters(skeleton, plan.costs, plan.layers))
+        gone = removed_parameters(skeleton, plan.costs, plan.choice.widths)
+        total = sum(shape.numel() for layer in plan.layers for shape in skeleton.shapes(layer).values())
+        return Goal(plan.choice.keep, {("layer",): 1 - gone / total})
+    kinds = skeleton.family.kinds
+    shares = dict[tuple[str, ...], float]()
+    for together in [(kind,) for kind in kinds] if plan.choice.apart else [kinds]:
+        units, kept = (
+            sum(
+                plan.costs[layer][kind] * len(of[layer][kind])
+                for layer in plan.layers
+                for kind in together
+                if kind in plan.costs[layer]
+            )
+            for of in (skeleton.all_units(), plan.choice.widths)
+        )
+        shares[together] = kept / max(1, units)
+    return Goal(plan.choice.keep, shares)
 
 
 def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) -> int:

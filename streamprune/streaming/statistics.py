@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from streamprune.model.units import TensorRef
+from streamprune.model.units import KeptUnits, TensorRef
 from streamprune.paging.device import at_once
 from streamprune.paging.hidden_states import States, pieces
 from streamprune.storage.checkpoint import check_finite
@@ -36,6 +38,26 @@ def passes_without(layers: Sequence[int], hidden_bytes: int) -> list[tuple[int, 
     return list(zip([0, *(group[-1] + 1 for group in groups[:-1])], groups, strict=True))
 
 
+class Keep(Protocol):
+    """Rule by which units or layers stay."""
+
+    def __call__(self, values: Any, part: float = 1.0) -> KeptUnits:
+        """Return what stays by the values of scores, when that part of what is to go does."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Goal of a run: what will stay.
+
+    Attributes:
+        keep: the rule.
+        shares: the fraction of their parameters that kinds of unit keep, by the kinds that share a budget.
+    """
+
+    keep: Keep
+    shares: Mapping[tuple[str, ...], float]
+
+
 class Statistics:
     """Source of statistics: each method here makes sweeps over one model and one calibration batch.
 
@@ -45,7 +67,7 @@ class Statistics:
         seed: the run's seed.
         store: gives what a method keeps between sweeps, by name: tensors by (layer, tensor).
         backend: to be handed to operations of `streamprune.kernels`.
-        keeps: fraction of the prunable parameters that will stay. note: takes in figures of a step, by name.
+        goal: what will stay, where a method may learn for it. note: takes in figures of a step, by name.
     """
 
     def __init__(
@@ -57,13 +79,13 @@ class Statistics:
         journal: Journal | None = None,
         store: MakeStore = make_store,
         *,
-        keeps: float = 1.0,
+        goal: Goal | None = None,
         note: Callable[..., None] = lambda **figures: None,
     ) -> None:
         self.sweeper, self.input_ids, self.layers, self.seed = sweeper, input_ids, layers, seed
         self._journal = journal
         self.store, self.backend = store, sweeper.backend
-        self.keeps, self.note = keeps, note
+        self.goal, self.note = goal, note
         self._again = False  # the sweeper has kept the lowest prunable layer's input
         self._swept = False  # a gradient sweep was asked for, though an earlier run may have made it
         self.samples = 0 if input_ids is None else len(input_ids)

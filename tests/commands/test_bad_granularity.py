@@ -88,11 +88,8 @@ def test_compress_stores_nothing_but_2_of_4(granularity, tmp_path):
 
 
 @pytest.mark.parametrize("method,asked", [("taylor", ("--allocation", "global")), ("flap", ())])
-@pytest.mark.parametrize(
-    "option", [("--stock",), ("--attention-ratio", "0.3"), ("--mlp-ratio", "0.3")], ids=lambda option: option[0]
-)
-def test_global_allocation_gives_every_layer_its_own_widths(option, method, asked, refused, model):
-    refused(model, "--method", method, *asked, *option, code=2, names=(option[0],), remedy="leave")
+def test_global_allocation_gives_every_layer_its_own_widths(method, asked, refused, model):
+    refused(model, "--method", method, *asked, "--stock", code=2, names=("--stock",), remedy="leave")
 
 
 def test_the_ratio_that_min_keep_leaves_room_for_is_accepted(refused, streamprune, model, output):

@@ -1,14 +1,13 @@
 """The policy's projection, estimate and learning, against enumeration and quadratic programs solved by hand."""
 
-import json
 from itertools import pairwise, product
 
 import pytest
 import torch
 
-from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.methods.policy import MOST_REFUSED, Policy, Space, estimate, project, shifted, start_from_scores
+from streamprune.methods.budget import Space, project, start_from_scores
+from streamprune.methods.policy import MOST_REFUSED, Policy, estimate
 from streamprune.methods.table import resolve_settings
 
 F64 = torch.float64
@@ -103,8 +102,26 @@ def test_over_all_masks_the_estimate_is_the_gradient_whatever_an_earlier_baselin
     torch.testing.assert_close(mean / (P * (1 - P)), gradient())
 
 
+def made(parts, costs, *budgets):
+    """A space of one budget for all kinds, or one for each; what stays is the highest of all that have room."""
+    kinds = list(dict.fromkeys(kind for _, kind in parts))
+    together = [tuple(kinds)] if len(budgets) == 1 else [(kind,) for kind in kinds]
+    return Space(
+        parts, costs, dict(zip(together, budgets, strict=True)), lambda logits, part: highest(logits, costs, *budgets)
+    )
+
+
+def highest(values, costs, budget):
+    """The mask of the highest that the budget has room for."""
+    mask, left = torch.zeros(len(values), dtype=torch.bool), budget
+    for unit in values.argsort(descending=True).tolist():
+        if float(costs[unit]) <= left:
+            mask[unit], left = True, left - float(costs[unit])
+    return mask
+
+
 def policy(**given):
-    space = Space({(0, "channel"): slice(0, 3)}, torch.ones(3, dtype=F64), 3.0)
+    space = made({(0, "channel"): slice(0, 3)}, torch.ones(3, dtype=F64), 3.0)
     return Policy(space, P, settings(**given), 0, {})
 
 
@@ -160,15 +177,20 @@ def test_masks_are_drawn_with_their_probabilities_and_opposite_ones_lie_apart():
 
 
 def test_scores_become_probabilities_that_meet_the_budget_in_their_order():
-    space = Space({(0, "kv_group"): slice(0, 3), (0, "channel"): slice(3, 23)}, torch.ones(23, dtype=F64), 11.5)
-    space.costs[:3] = 40
-    space = Space(space.parts, space.costs, 70.0)
+    parts, costs = {(0, "kv_group"): slice(0, 3), (0, "channel"): slice(3, 23)}, torch.ones(23, dtype=F64)
+    costs[:3] = 40
+    space = made(parts, costs, 70.0)
     scores = {(0, "kv_group"): random(3, 3) * 1e6, (0, "channel"): random(4, 20)}
     s = start_from_scores(scores, space)
-    assert float(space.costs @ s) == pytest.approx(70.0, rel=1e-12)
-    for key, place in space.parts.items():
+    assert float(costs @ s) == pytest.approx(70.0, rel=1e-12)
+    for key, place in parts.items():
         assert s[place].argsort().equal(scores[key].argsort())
-    assert shifted(torch.zeros(23, dtype=F64), Space(space.parts, space.costs, 1e9)).min() == 1
+    assert made(parts, costs, 1e9).shifted(torch.zeros(23, dtype=F64)).min() == 1
+    apart = made(parts, costs, 60.0, 5.0)
+    for each in (start_from_scores(scores, apart), apart.project(s + 0.7)):
+        assert float(costs[:3] @ each[:3]) == pytest.approx(60.0, rel=1e-12)
+        assert float(costs[3:] @ each[3:]) == pytest.approx(5.0, rel=1e-12)
+    assert apart.eased(0.5).budgets == {("kv_group",): 90.0, ("channel",): 12.5}
 
 
 # Learning.
@@ -186,24 +208,15 @@ def toy(seed, costs):
     parts[1, "channel"] = slice(8, 12)
     order = random(seed, 12).argsort()
     worth, pairs = 0.2 + order / 6, 0.03 * (random(seed + 500, 12, 12) - 0.5)
-    space = Space(parts, costs, float(costs[order >= 5].sum()))
+    budget = float(costs[order >= 5].sum())
 
     def losses(masks):
         x = 1 - masks.double()
         return (x * worth * costs).sum(dim=-1) + ((x @ pairs) * x).sum(dim=-1)
 
     masks = torch.tensor(list(product((False, True), repeat=12)))
-    masks = masks[masks.double() @ costs <= space.budget]
-    return space, losses, masks[losses(masks).argmin()]
-
-
-def highest(s, space):
-    """The mask of the highest probabilities that the budget has room for."""
-    mask, left = torch.zeros(len(s), dtype=torch.bool), space.budget
-    for unit in s.argsort(descending=True).tolist():
-        if float(space.costs[unit]) <= left:
-            mask[unit], left = True, left - float(space.costs[unit])
-    return mask
+    masks = masks[masks.double() @ costs <= budget]
+    return made(parts, costs, budget), budget, losses, masks[losses(masks).argmin()]
 
 
 NATURAL = {"variant": "exact", "natural": "yes", "lr": 0.005, "masks": 4}
@@ -214,13 +227,13 @@ def found_of(seeds, given, costs):
     """In how many seeds the best mask is found."""
     found = 0
     for seed in seeds:
-        space, losses, best = toy(seed, torch.tensor(costs, dtype=F64))
+        space, budget, losses, best = toy(seed, torch.tensor(costs, dtype=F64))
         learner = Policy(space, torch.full((12,), 0.6, dtype=F64), settings(**given), seed, {})
         for step in range(STEPS):
             p, masks = learner.sampled_from, learner.draw(step)
             learner.learn(step, STEPS, masks, losses(masks).tolist(), p)
-            assert float(space.costs @ learner.s) <= space.budget + 1e-9
-        found += bool(losses(highest(learner.s, space)) <= losses(best) + 1e-9)
+            assert float(space.costs @ learner.s) <= budget + 1e-9
+        found += bool(losses(highest(learner.s, space.costs, budget)) <= losses(best) + 1e-9)
     return found
 
 
@@ -286,56 +299,3 @@ def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
     with pytest.raises(StreampruneError, match="every probability is 0 or 1; lower --set lr"):
         for step in range(10):
             learner.learn(step, 10, learner.draw(step), [1.0, 50.0], learner.sampled_from)
-
-
-# Whole runs.
-
-
-@pytest.mark.parametrize("granularity", ["units", "layers"])
-@pytest.mark.parametrize("variant", ["best", "exact", "published", "logits"])
-def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny_llama, tmp_path):
-    outputs = []
-    for name in ("one", "two"):
-        config = PruneConfig(
-            str(tiny_llama), tmp_path / name, "bernoulli", {"variant": variant, "steps": 4, "batch": 2}
-        )
-        options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "granularity": granularity}
-        result = prune(PruneConfig(**{**vars(config), **options, "evaluate": False}))
-        told = [json.loads(line) for line in (result.output / "policy.jsonl").read_text().splitlines()]
-        assert [step["step"] for step in told] == [0, 1, 2, 3]
-        assert all(step["loss"] > 0 and step["kept"] > 0 and step["entropy"] >= 0 for step in told)
-        outputs.append((result.output / "model.safetensors").read_bytes())
-        assert result.facts["parameters"]["after"] < result.facts["parameters"]["before"]
-    assert outputs[0] == outputs[1]
-
-
-@pytest.mark.parametrize("init", ["magnitude", "taylor", "wanda", "wanda-sp", "score-const", "random"])
-def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama, tmp_path):
-    given = {"init": init, "steps": 1, "batch": 2, "lr": 1e-9}
-    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
-    assert prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options)).layout == "ragged"
-
-
-def test_it_ends_when_nothing_has_changed_side_for_as_long_as_it_was_told_to_wait(tiny_llama, tmp_path):
-    given = {"variant": "exact", "steps": 50, "batch": 2, "lr": 1e-9, "patience": 3, "per_pass": 2}
-    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
-    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options))
-    assert len((tmp_path / "out" / "policy.jsonl").read_text().splitlines()) == 4  # the pass that the third is in
-
-
-@pytest.mark.parametrize("variant", ["best", "exact", "logits"])
-def test_a_progressive_start_comes_down_to_the_budget_in_steps_of_a_twentieth(variant, tiny_llama, tmp_path):
-    given = {"variant": variant, "init": "random-progressive", "steps": 9, "batch": 2}
-    options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.22, "evaluate": False}
-    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options))
-    kept = [json.loads(line)["kept"] for line in (tmp_path / "out" / "policy.jsonl").read_text().splitlines()]
-    # 6 sequences, 2 a step: a third of an epoch is one step.
-    whole = kept[0] / 0.95
-    assert kept == pytest.approx([whole * share for share in (0.95, 0.9, 0.85, 0.8, *[0.78] * 5)], rel=0.02)
-    with pytest.raises(UsageError, match="--set steps=4: random-progressive comes down to the budget after 4"):
-        prune(PruneConfig(str(tiny_llama), tmp_path / "no", "bernoulli", {**given, "steps": 4}, **options))
-
-
-def test_other_normalizations_than_its_own_are_refused(tiny_llama, tmp_path):
-    with pytest.raises(UsageError, match="--normalize raw: bernoulli compares its probabilities as they are"):
-        prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", normalize="raw", evaluate=False))

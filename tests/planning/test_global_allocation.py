@@ -115,6 +115,24 @@ def test_allocation_equals_the_plain_reference(normalize, min_keep, round_to):
             assert kept[layer] == {"kv_group": [0, 1, 2, 3], "channel": list(range(37))}
 
 
+@pytest.mark.parametrize("apart", [{"kv_group": 0.25, "channel": 0.4}, {"kv_group": 0.5}, {"channel": 0.1}], ids=str)
+def test_kinds_that_are_set_apart_lose_their_share_and_the_others_what_is_left_of_the_ratio(apart):
+    ratio, size = 0.3, {"kv_group": 4 * COSTS["kv_group"], "channel": 37 * COSTS["channel"]}
+    left = ratio * sum(size.values()) - sum(share * size[kind] for kind, share in apart.items())
+    for seed in range(4):
+        scores, expected = random_scores(seed, range(2, 7)), {}
+        for kind in KINDS:
+            own = {layer: {kind: kinds[kind]} for layer, kinds in scores.items()}
+            expected |= plainly(own, apart.get(kind, left / size[kind]), {kind: COSTS[kind]})
+        kept = allocate_globally(scores, GlobalRule(ratio, apart=apart), alike(COSTS, 9), units(GEOMETRY, 9))
+        assert removed_of(kept, scores) == expected
+
+
+def test_a_kind_that_is_set_apart_is_refused_by_its_name_where_it_has_no_room():
+    with pytest.raises(UsageError, match=r"of the KV groups a ratio of 0.8 is more than .* leaves room for, 0.750"):
+        check_global(GlobalRule(0.2, apart={"kv_group": 0.8}), alike(COSTS, 3), units(GEOMETRY, 3))
+
+
 @pytest.mark.parametrize("count", range(7))
 def test_of_units_that_cost_the_same_those_with_the_lowest_sum_go(count):
     """All subsets tried out: 10 units of two layers, one unit at least stays of each kind."""

@@ -1,0 +1,143 @@
+"""Budgets of what may stay: the units that share them, and probabilities that meet them (arXiv 2406.10576)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from streamprune.storage.journal import Key
+
+BISECTIONS = 70  # by then the two ends are neighbours
+FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
+
+
+@dataclass(frozen=True)
+class Space:
+    """Units, or layers, that stay or go, in a row.
+
+    Attributes:
+        parts: for each group of a layer and kind its key, and its place in the row.
+        costs: parameters of each [n], float64.
+        budgets: parameters that may stay of some kinds together, by these.
+        choose: gives the mask [n] that a run would end with by logits [n], when that part of what is to go does.
+    """
+
+    parts: Mapping[Key, slice]
+    costs: Tensor
+    budgets: Mapping[tuple[str, ...], float]
+    choose: Callable[[Tensor, float], Tensor]
+
+    @cached_property
+    def pools(self) -> list[tuple[Tensor, float]]:
+        """Places of units that share a budget, int64, and the budget."""
+        return [
+            (
+                torch.cat([torch.arange(at.start, at.stop) for (_, kind), at in self.parts.items() if kind in kinds]),
+                most,
+            )
+            for kinds, most in self.budgets.items()
+        ]
+
+    @property
+    def gone(self) -> float:
+        """The fraction of all parameters that goes."""
+        return 1 - sum(self.budgets.values()) / float(self.costs.sum())
+
+    def eased(self, part: float) -> Space:
+        """Return the space of which only a part of what is to go does."""
+        whole = [float(self.costs[places].sum()) for places, _ in self.pools]
+        eased = [total - part * (total - most) for total, most in zip(whole, self.budgets.values(), strict=True)]
+        return replace(self, budgets=dict(zip(self.budgets, eased, strict=True)))
+
+    def project(self, values: Tensor) -> Tensor:
+        """Project numbers [n] onto the probabilities that meet every budget."""
+        return self._by_pool(values, project)
+
+    def shifted(self, logits: Tensor) -> Tensor:
+        """Return σ(logits + μ) [n], with a μ for each budget at which the expected parameters are that."""
+        return self._by_pool(logits, shifted)
+
+    def _by_pool(self, row: Tensor, work: Callable[[Tensor, Tensor, float], Tensor]) -> Tensor:
+        made = torch.empty_like(row)
+        for places, most in self.pools:
+            made[places] = work(row[places], self.costs[places], most)
+        return made
+
+    def split(self, row: Tensor) -> dict[Key, Tensor]:
+        """View a row [n] by group."""
+        return {key: row[place] for key, place in self.parts.items()}
+
+    def groups(self) -> Tensor:
+        """Return the number of each unit's group, int64 [n]."""
+        sizes = torch.tensor([place.stop - place.start for place in self.parts.values()])
+        return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+    def directions(self) -> Tensor:
+        """Return the number of the direction that moves each unit [n]: its group's, or in small groups its own."""
+        found, count = list[Tensor](), 0
+        for place in self.parts.values():
+            size = place.stop - place.start
+            found.append(torch.full((size,), count) if size > FEW_UNITS else torch.arange(count, count + size))
+            count += 1 if size > FEW_UNITS else size
+        return torch.cat(found)
+
+
+def shifted(logits: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """Return σ(logits + μ) [n] with the μ at which the expected parameters are the budget."""
+    if budget >= float(costs.sum()):
+        return torch.ones_like(logits)
+    low, high = -float(logits.max()) - 60.0, -float(logits.min()) + 60.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if float(costs @ torch.sigmoid(logits + middle)) > budget:
+            high = middle
+        else:
+            low = middle
+    return torch.sigmoid(logits + low)
+
+
+def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
+    """Return σ(z + μ) [n] of another method's scores, z-scores within each layer and kind: `sigmoid-norm` (§3.3)."""
+    parts = []
+    for values in scores.values():
+        deviation = values.std() if len(values) > 1 else torch.zeros(())
+        parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
+    return space.shifted(torch.cat(parts))
+
+
+def project(values: Tensor, costs: Tensor, budget: float) -> Tensor:
+    """Project `values` [n] onto {s: 0 <= s <= 1, Σ costs·s <= budget}, the nearest point in the Euclidean norm.
+
+    It is clip(values − v·costs, 0, 1) with the least v >= 0 that meets the budget (arXiv 2406.10576, Theorem 2, where
+    costs are 1): Σ costs·s falls with v along straight lines that bend where a number comes down to 1 or to 0, so the
+    bends are sorted, the piece is found on which the budget lies, and v is solved for there. O(n log n).
+
+    Args:
+        values, costs: float64; costs above 0.
+
+    Raises:
+        ValueError: a negative budget, costs that are not above 0, or numbers that are not finite.
+    """
+    if budget < 0 or not bool((costs > 0).all()) or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"budget {budget}, costs from {float(costs.min())}: wanted >= 0, > 0, and finite values")
+    clipped = values.clamp(0, 1)
+    excess = float(costs @ clipped) - budget
+    if excess <= 0:
+        return clipped
+    # Beyond `leaves` a number falls by its cost, beyond `lands` no more.
+    leaves, lands = ((values - 1) / costs).clamp(min=0), (values / costs).clamp(min=0)
+    bends, order = torch.cat([leaves, lands]).sort()
+    slopes = torch.cat([costs.square(), -costs.square()])[order].cumsum(0)
+    fallen = torch.cat([torch.zeros(1, dtype=values.dtype), (slopes[:-1] * bends.diff()).cumsum(0)])
+    piece = int(torch.searchsorted(fallen, excess))  # the budget is met before the bend of this number
+    begin, end = float(bends[max(0, piece - 1)]), float(bends[min(piece, len(bends) - 1)])
+    # Solved anew from the numbers on their way there: sums along the bends have lost digits.
+    middle = (begin + end) / 2
+    full, falling = leaves >= middle, (leaves < middle) & (lands > middle)
+    slope = float(costs[falling].square().sum())
+    v = (float(costs[full].sum() + costs[falling] @ values[falling]) - budget) / slope if slope > 0 else end
+    return (values - min(max(v, begin), end) * costs).clamp(0, 1)

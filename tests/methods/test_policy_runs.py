@@ -1,0 +1,112 @@
+"""Whole runs of the policy: same bytes, budgets, starts, ends, and masks that a run could end with."""
+
+import json
+
+import pytest
+
+from streamprune import PruneConfig, prune
+from streamprune.errors import UsageError
+
+
+@pytest.mark.parametrize("granularity", ["units", "layers"])
+@pytest.mark.parametrize("variant", ["best", "exact", "published", "logits"])
+def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny_llama, tmp_path):
+    outputs = []
+    for name in ("one", "two"):
+        config = PruneConfig(
+            str(tiny_llama), tmp_path / name, "bernoulli", {"variant": variant, "steps": 4, "batch": 2}
+        )
+        options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "granularity": granularity}
+        result = prune(PruneConfig(**{**vars(config), **options, "evaluate": False}))
+        told = [json.loads(line) for line in (result.output / "policy.jsonl").read_text().splitlines()]
+        assert [step["step"] for step in told] == [0, 1, 2, 3]
+        assert all(step["loss"] > 0 and step["kept"] > 0 and step["entropy"] >= 0 for step in told)
+        outputs.append((result.output / "model.safetensors").read_bytes())
+        assert result.facts["parameters"]["after"] < result.facts["parameters"]["before"]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("init", ["magnitude", "taylor", "wanda", "wanda-sp", "score-const", "random"])
+def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama, tmp_path):
+    given = {"init": init, "steps": 1, "batch": 2, "lr": 1e-9}
+    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
+    assert prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options)).layout == "ragged"
+
+
+def test_it_ends_when_nothing_has_changed_side_for_as_long_as_it_was_told_to_wait(tiny_llama, tmp_path):
+    given = {"variant": "exact", "steps": 50, "batch": 2, "lr": 1e-9, "patience": 3, "per_pass": 2}
+    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
+    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options))
+    assert len((tmp_path / "out" / "policy.jsonl").read_text().splitlines()) == 4  # the pass that the third is in
+
+
+@pytest.mark.parametrize("variant", ["best", "exact", "logits"])
+def test_a_progressive_start_comes_down_to_the_budget_in_steps_of_a_twentieth(variant, tiny_llama, tmp_path):
+    given = {"variant": variant, "init": "random-progressive", "steps": 9, "batch": 2}
+    options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.22, "evaluate": False}
+    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options))
+    kept = [json.loads(line)["kept"] for line in (tmp_path / "out" / "policy.jsonl").read_text().splitlines()]
+    # 6 sequences, 2 a step: a third of an epoch is one step.
+    whole = kept[0] / 0.95
+    assert kept == pytest.approx([whole * share for share in (0.95, 0.9, 0.85, 0.8, *[0.78] * 5)], rel=0.02)
+    with pytest.raises(UsageError, match="--set steps=4: random-progressive comes down to the budget after 4"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "no", "bernoulli", {**given, "steps": 4}, **options))
+
+
+def test_other_normalizations_than_its_own_are_refused(tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match="--normalize raw: bernoulli compares its probabilities as they are"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", normalize="raw", evaluate=False))
+
+
+# What is tried is what could be written.
+
+WHATS = [
+    ({}, {}),
+    ({"min_keep": 0.5}, {}),
+    ({"round_to": 4}, {}),
+    ({"attention_ratio": 0.5, "mlp_ratio": 0.2}, {"ratio": None}),
+    ({"attention_ratio": 0.25}, {}),
+    ({"allocation": "uniform"}, {}),
+    ({"allocation": "uniform", "stock": True, "layers": None}, {}),
+    ({"granularity": "layers"}, {}),
+    ({"granularity": "layers", "contiguous": True}, {}),
+]
+
+
+@pytest.mark.parametrize("options,without", WHATS, ids=str)
+def test_every_mask_that_is_tried_is_one_that_a_run_could_end_with(options, without, tiny_llama, tmp_path, monkeypatch):
+    tried = []
+
+    def losses(sweeper, input_ids, trials, first):
+        tried.extend(trials)
+        return [float(len(tried) - number) for number in range(len(trials))]
+
+    monkeypatch.setattr("streamprune.streaming.statistics.masked_losses", losses)
+    given = {"layers": (1, 7), "ratio": 0.3, "samples": 4, "seq_len": 16, "evaluate": False, **options}
+    given = {name: value for name, value in given.items() if name not in without}
+    settings = {"steps": 3, "init": "random"}
+    result = prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", settings, **given))
+
+    def shape(kept):
+        """What all that a run could end with have in common."""
+        if options.get("granularity") == "layers":
+            gone = sorted(set(range(1, 7)) - kept.keys())
+            assert not options.get("contiguous") or gone == list(range(gone[0], gone[-1] + 1))
+            return len(gone)
+        counts = {layer: {kind: len(units) for kind, units in kinds.items()} for layer, kinds in kept.items()}
+        if options.get("allocation") == "uniform":
+            return counts
+        for of in counts.values():
+            assert of["channel"] == 37 or of["channel"] % options.get("round_to", 1) == 0
+            assert of["kv_group"] >= 3 * options.get("min_keep", 0.1)
+        if "attention_ratio" in options:
+            return sum(of["kv_group"] for of in counts.values())
+        return 0
+
+    end = {int(layer): kinds for layer, kinds in result.kept.items()}
+    layers = range(8) if options.get("stock") else range(1, 7)
+    end = {layer: kinds for layer, kinds in end.items() if layer in layers}
+    assert len(tried) == 12
+    for trial in tried:
+        kept = {layer: trial.kept.get(layer, {}) for layer in layers if layer not in trial.gone}
+        assert shape(kept) == shape(end)
