@@ -54,7 +54,7 @@ def opened(model: Path, data: Path, ratio: float) -> Iterator[tuple[Statistics, 
         sink = UnitScores(sweeper.skeleton.all_units(plan.layers), sweeper.backend)
         METHODS["wanda-sp"].score(statistics, resolve_settings("wanda-sp", {}), sink)
         space = _space(statistics, sink)
-        start = _start(space, sink, "wanda-sp", 0)
+        start = _start(space, sink, statistics, "wanda-sp")
         METHODS["taylor"].score(statistics, resolve_settings("taylor", {}), sink)
         scores = torch.cat([sink.values[layer][kind].double() for layer, kind in space.parts])  # type: ignore[index]
         yield statistics, space, start, scores

@@ -97,12 +97,13 @@ class PruneConfig:
         listed=False,
         **_UNITS,
     )
-    normalize: Literal["zscore", "raw"] = option(
-        "zscore",
+    normalize: Literal["zscore", "raw"] | None = option(
+        None,
         values.text,
         "What global compares: zscore, or raw.",
         _WHAT,
         more="The scores' z-scores in each layer and kind of unit, or the scores themselves, per parameter.",
+        shown="zscore",
         choices=("zscore", "raw"),
         listed=False,
         **_UNITS,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from streamprune.methods.policy import RAMP, Policy
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
+from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import Kind
 from streamprune.storage.journal import Key
+from streamprune.storage.scores import read_scores
 from streamprune.streaming.masked import Trial
 from streamprune.streaming.statistics import Statistics
 
 PROGRESSIVE, EPOCH_STAGES = "random-progressive", 3  # a random start whose budget falls, by so many steps an epoch
+NO_SCORES = ("score-const", "random", PROGRESSIVE)
 CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to the budget
 
 
@@ -31,7 +35,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
         METHODS[start].score(statistics, resolve_settings(start, {}), sink)
     space = _space(statistics, sink)
-    begin = _start(space, sink, start, statistics.seed)
+    begin = _start(space, sink, statistics, start)
     steps, each = settings["steps"], settings["per_pass"]
     stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"), stage)
@@ -88,10 +92,10 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
     return Space(parts, row, budgets, choose)
 
 
-def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) -> Tensor:
+def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics, start: str) -> Tensor:
     """Return the keep probabilities to begin with [n]."""
     n = len(space.costs)
-    generator = torch.Generator().manual_seed(noise_seed(seed, "start"))
+    generator = torch.Generator().manual_seed(noise_seed(statistics.seed, "start"))
     if start == "random":
         return torch.rand(n, generator=generator, dtype=torch.float64)
     if start == PROGRESSIVE:  # from nearly all of the parameters down
@@ -99,13 +103,37 @@ def _start(space: Space, sink: UnitScores | LayerScores, start: str, seed: int) 
         return nearly_all.shifted(torch.randn(n, generator=generator, dtype=torch.float64))
     if start == "score-const":
         return torch.full((n,), CONSTANT, dtype=torch.float64)
-    if isinstance(sink, LayerScores):
-        row = torch.tensor(list(sink.values.values()), dtype=torch.float64)
-        return start_from_scores({(0, "layer"): row}, space)
-    scores: Mapping[Key, Tensor] = {
-        (layer, kind): values for layer, kinds in sink.values.items() for kind, values in kinds.items()
-    }
+    scores, facts = (sink.by_key(), {"method": start}) if start in METHODS else read_scores(Path(start))
+    if facts["method"] == "bernoulli":  # it goes on from its probabilities
+        return torch.cat([scores[key] for key in space.parts])
+    if isinstance(sink, LayerScores):  # compared with each other, not within a layer
+        return start_from_scores({(0, "layer"): torch.cat([scores[key] for key in space.parts])}, space)
     return start_from_scores({key: scores[key] for key in space.parts}, space)
+
+
+def check_start(settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int]) -> None:
+    """Refuse to begin with scores of another model, granularity or other layers.
+
+    Raises:
+        UsageError: they are, or there are none.
+    """
+    start = settings["init"]
+    if start in METHODS or start in NO_SCORES:
+        return
+    scores, facts = read_scores(Path(start))
+    if facts.get("model") != skeleton.checkpoint.outline:
+        raise UsageError(
+            f"--set init={start}: its scores are of another model; give those of {skeleton.checkpoint.path}"
+        )
+    if facts.get("granularity") != target:
+        raise UsageError(
+            f"--set init={start}: its scores are of {facts.get('granularity')}, wanted are those of {target}"
+        )
+    if missing := [layer for layer in layers if layer not in {of for of, _ in scores}]:
+        raise UsageError(
+            f"--set init={start}: it has no scores of layer {missing[0]}; give those of a run whose --layers have "
+            f"{layers[0]}:{layers[-1] + 1}"
+        )
 
 
 def _stage(space: Space, samples: int, settings: Mapping[str, Any]) -> int:

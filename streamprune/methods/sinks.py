@@ -18,6 +18,7 @@ from streamprune.errors import StreampruneError
 from streamprune.kernels import prune_n_of_m, prune_rows, unit_score
 from streamprune.kernels.launch import Backend
 from streamprune.model.units import FLOOR_SLACK, KeptUnits, Kind, TensorRef, fold_lines
+from streamprune.storage.journal import Key
 
 
 class _Sums:
@@ -76,6 +77,10 @@ class UnitScores(_Sums):
             self._fetch(layer)
         return self._values
 
+    def by_key(self) -> dict[Key, Tensor]:
+        """Return scores [units] by (layer, kind)."""
+        return {(layer, kind): values for layer, kinds in self.values.items() for kind, values in kinds.items()}
+
     def _fetch(self, layer: int) -> dict[Kind, Tensor]:
         """Return a layer's scores in host memory; what was never added to is 0."""
         if layer not in self._values:
@@ -133,6 +138,10 @@ class LayerScores(_Sums):
         for layer, value in self._values.items():
             self._values[layer] = float(value)
         return self._values
+
+    def by_key(self) -> dict[Key, Tensor]:
+        """Return scores [1] by (layer, "layer")."""
+        return {(layer, "layer"): torch.tensor([value], dtype=torch.float64) for layer, value in self.values.items()}
 
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its layer."""

@@ -6,13 +6,12 @@ or weights to be pruned. CONTRIBUTING.md says how to add one.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
 from streamprune.config import Target
 from streamprune.errors import UsageError
+from streamprune.methods.method import Method, Setting
 from streamprune.methods.needs import (
     GRADIENTS,
     GRAMS,
@@ -26,69 +25,6 @@ from streamprune.methods.needs import (
     KeptState,
     Need,
 )
-from streamprune.methods.setting import Setting
-
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Attributes:
-        function: gives its scores to a sink, one of those for `targets`; as "module:name" in this folder, so that the
-            table can be read without torch, or itself.
-        targets: what it can score.
-        needs: what it asks of `Statistics`. unneeded: what of it not, with given settings.
-        sums: gradients, or powers of them, that it has summed of a weight, with given settings.
-        calibration: samples and tokens of each, as in its paper.
-        sweeps: forward-and-backward sweeps that it takes with given settings.
-        states: what it may keep between sweeps.
-        narrows: whether bfloat16 state was measured to rank units as float32 state does, at its defaults: then a GPU
-            keeps that by default.
-        stateless: the method to take instead where there is no room for that.
-        allocation: its own, for units. normalize: what global allocation makes of its scores, where not the usual.
-        trials: passes over all layers, masks that are tried in each, and sequences of each of these.
-        variants: what settings are that are not given, by the setting `variant`.
-    """
-
-    name: str
-    function: str | Callable[..., None]
-    targets: tuple[Target, ...]
-    needs: tuple[Need, ...]
-    summary: str
-    paper: str
-    settings: Mapping[str, Setting] = field(default_factory=dict)
-    calibration: tuple[int, int] = (10, 128)
-    sweeps: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    unneeded: Callable[[Mapping[str, Any]], tuple[Need, ...]] = lambda settings: ()
-    sums: Callable[[Mapping[str, Any]], int] = lambda settings: 1
-    states: tuple[KeptState, ...] = ()
-    narrows: bool = False
-    stateless: str = "taylor"
-    allocation: Literal["uniform", "global"] = "uniform"
-    normalize: str | None = None
-    trials: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    @property
-    def score(self) -> Callable[..., None]:
-        """The function itself, imported where the table only names it."""
-        if callable(self.function):
-            return self.function
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(f"streamprune.methods.{module}"), name)
-
-    @property
-    def needs_text(self) -> bool:
-        """Tell whether a calibration text is read."""
-        return any(need.reads_text for need in self.needs)
-
-    def needs_for(self, target: Target, settings: Mapping[str, Any]) -> tuple[Need, ...]:
-        """List what it asks for with these settings; weights that go are read by every method."""
-        if not self.needs:
-            return (STORED_WEIGHTS,) if target == "weights" else ()
-        unneeded = self.unneeded(settings)
-        return tuple(need for need in self.needs if need not in unneeded)
-
 
 _SIGMA = Setting(0.05, "noise relative to each weight", minimum=0)
 _ALL: tuple[Target, ...] = ("units", "weights", "layers")
@@ -178,6 +114,7 @@ _POLICY = {
         None,
         "scores to begin with: by default wanda-sp, of layers layer-ppl",
         choices=(*_STARTS, "score-const", "random", "random-progressive"),
+        path=True,
     ),
     "steps": Setting(None, f"updates{_CHOSEN}", minimum=1, whole=True),
     "batch": Setting(None, f"sequences of an update{_CHOSEN}", minimum=1, whole=True),
@@ -323,6 +260,7 @@ _ROWS = (
         normalize="none",
         trials=_trials,
         variants=_VARIANTS,
+        check="bernoulli:check_start",
     ),
     Method(
         "layer-ppl",

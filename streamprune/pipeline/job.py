@@ -29,6 +29,7 @@ from streamprune.planning.decision import Plan, goal
 from streamprune.planning.footprint import state_blocks
 from streamprune.recovery.least_squares import compensate, passes
 from streamprune.storage.journal import Journal
+from streamprune.storage.scores import write_scores
 from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.statistics import Statistics
@@ -125,7 +126,13 @@ class Job:
                 self._repair(kept, writer)
             with self._stage("writing", [writer.untouched()]):
                 source_hash = writer.finish(self.sweeper.pager, biases, save)
+        self._write_scores(scores, directory)
         return self._finish(form, directory, source_hash)
+
+    def _write_scores(self, scores: UnitScores | LayerScores, directory: Path) -> None:
+        facts = {"method": self.config.method, "granularity": self.config.target}
+        facts["model"] = self.sweeper.skeleton.checkpoint.outline
+        write_scores(directory, scores.by_key(), facts)
 
     def prune_weights(self, directory: Path) -> Done:
         """Prune each matrix as soon as it is scored, and write it at once."""

@@ -90,7 +90,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         form: class of the output's form, where it is another than the options say.
 
     Raises:
-        UsageError: a ratio, range or layout that does not fit the model.
+        UsageError: a ratio, range, layout or setting that does not fit the model.
         StreampruneError: too little memory for the method's state.
     """
     n_layers, settings = len(skeleton.layers), resolve_settings(config.method, config.settings, config.target)
@@ -105,6 +105,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
     }
     stock = config.stock and config.target == "units"
     layers = allocation.prunable_layers(config.layers, n_layers, whole=config.target == "weights", stock=stock)
+    METHODS[config.method].check_for(settings, skeleton, config.target, layers)
     choose = {"weights": _choose_weights, "layers": _choose_layers, "units": _choose_units}[config.target]
     choice = choose(config, skeleton, costs, layers)
     repair: RepairGoal | None = None
@@ -224,12 +225,12 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, 
             "global allocation gives every layer its own widths: leave --stock out, or pass --allocation uniform"
         )
     own = METHODS[config.method].normalize
-    if own is not None and config.normalize != PruneConfig.__dataclass_fields__["normalize"].default:
+    if own is not None and config.normalize is not None:
         raise UsageError(
             f"--normalize {config.normalize}: {config.method} compares its probabilities as they are; leave it out"
         )
     apart = _kinds_apart(config, skeleton)
-    rule = GlobalRule(_ratio(config), own or config.normalize, config.min_keep, config.round_to, apart)
+    rule = GlobalRule(_ratio(config), own or config.normalize or "zscore", config.min_keep, config.round_to, apart)
     everything = skeleton.all_units()
     allocation.check_global(rule, costs, skeleton.all_units(layers))
 

@@ -6,6 +6,7 @@ file pages in the process. Pickled weights are refused.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import struct
 import threading
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -123,6 +124,13 @@ class Checkpoint:
     def close(self) -> None:
         """Close the shards; the checkpoint can be read again afterwards."""
         self._reader.close()
+
+    @cached_property
+    def outline(self) -> str:
+        """SHA-256 of its config and of its tensors' names, dtypes and shapes: a model's, wherever it lies."""
+        tensors = sorted((entry.name, str(entry.dtype), tuple(entry.shape)) for entry in self.tensors.values())
+        config = json.dumps(self.config, sort_keys=True)
+        return hashlib.sha256(repr((config, tensors)).encode()).hexdigest()
 
     def read_into(self, file: int, offset: int, buffer: memoryview, *, stays: bool = True) -> None:
         """Fill `buffer` with the bytes at `offset` of shard `file`.

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+from tiny_models import save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import UsageError
+from streamprune.storage.directory import OWN_FILE
+from streamprune.storage.scores import SCORES_FILE
 
 
 @pytest.mark.parametrize("granularity", ["units", "layers"])
@@ -33,6 +36,49 @@ def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama
     assert prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **options)).layout == "ragged"
 
 
+SHORT = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
+
+
+@pytest.mark.parametrize("granularity,init", [("units", "wanda-sp"), ("units", "taylor"), ("layers", "taylor")])
+def test_scores_of_an_earlier_run_are_as_good_as_those_of_the_same_run(granularity, init, tiny_llama, tmp_path):
+    options = SHORT | {"granularity": granularity}
+    first = prune(PruneConfig(str(tiny_llama), tmp_path / "first", init, **options))
+    written = []
+    for name, start in (("same", init), ("earlier", str(first.output)), ("facts", str(first.output / OWN_FILE))):
+        settings = {"init": start, "steps": 2}
+        prune(PruneConfig(str(tiny_llama), tmp_path / name, "bernoulli", settings, **options))
+        written.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
+def test_a_policy_goes_on_from_an_earlier_ones_probabilities(tiny_llama, tmp_path):
+    for name, init in (("first", "random"), ("second", str(tmp_path / "first"))):
+        prune(
+            PruneConfig(str(tiny_llama), tmp_path / name, "bernoulli", {"init": init, "steps": 2, "lr": 1e-9}, **SHORT)
+        )
+    assert (tmp_path / "first/model.safetensors").read_bytes() == (tmp_path / "second/model.safetensors").read_bytes()
+
+
+def test_scores_that_do_not_go_with_the_run_are_refused(tiny_llama, tmp_path):
+    prune(PruneConfig(str(tiny_llama), tmp_path / "earlier", "magnitude", **SHORT))
+    save_tiny(tmp_path / "other", "llama", num_hidden_layers=8, vocab_size=300)
+
+    def refused(said, model=tiny_llama, init="earlier", **options):
+        config = PruneConfig(
+            str(model), tmp_path / "out", "bernoulli", {"init": str(tmp_path / init)}, **SHORT | options
+        )
+        with pytest.raises(UsageError, match=said):
+            prune(config)
+        assert not (tmp_path / "out").exists()
+
+    refused("its scores are of another model", model=tmp_path / "other")
+    refused("its scores are of units, wanted are those of layers", granularity="layers")
+    refused("it has no scores of layer 0; .*--layers have 0:7", layers=(0, 7))
+    refused("no streamprune.scores of an earlier run", init="nowhere")
+    (tmp_path / "earlier" / SCORES_FILE).write_bytes(b"garbage")
+    refused("no streamprune.scores of an earlier run")
+
+
 def test_it_ends_when_nothing_has_changed_side_for_as_long_as_it_was_told_to_wait(tiny_llama, tmp_path):
     given = {"variant": "exact", "steps": 50, "batch": 2, "lr": 1e-9, "patience": 3, "per_pass": 2}
     options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
@@ -53,9 +99,10 @@ def test_a_progressive_start_comes_down_to_the_budget_in_steps_of_a_twentieth(va
         prune(PruneConfig(str(tiny_llama), tmp_path / "no", "bernoulli", {**given, "steps": 4}, **options))
 
 
-def test_other_normalizations_than_its_own_are_refused(tiny_llama, tmp_path):
-    with pytest.raises(UsageError, match="--normalize raw: bernoulli compares its probabilities as they are"):
-        prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", normalize="raw", evaluate=False))
+@pytest.mark.parametrize("normalize", ["raw", "zscore"])
+def test_other_normalizations_than_its_own_are_refused(normalize, tiny_llama, tmp_path):
+    with pytest.raises(UsageError, match=f"--normalize {normalize}: bernoulli compares its probabilities as they are"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", normalize=normalize, evaluate=False))
 
 
 # What is tried is what could be written.

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SHORT = ("--method", "random", "--no-evaluate", "--layers", "1:3")
 STOCK = ("--method", "random", "--no-evaluate", "--stock")
 ALWAYS = {
-    *("README.md", "config.json", "generation_config.json", "model.safetensors", "streamprune.json"),
+    *(
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "streamprune.json",
+        "streamprune.scores",
+    ),
     *("tokenizer.json", "tokenizer_config.json"),
 }
 OURS = "modeling_streamprune_llama.py"
