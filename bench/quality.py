@@ -31,6 +31,7 @@ UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
 MIDDLE = {"layers": [4, 28]}
 STARTS = {name: {"init": name} for name in ("wanda-sp", "taylor", "random-progressive")}  # of the policy
 STARTS["wanda-sp, 2400 steps"] = {"init": "wanda-sp", "steps": 2400}
+STARTS |= {f"wanda-sp, {count} a pass": {"init": "wanda-sp", "per_pass": count} for count in (2, 16)}
 # Table -> methods and their settings; settings of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "main": (
