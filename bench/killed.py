@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a run, resumed each time: the output is byte-identical to the undisturbed run's.
 
-    python bench/killed.py [--kills 200] [--json FILE]
+    python bench/killed.py [--kills 200] [--command NAME] [--json FILE]
 
 A random Llama of 8 layers is pruned by several commands with --resume. Each trial kills the process at a random moment
 of the undisturbed run's time (scoring, repair, writing of shards and of the journal among them), kills every second one
@@ -46,6 +46,7 @@ COMMANDS = {
     "taylor, repaired": ["--method", "taylor", "--compensate", "--compensate-tokens", "8192"],
     "sparsegpt 2:4": ["--method", "sparsegpt", "--granularity", "2:4", "--layers", "0:8"],
     "gblm weights": ["--method", "gblm", "--granularity", "weights", "--layers", "0:8"],
+    "bernoulli": ["--method", "bernoulli", "--set", "init=taylor", "--set", "steps=40", "--set", "per_pass=2"],
 }
 COMMON = ["--no-evaluate", "--quiet", "--samples", "8", "--seq-len", "64", "--max-shard-size", "1MB", "--resume"]
 
@@ -109,7 +110,7 @@ def trial(
     return left, times
 
 
-def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
+def measure(scratch: Path, kills: int, commands: dict[str, list[str]]) -> list[dict[str, Any]]:
     """Trials until `kills` have landed, over all commands."""
     from random_model import save_tokenizer, write_model
 
@@ -121,20 +122,20 @@ def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
         save_tokenizer(model)
         os._exit(0)
     wait(pid)
-    for options in COMMANDS.values():  # what a command imports, once
+    for options in commands.values():  # what a command imports, once
         wait(start(model, scratch / "whole", options, modules=scratch / "modules"))
         shutil.rmtree(scratch / "whole")
         for module in (scratch / "modules").read_text().split():
             with contextlib.suppress(ImportError):
                 importlib.import_module(module)
     (scratch / "modules").unlink()
-    for name, options in COMMANDS.items():
+    for name, options in commands.items():
         begin = time.perf_counter()
         if wait(start(model, scratch / "whole", options)) != 0:
             raise SystemExit(f"{name}: the undisturbed run failed")
         seconds = time.perf_counter() - begin
         expected, left, same, landed = digest(scratch / "whole"), collections.Counter[str](), 0, 0
-        while landed < kills / len(COMMANDS):
+        while landed < kills / len(commands):
             number = left.total()
             output = scratch / f"killed-{number}"
             where, hits = trial(model, output, options, seconds, number % 2 == 1, draw)
@@ -152,12 +153,13 @@ def measure(scratch: Path, kills: int) -> list[dict[str, Any]]:
 
 @click.command()
 @click.option("--kills", type=int, default=200, show_default=True, help="Over all commands.")
+@click.option("--command", "only", type=click.Choice(list(COMMANDS)), multiple=True, help="Only this; repeatable.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(kills: int, json_file: Path | None) -> None:
+def main(kills: int, only: tuple[str, ...], json_file: Path | None) -> None:
     """Measure, print the table, and write JSON."""
     sys.path.insert(0, str(Path(__file__).parent))
     with tempfile.TemporaryDirectory() as directory:
-        rows = measure(Path(directory), kills)
+        rows = measure(Path(directory), kills, {name: COMMANDS[name] for name in only or COMMANDS})
     from streamprune.figures import table
 
     lines = [["command", "undisturbed, s", "kills", "trials", "identical", "killed while", "left behind"]]
