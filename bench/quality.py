@@ -190,12 +190,19 @@ def measure(job: dict[str, Any]) -> None:
                     "scoring": costs,
                     "cutting": cutting,
                 }
+                if method.trials is not None:
+                    result["kept"] = counts(plan.choice.keep(scores.values), plan.layers)
                 if "dtype" in options:
                     same = dtype == DTYPE
                     computed = result["perplexity"] if same else perplexities(directory, data, dtype, texts)
                     result["as computed"] = computed["test 128"]
                 result["device"] = device_name(sweeper.skeleton.device)
             print(json.dumps([name, result]), flush=True)
+
+
+def counts(kept: Any, layers: Sequence[int]) -> dict[str, list[int]]:
+    """How many units stay, layer by layer, by kind."""
+    return {kind: [len(kept[layer][kind]) for layer in layers] for kind in kept[layers[0]]}
 
 
 def device_name(device: Any) -> str:
