@@ -71,7 +71,7 @@ def _opened(config: PruneConfig, work: Work, stage: str) -> Iterator[tuple[Sweep
     with _source(config, waits) as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         sweeper.micro_batch = default_micro_batch(128 if work.calibration is None else work.calibration[1])
-        placement = _settle(config, plan, sweeper, work)
+        plan, placement = _settle(config, plan, sweeper, work)
         limit_memory(sweeper.skeleton.device, config.gpu_memory)
         compile_ahead(sweeper, config, plan, work)
         (found,) = (each for each in placement.stages if each.name.startswith(stage))

@@ -9,10 +9,11 @@ taylor, whose z-scores are compared over all layers (`--allocation global`). DIR
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-from quality import MIDDLE, counts
 
 from streamprune.commands import demo
 from streamprune.config import PruneConfig
@@ -26,13 +27,19 @@ from streamprune.planning.rates import default_cache
 from streamprune.streaming.statistics import Statistics
 from streamprune.texts.corpus import open_corpus
 
+LAYERS = (4, 28)
 OTHERS = {"wanda-sp": (128, 512), "taylor": (10, 128)}
 Counts = dict[str, list[int]]
 
 
+def counts(kept: Any, layers: Sequence[int]) -> dict[str, list[int]]:
+    """How many units stay, layer by layer, by kind."""
+    return {kind: [len(kept[layer][kind]) for layer in layers] for kind in kept[layers[0]]}
+
+
 def of_method(model: str, data: Path, method: str, ratio: float) -> Counts:
     """What a method keeps of each layer."""
-    config = PruneConfig(model, Path("unused"), method, ratio=ratio, allocation="global", layers=(4, 28))
+    config = PruneConfig(model, Path("unused"), method, ratio=ratio, allocation="global", layers=LAYERS)
     with Source(model, dtype="bfloat16", micro_batch=8).open() as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         ids = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt").sequences(*OTHERS[method])
@@ -47,7 +54,7 @@ def show(found: dict[str, Counts]) -> str:
     first = next(iter(found.values()))
     for number in range(len(first["channel"])):
         cells = [str(kinds[kind][number]) for kinds in found.values() for kind in ("kv_group", "channel")]
-        rows.append([str(MIDDLE["layers"][0] + number), *cells])
+        rows.append([str(LAYERS[0] + number), *cells])
     totals = [f"{sum(kinds[kind]):,}" for kinds in found.values() for kind in ("kv_group", "channel")]
     return table([*rows, ["all", *totals]], markdown=True)
 

@@ -84,6 +84,9 @@ POLICIES = [
     (name, f"--assume rtx4090 --gpu-memory 22GiB --host-memory 60GiB --method bernoulli --set per_pass={each}")
     for name in ("llama-2-13b", "llama-3-70b")
     for each in (1, 8, 64)
+] + [
+    (name, "--assume rtx4090 --gpu-memory 22GiB --host-memory 60GiB --method bernoulli")
+    for name in ("llama-2-7b", "llama-2-13b", "llama-3-70b")
 ]
 
 

@@ -31,7 +31,7 @@ UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
 MIDDLE = {"layers": [4, 28]}
 STARTS = {name: {"init": name} for name in ("wanda-sp", "taylor", "random-progressive")}  # of the policy
 STARTS["wanda-sp, 2400 steps"] = {"init": "wanda-sp", "steps": 2400}
-STARTS |= {f"wanda-sp, {count} a pass": {"init": "wanda-sp", "per_pass": count} for count in (2, 16)}
+STARTS |= {f"wanda-sp, {count} a pass": {"init": "wanda-sp", "per_pass": count} for count in (8, 16, 64)}
 # Table -> methods and their settings; settings of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "main": (
@@ -130,6 +130,8 @@ TEXTS = {
 
 def measure(job: dict[str, Any]) -> None:
     """Score once and measure all settings of a job; one line of JSON each, as they are done."""
+    from mass import counts
+
     from streamprune.config import PruneConfig
     from streamprune.methods.table import METHODS
     from streamprune.output import companions
@@ -198,11 +200,6 @@ def measure(job: dict[str, Any]) -> None:
                     result["as computed"] = computed["test 128"]
                 result["device"] = device_name(sweeper.skeleton.device)
             print(json.dumps([name, result]), flush=True)
-
-
-def counts(kept: Any, layers: Sequence[int]) -> dict[str, list[int]]:
-    """How many units stay, layer by layer, by kind."""
-    return {kind: [len(kept[layer][kind]) for layer in layers] for kind in kept[layers[0]]}
 
 
 def device_name(device: Any) -> str:

@@ -36,7 +36,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
         METHODS[start].score(statistics, resolve_settings(start, {}), sink)
     space = _space(statistics, sink)
     begin = _start(space, sink, statistics, start)
-    steps, each = settings["steps"], settings["per_pass"]
+    steps, each = settings["steps"], settings["per_pass"] or 1
     stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"), stage)
     for first in range(0, steps, each):

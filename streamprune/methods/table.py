@@ -94,8 +94,8 @@ def _not_of_the_start(settings: Mapping[str, Any]) -> tuple[Need, ...]:
 
 
 def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
-    passes = -(-settings["steps"] // settings["per_pass"])
-    return passes, min(settings["per_pass"], settings["steps"]) * settings["masks"], settings["batch"]
+    together = min(settings["per_pass"] or 1, settings["steps"])
+    return -(-settings["steps"] // together), together * settings["masks"], settings["batch"]
 
 
 _CHOSEN = "; by default the variant's"
@@ -119,7 +119,9 @@ _POLICY = {
     "steps": Setting(None, f"updates{_CHOSEN}", minimum=1, whole=True),
     "batch": Setting(None, f"sequences of an update{_CHOSEN}", minimum=1, whole=True),
     "masks": Setting(None, f"masks that are tried on them, N_s{_CHOSEN}", minimum=1, whole=True),
-    "per_pass": Setting(1, "updates that one pass over the layers serves, K", minimum=1),
+    "per_pass": Setting(
+        None, "updates that one pass over the layers serves, K; by default the plan's", minimum=1, whole=True
+    ),
     "lr": Setting(None, f"step size{_CHOSEN}", minimum=0, exclusive=True),
     "window": Setting(5, "steps of the moving baseline", minimum=1),
     "baseline": Setting(None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published")),

@@ -35,7 +35,14 @@ from streamprune.pipeline.source import Source
 from streamprune.planning import rates
 from streamprune.planning.cards import CARDS
 from streamprune.planning.decision import Plan, describe, form_class, make_plan
-from streamprune.planning.placement import Placement, choose_placement, forecast_table, placement_line
+from streamprune.planning.placement import (
+    Placement,
+    choose_placement,
+    forecast_table,
+    passes_line,
+    placement_line,
+    updates_per_pass,
+)
 from streamprune.planning.stage import Work
 from streamprune.storage.directory import (
     OWN_FILE,
@@ -170,15 +177,17 @@ def _score_and_write(
         work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
         # The micro-batch is part of the arithmetic: the one that the first run was planned with.
         planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
-        placement = _settle(planned, plan, sweeper, work)
+        plan, placement = _settle(planned, plan, sweeper, work, per_pass=saved.get("per_pass"))
         if config.resume:
             carried = max(stage.carried for stage in placement.stages)
             _check_output_space(config, plan, skeleton, journal_directory, carried)
         progress.say(placement_line(placement, sweeper))
+        if passes := passes_line(config, plan):
+            progress.say(passes)
         limit_memory(skeleton.device, config.gpu_memory)
         output.callback(limit_memory, skeleton.device, None)
         compile_ahead(sweeper, config, plan, work)
-        saved["micro_batch"] = placement.micro_batch
+        saved |= {"micro_batch": placement.micro_batch, "per_pass": plan.settings.get("per_pass")}
         if segments is not None and saved.get("before", [None])[0] != resume.hash_ids(segments):
             saved["before"] = [resume.hash_ids(segments), _perplexity(sweeper, segments, "before", progress)]
         if journal is not None:
@@ -246,18 +255,31 @@ def _source(
 
 
 def _settle(
-    config: PruneConfig, plan: Plan, sweeper: Sweeper, work: Work, *, to_come: int = 0, memory: int | None = None
-) -> Placement:
-    """Decide where things stay, and tell the sweeper.
+    config: PruneConfig,
+    plan: Plan,
+    sweeper: Sweeper,
+    work: Work,
+    *,
+    to_come: int = 0,
+    memory: int | None = None,
+    per_pass: int | None = None,
+) -> tuple[Plan, Placement]:
+    """Decide where things stay, and how many updates of a policy share a pass, and tell the sweeper.
 
     Args:
         to_come: what the process does not hold yet, in bytes.
         memory: bytes that the process and the page cache have together, if not what is free here.
+        per_pass: the updates that share a pass, where it was decided before.
     """
     skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
     loaded = skeleton.resident_bytes if skeleton.loaded and not is_gpu(skeleton.device) else 0
     memory = psutil.virtual_memory().available + process if memory is None else memory
-    placement = choose_placement(sweeper, config, plan, work, baseline=process - loaded + to_come, memory=memory)
+    place = partial(choose_placement, sweeper, config, work=work, baseline=process - loaded + to_come, memory=memory)
+    placement = place(plan)
+    if plan.settings.get("per_pass", 1) is None:
+        per_pass = per_pass or updates_per_pass(placement, is_gpu(skeleton.device))
+        plan = replace(plan, settings={**plan.settings, "per_pass": per_pass})
+        placement = place(plan) if per_pass > 1 else placement
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
@@ -266,7 +288,7 @@ def _settle(
     sweeper.graphs = placement.held.graphs
     sweeper.pager.page_cache = placement.page_cache
     sweeper.place, sweeper.scratch = placement.place, placement.scratch
-    return placement
+    return plan, placement
 
 
 def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> Forecast:
@@ -292,14 +314,15 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
         # Memory that is given for a card that need not be here need not be here either.
         memory = config.host_memory if assume else None
-        placement = _settle(config, plan, sweeper, work, to_come=TEXT_BYTES, memory=memory)
+        plan, placement = _settle(config, plan, sweeper, work, to_come=TEXT_BYTES, memory=memory)
         found = None
         if measure:
             found = rates.measured(sweeper, seq_len, rates.default_cache())
         elif assume is not None:
             found = rates.assumed(assume)
         reading = opened.plan(config, sweeper.skeleton)
-        parts = (describe(config, sweeper.skeleton, plan), reading, forecast_table(placement, sweeper, found))
+        said = (describe(config, sweeper.skeleton, plan), passes_line(config, plan), reading)
+        parts = (*said, forecast_table(placement, sweeper, found))
         text = "\n".join(part for part in parts if part)
         taken = {} if found is None else {stage.name: rates.seconds(stage, found) for stage in placement.stages}
         return Forecast(text, placement, taken)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +31,10 @@ GPU_SHARE = 0.9  # of what is free, where no budget is given
 CACHE_SHARE = 0.8  # of the memory that a run leaves free, for layers in the page cache
 # What placements are compared by beside DISK, whatever is there: bytes/s of a link of PCIe 4.0.
 LINK = 25e9
+# Operations/s at which updates of a policy are taken to be computed, by kind of device, whatever is there: what is
+# learnt depends on how many share a pass.
+GPU_FLOPS, CPU_FLOPS = 100e12, 0.1e12
+MOST_UPDATES = 16  # that share a pass by themselves
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,28 @@ def choose_placement(
     smallest, made_of = min(needed, key=lacks)
     parts = _largest_parts(made_of, gpu=gpu and smallest[0] > room[0])
     raise StreampruneError(_refusal(config, plan, baseline, smallest, limits, parts))
+
+
+def updates_per_pass(placement: Placement, gpu: bool) -> int:
+    """Count the updates of a policy that should share a pass: as many as compute for as long as it reads.
+
+    Args:
+        placement: of a run in which each has a pass for itself.
+    """
+    (stage,) = (each for each in placement.stages if each.name.startswith("scoring"))
+    reading = max(stage.disk / DISK, stage.up / LINK if gpu else 0.0)
+    computing = stage.forward / (GPU_FLOPS if gpu else CPU_FLOPS)
+    return max(1, min(MOST_UPDATES, math.ceil(reading / computing)))
+
+
+def passes_line(config: PruneConfig, plan: Plan) -> str:
+    """Say how many passes over the layers a policy makes; nothing of other methods."""
+    trials = METHODS[config.method].trials
+    if trials is None:
+        return ""
+    passes, masks, _ = trials(plan.settings)
+    updates = f"{plan.settings['steps']} updates, {plan.settings['per_pass'] or 1} a pass"
+    return f"{config.method}: {updates}, {passes} passes over the layers, {masks} masks in each"
 
 
 def _places(config: PruneConfig, gpu: bool) -> list[Place]:

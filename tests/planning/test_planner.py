@@ -1,6 +1,7 @@
 """A run fits into its budget or is refused with the smallest that would do; its output does not depend on it."""
 
 import re
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -10,6 +11,7 @@ from tiny_models import save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError
+from streamprune.planning.placement import MOST_UPDATES, updates_per_pass
 
 MIB = 2**20
 METHODS = [
@@ -152,3 +154,19 @@ def test_a_larger_budget_reads_less_and_the_plan_says_so(tiny_llama, tmp_path):
         assert facts["memory"]["planned_read"]["scoring moreau"] == reads[-1]
     layers = reads[1]  # each layer once
     assert reads[0] > 3 * layers
+
+
+@pytest.mark.parametrize(
+    "disk,up,forward,gpu,count",
+    [
+        (0, 0, 1e12, False, 1),  # all stays
+        (9e9, 0, 0.1e12, False, 3),
+        (1e15, 0, 1, False, MOST_UPDATES),
+        (0, 50e9, 50e12, True, 4),
+        (30e9, 50e9, 200e12, True, 5),
+    ],
+)
+def test_updates_share_a_pass_until_it_computes_for_as_long_as_it_reads(disk, up, forward, gpu, count):
+    stage = SimpleNamespace(name="scoring bernoulli", disk=disk, up=up, forward=forward)
+    others = SimpleNamespace(name="writing", disk=1e15, up=1e15, forward=0)
+    assert updates_per_pass(SimpleNamespace(stages=[stage, others]), gpu) == count
