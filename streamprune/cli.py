@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from streamprune.commands.demo import demo_command
 from streamprune.commands.evaluate import evaluate_command
+from streamprune.commands.export import export_command
 from streamprune.commands.methods import methods_command
 from streamprune.commands.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, with_options
 from streamprune.commands.plan import plan_command
@@ -56,7 +57,7 @@ def cli(context: click.Context, **options: Any) -> None:
     run_prune(**options)
 
 
-for _command in (plan_command, evaluate_command, verify_command, methods_command, demo_command):
+for _command in (plan_command, evaluate_command, verify_command, export_command, methods_command, demo_command):
     cli.add_command(_command)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from streamprune.errors import UsageError
 
 AUTO = "auto"  # of dtypes: what suits the model and the machine
+GGUF_TYPES = (AUTO, "f32", "f16", "bf16", "q8_0")  # of matrices in GGUF files
 STANDARD_INPUT = ("-", "/dev/stdin", "/dev/fd/0")
 SIZE_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 SIZE_UNITS |= {"TB": 10**12, "": 1}

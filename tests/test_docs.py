@@ -15,7 +15,7 @@ import click
 import psutil
 import pytest
 import torch
-from tiny_models import FAMILY_FIELDS, save_tiny
+from tiny_models import FAMILY_FIELDS, merge_once, save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.cli import cli
@@ -213,6 +213,7 @@ def all_options():
     """Those of the main command and of all others."""
     context = click.Context(cli)
     every = [cli, *(cli.get_command(context, name) for name in cli.list_commands(context))]
+    every += [inner for command in every[1:] for inner in getattr(command, "commands", {}).values()]
     return {"--help"} | {option for command in every for each in command.params for option in each.opts}
 
 
@@ -233,6 +234,7 @@ def tiny(tmp_path_factory):
     """A directory with a model at path/to/model, and what pruning it gave."""
     place = tmp_path_factory.mktemp("docs")
     save_tiny(place / MODEL, "llama", dtype=torch.float32, num_hidden_layers=8, max_position_embeddings=128)
+    merge_once(place / MODEL)
     prune(PruneConfig(model=place / MODEL, output=place / "earlier", method="random", evaluate=False))
     return place
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from pathlib import Path
@@ -111,6 +112,14 @@ def save_tokenizer(path: Path) -> None:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=64
     )
     fast.save_pretrained(path)
+
+
+def merge_once(path: Path) -> None:
+    """Let a saved tokenizer merge a space and a t: llama.cpp knows none that merges nothing."""
+    file = path / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    stored["model"] |= {"vocab": stored["model"]["vocab"] | {"Ġt": VOCABULARY - 1}, "merges": [["Ġ", "t"]]}
+    file.write_text(json.dumps(stored))
 
 
 def make_sweeper(path: Path, *, dtype: torch.dtype = torch.float64, micro_batch: int = 64, **options: Any) -> Sweeper:

@@ -36,12 +36,21 @@ def options_page(config: type[PruneConfig], commands: click.Group) -> str:
     of_config = _records(main, _parameters(options_from(config)))
     of_main = _records(main, commands.params)
     parts += ["## The command line alone", "\n".join(_items(of_main, leave_out=of_config))]
-    for name in commands.list_commands(main):
-        command = commands.get_command(main, name)
-        assert command is not None, "it is listed"
-        inner = click.Context(command, info_name=name, parent=main, **command.context_settings)
+    for command, inner in _commands_of(commands, main):
         parts += _command_parts(command, inner, of_config, of_main)
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _commands_of(group: click.Group, context: click.Context) -> Iterable[tuple[click.Command, click.Context]]:
+    """Yield the commands of a group, and of the groups in it."""
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None, "it is listed"
+        inner = click.Context(command, info_name=name, parent=context, **command.context_settings)
+        if isinstance(command, click.Group):
+            yield from _commands_of(command, inner)
+        else:
+            yield command, inner
 
 
 def _field_items(each: Field, config: type[PruneConfig]) -> Iterable[str]:

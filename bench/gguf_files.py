@@ -1,0 +1,122 @@
+"""GGUF files of the demo's 135M Llama, dense and pruned: their size, and what llama.cpp makes of them.
+
+    python bench/gguf_files.py --data DIR [--json FILE]
+
+Perplexity of 20 x 128 tokens of wikitext2-test.txt in DIR, by transformers in float32 and by llama.cpp for each type of
+file, and how many of 32 greedy tokens are the same. llama.cpp is asked for the probability of every next token by
+itself, so a file takes a minute or two. Needs 2 GB of temporary space, and xllamacpp.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+import streamprune
+from streamprune.commands import demo
+from streamprune.figures import human, table
+from streamprune.output.gguf import write_gguf
+from streamprune.pipeline.progress import Progress
+from streamprune.planning.rates import default_cache
+from streamprune.texts.corpus import open_corpus
+
+MODELS: dict[str, dict[str, Any] | None] = {
+    "dense": None,
+    "20 %, stock": {"stock": True},
+    "20 %, ragged": {"method": "wanda-sp", "allocation": "global", "layers": (4, 28)},
+}
+TYPES = {"dense": ("f32",), "20 %, stock": ("f32", "q8_0"), "20 %, ragged": ("f32", "f16", "bf16", "q8_0")}
+SEGMENTS, LENGTH, GREEDY, PROMPT = 20, 128, 32, 16
+
+
+class LlamaCpp:
+    """A file, loaded by llama.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.n_ctx, params.n_batch = str(path), 512, 512
+        params.n_parallel, params.verbosity, params.warmup = 1, 0, False
+        self._server = xllamacpp.Server(params)
+
+    def _complete(self, ids: list[int], count: int, **more: Any) -> list[dict[str, Any]]:
+        asked = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "ignore_eos": True, **more}
+        return self._server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
+
+    def loss(self, ids: list[int]) -> float:
+        """Mean loss of all tokens but the first: each is made certain, and its probability before that is said."""
+        losses = []
+        for end in range(1, len(ids)):
+            said = self._complete(ids[:end], 1, logit_bias=[[ids[end], 1e4]])
+            losses += [-each["logprob"] for each in said if each["id"] == ids[end]]
+        return math.fsum(losses) / len(losses)
+
+    def greedy(self, ids: list[int]) -> list[int]:
+        """The tokens that follow."""
+        return [each["id"] for each in self._complete(ids, GREEDY)]
+
+
+def by_transformers(path: Path, segments: torch.Tensor) -> tuple[float, list[int]]:
+    """Perplexity, and the greedy tokens after the first segment's beginning."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True).eval()
+    with torch.no_grad():
+        losses = [float(model(ids[None], labels=ids[None]).loss) for ids in segments]
+    prompt = segments[:1, :PROMPT]
+    mask = torch.ones_like(prompt)
+    follows = model.generate(prompt, attention_mask=mask, max_new_tokens=GREEDY, do_sample=False, eos_token_id=-1)
+    return math.exp(sum(losses) / len(losses)), follows[0, PROMPT:].tolist()
+
+
+def measure(model: Path, data: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Figures of each file."""
+    rows = []
+    for name, options in MODELS.items():
+        path = model
+        if options is not None:
+            path = scratch / "pruned"
+            streamprune.prune(streamprune.PruneConfig(model, path, evaluate=False, overwrite=True, **options))
+        segments = open_corpus(path, data / "wikitext2-test.txt").segments(LENGTH, SEGMENTS)
+        expected, follows = by_transformers(path, segments)
+        for type_name in TYPES[name]:
+            written = write_gguf(path, scratch / "model.gguf", type_name, overwrite=True)
+            loaded, start = LlamaCpp(written.path), time.perf_counter()
+            same = sum(a == b for a, b in zip(loaded.greedy(segments[0, :PROMPT].tolist()), follows, strict=False))
+            found = math.exp(sum(loaded.loss(ids.tolist()) for ids in segments) / len(segments))
+            rows.append({"model": name, "architecture": written.architecture, "type": type_name})
+            rows[-1] |= {"bytes": written.nbytes, "transformers": expected, "llama.cpp": found, "same of 32": same}
+            click.echo(f"  {name}, {type_name}: {time.perf_counter() - start:.0f} s", err=True)
+            del loaded
+    return rows
+
+
+@click.command()
+@click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
+def main(data: Path, json_file: Path | None) -> None:
+    """Measure, print the table, and write JSON."""
+    model = Path(demo.fetch(default_cache(), Progress()))
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = measure(model, data, Path(scratch))
+    lines = [["model", "architecture", "type", "file", "transformers", "llama.cpp", "more", "greedy tokens"]]
+    for row in rows:
+        more = row["llama.cpp"] / row["transformers"] - 1
+        values = [f"{row[name]:.3f}" for name in ("transformers", "llama.cpp")]
+        cells = [row["model"], row["architecture"], row["type"], human(row["bytes"])]
+        lines.append([*cells, *values, f"{more:+.3%}", f"{row['same of 32']} of {GREEDY}"])
+    print(table(lines, markdown=True))
+    if json_file:
+        json_file.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
