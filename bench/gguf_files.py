@@ -4,7 +4,7 @@
 
 Perplexity of 20 x 128 tokens of wikitext2-test.txt in DIR, by transformers in float32 and by llama.cpp for each type of
 file, and how many of 32 greedy tokens are the same. llama.cpp is asked for the probability of every next token by
-itself, so a file takes a minute or two. Needs 2 GB of temporary space, and xllamacpp.
+itself, so a file takes some minutes. Needs 2 GB of temporary space, and xllamacpp.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,11 @@ from streamprune.pipeline.progress import Progress
 from streamprune.planning.rates import default_cache
 from streamprune.texts.corpus import open_corpus
 
-MODELS: dict[str, dict[str, Any] | None] = {
-    "dense": None,
-    "20 %, stock": {"stock": True},
-    "20 %, ragged": {"method": "wanda-sp", "allocation": "global", "layers": (4, 28)},
+MODELS: dict[str, tuple[dict[str, Any] | None, tuple[str, ...]]] = {  # options, and types of file
+    "20 %, ragged": ({"method": "wanda-sp", "allocation": "global", "layers": (4, 28)}, ("f32", "q8_0", "bf16")),
+    "20 %, stock": ({"method": "taylor", "stock": True}, ("f32",)),
+    "dense": (None, ("f32",)),
 }
-TYPES = {"dense": ("f32",), "20 %, stock": ("f32", "q8_0"), "20 %, ragged": ("f32", "f16", "bf16", "q8_0")}
 SEGMENTS, LENGTH, GREEDY, PROMPT = 20, 128, 32, 16
 
 
@@ -77,26 +77,24 @@ def by_transformers(path: Path, segments: torch.Tensor) -> tuple[float, list[int
     return math.exp(sum(losses) / len(losses)), follows[0, PROMPT:].tolist()
 
 
-def measure(model: Path, data: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Figures of each file."""
-    rows = []
-    for name, options in MODELS.items():
+def measure(model: Path, data: Path, scratch: Path) -> Iterator[dict[str, Any]]:
+    """Figures of each file, as they come."""
+    for name, (options, types) in MODELS.items():
         path = model
         if options is not None:
             path = scratch / "pruned"
             streamprune.prune(streamprune.PruneConfig(model, path, evaluate=False, overwrite=True, **options))
         segments = open_corpus(path, data / "wikitext2-test.txt").segments(LENGTH, SEGMENTS)
         expected, follows = by_transformers(path, segments)
-        for type_name in TYPES[name]:
+        for type_name in types:
             written = write_gguf(path, scratch / "model.gguf", type_name, overwrite=True)
             loaded, start = LlamaCpp(written.path), time.perf_counter()
             same = sum(a == b for a, b in zip(loaded.greedy(segments[0, :PROMPT].tolist()), follows, strict=False))
             found = math.exp(sum(loaded.loss(ids.tolist()) for ids in segments) / len(segments))
-            rows.append({"model": name, "architecture": written.architecture, "type": type_name})
-            rows[-1] |= {"bytes": written.nbytes, "transformers": expected, "llama.cpp": found, "same of 32": same}
             click.echo(f"  {name}, {type_name}: {time.perf_counter() - start:.0f} s", err=True)
             del loaded
-    return rows
+            row = {"model": name, "architecture": written.architecture, "type": type_name, "bytes": written.nbytes}
+            yield row | {"transformers": expected, "llama.cpp": found, "same of 32": same}
 
 
 @click.command()
@@ -106,7 +104,11 @@ def main(data: Path, json_file: Path | None) -> None:
     """Measure, print the table, and write JSON."""
     model = Path(demo.fetch(default_cache(), Progress()))
     with tempfile.TemporaryDirectory() as scratch:
-        rows = measure(model, data, Path(scratch))
+        rows = []
+        for row in measure(model, data, Path(scratch)):
+            rows.append(row)
+            if json_file:
+                json_file.write_text(json.dumps(rows, indent=1) + "\n")
     lines = [["model", "architecture", "type", "file", "transformers", "llama.cpp", "more", "greedy tokens"]]
     for row in rows:
         more = row["llama.cpp"] / row["transformers"] - 1
@@ -114,8 +116,6 @@ def main(data: Path, json_file: Path | None) -> None:
         cells = [row["model"], row["architecture"], row["type"], human(row["bytes"])]
         lines.append([*cells, *values, f"{more:+.3%}", f"{row['same of 32']} of {GREEDY}"])
     print(table(lines, markdown=True))
-    if json_file:
-        json_file.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N] [--dtype D]
 
-TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, with and without --compensate), `policy` (the
-same of bernoulli, of layers 4:28 and of all, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9 of
-30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds
+TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, repaired, and by global allocation), `policy`
+(the same of bernoulli, of layers 4:28 and of all, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9
+of 30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds
 wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not made
-again. Each method scores once, in a process of its own, for all settings that share its scores; the checkpoints are
-loaded back and measured in float32, whatever `--dtype` they were made in. Needs 2 GB of temporary space.
+again. Settings that share scores are scored for once, in a process; checkpoints are loaded back and measured in
+float32, whatever `--dtype` they were made in. Needs 2 GB of temporary space.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import click
 
 GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
+UNITS_AS = {"": {}, " compensated": {"compensate": True}, " global": {"allocation": "global"}}
 MIDDLE = {"layers": [4, 28]}
 STARTS = {name: {"init": name} for name in ("wanda-sp", "taylor", "random-progressive")}  # of the policy
 STARTS["wanda-sp, 2400 steps"] = {"init": "wanda-sp", "steps": 2400}
@@ -45,8 +46,8 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "units": (
         UNITS,
         {
-            f"{ratio:.0%}{' compensated' if repaired else ''}": {"ratio": ratio, **MIDDLE, "compensate": repaired}
-            for repaired in (False, True)
+            f"{ratio:.0%}{variant}": {"ratio": ratio, **MIDDLE, **more}
+            for variant, more in UNITS_AS.items()
             for ratio in (0.2, 0.3, 0.4, 0.5)
         },
     ),
@@ -57,8 +58,7 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
                 "ratio": ratio,
                 **({} if everywhere else MIDDLE),
                 "compensate": repaired,
-                # Its budget falls every third of an epoch: of more sequences 600 steps would not come down to it.
-                "samples": 128 if settings["init"] == "random-progressive" else 512,
+                "samples": 128 if settings["init"] == "random-progressive" else 512,  # or its budget falls too late
                 "settings": settings,
             }
             for start, settings in STARTS.items()
