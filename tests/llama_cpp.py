@@ -21,8 +21,12 @@ class LlamaCpp:
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
 
+    def prompt_tokens(self, text):
+        """How many tokens a text has."""
+        return self._server.handle_completions({"prompt": text, "n_predict": 1})["usage"]["prompt_tokens"]
+
     def next_token(self, ids, size):
-        """Log-probabilities of the token after `ids`: [size]."""
+        """Log-probabilities of the token after `ids`, or a text: [size]."""
         # What is generated has to be text, or nothing is said of it; the probabilities are those before any bias.
         asked = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": size, "logit_bias": [[PRINTABLE, 1000.0]]}
         (said,) = self._server.handle_completions(asked)["choices"][0]["logprobs"]["content"]

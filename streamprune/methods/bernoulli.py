@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed
-from streamprune.methods.budget import Space, start_from_scores
+from streamprune.methods.budget import FEW_UNITS, Space, start_from_scores
 from streamprune.methods.policy import RAMP, Policy
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
@@ -55,7 +55,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
             statistics.finish_pass()
         if policy.settled(numbers[-1]):
             break
-    _put(sink, space.split(policy.s))
+    _put(sink, space.split(policy.scores))
 
 
 def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
@@ -104,19 +104,27 @@ def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics,
     if start == "score-const":
         return torch.full((n,), CONSTANT, dtype=torch.float64)
     scores, facts = (sink.by_key(), {"method": start}) if start in METHODS else read_scores(Path(start))
-    if facts["method"] == "bernoulli":  # it goes on from its probabilities
-        return torch.cat([scores[key] for key in space.parts])
+    if facts["method"] == "bernoulli":  # it goes on from what it has learnt
+        learnt = torch.cat([scores[key] for key in space.parts])
+        return torch.sigmoid(learnt) if facts.get("learner") == "explore" else learnt
     if isinstance(sink, LayerScores):  # compared with each other, not within a layer
         return start_from_scores({(0, "layer"): torch.cat([scores[key] for key in space.parts])}, space)
     return start_from_scores({key: scores[key] for key in space.parts}, space)
 
 
-def check_start(settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int]) -> None:
-    """Refuse to begin with scores of another model, granularity or other layers.
+def check(settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int], uniform: bool) -> None:
+    """Refuse to begin with scores of another model, granularity or other layers, and to learn where nothing can move.
 
     Raises:
-        UsageError: they are, or there are none.
+        UsageError: they are, or there are none; or units that are moved together lose as many whatever moves them.
     """
+    if uniform and target == "units" and settings["learner"] == "explore":
+        counts = [skeleton.geometries[layer].units(kind) for layer in layers for kind in skeleton.family.kinds]
+        if min(counts) > FEW_UNITS:
+            raise UsageError(
+                "--allocation uniform: explore moves the units of a layer and kind together, and every layer loses as "
+                "many of them anyhow; take --set variant=logits, or --allocation global"
+            )
     start = settings["init"]
     if start in METHODS or start in NO_SCORES:
         return
@@ -181,9 +189,9 @@ def _trials(space: Space, masks: Mapping[int, Tensor], rows: Mapping[int, list[i
             yield Trial(kept, frozenset(gone), sequences)
 
 
-def _put(sink: UnitScores | LayerScores, probabilities: Mapping[Key, Tensor]) -> None:
-    """Put the probabilities in the place of the scores that they began with."""
-    for (layer, kind), values in probabilities.items():
+def _put(sink: UnitScores | LayerScores, learnt: Mapping[Key, Tensor]) -> None:
+    """Put what was learnt in the place of the scores that it began with."""
+    for (layer, kind), values in learnt.items():
         if isinstance(sink, LayerScores):
             sink.values[layer] = float(values)
         else:

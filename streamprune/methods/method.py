@@ -31,7 +31,7 @@ class Setting:
     def parse(self, name: str, value: Any) -> Any:
         """`value` (a string from the command line, or already typed) checked, or a UsageError."""
         if self.choices:
-            if value in self.choices or (self.path and (os.sep in str(value) or Path(value).exists())):
+            if value in self.choices or (self.path and (os.sep in str(value) or Path(str(value)).exists())):
                 return str(value)
             more = ", or give the path of an earlier run's output" if self.path else ""
             raise UsageError(f"--set {name}={value}: choose one of {', '.join(self.choices)}{more}")
@@ -70,7 +70,8 @@ class Method:
         allocation: its own, for units. normalize: what global allocation makes of its scores, where not the usual.
         trials: passes over all layers, masks that are tried in each, and sequences of each of these.
         variants: what settings are that are not given, by the setting `variant`.
-        check: refuses settings that do not go with a model, a target and its prunable layers; named as `function` is.
+        check: refuses settings that do not go with a model, a target, its prunable layers, and whether these lose as
+            much of each kind; named as `function` is.
     """
 
     name: str
@@ -91,7 +92,7 @@ class Method:
     normalize: str | None = None
     trials: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    check: str | Callable[..., None] = lambda settings, skeleton, target, layers: None
+    check: str | Callable[..., None] = lambda settings, skeleton, target, layers, uniform: None
 
     @property
     def score(self) -> Callable[..., None]:

@@ -104,6 +104,13 @@ class Policy:
         return self._get("s")
 
     @property
+    def scores(self) -> Tensor:
+        """What units are compared by in the end [n]: what masks were chosen by, so logits where those are moved."""
+        if self.settings["learner"] != "explore":
+            return self.s
+        return self._get("logits") + self._get("moved")[self._direction]
+
+    @property
     def sampled_from(self) -> Tensor:
         """Probabilities that masks are drawn from [n]: away from 0 and 1, which no draw would ever leave again."""
         return self.s.clamp(self.settings["floor"], 1 - self.settings["floor"])
@@ -113,7 +120,7 @@ class Policy:
         self._part, self.space = self._at(step)
         count, p = self.settings["masks"], self.sampled_from
         if self.settings["learner"] == "explore":
-            logits = self._get("logits") + self._get("moved")[self._direction]
+            logits = self.scores
             ways = self.settings["spread"] * self._noise(step)[:, self._direction]
             return torch.stack([self.space.choose(logits + sign * way, self._part) for way in ways for sign in (1, -1)])
         generator = self._generator(step)
@@ -188,9 +195,9 @@ class Policy:
         }
 
     def settled(self, step: int) -> bool:
-        """Tell whether nothing has changed side in `patience` steps up to this one."""
+        """Tell whether nothing has changed side in `patience` steps up to this one, all of them at the last budget."""
         window = self.settings["patience"]
-        if window is None or step + 1 < window:
+        if window is None or step + 1 < window or self._at(step + 1 - window)[0] < 1:
             return False
         changed = self._get("figures")[step + 1 - window : step + 1, FIGURES.index("changed")]
         return bool((changed == 0).all())

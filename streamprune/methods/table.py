@@ -262,7 +262,7 @@ _ROWS = (
         normalize="none",
         trials=_trials,
         variants=_VARIANTS,
-        check="bernoulli:check_start",
+        check="bernoulli:check",
     ),
     Method(
         "layer-ppl",

@@ -55,6 +55,11 @@ _OTHERS = {
     "lm_head.weight": "output.weight",
 }
 ROPE_FACTORS = "rope_freqs.weight"
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_NEEDED = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "rms_norm_eps"),
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def write_gguf(
         try:
             writer = gguf.GGUFWriter(partial, outline.architecture)
             _add_config(writer, config, outline, type_name)
-            vocabulary.add_to(writer, source)
+            vocabulary.add_to(writer)
             nbytes = _write_tensors(gguf, writer, checkpoint, outline, type_name, partial)
             os.replace(partial, file)
         except OSError as error:
@@ -161,7 +166,10 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     added = any(name.endswith(("attn_output.bias", "ffn_down.bias")) for name in sources)
     same = all(len(set(widths)) == 1 for widths in (heads, kv_heads, channels))
     alike, apart = ARCHITECTURES[model_type]
-    architecture = alike if same and not (added and alike != "llama") else apart
+    added = added and alike != "llama"
+    architecture = apart if added or not same else alike
+    if architecture is None and added:
+        raise UsageError(f"{checkpoint.path}: llama.cpp's {alike} has no biases of o and down, and this model has")
     if architecture is None:
         raise UsageError(
             f"{checkpoint.path}: llama.cpp's {alike} has one width for all layers, and no other of its architectures "
@@ -179,8 +187,13 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
         )
     if config.get("quantization_config"):
         raise UsageError("the checkpoint is compressed; prune again without --compress")
+    if missing := [name for name in _NEEDED if config.get(name) is None]:
+        raise CheckpointError(f"config.json has no {missing[0]}; add it")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    # llama.cpp has its own of these, or others than transformers.
+    if kind == "yarn" and (own := [name for name in _YARN if rope.get(name) is not None]):
+        raise UsageError(f"rotary embeddings of type yarn are written with their factor alone; this one has {own[0]}")
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UsageError(f"rotary embeddings of type {kind} have no place in a GGUF file of this kind")
     if config.get("hidden_act", "silu") != "silu" or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -254,6 +267,8 @@ def _write_tensors(
         values = checkpoint.read(theirs).float()
         if not bool(torch.isfinite(values).all()):
             raise CheckpointError(f"{checkpoint.path}: {theirs} has numbers that are NaN or infinite")
+        if kinds[name] == gguf.GGMLQuantizationType.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max:
+            raise UsageError(f"{checkpoint.path}: {theirs} has numbers that float16 does not; take --type bf16 or f32")
         if outline.architecture in INTERLEAVED and name.split(".")[-2] in ("attn_q", "attn_k"):
             values = interleaved(values, outline.head_dim)
         writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), kinds[name]))

@@ -132,6 +132,8 @@ class Job:
     def _write_scores(self, scores: UnitScores | LayerScores, directory: Path) -> None:
         facts = {"method": self.config.method, "granularity": self.config.target}
         facts["model"] = self.sweeper.skeleton.checkpoint.outline
+        if learner := self.plan.settings.get("learner"):  # which says what its scores are
+            facts["learner"] = learner
         write_scores(directory, scores.by_key(), facts)
 
     def prune_weights(self, directory: Path) -> Done:

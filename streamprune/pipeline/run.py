@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamprune.config import PruneConfig
-from streamprune.errors import KernelError, OutputError
+from streamprune.errors import KernelError, OutputError, StreampruneError
 from streamprune.figures import peak_rss
 from streamprune.kernels.launch import KernelFailure, has_triton
 from streamprune.methods.table import resolve_settings
@@ -277,9 +277,8 @@ def _settle(
     place = partial(choose_placement, sweeper, config, work=work, baseline=process - loaded + to_come, memory=memory)
     placement = place(plan)
     if plan.settings.get("per_pass", 1) is None:
-        per_pass = per_pass or updates_per_pass(placement, is_gpu(skeleton.device))
-        plan = replace(plan, settings={**plan.settings, "per_pass": per_pass})
-        placement = place(plan) if per_pass > 1 else placement
+        count = per_pass or updates_per_pass(placement, plan.settings["steps"], is_gpu(skeleton.device))
+        plan, placement = _sharing(plan, placement, place, count, decided=per_pass is not None)
     if config.scratch is not None and skeleton.loaded:
         spilled = max(stage.scratch for stage in placement.stages)
         check_directory(config.scratch, "--scratch")
@@ -289,6 +288,21 @@ def _settle(
     sweeper.pager.page_cache = placement.page_cache
     sweeper.place, sweeper.scratch = placement.place, placement.scratch
     return plan, placement
+
+
+def _sharing(
+    plan: Plan, placement: Placement, place: Callable[[Plan], Placement], count: int, *, decided: bool
+) -> tuple[Plan, Placement]:
+    """Let so many updates share a pass: if it was not `decided` before, as many of them as there is memory for."""
+    while count > 1:
+        shared = replace(plan, settings={**plan.settings, "per_pass": count})
+        try:
+            return shared, place(shared)
+        except StreampruneError:  # what they hold at the same time
+            if decided:
+                raise
+            count //= 2
+    return replace(plan, settings={**plan.settings, "per_pass": 1}), placement
 
 
 def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None = None) -> Forecast:

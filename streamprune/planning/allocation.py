@@ -222,6 +222,8 @@ def allocate_globally(
         total[kind] = total.get(kind, 0) + costs[layer][kind] * len(values)
     removed = dict[tuple[int, Kind], int]()
     for budget, together in _budgets(rule, total):
+        if budget == 0:  # of a kind that is set apart, nor half a block
+            continue
         chosen = [part for part in parts if part[1] in together]
         slack = min(costs[layer][kind] * rule.step(kind) for layer, kind, _ in chosen) / 2
         removed |= _lowest(chosen, rule, costs, budget + slack)
@@ -269,7 +271,7 @@ def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> tuple[Te
     if 0 < first <= most:
         whole = torch.cat([ordered[:first].mean()[None], whole])
         sizes = torch.cat([torch.tensor([first]), sizes])
-    return whole, sizes
+    return whole.cummax(0).values if len(whole) else whole, sizes  # means of equal scores differ in their last digits
 
 
 def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:

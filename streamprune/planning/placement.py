@@ -116,16 +116,16 @@ def choose_placement(
     raise StreampruneError(_refusal(config, plan, baseline, smallest, limits, parts))
 
 
-def updates_per_pass(placement: Placement, gpu: bool) -> int:
+def updates_per_pass(placement: Placement, steps: int, gpu: bool) -> int:
     """Count the updates of a policy that should share a pass: as many as compute for as long as it reads.
 
     Args:
-        placement: of a run in which each has a pass for itself.
+        placement: of a run in which each has a pass for itself. steps: how many there are.
     """
     (stage,) = (each for each in placement.stages if each.name.startswith("scoring"))
     reading = max(stage.disk / DISK, stage.up / LINK if gpu else 0.0)
     computing = stage.forward / (GPU_FLOPS if gpu else CPU_FLOPS)
-    return max(1, min(MOST_UPDATES, math.ceil(reading / computing)))
+    return max(1, min(MOST_UPDATES, steps, math.ceil(reading / computing)))
 
 
 def passes_line(config: PruneConfig, plan: Plan) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from llama_cpp import LlamaCpp
 from tiny_models import N_LAYERS, VOCABULARY, merge_once, save_tiny, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import CheckpointError, OutputError, UsageError
@@ -21,6 +21,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 EVEN = {"hidden_size": 96, "intermediate_size": 64, "head_dim": 16}  # whole blocks of q8_0
 RUNS = [  # (family, its fields, options of the run, llama.cpp's architecture)
@@ -28,6 +29,7 @@ RUNS = [  # (family, its fields, options of the run, llama.cpp's architecture)
     ("llama", {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True}, None, "llama"),
     ("llama", {"rope_parameters": LLAMA3}, {"allocation": "global"}, "deci"),
     ("llama", {"rope_parameters": LINEAR}, {"stock": True, "mlp_ratio": 0.3}, "llama"),
+    ("llama", {"rope_parameters": YARN}, None, "llama"),
     ("llama", {}, {"method": "flap", "samples": 4, "seq_len": 16}, "deci"),
     ("llama", {}, {"granularity": "layers", "ratio": 0.5, "layers": (1, 3)}, "llama"),
     ("mistral", {"sliding_window": None}, {"allocation": "global"}, "deci"),
@@ -151,23 +153,75 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     for said, fields in (
         ("rotary embeddings of type dynamic", {"rope_parameters": dynamic}),
+        ("of type yarn are .* has attention_factor", {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+        ("config.json has no rms_norm_eps", {"rms_norm_eps": None}),
         ("with silu and whole rotary embeddings", {"hidden_act": "gelu"}),
         ("is compressed; prune again without --compress", {"quantization_config": {"quant_method": "x"}}),
     ):
         before = (tmp_path / "llama" / "config.json").read_text()
         edited(tmp_path / "llama", **fields)
-        refused(tmp_path / "llama", said)
+        refused(tmp_path / "llama", said, CheckpointError if "has no" in said else UsageError)
         (tmp_path / "llama" / "config.json").write_text(before)
     stored = json.loads((tmp_path / "llama" / "tokenizer.json").read_text())
-    edited(tmp_path / "llama", "tokenizer.json", pre_tokenizer={"type": "Whitespace"})
-    refused(tmp_path / "llama", "splits texts in a way .* give it with --pre")
+    bytes_alone = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    for changed in ({"pre_tokenizer": bytes_alone}, {"normalizer": {"type": "Lowercase"}}):
+        edited(tmp_path / "llama", "tokenizer.json", **stored | changed)
+        refused(tmp_path / "llama", "splits texts in a way .* give it with --pre")
     assert write_gguf(tmp_path / "llama", tmp_path / "named.gguf", pre="gpt-2").nbytes > 0
+    far = stored["model"]["vocab"] | {"far": 999}
+    edited(
+        tmp_path / "llama", "tokenizer.json", **stored | {"model": stored["model"] | {"vocab": far}, "normalizer": None}
+    )
+    refused(tmp_path / "llama", "token 'far' is number 999 of 260 embeddings")
     edited(tmp_path / "llama", "tokenizer.json", model=stored["model"] | {"merges": []})
     refused(tmp_path / "llama", "merges nothing")
     edited(tmp_path / "llama", "tokenizer.json", model=stored["model"] | {"type": "WordPiece"})
     refused(tmp_path / "llama", "a tokenizer of type WordPiece")
     (tmp_path / "llama" / "tokenizer.json").unlink()
     refused(tmp_path / "llama", "has no tokenizer.json")
+
+
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PIECES = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "t", "h", "e", "▁t", "he", "▁the", "c", "a"]
+MERGES = [["▁", "t"], ["h", "e"], ["▁t", "he"]]
+TEXT = " the cat, the\nhat; é 12 the"
+
+
+def tokenizer_of_pieces(path, prefix):
+    """SentencePiece's as transformers has it: BPE with bytes for what it does not know."""
+    stored = json.loads((path / "tokenizer.json").read_text())
+    vocabulary = {token: number for number, token in enumerate([*PIECES, "<s>", "</s>"])}
+    stored["model"] |= {"vocab": vocabulary, "merges": MERGES, "byte_fallback": True, "unk_token": "<unk>"}
+    stored["added_tokens"] = [
+        stored["added_tokens"][0] | {"id": vocabulary[token], "content": token} for token in ("<unk>", "<s>", "</s>")
+    ]
+    prepend = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    edited(
+        path,
+        "tokenizer.json",
+        **stored | {"normalizer": {"type": "Sequence", "normalizers": [*prepend, SPACES]}, "pre_tokenizer": None},
+    )
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}')
+
+
+@pytest.mark.parametrize("pieces", [None, True, False], ids=["bytes", "prefix", "pieces"])
+def test_llama_cpp_makes_the_same_tokens_of_a_text(pieces, tmp_path):
+    save(tmp_path / "in", "llama", dtype=torch.float32, vocab_size=VOCABULARY + 20)
+    if pieces is not None:
+        tokenizer_of_pieces(tmp_path / "in", pieces)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "in")(TEXT)["input_ids"]
+    loaded = LlamaCpp(write_gguf(tmp_path / "in", tmp_path / "model.gguf").path)
+    both = [loaded.next_token(given, VOCABULARY + 20) for given in (TEXT, ids)]
+    torch.testing.assert_close(*both, atol=1e-3, rtol=0)
+    assert loaded.prompt_tokens(TEXT) == len(ids)
+
+
+def test_a_context_ends_where_a_window_begins(tmp_path):
+    import gguf
+
+    save(tmp_path / "in", "mistral", dtype=torch.float32)
+    fields = gguf.GGUFReader(write_gguf(tmp_path / "in", tmp_path / "model.gguf").path).fields
+    assert fields["llama.context_length"].contents() == 7
 
 
 def test_a_file_that_exists_stays_unless_it_is_to_be_replaced(tmp_path):

@@ -66,7 +66,7 @@ def plainly(scores, ratio, costs, normalize="zscore", min_keep=0.1, round_to=1):
             left[layer, kind] = sorted((value, unit) for unit, value in enumerate(compared))
             least[layer, kind] = max(1, math.ceil(min_keep * len(values) - 1e-9))
     removed, gone, open_ones = {key: [] for key in left}, 0, dict.fromkeys(left)
-    while open_ones:
+    while open_ones and budget > 0:
         blocks = {}
         for layer, kind in list(open_ones):
             size = len(left[layer, kind]) % steps[kind] or steps[kind]
@@ -126,6 +126,21 @@ def test_kinds_that_are_set_apart_lose_their_share_and_the_others_what_is_left_o
             expected |= plainly(own, apart.get(kind, left / size[kind]), {kind: COSTS[kind]})
         kept = allocate_globally(scores, GlobalRule(ratio, apart=apart), alike(COSTS, 9), units(GEOMETRY, 9))
         assert removed_of(kept, scores) == expected
+
+
+def test_blocks_of_equal_scores_go_the_small_first_one_first_and_of_nothing_goes_nothing():
+    geometry = Geometry(kv_groups=4, n_rep=1, head_dim=1, channels=35)
+    for value in (0.1, 0.3, 0.7, 0.8):
+        alike_scores = {"kv_group": torch.ones(4, dtype=torch.float64)}
+        scores = {
+            layer: alike_scores | {"channel": torch.full((35,), value, dtype=torch.float64)} for layer in range(3)
+        }
+        rule = GlobalRule(0.3, "none", round_to=8, apart={"kv_group": 0.0})
+        kept = allocate_globally(scores, rule, alike({"kv_group": 50, "channel": 5}, 3), units(geometry, 3))
+        assert all(len(kept[layer]["channel"]) in (35, 32, 24, 16, 8) for layer in range(3))
+    rule = GlobalRule(0.2, round_to=8, apart={"kv_group": 0.25, "channel": 0.0})
+    kept = allocate_globally(random_scores(1, range(2)), rule, alike(COSTS, 2), units(GEOMETRY, 2))
+    assert [len(kept[layer]["channel"]) for layer in range(2)] == [37, 37]
 
 
 def test_a_kind_that_is_set_apart_is_refused_by_its_name_where_it_has_no_room():
