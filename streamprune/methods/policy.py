@@ -105,7 +105,7 @@ class Policy:
 
     @property
     def scores(self) -> Tensor:
-        """What units are compared by in the end [n]: what masks were chosen by, so logits where those are moved."""
+        """Scores that units are compared by in the end [n]: by which masks were chosen, so logits where they move."""
         if self.settings["learner"] != "explore":
             return self.s
         return self._get("logits") + self._get("moved")[self._direction]

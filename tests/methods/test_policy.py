@@ -294,6 +294,14 @@ def test_a_step_with_a_loss_that_is_no_number_is_refused_and_many_in_a_row_end_t
         learn(19, 1.0, bad)
 
 
+def test_a_progressive_policy_waits_for_its_last_budget():
+    space = made({(0, "channel"): slice(0, 3)}, torch.ones(3, dtype=F64), 2.7)
+    learner = Policy(space, P, settings(variant="exact", patience=2, lr=1e-12), 0, {}, stage=3)
+    for step in range(6):  # 0.05 of all goes in the first three, 0.1 in the others
+        learner.learn(step, 6, learner.draw(step), [1.0, 1.0], learner.sampled_from)
+        assert learner.settled(step) == (step >= 4)
+
+
 def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
     learner = policy(variant="exact", lr=1e6, masks=2)
     with pytest.raises(StreampruneError, match="every probability is 0 or 1; lower --set lr"):

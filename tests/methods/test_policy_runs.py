@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 from tiny_models import save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import UsageError
 from streamprune.storage.directory import OWN_FILE
-from streamprune.storage.scores import SCORES_FILE
+from streamprune.storage.scores import SCORES_FILE, read_scores
 
 
 @pytest.mark.parametrize("granularity", ["units", "layers"])
@@ -51,12 +52,27 @@ def test_scores_of_an_earlier_run_are_as_good_as_those_of_the_same_run(granulari
     assert written[0] == written[1] == written[2]
 
 
-def test_a_policy_goes_on_from_an_earlier_ones_probabilities(tiny_llama, tmp_path):
+@pytest.mark.parametrize("variant", ["best", "exact"])
+def test_a_policy_goes_on_from_what_an_earlier_one_has_learnt(variant, tiny_llama, tmp_path):
+    learnt = []
     for name, init in (("first", "random"), ("second", str(tmp_path / "first"))):
-        prune(
-            PruneConfig(str(tiny_llama), tmp_path / name, "bernoulli", {"init": init, "steps": 2, "lr": 1e-9}, **SHORT)
-        )
-    assert (tmp_path / "first/model.safetensors").read_bytes() == (tmp_path / "second/model.safetensors").read_bytes()
+        settings = {"variant": variant, "init": init, "steps": 2, "lr": 1e-9}
+        prune(PruneConfig(str(tiny_llama), tmp_path / name, "bernoulli", settings, **SHORT))
+        scores, facts = read_scores(tmp_path / name)
+        assert facts["learner"] == {"best": "explore", "exact": "projection"}[variant]
+        learnt.append(torch.cat(list(scores.values())))
+    torch.testing.assert_close(*learnt, rtol=0, atol=1e-6)
+    assert learnt[0].std() > 0.1
+
+
+def test_explore_is_refused_where_nothing_that_it_moves_changes_what_goes(tmp_path):
+    save_tiny(tmp_path / "in", "gpt2", dtype=torch.float32)  # channels alone
+    options = {**SHORT, "layers": None, "ratio": 0.3, "allocation": "uniform", "stock": True}
+    with pytest.raises(UsageError, match="every layer loses as many of them anyhow; take --set variant=logits"):
+        prune(PruneConfig(str(tmp_path / "in"), tmp_path / "out", "bernoulli", **options))
+    prune(
+        PruneConfig(str(tmp_path / "in"), tmp_path / "out", "bernoulli", {"variant": "logits", "steps": 1}, **options)
+    )
 
 
 def test_scores_that_do_not_go_with_the_run_are_refused(tiny_llama, tmp_path):
