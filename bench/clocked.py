@@ -22,6 +22,7 @@ import torch
 from clock import Clock, Sweep
 from clock_rates import Machine, machine_of
 from plans import MODELS, write_headers
+from torch.utils._python_dispatch import _disable_current_modes
 from virtual_clock import META, running
 
 from streamprune.config import PruneConfig
@@ -151,7 +152,9 @@ def _opened(config: PruneConfig) -> Iterator[tuple[Sweeper, Plan, tuple[int, int
     source = Source(config.model, planned=META, scope="units" if config.target == "units" else "matrices")
     with source.open() as sweeper:
         sweeper.skeleton.model.to(META).requires_grad_(False)
-        plan, row = make_plan(config, sweeper.skeleton), METHODS[config.method]
+        row = METHODS[config.method]
+        with _disable_current_modes():  # a plan is made of numbers that are there
+            plan = make_plan(config, sweeper.skeleton)
         samples, seq_len = row.calibration
         yield sweeper, plan, (config.samples or samples, config.seq_len or seq_len) if row.needs_text else None
 

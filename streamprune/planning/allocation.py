@@ -241,7 +241,7 @@ def _lowest(
         values.append(found)
         sizes.append(size)
         prices.append(size * costs[layer][kind])
-        owners.append(torch.full_like(size, number))
+        owners.append(torch.full((len(size),), number))
     order = torch.cat(values).argsort(stable=True)
     size, price, owner = (torch.cat(each)[order] for each in (sizes, prices, owners))
     left, gone = torch.arange(len(order)), torch.zeros(len(parts), dtype=torch.int64)
