@@ -143,6 +143,8 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     if config.get("tie_word_embeddings"):
         sources.pop("output.weight", None)
     heads, kv_heads, channels = list[int](), list[int](), list[int]()
+    if missing := {"token_embd.weight", "output_norm.weight"} - sources.keys():
+        raise UsageError(f"{checkpoint.path} has no {missing.pop()}, in llama.cpp's words; give a whole model")
     taken = {*_OTHERS}
     for layer in range(config["num_hidden_layers"]):
         rows = {}
@@ -153,7 +155,7 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
                     sources[f"blk.{layer}.{ours}.{end}"] = name
                     taken.add(name)
                     rows[ours] = checkpoint.tensors[name].shape[0]
-        if missing := {"attn_q", "attn_k", "ffn_up"} - rows.keys():
+        if missing := {*_LAYER.values()} - {"attn_q_norm", "attn_k_norm"} - rows.keys():
             raise UsageError(
                 f"{checkpoint.path}: layer {layer} has no {', '.join(sorted(missing))}, in llama.cpp's words; its "
                 "architectures have none without"
@@ -178,6 +180,13 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     return _Outline(architecture, head_dim, heads, kv_heads, channels, sources)
 
 
+def _rotary(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the type of the rotary embeddings and their numbers, as configs of either age have them."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    return str(rope.get("rope_type", rope.get("type", "default"))), rope
+
+
 def _refuse(config: Mapping[str, Any], model_type: str) -> None:
     """Refuse what llama.cpp computes in another way, or not at all."""
     if model_type not in ARCHITECTURES:
@@ -189,8 +198,7 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
         raise UsageError("the checkpoint is compressed; prune again without --compress")
     if missing := [name for name in _NEEDED if config.get(name) is None]:
         raise CheckpointError(f"config.json has no {missing[0]}; add it")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind, rope = _rotary(config)
     # llama.cpp has its own of these, or others than transformers.
     if kind == "yarn" and (own := [name for name in _YARN if rope.get(name) is not None]):
         raise UsageError(f"rotary embeddings of type yarn are written with their factor alone; this one has {own[0]}")
@@ -220,9 +228,8 @@ def _add_config(writer: Any, config: Mapping[str, Any], outline: _Outline, type_
     writer.add_rope_dimension_count(outline.head_dim)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    writer.add_rope_freq_base(float(rope.get("rope_theta", config.get("rope_theta", 10000.0))))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind, rope = _rotary(config)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(rope["factor"]))
@@ -297,10 +304,10 @@ def _rope_factors(config: Mapping[str, Any], head_dim: int) -> np.ndarray | None
 
     Source: `_compute_llama3_parameters` of transformers, as a factor of each frequency.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) != "llama3":
+    kind, rope = _rotary(config)
+    if kind != "llama3":
         return None
-    base = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+    base = float(rope["rope_theta"])
     low, high, factor = (float(rope[name]) for name in ("low_freq_factor", "high_freq_factor", "factor"))
     context = float(rope["original_max_position_embeddings"])
     wavelengths = 2 * math.pi * base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)

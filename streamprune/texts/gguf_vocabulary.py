@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamprune.errors import UsageError
+from streamprune.storage.checkpoint import read_json
 from streamprune.texts.tokenizer import load_tokenizer
 
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -107,7 +107,7 @@ def read_vocabulary(directory: Path, size: int, pre: str | None = None) -> Vocab
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise UsageError(f"{directory} has no tokenizer.json, which a GGUF file's vocabulary is made of; add it")
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(file)
     model = stored["model"]
     if model["type"] != "BPE":
         raise UsageError(f"{file}: a tokenizer of type {model['type']}; llama.cpp's are made of BPE only here")

@@ -177,6 +177,8 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
     refused(tmp_path / "llama", "merges nothing")
     edited(tmp_path / "llama", "tokenizer.json", model=stored["model"] | {"type": "WordPiece"})
     refused(tmp_path / "llama", "a tokenizer of type WordPiece")
+    (tmp_path / "llama" / "tokenizer.json").write_text("{")
+    refused(tmp_path / "llama", "tokenizer.json", CheckpointError)
     (tmp_path / "llama" / "tokenizer.json").unlink()
     refused(tmp_path / "llama", "has no tokenizer.json")
 
