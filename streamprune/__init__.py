@@ -43,14 +43,14 @@ from streamprune.methods.table import METHODS
 from streamprune.output import ragged
 
 if TYPE_CHECKING:
-    from streamprune.commands.comparison import Check
-    from streamprune.commands.verify import verify
     from streamprune.model.families import FAMILIES
     from streamprune.pipeline.evaluate import evaluate
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
     from streamprune.streaming.perplexity import Perplexity
+    from streamprune.verification.comparison import Check
+    from streamprune.verification.verify import verify
 
 __all__ = [
     "FAMILIES",
@@ -76,7 +76,7 @@ __all__ = [
 
 # Where the rest is; what is asked for is imported then.
 _HOMES = {
-    "Check": "commands.comparison:Check",
+    "Check": "verification.comparison:Check",
     "FAMILIES": "model.families:FAMILIES",
     "Forecast": "pipeline.run:Forecast",
     "Perplexity": "streaming.perplexity:Perplexity",
@@ -85,7 +85,7 @@ _HOMES = {
     "evaluate": "pipeline.evaluate:evaluate",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
-    "verify": "commands.verify:verify",
+    "verify": "verification.verify:verify",
 }
 
 

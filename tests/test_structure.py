@@ -16,6 +16,7 @@ ROWS = (
     ("methods", "recovery", "output"),
     ("planning",),
     ("pipeline",),
+    ("verification",),
     ("commands",),
     ("cli",),
 )

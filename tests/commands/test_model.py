@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, prune
 from streamprune.commands import demo
-from streamprune.commands.verify import verify
 from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.pipeline.source import Source
 from streamprune.planning.rates import default_cache
 from streamprune.streaming.statistics import Statistics
+from streamprune.verification.verify import verify
 
 MODEL = default_cache() / demo.MODEL_NAME
 pytestmark = [

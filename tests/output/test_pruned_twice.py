@@ -14,10 +14,10 @@ from tiny_models import make_sweeper, save_tiny, token_ids, whole_model_gradient
 from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, prune
-from streamprune.commands.verify import verify
 from streamprune.errors import UsageError
 from streamprune.planning.decision import make_plan
 from streamprune.streaming.statistics import Statistics
+from streamprune.verification.verify import verify
 
 FIRST = {"method": "taylor", "allocation": "global", "ratio": 0.3, "layers": (1, 7)}
 SECOND: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from tiny_models import EXPERTS, FAMILY_NAMES, GROUPED, N_LAYERS, RAGGED, make_s
 from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, prune
-from streamprune.commands.verify import verify
+from streamprune.verification.verify import verify
 
 STOCK_ONLY = tuple(name for name in FAMILY_NAMES if name not in RAGGED)
 

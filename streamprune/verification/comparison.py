@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.commands.fresh_process import FreshProcess
 from streamprune.errors import CheckpointError
 from streamprune.model.families import RAGGED_PREFIX
 from streamprune.model.masking import bias_of, mask_layer, output_matrices
@@ -25,6 +24,7 @@ from streamprune.storage.checkpoint import Checkpoint, read_config, read_json, r
 from streamprune.streaming.walk import Visit, walk
 from streamprune.texts.documents import embedded_text
 from streamprune.texts.tokenizer import load_tokenizer
+from streamprune.verification.fresh_process import FreshProcess
 
 SEQUENCES, SEQ_LEN = 4, 48
 # Two float32 computations of the same sums in another order; a wrong mask or width is off by the logits' size.

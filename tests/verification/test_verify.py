@@ -17,9 +17,9 @@ import torch
 from cli_runner import check_refusal, edit_tensors
 from tiny_models import save_tiny, tiny_model, token_ids
 
-from streamprune.commands import _verify_child
-from streamprune.commands.comparison import Check, complaint
-from streamprune.commands.verify import verify
+from streamprune.verification import _verify_child
+from streamprune.verification.comparison import Check, complaint
+from streamprune.verification.verify import verify
 
 
 class CalledProcess:
@@ -48,7 +48,7 @@ class CalledProcess:
 @pytest.fixture(autouse=True)
 def called(monkeypatch: pytest.MonkeyPatch) -> None:
     called = SimpleNamespace(Popen=CalledProcess, PIPE=subprocess.PIPE)
-    monkeypatch.setattr("streamprune.commands.fresh_process.subprocess", called)
+    monkeypatch.setattr("streamprune.verification.fresh_process.subprocess", called)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
 
 
