@@ -18,9 +18,11 @@ from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import Kind
+from streamprune.model.units import Kind, TensorRef
 from streamprune.storage.journal import Key
 from streamprune.storage.scores import read_scores
+from streamprune.streaming.filling import inverse_gram
+from streamprune.streaming.inputs import Gram
 from streamprune.streaming.masked import Trial
 from streamprune.streaming.statistics import Statistics
 
@@ -34,6 +36,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
     start = settings["init"]
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
         METHODS[start].score(statistics, resolve_settings(start, {}), sink)
+    inverses = _inverses(statistics) if settings["repaired"] == "yes" else {}
     space = _space(statistics, sink)
     begin = _start(space, sink, statistics, start)
     steps, each = settings["steps"], settings["per_pass"] or 1
@@ -44,7 +47,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
         p, masks = policy.sampled_from, {step: policy.draw(step) for step in numbers}
         rows = {step: _batch(statistics, settings["batch"], step) for step in numbers}
         trials = list(_trials(space, masks, rows))
-        losses = statistics.losses_of([row for step in numbers for row in rows[step]], trials)
+        losses = statistics.losses_of([row for step in numbers for row in rows[step]], trials, inverses)
         for step in numbers:
             if losses is None:  # the policy in the store has learnt from them
                 statistics.note(step=step, **policy.told(step))
@@ -56,6 +59,17 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
         if policy.settled(numbers[-1]):
             break
     _put(sink, space.split(policy.scores))
+
+
+def _inverses(statistics: Statistics) -> Mapping[Key, Tensor]:
+    """Make what masks' lost lines are filled in with, of the inputs of o and down."""
+    store = statistics.store("inverse")
+
+    def keep(ref: TensorRef, weight: Tensor, sums: Gram) -> None:
+        store[ref.key] = inverse_gram(sums.total)
+
+    statistics.inputs(Gram, keep, of=lambda ref: ref.cut_by_inputs)
+    return store
 
 
 def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
@@ -125,6 +139,8 @@ def check(settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: 
                 "--allocation uniform: explore moves the units of a layer and kind together, and every layer loses as "
                 "many of them anyhow; take --set variant=logits, or --allocation global"
             )
+    if target == "layers" and settings["repaired"] == "yes":
+        raise UsageError("--set repaired=yes is of units; leave it out, or pass --granularity units")
     start = settings["init"]
     if start in METHODS or start in NO_SCORES:
         return

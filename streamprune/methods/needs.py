@@ -6,6 +6,7 @@ A need is a row here and a function of `Statistics` that meets it. Nothing here 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,7 +44,7 @@ class KeptState:
         name: name of the store.
         kept: tells whether it is kept, with these settings and this target.
         without: the settings that do without it.
-        numbers: how many are kept of a matrix of a shape, of which the elements are given.
+        numbers: how many are kept of a matrix, by its shape, and its input's width where units cut it, else 0.
         dtype: of its numbers; None for --state-dtype, float64 in float64 runs.
         brought, taken: times that all of it comes to where it is computed on, and goes from there, with given settings.
         both_ways: sweeps read it forwards too; where one turns, what passed last is still there.
@@ -52,7 +53,7 @@ class KeptState:
     name: str
     kept: Callable[[Mapping[str, Any], Target], bool]
     without: str
-    numbers: Callable[[int], int] = lambda elements: elements
+    numbers: Callable[[Sequence[int], int], int] = lambda shape, width: math.prod(shape)
     dtype: str | None = None
     brought: Callable[[Mapping[str, Any]], int] = lambda settings: 1
     taken: Callable[[Mapping[str, Any]], int] = lambda settings: 1
@@ -275,13 +276,47 @@ def _masked(task: Task) -> Cost:
     # A matrix whose columns are cut stands beside them, transposed.
     cut = task.sizes.most(lambda layer: layer.weights + layer.largest, task.layers)
     masked = {"masked weights": task.cuts * task.itemsize * cut}
+    filling, filled, factors = _fillings(carried) if task.fills else ({}, 0.0, 0.0)
     return carried.cost(
         states=2,
         brought=(len(task.whole) + 1) * passes,
         taken=(len(task.whole) + 1) * passes,
-        device=task.in_turn({**activations, **masked}, {"logits": carried.logits(backwards=False)}),
-        forward=(carried.flops(task.whole) + carried.head_flops) * passes,
+        device=task.in_turn({**activations, **masked, **filling}, {"logits": carried.logits(backwards=False)}),
+        forward=(carried.flops(task.whole) + carried.head_flops + filled) * passes,
+        factors=trials * factors * passes,
     )
+
+
+def _fillings(task: Task) -> tuple[Mapping[str, int], float, float]:
+    """Count bytes of what fills in the inputs of a mask, and FLOPs of all of that, and of factors for each mask.
+
+    Of an input's lines a third are taken to go; there is room for two thirds.
+    """
+    sizes, layers = task.sizes, task.layers
+    widest = sizes.most(lambda layer: max(_cut_inputs(layer)), layers)
+    products = sizes.total(lambda layer: sum(2 * width**2 / 3 for width in _cut_inputs(layer)), layers)
+    factors = sizes.total(lambda layer: sum((width / 3) ** 3 / 3 for width in _cut_inputs(layer)), layers)
+    return {"fillings": 2 * widest**2 * task.sum_itemsize}, products * task.tokens, factors
+
+
+def _inverses(task: Task) -> Cost:
+    """Cost of a forward sweep that makes inverses of Gram matrices of the inputs that units cut: of o and down."""
+    sizes, (passed,), size = task.sizes, _up_to_the_last(task), task.sum_itemsize
+    sums = {"sums over inputs": size * sizes.most(lambda layer: sum(w**2 for w in _cut_inputs(layer)), task.layers)}
+    factors = {"factors": 2 * size * sizes.most(lambda layer: max(_cut_inputs(layer)) ** 2, task.layers)}
+    return task.cost(
+        states=2,
+        brought=len(passed),
+        taken=len(passed),
+        device=task.in_turn({"activations": sizes.most(partial(_running, task, 3), passed)} | sums, sums | factors),
+        forward=task.flops(passed) + sizes.total(lambda layer: task.gram_flops(_cut_inputs(layer)), task.layers),
+        factors=sizes.total(lambda layer: sum(w**3 for w in _cut_inputs(layer)), task.layers),
+    )
+
+
+def _cut_inputs(layer: LayerSizes) -> tuple[int, ...]:
+    """Widths of the inputs that units cut."""
+    return layer.inputs[: len(layer.inputs) // 2]
 
 
 def _inputs_of(layer: LayerSizes) -> set[int]:
@@ -301,5 +336,6 @@ SAMPLE_POWERS = Need("gradients", _there_and_back, _gradients)
 MOMENTS = Need("inputs", _up_to_the_last, partial(_inputs, gram=False))
 GRAMS = Need("inputs", _up_to_the_last, partial(_inputs, gram=True))
 HIDDEN = Need("hidden", _up_to_the_last, _hidden)
+INVERSES = Need("inputs", _up_to_the_last, _inverses)
 MASKED = Need("losses", _for_trials, _masked)
 LOSSES = Need("losses", _from_what_is_left_out, partial(_hidden, left_out=True))

@@ -16,6 +16,7 @@ from streamprune.methods.needs import (
     GRADIENTS,
     GRAMS,
     HIDDEN,
+    INVERSES,
     LOSSES,
     MASKED,
     MOMENTS,
@@ -90,7 +91,19 @@ _OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, LOSSES, HIDDEN)
 
 def _not_of_the_start(settings: Mapping[str, Any]) -> tuple[Need, ...]:
     start = METHODS.get(settings["init"])
-    return tuple(need for need in _OF_A_START if start is None or need not in start.needs)
+    unneeded = tuple(need for need in _OF_A_START if start is None or need not in start.needs)
+    return unneeded if settings["repaired"] == "yes" else (INVERSES, *unneeded)
+
+
+# P of the inputs of o and down, for the layers that pass with masks.
+_INVERSE = KeptState(
+    "inverse",
+    lambda settings, target: settings["repaired"] == "yes",
+    "repaired=no",
+    lambda shape, width: width**2,
+    brought=lambda settings: _trials(settings)[0],
+    taken=lambda settings: 1,
+)
 
 
 def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -129,6 +142,7 @@ _POLICY = {
     "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits", "explore")),
     "spread": Setting(0.5, "deviation σ of what explore tries, in those of scores", minimum=0, exclusive=True),
     "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
+    "repaired": Setting("no", "masks are tried as they will be with --compensate", choices=("yes", "no")),
     "patience": Setting(None, "steps after which it ends if no unit changed side", minimum=1, whole=True),
     "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
 }
@@ -252,7 +266,7 @@ _ROWS = (
         "bernoulli",
         "bernoulli:bernoulli",
         ("units", "layers"),
-        (MASKED, *_OF_A_START),
+        (*_OF_A_START, INVERSES, MASKED),
         "keep probabilities, learnt from losses of random masks",
         "arXiv 2406.10576",
         _POLICY,
@@ -260,6 +274,7 @@ _ROWS = (
         unneeded=_not_of_the_start,
         allocation="global",
         normalize="none",
+        states=(_INVERSE,),
         trials=_trials,
         variants=_VARIANTS,
         check="bernoulli:check",

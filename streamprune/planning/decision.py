@@ -15,6 +15,7 @@ from streamprune.methods.needs import KeptState
 from streamprune.methods.sinks import Sparsity, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
+from streamprune.model.masking import output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KIND_NAMES, KeptUnits, Kind
 from streamprune.output.form import OutputForm
@@ -283,19 +284,25 @@ def _state(
 ) -> dict[KeptState, int]:
     """Count the bytes of what the method keeps between its sweeps, by kind of state; `dtype` where it has none."""
     scored = {member.tensor for member in skeleton.family.members if member.scored}
-    elements = [
-        skeleton.shapes(layer)[name].numel()
+    names = {
+        layer: [name for name in skeleton.matrices(layer) if config.target != "units" or name in scored]
         for layer in layers
-        for name in skeleton.matrices(layer)
-        if config.target != "units" or name in scored
-    ]
+    }
     by_default = "float64" if skeleton.dtype.itemsize == 8 else dtype
 
     def nbytes(state: KeptState) -> int:
-        return getattr(torch, state.dtype or by_default).itemsize * sum(map(state.numbers, elements))
+        numbers = sum(sum(state_numbers(state, skeleton, layer, of)) for layer, of in names.items())
+        return getattr(torch, state.dtype or by_default).itemsize * numbers
 
     method = METHODS[config.method]
     return {state: nbytes(state) for state in method.states if state.kept(settings, config.target)}
+
+
+def state_numbers(state: KeptState, skeleton: Skeleton, layer: int, names: Iterable[str]) -> list[int]:
+    """Count the numbers of a kind of state that are kept of each of a layer's matrices."""
+    shapes = skeleton.shapes(layer)
+    widths = {each.tensor: shapes[each.tensor][each.dim] for each in output_matrices(skeleton, layer)}
+    return [state.numbers(shapes[name], widths.get(name, 0)) for name in names]
 
 
 def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:

@@ -19,7 +19,7 @@ from streamprune.paging.blocks import staging_bytes
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import PIECE_BYTES, Place
 from streamprune.paging.state import aligned
-from streamprune.planning.decision import Plan
+from streamprune.planning.decision import Plan, state_numbers
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
 from streamprune.recovery.panels import PANEL_COLUMNS
@@ -109,6 +109,7 @@ def scoring(
         apart=apart,
         trials=None if method.trials is None else method.trials(plan.settings),
         cuts=config.target == "units",
+        fills=method.trials is not None and bool(plan.state),
     )
     cost = one_after_another([need.cost(task) for need in needs] or [Cost(device=task.always)])
     kept = _state(sizes.sweeper, config, plan, state, held.state_slots)
@@ -163,17 +164,13 @@ def _state(sweeper: Sweeper, config: PruneConfig, plan: Plan, place: Place, slot
 
 def state_blocks(plan: Plan, sweeper: Sweeper) -> dict[int, int]:
     """Count the bytes of what the method keeps of each prunable layer, where it lies in blocks."""
-    elements = {
-        layer: [sweeper.skeleton.shapes(layer)[name].numel() for name in sweeper.scored[layer]] for layer in plan.layers
-    }
-    itemsizes = {
-        state: nbytes // sum(state.numbers(each) for layer in plan.layers for each in elements[layer])
-        for state, nbytes in plan.state.items()
-    }
-    return {
-        layer: sum(aligned(state.numbers(each) * size) for state, size in itemsizes.items() for each in elements[layer])
-        for layer in plan.layers
-    }
+    blocks = dict.fromkeys(plan.layers, 0)
+    for state, nbytes in plan.state.items():
+        numbers = {layer: state_numbers(state, sweeper.skeleton, layer, sweeper.scored[layer]) for layer in plan.layers}
+        itemsize = nbytes // sum(map(sum, numbers.values()))
+        for layer, each in numbers.items():
+            blocks[layer] += sum(aligned(count * itemsize) for count in each)
+    return blocks
 
 
 def _repair(

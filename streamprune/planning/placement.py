@@ -123,7 +123,7 @@ def updates_per_pass(placement: Placement, steps: int, gpu: bool) -> int:
         placement: of a run in which each has a pass for itself. steps: how many there are.
     """
     (stage,) = (each for each in placement.stages if each.name.startswith("scoring"))
-    reading = max(stage.disk / DISK, stage.up / LINK if gpu else 0.0)
+    reading = max((stage.disk + stage.moved) / DISK, stage.up / LINK if gpu else 0.0)
     computing = stage.forward / (GPU_FLOPS if gpu else CPU_FLOPS)
     return max(1, min(MOST_UPDATES, steps, math.ceil(reading / computing)))
 

@@ -188,6 +188,7 @@ class Task:
         prunes: weights go as they are scored, so a layer runs again with what is left of it.
         apart: what the method keeps is not in memory as it is used: a tensor of it comes there, in float32, on its way.
         trials: passes with masks, how many in each, and sequences of each of these. cuts: masks are of units.
+        fills: what masks take of inputs is filled in.
     """
 
     sizes: Sizes
@@ -202,6 +203,7 @@ class Task:
     apart: bool = False
     trials: tuple[int, int, int] | None = None
     cuts: bool = True
+    fills: bool = False
 
     @property
     def sweeper(self) -> Sweeper:

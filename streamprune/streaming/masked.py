@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,11 @@ from streamprune.model.masking import mask_layer
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, Kind, kept_lines, module_of
 from streamprune.paging.hidden_states import States
+from streamprune.storage.journal import Key
+from streamprune.streaming.filling import fillings
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper, blocks_of_tokens
 from streamprune.streaming.walk import Visit, walk
+from streamprune.streaming.watch import watch_inputs
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,20 @@ class Trial:
 
 
 @torch.no_grad()
-def masked_losses(sweeper: Sweeper, input_ids: Tensor, trials: Sequence[Trial], first: int) -> list[float]:
+def masked_losses(
+    sweeper: Sweeper,
+    input_ids: Tensor,
+    trials: Sequence[Trial],
+    first: int,
+    inverses: Mapping[Key, Tensor] = MappingProxyType({}),
+) -> list[float]:
     """Compute the mean next-token loss (nats) of each trial, in one forward sweep.
 
     Up to layer `first`, the lowest that a mask changes, trials on the same sequences are one.
 
     Args:
         input_ids: [n, seq].
+        inverses: P of matrices whose lost lines are filled in (filling.py), by layer and tensor.
     """
     skeleton, rows = sweeper.skeleton, [range(trial.sequences.start, trial.sequences.stop) for trial in trials]
     starts = [sum(map(len, rows[:number])) for number in range(len(rows))]
@@ -53,13 +64,16 @@ def masked_losses(sweeper: Sweeper, input_ids: Tensor, trials: Sequence[Trial], 
         given = [trial.sequences.start for trial in trials] if each.layer == first else starts
         output, turned = sweeper.states_like(each.hidden, count=len(ids)), dict[str, Tensor]()
         for trial, begin, end in zip(trials, given, starts, strict=True):
-            weights = masked_weights(skeleton, each.layer, each.weights, trial.kept.get(each.layer, {}), turned)
+            kept = trial.kept.get(each.layer, {})
+            filled = fillings(skeleton, each.layer, kept, inverses)
+            weights = masked_weights(skeleton, each.layer, each.weights, kept, turned, filled)
             for part in sweeper.micro_batches(trial.sequences.stop - trial.sequences.start):
                 hidden = each.hidden[begin + part.start : begin + part.stop]
                 if each.layer not in trial.gone:
-                    hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
+                    with watch_inputs(skeleton.layers[each.layer], filled):
+                        hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
                 output[end + part.start : end + part.stop] = hidden
-            del weights  # before there are the next trial's
+            del weights, filled  # before there are the next trial's
         return output
 
     hidden = walk(sweeper, input_ids, visit, change=False, then="again")
@@ -90,6 +104,7 @@ def masked_weights(
     weights: Mapping[str, Tensor],
     kept: Mapping[Kind, Sequence[int]],
     turned: dict[str, Tensor],
+    filled: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Return a layer's weights with which it computes what it does without the units that are not `kept`.
 
@@ -99,12 +114,17 @@ def masked_weights(
     Args:
         turned: takes the transposed matrices that columns are cut from, for the layer's next mask: single columns are
             thirty times as slow to gather as rows.
+        filled: matrices whose inputs are filled in: they stay whole.
     """
     masked, geometry = dict(weights), skeleton.geometries[layer]
     for kind, units in kept.items():
         if len(units) == geometry.units(kind):
             continue
-        members = [each for each in skeleton.family.members if each.kind == kind and each.tensor in weights]
+        members = [
+            each
+            for each in skeleton.family.members
+            if each.kind == kind and each.tensor in weights and each.tensor not in filled
+        ]
         if kind == "channel" and all(_is_linear(skeleton.layers[layer], each.tensor) for each in members):
             for member in members:
                 weight = weights[member.tensor]
@@ -116,8 +136,9 @@ def masked_weights(
                         turned[member.tensor] = weight.T.contiguous()
                     masked[member.tensor] = turned[member.tensor].index_select(0, lines).T
         else:
-            masked |= {each.tensor: weights[each.tensor].clone() for each in members}
-            mask_layer(skeleton, {layer: {kind: list(units)}}, layer, masked, kind)
+            copies = {each.tensor: weights[each.tensor].clone() for each in members}
+            mask_layer(skeleton, {layer: {kind: list(units)}}, layer, copies, kind)
+            masked |= copies
     return masked
 
 

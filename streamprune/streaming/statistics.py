@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -214,17 +215,19 @@ class Statistics:
             self._commit(END, {"dense": dense[0]})
         return {layer: float(losses[layer, "loss"]) for layer in self.layers}
 
-    def losses_of(self, rows: Sequence[int], trials: Sequence[Trial]) -> list[float] | None:
+    def losses_of(
+        self, rows: Sequence[int], trials: Sequence[Trial], inverses: Mapping[Key, Tensor] = MappingProxyType({})
+    ) -> list[float] | None:
         """Return the mean loss in nats of each trial, in one forward sweep; None if an earlier run has made it.
 
         Whoever asks says `finish_pass` when what was learnt from the losses is in a store. `trials` are on the
-        calibration sequences `rows`.
+        calibration sequences `rows`; `inverses` are of matrices whose lost lines are filled in (filling.py).
         """
         point = self._begin()
         if point is not None and point.layer == END:
             self.sweeper.pager.skip(range(self.sweeper.n_layers))
             return None
-        return masked_losses(self.sweeper, self._ids[list(rows)], trials, self.layers[0])
+        return masked_losses(self.sweeper, self._ids[list(rows)], trials, self.layers[0], inverses)
 
     def finish_pass(self) -> None:
         """Record that the sweep of `losses_of` is through, with what is in stores."""

@@ -64,7 +64,7 @@ def roughness(statistics, settings, sink):
 
 
 SUMS = Need("sums", passes_of_sums, cost_of_sums)
-MEAN = KeptState("mean", lambda settings, target: True, "nothing=else", numbers=lambda elements: 1, dtype="float64")
+MEAN = KeptState("mean", lambda settings, target: True, "nothing=else", numbers=lambda shape, width: 1, dtype="float64")
 ROUGHNESS = Method(
     "roughness", roughness, ("layers",), (SUMS,), "the spread", "-", sweeps=lambda settings: 2, states=(MEAN,)
 )

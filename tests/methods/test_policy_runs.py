@@ -140,7 +140,7 @@ WHATS = [
 def test_every_mask_that_is_tried_is_one_that_a_run_could_end_with(options, without, tiny_llama, tmp_path, monkeypatch):
     tried = []
 
-    def losses(sweeper, input_ids, trials, first):
+    def losses(sweeper, input_ids, trials, first, inverses):
         tried.extend(trials)
         return [float(len(tried) - number) for number in range(len(trials))]
 

@@ -167,7 +167,7 @@ def test_a_larger_budget_reads_less_and_the_plan_says_so(tiny_llama, tmp_path):
     ],
 )
 def test_updates_share_a_pass_until_it_computes_for_as_long_as_it_reads(disk, up, forward, gpu, count):
-    stage = SimpleNamespace(name="scoring bernoulli", disk=disk, up=up, forward=forward)
-    others = SimpleNamespace(name="writing", disk=1e15, up=1e15, forward=0)
+    stage = SimpleNamespace(name="scoring bernoulli", disk=disk, moved=0, up=up, forward=forward)
+    others = SimpleNamespace(name="writing", disk=1e15, moved=0, up=1e15, forward=0)
     assert updates_per_pass(SimpleNamespace(stages=[stage, others]), 600, gpu) == count
     assert updates_per_pass(SimpleNamespace(stages=[stage, others]), 2, gpu) == min(2, count)

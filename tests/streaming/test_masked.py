@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_models import FAMILY_NAMES, N_LAYERS, make_sweeper, save_tiny, token_ids
-from whole_models import load, mask_unit_kind, mean_loss, skip_layers
+from whole_models import load, mask_unit_kind, matrix, mean_loss, out_name, run, skip_layers, stack
 
+from streamprune.model.masking import output_matrices
 from streamprune.paging.pager import Pager
+from streamprune.streaming.filling import FILL_RIDGE, inverse_gram
 from streamprune.streaming.masked import Trial, masked_losses
 
 FIRST, SEQ = 1, 12
@@ -43,6 +45,35 @@ def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, tmp_pa
         expected = mean_loss(skip_layers(model, trial.gone), ids[trial.sequences])
         # OLMo 2's norm adds its ε to a mean over all heads: what is masked here is not told of that.
         assert loss == pytest.approx(expected, abs=1e-5 if family == "olmo2" else 1e-11), trial
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_output(family, tmp_path):
+    save_tiny(tmp_path, family)
+    sweeper, ids = make_sweeper(tmp_path, micro_batch=2), token_ids(5, SEQ)
+    trials = [Trial(drawn(sweeper, number), frozenset(), slice(number, number + 3)) for number in range(2)]
+    model, inverses, grams = load(tmp_path), {}, {}
+    modules = {
+        (layer, member.tensor): member.kind
+        for layer in range(FIRST, N_LAYERS)
+        for member in output_matrices(sweeper.skeleton, layer)
+    }
+    for (layer, name), kind in modules.items():
+        assert name == f"{out_name(model, kind)}.weight"
+        _, (x, _) = run(model, ids, stack(model)[layer].get_submodule(out_name(model, kind)))
+        gram = x.T @ x
+        grams[layer, name] = gram + FILL_RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).double()
+        inverses[layer, name] = inverse_gram(gram)
+    losses = masked_losses(sweeper, ids, trials, FIRST, inverses)
+    for trial, loss in zip(trials, losses, strict=True):
+        model = load(tmp_path)
+        for (layer, name), kind in modules.items():
+            weight = matrix(stack(model)[layer].get_submodule(out_name(model, kind))).clone()
+            lines, gram = mask_unit_kind(model, layer, kind, trial.kept[layer][kind]), grams[layer, name]
+            fitted = torch.linalg.solve(gram[lines][:, lines], gram[lines] @ weight.T).T
+            matrix(stack(model)[layer].get_submodule(out_name(model, kind)))[:, lines] = fitted
+        expected = mean_loss(model, ids[trial.sequences])
+        assert loss == pytest.approx(expected, abs=1e-5 if family == "olmo2" else 1e-10)
 
 
 def test_a_layer_can_lose_all_of_a_kind(tmp_path):

@@ -1,0 +1,66 @@
+"""Inputs of o and down whose lost lines are filled in from what is left, so that a masked layer is a repaired one.
+
+With G the inputs' Gram matrix and λI a ridge on it, the best linear guess at lost lines x_R by those that stay, x_S, is
+
+    x̂_R = G_RS G_SS⁻¹ x_S = −P_RR⁻¹ P_RS x_S,    P = (G + λI)⁻¹,
+
+and W_S x_S + W_R x̂_R is what W' = W G[:, S] G_SS⁻¹ makes of x_S: the fit of the repair to a layer's own output
+(recovery/least_squares.py), at the cost of the few lines that go and without a solve for each row of W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from streamprune.model.masking import output_matrices
+from streamprune.model.skeleton import Skeleton
+from streamprune.model.units import Kind, kept_lines
+from streamprune.storage.journal import Key
+
+FILL_RIDGE = 0.01  # λ relative to the mean of G's diagonal: what is learnt from few tokens holds of others
+
+
+def inverse_gram(total: Tensor) -> Tensor:
+    """Return P = (G + λI)⁻¹ [width, width] of a Gram matrix, which is overwritten."""
+    damping = FILL_RIDGE * total.diagonal().mean()
+    total.diagonal().add_(damping.clamp(min=torch.finfo(total.dtype).tiny))
+    return torch.cholesky_inverse(torch.linalg.cholesky(total))
+
+
+class Filling:
+    """Filling of one matrix's input for one mask.
+
+    Args:
+        inverse: P [width, width]. kept: the lines that stay, int64, ascending; some go.
+    """
+
+    def __init__(self, inverse: Tensor, kept: Tensor) -> None:
+        gone = torch.ones(len(inverse), dtype=torch.bool)
+        gone[kept] = False
+        self.kept, self.gone = kept.to(inverse.device), gone.nonzero().flatten().to(inverse.device)
+        self.rows = inverse.index_select(0, self.gone)  # P_R; its columns S are met by zeros in the others
+        self.factor = torch.linalg.cholesky(self.rows.index_select(1, self.gone))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fill in an input of all lines, or of those that stay: [..., width] of its dtype."""
+        width = self.rows.shape[1]
+        left = x if x.shape[-1] == len(self.kept) else x.index_select(-1, self.kept)
+        whole = left.new_zeros((*left.shape[:-1], width)).index_copy_(-1, self.kept, left)
+        right = self.rows @ whole.flatten(0, -2).T.to(self.rows.dtype)
+        guess = torch.cholesky_solve(right, self.factor).neg_().T
+        return whole.index_copy_(-1, self.gone, guess.to(x.dtype).view(*left.shape[:-1], len(self.gone)))
+
+
+def fillings(
+    skeleton: Skeleton, layer: int, kept: Mapping[Kind, Sequence[int]], inverses: Mapping[Key, Tensor]
+) -> dict[str, Filling]:
+    """Make the fillings of a layer's mask, by the names of the matrices that have an inverse and lose lines."""
+    geometry, found = skeleton.geometries[layer], {}
+    for member in output_matrices(skeleton, layer):
+        units = kept.get(member.kind, range(geometry.units(member.kind)))
+        if len(units) < geometry.units(member.kind) and (layer, member.tensor) in inverses:
+            found[member.tensor] = Filling(inverses[layer, member.tensor], kept_lines(member, geometry, units))
+    return found
