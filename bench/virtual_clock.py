@@ -149,7 +149,7 @@ class CostMode(TorchDispatchMode):
             device = kwargs.get("device") or args[0].device
             if args[0].is_meta != (device.type == "meta"):
                 like = {"dtype": kwargs.get("dtype") or args[0].dtype, "device": device}
-                made = torch.empty(args[0].shape, **like)
+                made = torch.zeros(args[0].shape, **like)  # what a method reads decides what it does next
                 self.clock.copy("compute", made, args[0], waits=not kwargs.get("non_blocking"), new=True)
                 return made
         if not _on_device(args, kwargs):

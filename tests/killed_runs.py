@@ -24,6 +24,7 @@ RUNS = [
     ("layer-ppl", "layers", {}, {}),
     ("block-influence", "layers", {}, {}),
     ("bernoulli", "units", {"steps": 5, "per_pass": 2, "batch": 2, "variant": "logits"}, {}),
+    ("bernoulli", "units", {"steps": 4, "per_pass": 2, "repaired": "yes"}, {}),
     ("bernoulli", "layers", {"steps": 3, "batch": 2}, {}),
     ("moreau", "layers", {"steps": 2}, {}),
     ("magnitude", "weights", {}, {}),

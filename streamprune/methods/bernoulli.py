@@ -33,14 +33,13 @@ CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to 
 
 def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores | LayerScores) -> None:
     """Score units or layers by the keep probabilities that are learnt from losses of random masks."""
-    start = settings["init"]
+    start, space = settings["init"], _space(statistics, sink)
+    stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
         METHODS[start].score(statistics, resolve_settings(start, {}), sink)
     inverses = _inverses(statistics) if settings["repaired"] == "yes" else {}
-    space = _space(statistics, sink)
     begin = _start(space, sink, statistics, start)
     steps, each = settings["steps"], settings["per_pass"] or 1
-    stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"), stage)
     for first in range(0, steps, each):
         numbers = range(first, min(first + each, steps))

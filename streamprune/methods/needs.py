@@ -290,13 +290,18 @@ def _masked(task: Task) -> Cost:
 def _fillings(task: Task) -> tuple[Mapping[str, int], float, float]:
     """Count bytes of what fills in the inputs of a mask, and FLOPs of all of that, and of factors for each mask.
 
-    Of an input's lines a third are taken to go; there is room for two thirds.
+    Of an input's lines a third are taken to go; there is room for nine tenths: P's rows and a factor of each input, and
+    what that takes on its way.
     """
-    sizes, layers = task.sizes, task.layers
-    widest = sizes.most(lambda layer: max(_cut_inputs(layer)), layers)
+    sizes, layers, most = task.sizes, task.layers, 0.9
+
+    def held(layer: LayerSizes) -> int:
+        squares = [width**2 for width in _cut_inputs(layer)]
+        return int((most + most**2) * sum(squares) + most**2 * max(squares))
+
     products = sizes.total(lambda layer: sum(2 * width**2 / 3 for width in _cut_inputs(layer)), layers)
     factors = sizes.total(lambda layer: sum((width / 3) ** 3 / 3 for width in _cut_inputs(layer)), layers)
-    return {"fillings": 2 * widest**2 * task.sum_itemsize}, products * task.tokens, factors
+    return {"fillings": sizes.most(held, layers) * task.sum_itemsize}, products * task.tokens, factors
 
 
 def _inverses(task: Task) -> Cost:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from streamprune.errors import StreampruneError
 from streamprune.model.masking import output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import Kind, kept_lines
@@ -35,14 +36,26 @@ class Filling:
 
     Args:
         inverse: P [width, width]. kept: the lines that stay, int64, ascending; some go.
+
+    Raises:
+        StreampruneError: P is not definite.
     """
 
     def __init__(self, inverse: Tensor, kept: Tensor) -> None:
         gone = torch.ones(len(inverse), dtype=torch.bool)
         gone[kept] = False
         self.kept, self.gone = kept.to(inverse.device), gone.nonzero().flatten().to(inverse.device)
-        self.rows = inverse.index_select(0, self.gone)  # P_R; its columns S are met by zeros in the others
-        self.factor = torch.linalg.cholesky(self.rows.index_select(1, self.gone))
+        self.rows = inverse.index_select(0, self.gone)  # P_R; x has zeros where its columns R are
+        block = self.rows.index_select(1, self.gone)
+        block = block.to(torch.promote_types(block.dtype, torch.float32))
+        block.diagonal().mul_(1 + torch.finfo(inverse.dtype).eps)  # rounded to few bits it may not be definite
+        block = block.mT  # by columns, as LAPACK has it, so that the factor takes its place
+        try:
+            self.factor = torch.linalg.cholesky(block, out=block)
+        except torch.linalg.LinAlgError as error:
+            raise StreampruneError(
+                "the inverse Gram matrix of a layer's inputs is singular; raise --samples, or pass --set repaired=no"
+            ) from error
 
     def __call__(self, x: Tensor) -> Tensor:
         """Fill in an input of all lines, or of those that stay: [..., width] of its dtype."""
@@ -50,7 +63,7 @@ class Filling:
         left = x if x.shape[-1] == len(self.kept) else x.index_select(-1, self.kept)
         whole = left.new_zeros((*left.shape[:-1], width)).index_copy_(-1, self.kept, left)
         right = self.rows @ whole.flatten(0, -2).T.to(self.rows.dtype)
-        guess = torch.cholesky_solve(right, self.factor).neg_().T
+        guess = torch.cholesky_solve(right.to(self.factor.dtype), self.factor).neg_().T
         return whole.index_copy_(-1, self.gone, guess.to(x.dtype).view(*left.shape[:-1], len(self.gone)))
 
 

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from tiny_models import save_tiny
+from tiny_models import make_sweeper, save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import UsageError
+from streamprune.pipeline.run import foretell
 from streamprune.storage.directory import OWN_FILE
 from streamprune.storage.scores import SCORES_FILE, read_scores
 
@@ -63,6 +64,12 @@ def test_a_policy_goes_on_from_what_an_earlier_one_has_learnt(variant, tiny_llam
         learnt.append(torch.cat(list(scores.values())))
     torch.testing.assert_close(*learnt, rtol=0, atol=1e-6)
     assert learnt[0].std() > 0.1
+
+
+def test_layers_that_go_are_not_filled_in(tiny_llama, tmp_path):
+    options = SHORT | {"granularity": "layers"}
+    with pytest.raises(UsageError, match="--set repaired=yes is of units; leave it out"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", {"repaired": "yes"}, **options))
 
 
 def test_explore_is_refused_where_nothing_that_it_moves_changes_what_goes(tmp_path):
@@ -173,3 +180,17 @@ def test_every_mask_that_is_tried_is_one_that_a_run_could_end_with(options, with
     for trial in tried:
         kept = {layer: trial.kept.get(layer, {}) for layer in layers if layer not in trial.gone}
         assert shape(kept) == shape(end)
+
+
+def test_masks_that_are_repaired_are_tried_as_planned(tiny_llama, tmp_path):
+    settings, outputs = {"steps": 4, "per_pass": 2, "repaired": "yes"}, []
+    for name in ("one", "two"):
+        config = PruneConfig(str(tiny_llama), tmp_path / name, "bernoulli", settings, **SHORT, compensate=True)
+        forecast, result = foretell(config), prune(config)
+        (stage,) = (each for each in forecast.placement.stages if each.name == "scoring bernoulli")
+        assert stage.read == result.facts["scoring"]["bytes_read"]
+        outputs.append((result.output / "model.safetensors").read_bytes())
+    geometry = make_sweeper(tiny_llama, dtype=torch.float32).skeleton.geometries[1]
+    widths = geometry.kv_groups * geometry.n_rep * geometry.head_dim, geometry.channels
+    assert stage.host["state of the method"] == 4 * 6 * sum(width**2 for width in widths)
+    assert outputs[0] == outputs[1]

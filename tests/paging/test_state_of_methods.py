@@ -74,6 +74,7 @@ def test_scores_are_those_of_state_in_memory(method, settings, dtype, where, slo
         ("moreau", "layers", {"steps": 2, "draws": 2}),
         ("smoothgrad", "weights", {"draws": 3}),
         ("gblm", "2:4", {}),
+        ("bernoulli", "units", {"steps": 3, "repaired": "yes"}),
     ],
 )
 @pytest.mark.parametrize(("state_dtype", "registers"), [("float32", True), ("bfloat16", True), ("float32", False)])

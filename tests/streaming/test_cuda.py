@@ -42,6 +42,7 @@ RUNS = [
     ("gblm", "units", {}, {}),
     ("gblm", "units", {"p": 2}, {}),
     ("bernoulli", "units", {"init": "magnitude", "steps": 4}, {}),
+    ("bernoulli", "units", {"init": "magnitude", "steps": 4, "repaired": "yes"}, {}),
     *(
         (method, pattern, {}, {})
         for method in ("magnitude", "wanda", "gblm", "sparsegpt", "taylor", "random")
