@@ -17,22 +17,26 @@ class Continuation:
     """Text that goes on token by token.
 
     Args:
+        task: that asks for it.
         context: its tokens; what is too long to leave room for the new ones loses its beginning.
-        wishes: lm-eval's of the task: what to stop at, and how many tokens at the most.
+        wishes: the task's, as lm-eval writes them: what to stop at, and how many tokens at the most.
         longest: tokens that the model takes.
+        eos: what the end of a text is written as.
 
     Raises:
         TaskError: the task wishes for samples, or for more tokens than the model takes.
     """
 
-    def __init__(self, context: list[int], wishes: dict[str, Any], longest: int, eos: str) -> None:
+    def __init__(self, task: str, context: list[int], wishes: dict[str, Any], longest: int, eos: str) -> None:
         wishes = dict(normalize_gen_kwargs(wishes, MOST_TOKENS))
         if wishes.get("do_sample") or wishes.keys() - GREEDY:
             asked = ", ".join(f"{key}={wishes[key]}" for key in wishes if key == "do_sample" or key not in GREEDY)
-            raise TaskError(f"a task asks for generation with {asked}; streamed generation is greedy: leave it out")
+            raise TaskError(f"{task} generates with {asked}; streamed generation is greedy: leave the task out")
         self.most: int = wishes["max_gen_toks"]
         if self.most >= longest:
-            raise TaskError(f"a task asks for {self.most} new tokens; the model takes {longest} with the question")
+            raise TaskError(
+                f"{task} generates {self.most} tokens, the model takes {longest} in all; leave the task out"
+            )
         self.until = handle_stop_sequences(wishes["until"], eos=eos)
         self.ids = context[max(0, len(context) - (longest - self.most)) :]
         self.generated: list[int] = []

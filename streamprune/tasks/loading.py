@@ -52,7 +52,7 @@ def load_tasks(
         UsageError: lm-eval has no task of that name.
         TaskError: there are no data, or they do not fit.
     """
-    index = _index(names)
+    index = _index(names, say)
     if data is not None and not data.is_dir():
         raise UsageError(f"--task-data {data} is no directory; give the one that holds the tasks' data")
     if data is None:
@@ -67,9 +67,9 @@ def load_tasks(
         except StreampruneError:
             raise
         except Exception as error:  # lm-eval, datasets and the hub raise many kinds
-            source = "the hub" if data is None else f"--task-data {data}"
-            remedy = "" if data is None else "; fetch or write them again"
-            raise TaskError(f"{name} cannot be made with data of {source}: {one_line(error)}{remedy}") from error
+            whose = "the hub's data" if data is None else f"the data in {data}"
+            remedy = "give them with --task-data DIR" if data is None else "fetch or write them again"
+            raise TaskError(f"{name} cannot be made of {whose}: {one_line(error)}; {remedy}") from error
         for task in _leaves(built):
             tasks[task.task_name] = task
     for task in tasks.values():
@@ -77,7 +77,7 @@ def load_tasks(
     return tasks
 
 
-def _index(names: Sequence[str]) -> dict[str, Any]:
+def _index(names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Return lm-eval's index of tasks, or as much of it as holds these."""
     folders = {FOLDERS[name] for name in names if name in FOLDERS}
     root = Path(lm_eval.tasks.__file__).parent
@@ -85,6 +85,7 @@ def _index(names: Sequence[str]) -> dict[str, Any]:
         some = TaskManager(include_defaults=False, include_path=[root / folder for folder in sorted(folders)])
         if all(name in some.task_index for name in names):
             return some.task_index
+    say("looking through all tasks of lm-eval")
     manager = TaskManager()
     for name in names:
         if name not in manager.task_index:

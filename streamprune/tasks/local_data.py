@@ -59,10 +59,10 @@ def find_splits(data: Path, task: str, path: str, name: str | None) -> dict[str,
         if splits:
             return splits
     there = sorted(each.name for each in data.iterdir() if each.is_dir())
-    looked = f"{task}/, {path}/{name}/" if name else f"{task}/, {path}/"
+    looked = f"{task}/ or {path}/{name}/" if name else f"{task}/ or {path}/"
     raise TaskError(
-        f"--task-data {data} holds no data of {task}: no {looked} with a split, such as validation.jsonl or .parquet, "
-        f"or validation/ as save_to_disk writes it; there are {', '.join(there) or 'no directories'}"
+        f"--task-data {data} holds no data of {task}; it has {', '.join(there) or 'no directories'}. Put a split into "
+        f"{looked}: validation.jsonl or .parquet, or validation/ as save_to_disk writes it"
     )
 
 

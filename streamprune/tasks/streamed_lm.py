@@ -99,8 +99,9 @@ class StreamedLM(TemplateLM):
         """
         eos = self.tokenizer.decode(self.eot_token_id)
         texts = [
-            Continuation(self.tok_encode(context), wishes, self.max_length, eos)
-            for context, wishes in [request.args for request in requests]
+            Continuation(str(request.task_name), self.tok_encode(context), wishes, self.max_length, eos)
+            for request in requests
+            for context, wishes in [request.args]
         ]
         ends, most = self._ends(), max((each.most for each in texts), default=0)
         with self.progress.stage("generating", most * self.sweeper.pager.layer_bytes()):
