@@ -16,6 +16,7 @@ from streamprune.streaming.perplexity import HIDDEN_BYTES
 from streamprune.streaming.sweeper import DEFAULT_MICRO_BATCH_TOKENS, LOGITS_BYTES, Sweeper
 
 STEP = 8  # tokens that lengths are rounded up to, so that few lengths have masks and positions of their own
+PADDING = 8  # a batch's longest sequence is longer than another by at most one part in so many, or by STEP
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Batch:
         return len(self.rows) * self.length
 
 
-def passes(sweeper: Sweeper, lengths: Sequence[int], longest: int, micro_batch: int | None = None) -> list[list[Batch]]:
+def plan_passes(
+    sweeper: Sweeper, lengths: Sequence[int], longest: int, micro_batch: int | None = None
+) -> list[list[Batch]]:
     """Divide sequences into passes of the layers, and each pass into batches of about the same length.
 
     Args:
         lengths: tokens of each sequence. longest: tokens that the model can take.
-        micro_batch: sequences of a batch; by default as many as have `DEFAULT_MICRO_BATCH_TOKENS` tokens.
+        micro_batch: sequences of a batch at the most; by default as many as have `DEFAULT_MICRO_BATCH_TOKENS` tokens.
     """
     of_token = sweeper.skeleton.config.hidden_size * sweeper.skeleton.dtype.itemsize
     # Longest first: what does not fit fails at once.
@@ -50,7 +53,9 @@ def passes(sweeper: Sweeper, lengths: Sequence[int], longest: int, micro_batch: 
     tokens, start = 0, 0
     while start < len(rows):
         length = min(longest, -(-lengths[rows[start]] // STEP) * STEP)
-        stop = start + (micro_batch or max(1, DEFAULT_MICRO_BATCH_TOKENS // length))
+        most = start + (micro_batch or max(1, DEFAULT_MICRO_BATCH_TOKENS // length))
+        shortest = length - max(STEP, length // PADDING)
+        stop = next((at for at in range(start + 1, len(rows)) if at == most or lengths[rows[at]] < shortest), len(rows))
         batch = Batch(tuple(rows[start:stop]), length)
         if not divided or (tokens + batch.tokens) * of_token > HIDDEN_BYTES:
             divided.append([])

@@ -34,9 +34,7 @@ class Continuation:
             raise TaskError(f"{task} generates with {asked}; streamed generation is greedy: leave the task out")
         self.most: int = wishes["max_gen_toks"]
         if self.most >= longest:
-            raise TaskError(
-                f"{task} generates {self.most} tokens, the model takes {longest} in all; leave the task out"
-            )
+            raise TaskError(f"{task} generates {self.most} tokens, the model takes {longest} in all; leave it out")
         self.until = handle_stop_sequences(wishes["until"], eos=eos)
         self.ids = context[max(0, len(context) - (longest - self.most)) :]
         self.generated: list[int] = []

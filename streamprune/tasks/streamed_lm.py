@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from streamprune.errors import TaskError
 from streamprune.pipeline.progress import Progress
-from streamprune.streaming.lengths import last_states, log_probabilities, passes
+from streamprune.streaming.lengths import last_states, log_probabilities, plan_passes
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.tasks.continuation import Continuation
 from streamprune.texts.tokenizer import beginning
@@ -124,7 +124,7 @@ class StreamedLM(TemplateLM):
         askers: list[list[int]] = [[] for _ in sequences]
         for number, place in enumerate(places):
             askers[place].append(number)
-        divided = passes(self.sweeper, [len(each) for each in sequences], self.max_length, self.micro_batch)
+        divided = plan_passes(self.sweeper, [len(each) for each in sequences], self.max_length, self.micro_batch)
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with self.progress.stage("tasks", len(divided) * self.sweeper.pager.layer_bytes()):
             for batches in divided:
@@ -157,7 +157,7 @@ class StreamedLM(TemplateLM):
 
     def _next_tokens(self, sequences: Sequence[list[int]]) -> Iterator[tuple[int, int]]:
         """Yield the likeliest next token of each sequence, with its number, after as many passes as they need."""
-        for batches in passes(self.sweeper, [len(each) for each in sequences], self.max_length, self.micro_batch):
+        for batches in plan_passes(self.sweeper, [len(each) for each in sequences], self.max_length, self.micro_batch):
             for batch, hidden in last_states(self.sweeper, sequences, batches):
                 rows = torch.arange(len(batch.rows), device=hidden.device)
                 lasts = torch.tensor([len(sequences[row]) - 1 for row in batch.rows], device=hidden.device)

@@ -24,7 +24,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from streamprune.streaming import lengths
-from streamprune.streaming.lengths import passes
+from streamprune.streaming.lengths import plan_passes
 from streamprune.tasks.streamed_lm import StreamedLM, computed_once
 from streamprune.texts.tokenizer import load_tokenizer
 
@@ -167,12 +167,13 @@ def test_each_sequence_is_computed_once_within_the_bounds(tmp_path):
     draw = random.Random(0)
     sizes = [draw.randint(1, 61) for _ in range(200)]
     with streamed(tmp_path / "llama") as lm:
-        divided = passes(lm.sweeper, sizes, 61, micro_batch=7)
+        divided = plan_passes(lm.sweeper, sizes, 61, micro_batch=7)
     batches = [batch for each in divided for batch in each]
     assert sorted(row for batch in batches for row in batch.rows) == list(range(200))
     for batch in batches:
         longest = max(sizes[row] for row in batch.rows)
         assert longest <= batch.length <= min(61, longest + lengths.STEP - 1)
+        assert all(sizes[row] >= batch.length - lengths.STEP for row in batch.rows)
         assert len(batch.rows) <= 7
 
 
