@@ -14,8 +14,10 @@ from streamprune.errors import TaskError, UsageError
 from streamprune.tasks.suites import tasks_of
 from streamprune.values import AUTO, dtype_name, source
 
-# Of a task's metrics the one that stands for it: the first that it has.
-METRICS = ("acc_norm", "acc", "exact_match", "em", "f1")
+# Of a task's metrics the one that stands for it in the mean: the first that it has. Others are no shares.
+SHARES = ("acc_norm", "acc", "exact_match", "em", "f1")
+# What lm-eval and its templates raise where a question is not as its task expects.
+MISFITS = (LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,16 @@ class TaskScores:
     dtype: str = ""
 
     @property
-    def mean(self) -> float:
-        """Mean over the tasks, of the metric that stands for each."""
+    def mean(self) -> float | None:
+        """Mean over the tasks, of the metric that stands for each; None where none does."""
         values = [each.value for each in self.scores if each.main]
-        return sum(values) / len(values)
+        return sum(values) / len(values) if values else None
 
     @property
     def mean_stderr(self) -> float | None:
         """Standard error of the mean; None where a task has none."""
         errors = [each.stderr for each in self.scores if each.main]
-        if any(error is None for error in errors):
+        if not errors or any(error is None for error in errors):
             return None
         return sum(error**2 for error in errors if error is not None) ** 0.5 / len(errors)
 
@@ -94,6 +96,8 @@ def evaluate_tasks(
         import lm_eval
     except ImportError:
         raise UsageError("tasks are lm-eval's; pip install 'streamprune[tasks]'") from None
+    from jinja2 import TemplateError
+
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.source import Source
     from streamprune.storage.checkpoint import resolve_model
@@ -121,8 +125,11 @@ def evaluate_tasks(
         try:
             with redirect_stderr(io.StringIO()):
                 found = lm_eval.evaluate(lm, {"tasks": loaded}, limit=limit, log_samples=False)
-        except ValueError as error:  # what it says of a task that it will not run, such as one that runs code
-            raise TaskError(f"lm-eval: {' '.join(str(error).split())}") from error
+        except (*MISFITS, TemplateError) as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise TaskError(
+                f"lm-eval cannot ask {', '.join(loaded)} ({said}); look into the questions' data"
+            ) from error
         return TaskScores(tuple(_scores(found)), dtype_name(sweeper.skeleton.dtype))
 
 
@@ -137,6 +144,6 @@ def _scores(found: dict[str, Any]) -> list[TaskScore]:
                 stderr = found["results"][task].get(f"{metric}_stderr,{filtered}")
                 name = metric if filtered == "none" else f"{metric} ({filtered})"
                 metrics[name] = float(value), float(stderr) if isinstance(stderr, int | float) else None
-        main = next((each for name in METRICS for each in metrics if each.split(" ")[0] == name), next(iter(metrics)))
+        main = next((each for name in SHARES for each in metrics if each.split(" ")[0] == name), None)
         scores += [TaskScore(task, each, *metrics[each], n["effective"], each == main) for each in metrics]
     return scores

@@ -72,7 +72,9 @@ def load_tasks(
             raise TaskError(f"{name} cannot be made of {whose}: {one_line(error)}; {remedy}") from error
         for task in _leaves(built):
             tasks[task.task_name] = task
-    for task in tasks.values():
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise UsageError(f"--tasks {name} runs code that the model writes, or shows pictures; leave it out")
         _set_examples(task, num_fewshot)
     return tasks
 

@@ -63,11 +63,11 @@ class StreamedLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Encode a text, with the tokens that begin it unless it has BOS already or none are to be added."""
         begun = add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        if begun or add_special_tokens is False:
-            return self.tokenizer.encode(string, add_special_tokens=False)
-        if self._beginning is None:
-            return self.tokenizer.encode(string)
-        return [*self._beginning, *self.tokenizer.encode(string, add_special_tokens=False)]
+        plain = begun or add_special_tokens is False
+        if self._beginning is None and not plain:
+            return self.tokenizer.encode(string, verbose=False)
+        before = [] if plain or self._beginning is None else self._beginning
+        return [*before, *self.tokenizer.encode(string, add_special_tokens=False, verbose=False)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is the likeliest at every token."""

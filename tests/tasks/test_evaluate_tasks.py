@@ -177,6 +177,7 @@ def test_an_unknown_task_is_refused_with_those_near_it(streamprune, tiny_llama, 
 @pytest.mark.parametrize(
     ("content", "names"),
     [
+        (f'{json.dumps(piqa(random.Random(0)))}\n{{"goal": "a", "label": 7}}\n', ("piqa",)),
         ("no json\n", ("validation.jsonl", "line 1")),
         ("", ("validation.jsonl", "no questions")),
         ('{"goal": "a", "sol1": "b", "sol2": "c"}\n', ("goal, sol1, sol2", "label")),
@@ -186,7 +187,7 @@ def test_an_unknown_task_is_refused_with_those_near_it(streamprune, tiny_llama, 
 def test_damaged_data_are_named(content, names, data, streamprune, tiny_llama):
     (data / "piqa" / "validation.jsonl").write_text(content)
     result = streamprune("eval", "--model", tiny_llama, "--tasks", "piqa", "--task-data", data, "--quiet")
-    check_refusal(result, 1, names, remedy=r"\b(write|name|fetch)\b")
+    check_refusal(result, 1, names, remedy=r"\b(write|name|fetch|look)\b")
 
 
 def test_a_damaged_table_is_named(data, streamprune, tiny_llama):
