@@ -33,7 +33,7 @@ OF_TASKS = {"task_data": None, "limit": None, "num_fewshot": None, "json_file": 
 @click.option("--task-data", type=click.Path(path_type=Path), metavar="DIR", help="Of the tasks; else from the hub.")
 @click.option("--limit", type=int, help="Questions of each task, from the first; all by default.")
 @click.option("--num-fewshot", type=int, help="Examples before each question; the task's own number by default.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="For the scores, too.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores there.")
 @with_options(COMPUTE_OPTIONS)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")

@@ -21,13 +21,13 @@ class Continuation:
         context: its tokens; what is too long to leave room for the new ones loses its beginning.
         wishes: the task's, as lm-eval writes them: what to stop at, and how many tokens at the most.
         longest: tokens that the model takes.
-        eos: what the end of a text is written as.
+        eos: what the end of a text is written as, if it is.
 
     Raises:
         TaskError: the task wishes for samples, or for more tokens than the model takes.
     """
 
-    def __init__(self, task: str, context: list[int], wishes: dict[str, Any], longest: int, eos: str) -> None:
+    def __init__(self, task: str, context: list[int], wishes: dict[str, Any], longest: int, eos: str | None) -> None:
         wishes = dict(normalize_gen_kwargs(wishes, MOST_TOKENS))
         if wishes.get("do_sample") or wishes.keys() - GREEDY:
             asked = ", ".join(f"{key}={wishes[key]}" for key in wishes if key == "do_sample" or key not in GREEDY)

@@ -32,6 +32,9 @@ class StreamedLM(TemplateLM):
         bos: begin texts with BOS: "auto" as the tokenizer does by default, "always", or "never".
         micro_batch: sequences that a layer computes on at once; by default by their tokens.
         progress: is told of each pass.
+
+    Raises:
+        TaskError: the tokenizer has neither BOS nor EOS.
     """
 
     def __init__(
@@ -47,15 +50,19 @@ class StreamedLM(TemplateLM):
         self.sweeper, self.tokenizer, self.micro_batch = sweeper, tokenizer, micro_batch
         self.progress = progress or Progress(quiet=True)
         self.max_length = resolve_max_length(sweeper.skeleton.config, tokenizer)
+        if self.prefix_token_id is None:
+            raise TaskError(
+                "the tokenizer has no BOS and no EOS to begin a text with; name one in its tokenizer_config.json"
+            )
         self._beginning = None if bos == "auto" else list(beginning(tokenizer, bos))
 
     @property
-    def eot_token_id(self) -> int:
-        """Token that ends a text."""
+    def eot_token_id(self) -> int | None:
+        """Token that ends a text; None where the tokenizer has none."""
         return self.tokenizer.eos_token_id
 
     @property
-    def prefix_token_id(self) -> int:
+    def prefix_token_id(self) -> int | None:
         """Token that stands before a text without a context: BOS, or the end of another text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
@@ -97,7 +104,7 @@ class StreamedLM(TemplateLM):
         Raises:
             TaskError: a task asks for samples, or for more tokens than the model takes.
         """
-        eos = self.tokenizer.decode(self.eot_token_id)
+        eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         texts = [
             Continuation(str(request.task_name), self.tok_encode(context), wishes, self.max_length, eos)
             for request in requests

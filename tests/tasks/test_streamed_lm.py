@@ -209,3 +209,11 @@ def test_a_continuation_that_cannot_be_scored_is_refused(tmp_path):
         for continuation in ("", "x" * 65):
             with pytest.raises(TaskError, match="1 to 64"):
                 lm.loglikelihood([asked("loglikelihood", "a cat", continuation)])
+
+
+def test_a_tokenizer_without_marks_of_a_text_is_refused(tmp_path):
+    save_tiny(tmp_path / "llama", "llama")
+    tokenizer = load_tokenizer(tmp_path / "llama")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with closing(make_sweeper(tmp_path / "llama")) as sweeper, pytest.raises(TaskError, match=r"name one in"):
+        StreamedLM(sweeper, tokenizer)
