@@ -37,6 +37,7 @@ from streamprune.errors import (
     KernelError,
     OutputError,
     StreampruneError,
+    TaskError,
     UsageError,
 )
 from streamprune.methods.table import METHODS
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
     from streamprune.streaming.perplexity import Perplexity
+    from streamprune.tasks.evaluate import TaskScore, TaskScores, evaluate_tasks
     from streamprune.verification.comparison import Check
     from streamprune.verification.verify import verify
 
@@ -67,8 +69,12 @@ __all__ = [
     "PruneConfig",
     "PruneResult",
     "StreampruneError",
+    "TaskError",
+    "TaskScore",
+    "TaskScores",
     "UsageError",
     "evaluate",
+    "evaluate_tasks",
     "plan",
     "prune",
     "verify",
@@ -82,7 +88,10 @@ _HOMES = {
     "Perplexity": "streaming.perplexity:Perplexity",
     "Progress": "pipeline.progress:Progress",
     "PruneResult": "pipeline.run:PruneResult",
+    "TaskScore": "tasks.evaluate:TaskScore",
+    "TaskScores": "tasks.evaluate:TaskScores",
     "evaluate": "pipeline.evaluate:evaluate",
+    "evaluate_tasks": "tasks.evaluate:evaluate_tasks",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
     "verify": "verification.verify:verify",

@@ -25,6 +25,10 @@ class CalibrationError(StreampruneError):
     """The text is missing, unreadable or too short."""
 
 
+class TaskError(StreampruneError):
+    """A task's data is missing or unreadable, or it asks for what a streamed model does not do."""
+
+
 class OutputError(StreampruneError):
     """The output cannot be written."""
 

@@ -49,6 +49,8 @@ answer(2, "plan", "--model", "here", "--assume", "abacus")
 answer(2, "plan", "--model", "here", "--granularity", "3:2")
 answer(2, "eval")
 answer(2, "eval", "--model", "here", "--seq-len", "1")
+answer(2, "eval", "--model", "here", "--tasks", "piqa", "--limit", "0")
+answer(2, "eval", "--model", "here", "--limit", "3")
 answer(2, "verify")
 answer(1, "verify", "nowhere")
 """

@@ -1,0 +1,1 @@
+"""Tasks: what a model of any size makes of the questions of lm-eval's tasks."""
