@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
+    from streamprune.reports.compare import Comparison, compare
     from streamprune.streaming.perplexity import Perplexity
     from streamprune.verification.comparison import Check
     from streamprune.verification.verify import verify
@@ -58,6 +59,7 @@ __all__ = [
     "CalibrationError",
     "Check",
     "CheckpointError",
+    "Comparison",
     "Forecast",
     "JournalError",
     "KernelError",
@@ -68,6 +70,7 @@ __all__ = [
     "PruneResult",
     "StreampruneError",
     "UsageError",
+    "compare",
     "evaluate",
     "plan",
     "prune",
@@ -77,11 +80,13 @@ __all__ = [
 # Where the rest is; what is asked for is imported then.
 _HOMES = {
     "Check": "verification.comparison:Check",
+    "Comparison": "reports.compare:Comparison",
     "FAMILIES": "model.families:FAMILIES",
     "Forecast": "pipeline.run:Forecast",
     "Perplexity": "streaming.perplexity:Perplexity",
     "Progress": "pipeline.progress:Progress",
     "PruneResult": "pipeline.run:PruneResult",
+    "compare": "reports.compare:compare",
     "evaluate": "pipeline.evaluate:evaluate",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from streamprune.commands.compare import compare_command
 from streamprune.commands.demo import demo_command
 from streamprune.commands.evaluate import evaluate_command
 from streamprune.commands.export import export_command
@@ -57,7 +58,15 @@ def cli(context: click.Context, **options: Any) -> None:
     run_prune(**options)
 
 
-for _command in (plan_command, evaluate_command, verify_command, export_command, methods_command, demo_command):
+for _command in (
+    plan_command,
+    evaluate_command,
+    verify_command,
+    export_command,
+    compare_command,
+    methods_command,
+    demo_command,
+):
     cli.add_command(_command)
 
 
