@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
     from streamprune.reports.compare import Comparison, compare
+    from streamprune.reports.report import report
     from streamprune.streaming.perplexity import Perplexity
     from streamprune.verification.comparison import Check
     from streamprune.verification.verify import verify
@@ -74,6 +75,7 @@ __all__ = [
     "evaluate",
     "plan",
     "prune",
+    "report",
     "verify",
 ]
 
@@ -90,6 +92,7 @@ _HOMES = {
     "evaluate": "pipeline.evaluate:evaluate",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
+    "report": "reports.report:report",
     "verify": "verification.verify:verify",
 }
 

@@ -31,7 +31,7 @@ def answer(code, *arguments):
 answer(0)
 answer(0, "--version")
 answer(0, "methods")
-for command in ([], ["plan"], ["eval"], ["verify"], ["compare"], ["methods"], ["demo"]):
+for command in ([], ["plan"], ["eval"], ["verify"], ["compare"], ["report"], ["methods"], ["demo"]):
     answer(0, *command, "--help")
     answer(2, *command, "--unknown")
 run = ("--model", "here", "--output", "there")
@@ -52,6 +52,7 @@ answer(2, "eval", "--model", "here", "--seq-len", "1")
 answer(2, "verify")
 answer(1, "verify", "nowhere")
 answer(2, "compare", "here")
+answer(2, "report")
 answer(1, "compare", "here", "there", "--json", ".")
 """
 
