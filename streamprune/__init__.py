@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from streamprune.pipeline.run import foretell as plan
     from streamprune.reports.compare import Comparison, compare
     from streamprune.reports.report import report
+    from streamprune.reports.speed import Speeds, speed
     from streamprune.streaming.perplexity import Perplexity
     from streamprune.verification.comparison import Check
     from streamprune.verification.verify import verify
@@ -69,6 +70,7 @@ __all__ = [
     "Progress",
     "PruneConfig",
     "PruneResult",
+    "Speeds",
     "StreampruneError",
     "UsageError",
     "compare",
@@ -76,6 +78,7 @@ __all__ = [
     "plan",
     "prune",
     "report",
+    "speed",
     "verify",
 ]
 
@@ -92,7 +95,9 @@ _HOMES = {
     "evaluate": "pipeline.evaluate:evaluate",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
+    "Speeds": "reports.speed:Speeds",
     "report": "reports.report:report",
+    "speed": "reports.speed:speed",
     "verify": "verification.verify:verify",
 }
 

@@ -26,6 +26,7 @@ from streamprune.commands.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, with_op
 from streamprune.commands.plan import plan_command
 from streamprune.commands.prune import run_prune
 from streamprune.commands.report import report_command
+from streamprune.commands.speed import speed_command
 from streamprune.commands.verify import verify_command
 from streamprune.errors import StreampruneError, UsageError
 
@@ -60,7 +61,7 @@ def cli(context: click.Context, **options: Any) -> None:
     run_prune(**options)
 
 
-_OF_OUTPUTS = (evaluate_command, verify_command, export_command, compare_command, report_command)
+_OF_OUTPUTS = (evaluate_command, verify_command, export_command, compare_command, report_command, speed_command)
 for _command in (plan_command, *_OF_OUTPUTS, methods_command, demo_command):
     cli.add_command(_command)
 

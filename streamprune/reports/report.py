@@ -61,6 +61,7 @@ def report_page(output: PrunedOutput, tasks: TaskTable) -> str:
         page.paragraph(f"{what_was_done(facts)} with streamprune {facts['versions']['streamprune']}."),
         *sections.result_section(output),
         *task_section(tasks),
+        *sections.speed_section(facts),
         page.heading("What every layer keeps"),
         *sections.widths_section(output),
         page.heading("Scores"),

@@ -15,6 +15,7 @@ from streamprune.figures import human
 from streamprune.output.card import perplexity_cells, sizes
 from streamprune.reports import charts, page
 from streamprune.reports.outputs import KINDS_IN_WORDS, PrunedOutput
+from streamprune.reports.speed import ratio_lines, speed_rows
 
 Facts = Mapping[str, Any]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -141,6 +142,18 @@ def _cut(scores: Tensor, kept: frozenset[int]) -> float | None:
     if not kept or len(kept) == len(scores):
         return None
     return float(scores[sorted(kept)].min())
+
+
+def speed_section(facts: Facts) -> list[str]:
+    """Say how fast the output is in use, where that was measured."""
+    measured = facts.get("speed")
+    if not measured:
+        return []
+    where = (
+        f"One sequence, a prompt of {measured['prompt']} tokens and {measured['new']} more, on {measured['device']}."
+    )
+    said = [page.paragraph(f"{each}.") for each in ratio_lines(measured)]
+    return [page.heading("Speed"), page.paragraph(where), page.cells(speed_rows(measured), "speed and memory"), *said]
 
 
 def stages_section(facts: Facts) -> list[str]:
