@@ -183,7 +183,7 @@ def shown(results: Mapping[str, Any]) -> str:
         for ratio in (f"{each:.0%}" for each in RATIOS):
             cells = [results["methods"][name][row]["others"][ratio] for name in names]
             lines.append([row, ratio, *(f"{count / of:.1%}" for count, of in cells)])
-    parts = [table(lines, markdown=True), *verdicts(results), ""]
+    parts = [table(lines, markdown=True), "", *(f"- {each}" for each in verdicts(results)), ""]
     ranks = [["changed", "method", "lowest correlation", "in layer", "median"]]
     for row in rows:
         for name in names:
@@ -214,7 +214,12 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
         count, of = methods[name][row]["others"][f"{ratio:.0%}"]
         return count / of
 
-    lines = []
+    most = f"{RATIOS[-1]:.0%}"
+    lines = [
+        f"{name}: at {most} other texts change {share(name, 'other calibration', RATIOS[-1]):.1%} of what goes, "
+        f"{', '.join(f'{row} {share(name, row, RATIOS[-1]):.1%}' for row in rows if row != 'other calibration')}"
+        for name, rows in methods.items()
+    ]
     for row in next(iter(methods.values())):
         for ours in ("moreau", "moreau-gs"):
             for other in ("taylor", "smoothgrad"):
@@ -247,7 +252,8 @@ def main(
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if alone:
         results["alone"] = layer_alone(model, data, {name: scored(name, (STORED, "float32", 0)) for name in names})
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+    results["verdicts"] = verdicts(results)
+    json_file.write_text(json.dumps(results, indent=1) + "\n")
     print(shown(results))
 
 

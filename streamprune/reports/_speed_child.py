@@ -18,7 +18,7 @@ from typing import Any
 
 
 def by_transformers(task: dict[str, Any]) -> Callable[[], dict[str, float]]:
-    """Load by transformers; a measurement is a forward of the prompt, and greedy tokens one by one with the KV cache."""
+    """Load by transformers; measure a forward of the prompt, then greedy tokens one by one with the KV cache."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -15,7 +15,7 @@ HEADING = "## Speed\n"
 
 
 def record_speed(directory: Path, measured: Speeds) -> None:
-    """Write speeds into streamprune.json as "speed", and as the last section of README.md, in the place of earlier ones.
+    """Write speeds into streamprune.json, and as the last section of README.md, in the place of earlier ones.
 
     Raises:
         CheckpointError: no output of streamprune. OutputError: it cannot be written to.

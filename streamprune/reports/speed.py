@@ -11,12 +11,15 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from streamprune.config import PruneConfig
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.figures import human, table
+from streamprune.schema import taken
 from streamprune.values import AUTO, dtype_name
 
 SEED = 0  # of the prompt's tokens
@@ -90,6 +93,8 @@ def speed(
     """
     if prompt < 2 or new < 1 or runs < 1:
         raise UsageError("--prompt must be at least 2, --new and --runs at least 1")
+    options = {each.name: each for each in fields(PruneConfig)}
+    dtype, device = (taken(options[name], value) for name, value in (("dtype", dtype), ("device", device)))
     from streamprune.paging.device import compute_device, compute_dtype
     from streamprune.storage.checkpoint import Checkpoint, resolve_model
 
@@ -208,7 +213,7 @@ class _Child:
             last = (self._said.read().strip().splitlines() or ["no message"])[-1]
             self.__exit__()
             raise StreampruneError(
-                f"{self._model} cannot be measured with {self._engine}: {last}; streamprune verify says whether it loads"
+                f"{self._model} cannot be measured with {self._engine}: {last}; streamprune verify says if it loads"
             )
         return json.loads(line)
 
@@ -235,7 +240,7 @@ def ratio_lines(measured: Mapping[str, Any]) -> list[str]:
 
 
 def _pairs(speeds: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    for first, second in zip(speeds, speeds[1:], strict=False):
+    for first, second in pairwise(speeds):
         if first["engine"] == second["engine"]:
             yield first, second
 
