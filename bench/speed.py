@@ -3,7 +3,7 @@
     python bench/speed.py --scratch DIR --json FILE [--runs N] [--prompt N] [--new N] [--dtype D] [--ratio R]
 
 20 % by taylor, as layers of different widths, in one width (`--stock`), and both with channels in multiples of 64
-(`--round-to 64`), and three whole layers; each is measured in turn with the dense model by `streamprune.speed`, every
+(`--round-to 64`), and as whole layers; each is measured in turn with the dense model by `streamprune.speed`, every
 model in a process of its own. Ratios are medians of runs side by side. What FILE has is not measured again. Threads are
 what OMP_NUM_THREADS says. Needs 2 GB of temporary space, and xllamacpp for llama.cpp.
 """
