@@ -49,6 +49,9 @@ if TYPE_CHECKING:
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
+    from streamprune.reports.compare import Comparison, compare
+    from streamprune.reports.report import report
+    from streamprune.reports.speed import Speeds, speed
     from streamprune.streaming.perplexity import Perplexity
     from streamprune.tasks.evaluate import TaskScore, TaskScores, evaluate_tasks
     from streamprune.verification.comparison import Check
@@ -60,6 +63,7 @@ __all__ = [
     "CalibrationError",
     "Check",
     "CheckpointError",
+    "Comparison",
     "Forecast",
     "JournalError",
     "KernelError",
@@ -68,21 +72,26 @@ __all__ = [
     "Progress",
     "PruneConfig",
     "PruneResult",
+    "Speeds",
     "StreampruneError",
     "TaskError",
     "TaskScore",
     "TaskScores",
     "UsageError",
+    "compare",
     "evaluate",
     "evaluate_tasks",
     "plan",
     "prune",
+    "report",
+    "speed",
     "verify",
 ]
 
 # Where the rest is; what is asked for is imported then.
 _HOMES = {
     "Check": "verification.comparison:Check",
+    "Comparison": "reports.compare:Comparison",
     "FAMILIES": "model.families:FAMILIES",
     "Forecast": "pipeline.run:Forecast",
     "Perplexity": "streaming.perplexity:Perplexity",
@@ -90,10 +99,14 @@ _HOMES = {
     "PruneResult": "pipeline.run:PruneResult",
     "TaskScore": "tasks.evaluate:TaskScore",
     "TaskScores": "tasks.evaluate:TaskScores",
+    "compare": "reports.compare:compare",
     "evaluate": "pipeline.evaluate:evaluate",
     "evaluate_tasks": "tasks.evaluate:evaluate_tasks",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
+    "Speeds": "reports.speed:Speeds",
+    "report": "reports.report:report",
+    "speed": "reports.speed:speed",
     "verify": "verification.verify:verify",
 }
 

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 from click.core import ParameterSource
 
+from streamprune.commands.compare import compare_command
 from streamprune.commands.demo import demo_command
 from streamprune.commands.evaluate import evaluate_command
 from streamprune.commands.export import export_command
@@ -24,6 +25,8 @@ from streamprune.commands.methods import methods_command
 from streamprune.commands.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, with_options
 from streamprune.commands.plan import plan_command
 from streamprune.commands.prune import run_prune
+from streamprune.commands.report import report_command
+from streamprune.commands.speed import speed_command
 from streamprune.commands.verify import verify_command
 from streamprune.errors import StreampruneError, UsageError
 
@@ -31,6 +34,7 @@ from streamprune.errors import StreampruneError, UsageError
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="streamprune")
 @with_options(PRUNE_OPTIONS + COMPUTE_OPTIONS)
+@click.option("--report", is_flag=True, help="Write report.html into the output too: the run on a page.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -57,7 +61,8 @@ def cli(context: click.Context, **options: Any) -> None:
     run_prune(**options)
 
 
-for _command in (plan_command, evaluate_command, verify_command, export_command, methods_command, demo_command):
+_OF_OUTPUTS = (evaluate_command, verify_command, export_command, compare_command, report_command, speed_command)
+for _command in (plan_command, *_OF_OUTPUTS, methods_command, demo_command):
     cli.add_command(_command)
 
 

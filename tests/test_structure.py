@@ -16,7 +16,7 @@ ROWS = (
     ("methods", "recovery", "output"),
     ("planning",),
     ("pipeline",),
-    ("verification", "tasks"),
+    ("verification", "reports", "tasks"),
     ("commands",),
     ("cli",),
 )

@@ -55,7 +55,7 @@ def progress_of_options(quiet: bool, json_progress: bool) -> Iterator[Progress]:
         raise
 
 
-def run_prune(quiet: bool, json_progress: bool, debug: bool, **options: Any) -> None:
+def run_prune(report: bool, quiet: bool, json_progress: bool, debug: bool, **options: Any) -> None:
     """Prune as the options say, and print what came of it."""
     config = config_of_options(options)
     with progress_of_options(quiet, json_progress) as progress:
@@ -66,6 +66,10 @@ def run_prune(quiet: bool, json_progress: bool, debug: bool, **options: Any) -> 
         click.echo(f"wrote {result.output} ({result.layout})")
         if result.read_by:
             click.echo(result.read_by)
+        if report:
+            from streamprune.reports.report import report as write_report
+
+            click.echo(f"wrote {write_report(result.output)}")
 
 
 def _summary(facts: dict[str, Any]) -> str:

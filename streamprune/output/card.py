@@ -25,7 +25,7 @@ def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[Pr
     lines = [
         f"# {facts['base_model']}, pruned",
         "",
-        f"{_what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
+        f"{what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
         f"{facts['versions']['streamprune']}.{_storage(facts, form)}",
         "",
         table(_card_rows(facts), markdown=True),
@@ -44,7 +44,8 @@ def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[Pr
     return "\n".join([*head, "", *lines]) + "\n"
 
 
-def _what_was_done(facts: Mapping[str, Any]) -> str:
+def what_was_done(facts: Mapping[str, Any]) -> str:
+    """Say how much was removed, as the beginning of a sentence."""
     before, after = facts["parameters"]["before"], facts["parameters"]["after"]
     if "zeros" in facts:
         zeros, of = facts["zeros"]["weights"], facts["zeros"]["of"]
@@ -61,13 +62,15 @@ def _storage(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
 
 def _loading(form: type[OutputForm]) -> list[str]:
     """List the lines that say how the output is loaded: by what, and in code."""
+    return [*([f"{form.read_by}.", ""] if form.read_by else []), "```python", *loading_lines(form), "```"]
+
+
+def loading_lines(form: type[OutputForm]) -> list[str]:
+    """List the lines of Python that load an output of this form."""
     return [
-        *([f"{form.read_by}.", ""] if form.read_by else []),
-        "```python",
         *form.loading,
         "from transformers import AutoModelForCausalLM",
         'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-        "```",
     ]
 
 

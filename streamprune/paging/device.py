@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -310,3 +311,10 @@ def peaks() -> dict[str, int]:
     """Return the peaks so far in bytes: "peak_rss", and "peak_gpu" of tensors where a GPU was used."""
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
     return {"peak_rss": peak_rss()} | ({"peak_gpu": gpu} if gpu else {})
+
+
+def held() -> dict[str, int]:
+    """Return what is held now in bytes: "rss" of the process, and "gpu" of tensors where a GPU was used."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    gpu = {"gpu": torch.cuda.memory_allocated()} if torch.cuda.is_initialized() else {}
+    return {"rss": pages * mmap.PAGESIZE} | gpu

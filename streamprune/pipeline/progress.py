@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from streamprune.errors import UsageError
 from streamprune.figures import human, say_peaks
+from streamprune.pipeline.timeline import Timeline
 
 LINE_SECONDS = 15.0  # between lines for people
 EVENT_SECONDS = 1.0  # between events for machines
@@ -44,6 +45,12 @@ class Progress:
         self._bars = bars or tqdm
         self._shows_bars = not quiet and not as_json and (bars is not None or self.stream.isatty())
         self._stage: _Stage | None = None
+        self._timeline = Timeline(clock())
+
+    def begin_timeline(self) -> Timeline:
+        """Return a timeline that records from now on, in the place of the last one: that of one run."""
+        self._timeline = Timeline(self._clock())
+        return self._timeline
 
     @classmethod
     def of(cls, given: Any) -> Progress:
@@ -86,7 +93,9 @@ class Progress:
         finally:
             bar.close()
             self._stage = None
-        figures = stage.figures(self._clock())
+        now = self._clock()
+        figures = stage.figures(now)
+        self._timeline.end_stage(now, figures, seconds)
         self._tell("done", figures, _closing_line(figures))
 
     def advance(
@@ -109,6 +118,7 @@ class Progress:
         stage.read += nbytes if read is None else read
         stage.layer, stage.waited = layer, stage.waited + waited
         now = self._clock()
+        self._timeline.add(now, nbytes if read is None else read)
         if not stage.bar.disable:
             stage.bar.set_postfix_str(_so_far(stage.figures(now)), refresh=False)
             stage.bar.update(nbytes)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from streamprune.config import PruneConfig
 from streamprune.errors import KernelError, OutputError, StreampruneError
-from streamprune.figures import peak_rss
 from streamprune.kernels.launch import KernelFailure, has_triton
 from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
@@ -25,7 +24,7 @@ from streamprune.model.units import KeptUnits
 from streamprune.output import companions
 from streamprune.output.card import model_card
 from streamprune.output.form import OutputForm
-from streamprune.paging.device import card, compute_device, is_gpu, limit_memory
+from streamprune.paging.device import card, compute_device, is_gpu, limit_memory, peaks
 from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
 from streamprune.pipeline.job import Job
@@ -119,6 +118,7 @@ def prune(
     """
     started = time.perf_counter()
     progress = Progress.of(progress)
+    timeline = progress.begin_timeline()
     resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
     if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
@@ -132,7 +132,7 @@ def prune(
             same = replace(config, dtype=facts["options"]["dtype"])
             facts["perplexity"]["after"] = _perplexity_after(same, directory, written.form, segments, progress)
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
-        facts["peak_rss"] = peak_rss()
+        facts |= peaks() | timeline.facts()
         write_json(directory / OWN_FILE, facts)
         (directory / "README.md").write_text(
             model_card(facts, written.form, type(config)), encoding="utf-8", errors="backslashreplace"

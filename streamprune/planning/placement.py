@@ -354,4 +354,5 @@ def placement_facts(placement: Placement) -> dict[str, Any]:
         "planned_gpu": placement.device_bytes,
         "planned_host": placement.host_bytes,
         "planned_read": {stage.name: stage.read for stage in placement.stages},
+        "planned_disk": {stage.name: stage.disk for stage in placement.stages},
     }

@@ -1,4 +1,4 @@
-"""Directory that appears only when it is whole, and checks of its place before work begins."""
+"""Directory or file that appears only when it is whole, and checks of its place before work begins."""
 
 from __future__ import annotations
 
@@ -53,6 +53,32 @@ def check_space(directory: Path, needs: int, what: str = "the output") -> None:
     free = shutil.disk_usage(existing).free
     if free < needs:
         raise OutputError(f"{existing} has {free:,} bytes free, {what} needs {needs:,}; make room")
+
+
+def check_file(file: Path, option: str, *, overwrite: bool) -> None:
+    """Refuse a file that exists (without `overwrite`), is a directory, or whose place cannot be written to."""
+    if file.is_dir():
+        raise OutputError(f"{file} is a directory; choose a file as {option}")
+    if (file.exists() or file.is_symlink()) and not overwrite:
+        raise OutputError(f"{file} exists; choose another {option}, or pass --overwrite to replace it")
+    check_directory(file.absolute().parent, option)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that appears, or takes the place of another, only when it is whole.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}{PARTIAL}{secrets.token_hex(4)}")
+    try:
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        os.replace(partial, file)
+    except OSError as error:
+        raise OutputError(f"{file}: {error.strerror or error}; choose another place") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

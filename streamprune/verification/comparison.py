@@ -41,7 +41,7 @@ class Check:
     detail: str
 
 
-def compare(
+def compare_with_masked(
     process: FreshProcess, directory: Path, source: str | None, *, trust_remote_code: bool = False
 ) -> list[Check]:
     """The checks of `verify`.

@@ -44,9 +44,9 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
         with _collecting_nothing():  # while the process imports its own
             import transformers.generation.utils  # noqa: F401  what the tokenizer's config and the model will import
 
-            from streamprune.verification.comparison import compare
+            from streamprune.verification.comparison import compare_with_masked
 
-        return compare(process, directory, source, trust_remote_code=trust_remote_code)
+        return compare_with_masked(process, directory, source, trust_remote_code=trust_remote_code)
 
 
 @contextmanager

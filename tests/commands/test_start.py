@@ -31,7 +31,7 @@ def answer(code, *arguments):
 answer(0)
 answer(0, "--version")
 answer(0, "methods")
-for command in ([], ["plan"], ["eval"], ["verify"], ["methods"], ["demo"]):
+for command in ([], ["plan"], ["eval"], ["verify"], ["compare"], ["report"], ["speed"], ["methods"], ["demo"]):
     answer(0, *command, "--help")
     answer(2, *command, "--unknown")
 run = ("--model", "here", "--output", "there")
@@ -53,6 +53,10 @@ answer(2, "eval", "--model", "here", "--tasks", "piqa", "--limit", "0")
 answer(2, "eval", "--model", "here", "--limit", "3")
 answer(2, "verify")
 answer(1, "verify", "nowhere")
+answer(2, "compare", "here")
+answer(2, "report")
+answer(2, "speed", "here", "--runs", "0")
+answer(1, "compare", "here", "there", "--json", ".")
 """
 
 
