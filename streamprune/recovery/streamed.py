@@ -6,21 +6,29 @@ autograd then finds are the gradients of A and B. One pass of the layers there a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import get_linear_schedule_with_warmup
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
 from streamprune.model.units import module_of
 from streamprune.paging.hidden_states import States
+from streamprune.recovery.course import MAX_NORM, Course, Note, objective_of, padded
+from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter
+from streamprune.storage.journal import Journal
 from streamprune.streaming.gradients import gradient_scale
 from streamprune.streaming.sweeper import Objective, Sweeper
+from streamprune.texts.instructions import Example
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
+STORED = (0, "state")
 
 class AttachedAdapter:
     """Adapter that a sweeper's layers run with, while `attached`.
@@ -113,6 +121,96 @@ class AttachedAdapter:
                     continue
                 found = leaf.grad.mul_(factor).to(parameter.device)
                 parameter.grad = found if parameter.grad is None else parameter.grad.add_(found)
+
+
+def train_streamed(
+    sweeper: Sweeper,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    course: Course,
+    *,
+    dropout: float,
+    teacher: TeacherLogits | None = None,
+    saved: SavedTraining | None = None,
+    note: Note = lambda step, loss, rate: None,
+) -> Adapter:
+    """Train an adapter with the layers of a model paged there and back once a step.
+
+    Args:
+        adapter: to begin with; changed in place, and returned.
+        examples: `course` says when each is taken. note: is told each step's number, loss and learning rate.
+        saved: keeps the state of the training behind each step, and has that of an earlier run.
+    """
+    parameters = [each.requires_grad_() for each in adapter.parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, course.warmup, course.steps)
+    training = Training(adapter, optimizer, schedule)
+    first = 0 if saved is None else saved.bring_back(training)
+    attached, order = AttachedAdapter(sweeper, adapter, dropout=dropout, seed=course.seed), course.order()
+    with attached.attached():
+        for step in range(first, course.steps):
+            numbers = order[step * course.batch : (step + 1) * course.batch]
+            ids, labels = padded([examples[number] for number in numbers])
+            known = None if teacher is None else teacher.get(numbers)
+            objective = objective_of(labels, sweeper.skeleton.device, known)
+            loss = attached.gradients(step, ids, objective, sum(examples[number].counted for number in numbers))
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            note(step + 1, loss, rate)
+            if saved is not None:
+                saved.keep(training, step + 1)
+    for each in parameters:
+        each.requires_grad_(False)
+    return adapter
+
+
+@dataclass(frozen=True)
+class Training:
+    """State of a training: the adapter, its optimiser and the learning rate's schedule."""
+
+    adapter: Adapter
+    optimizer: torch.optim.AdamW
+    schedule: torch.optim.lr_scheduler.LambdaLR
+
+    def numbers(self) -> Tensor:
+        """Return A, B and Adam's two moments of each, one after another, in one tensor."""
+        moments = [self.optimizer.state[each][name] for name in MOMENTS for each in self.adapter.parameters]
+        return torch.cat([each.detach().flatten() for each in (*self.adapter.parameters, *moments)])
+
+    @torch.no_grad()
+    def set(self, numbers: Tensor, step: int) -> None:
+        """Take what `numbers` gave back, as of so many steps."""
+        parameters = self.adapter.parameters
+        parts = numbers.split([each.numel() for each in parameters] * (1 + len(MOMENTS)))
+        for number, each in enumerate(parameters):
+            each.copy_(parts[number].view_as(each))
+            moments = (parts[(1 + n) * len(parameters) + number].view_as(each).clone() for n in range(len(MOMENTS)))
+            self.optimizer.state[each] = dict(zip(MOMENTS, moments, strict=True)) | {"step": torch.tensor(float(step))}
+        for _ in range(step):
+            self.schedule.step()
+
+
+class SavedTraining:
+    """State of a training in a journal, behind each step."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal, self._store = journal, journal.store("training")
+
+    def keep(self, training: Training, step: int) -> None:
+        """Save the state after so many steps."""
+        self._store[STORED] = training.numbers()
+        self.journal.facts["step"] = step
+        self.journal.save()
+
+    def bring_back(self, training: Training) -> int:
+        """Take an earlier run's state back, if there is one; return the steps it had made."""
+        step = int(self.journal.facts.get("step", 0))
+        if step:
+            training.set(self._store[STORED], step)
+        return step
 
 
 def _no_collector(*anything: Any) -> Any:
