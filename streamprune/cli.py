@@ -24,6 +24,7 @@ from streamprune.commands.methods import methods_command
 from streamprune.commands.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, with_options
 from streamprune.commands.plan import plan_command
 from streamprune.commands.prune import run_prune
+from streamprune.commands.recover import recover_command
 from streamprune.commands.verify import verify_command
 from streamprune.errors import StreampruneError, UsageError
 
@@ -57,7 +58,10 @@ def cli(context: click.Context, **options: Any) -> None:
     run_prune(**options)
 
 
-for _command in (plan_command, evaluate_command, verify_command, export_command, methods_command, demo_command):
+for _command in (
+    *(plan_command, evaluate_command, verify_command, recover_command),
+    *(export_command, methods_command, demo_command),
+):
     cli.add_command(_command)
 
 

@@ -14,14 +14,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streamprune.recovery.distillation import TeacherLogits, divergence
+from streamprune.recovery.lora import Adapter
 from streamprune.streaming.perplexity import HIDDEN_BYTES
 from streamprune.streaming.sweeper import Objective, Sweeper, default_micro_batch
 from streamprune.texts.instructions import IGNORED, Example
 
 MULTIPLE = 8  # of which padded lengths are: products of other lengths are slower
 WARMUP_SHARE = 10  # of the steps at the most one of as many
-Note = Callable[[int, float, float], None]  # is told a step's number, its loss and its learning rate
 MAX_NORM = 1.0  # gradients are clipped to it, as by transformers' Trainer where it is not told otherwise
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step of a training: its number, from 1 on, the mean loss of its batch before it, and its learning rate."""
+
+    number: int
+    loss: float
+    learning_rate: float
+
+
+Note = Callable[[Step], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Result of a training: the adapter, and all steps."""
+
+    adapter: Adapter
+    steps: Sequence[Step]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
-from streamprune.recovery.course import MAX_NORM, Course, Note, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Step, Trained, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
 from streamprune.texts.instructions import Example
@@ -58,7 +58,7 @@ class _Trainer(Trainer):
 
 
 class _Teller(TrainerCallback):
-    """Callback that tells each step's loss and learning rate."""
+    """Callback that tells each step."""
 
     def __init__(self, note: Note) -> None:
         self.note = note
@@ -66,7 +66,11 @@ class _Teller(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         """Tell what the Trainer logs of a step."""
         if logs and "loss" in logs:
-            self.note(state.global_step, float(logs["loss"]), float(logs["learning_rate"]))
+            self.note(_step(state.global_step, logs))
+
+
+def _step(number: int, logs: Any) -> Step:
+    return Step(number, float(logs["loss"]), float(logs["learning_rate"]))
 
 
 def train_in_memory(
@@ -80,8 +84,8 @@ def train_in_memory(
     teacher: TeacherLogits | None = None,
     directory: Path | None = None,
     trust_remote_code: bool = False,
-    note: Note = lambda step, loss, rate: None,
-) -> Adapter:
+    note: Note = lambda step: None,
+) -> Trained:
     """Train an adapter with the whole model in memory.
 
     Args:
@@ -89,7 +93,7 @@ def train_in_memory(
         adapter: to begin with. examples: `course` says when each is taken.
         micro_batch: sequences computed at once, a divisor of the batch.
         directory: of the Trainer's checkpoints, from the last of which it goes on; by default none are kept.
-        note: is told each step's number, loss and learning rate.
+        note: is told each step.
     """
     set_seed(course.seed)  # of dropout
     model = AutoModelForCausalLM.from_pretrained(
@@ -110,6 +114,7 @@ def train_in_memory(
             data_collator=_collator(examples, teacher),
             callbacks=[_Teller(note)],
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = True  # so that it counts the tokens of a batch
         trainer.train(resume_from_checkpoint=None if directory is None else _last_checkpoint(directory))
     found = get_peft_model_state_dict(model)
@@ -117,7 +122,8 @@ def train_in_memory(
         key: tuple(found[f"{peft_name(skeleton, key)}.lora_{letter}.weight"].detach().cpu() for letter in "AB")
         for key in adapter.pairs
     }
-    return Adapter(adapter.alpha, pairs)  # type: ignore[arg-type]
+    steps = [_step(logs["step"], logs) for logs in trainer.state.log_history if "loss" in logs]
+    return Trained(Adapter(adapter.alpha, pairs), steps)  # type: ignore[arg-type]
 
 
 def _arguments(

@@ -135,7 +135,9 @@ class RecoverConfig:
         if not self.epochs:
             raise UsageError("--epochs 0: nothing would be learnt; give more, or --merge an adapter")
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise UsageError(f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}; choose another")
+            raise UsageError(
+                f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}; choose another"
+            )
         if self.init_adapter is not None and (self.rank or self.alpha is not None):
             raise UsageError("--init-adapter has a rank and alpha of its own; leave --rank and --alpha out")
         if self.top_k != 64 and self.distill is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
 from streamprune.model.units import module_of
 from streamprune.paging.hidden_states import States
-from streamprune.recovery.course import MAX_NORM, Course, Note, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Step, Trained, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter
 from streamprune.storage.journal import Journal
@@ -29,6 +29,7 @@ from streamprune.texts.instructions import Example
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 STORED = (0, "state")
+
 
 class AttachedAdapter:
     """Adapter that a sweeper's layers run with, while `attached`.
@@ -132,23 +133,23 @@ def train_streamed(
     dropout: float,
     teacher: TeacherLogits | None = None,
     saved: SavedTraining | None = None,
-    note: Note = lambda step, loss, rate: None,
-) -> Adapter:
+    note: Note = lambda step: None,
+) -> Trained:
     """Train an adapter with the layers of a model paged there and back once a step.
 
     Args:
-        adapter: to begin with; changed in place, and returned.
-        examples: `course` says when each is taken. note: is told each step's number, loss and learning rate.
+        adapter: to begin with; changed in place.
+        examples: `course` says when each is taken. note: is told each step.
         saved: keeps the state of the training behind each step, and has that of an earlier run.
     """
     parameters = [each.requires_grad_() for each in adapter.parameters]
     optimizer = torch.optim.AdamW(parameters, lr=course.learning_rate, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, course.warmup, course.steps)
     training = Training(adapter, optimizer, schedule)
-    first = 0 if saved is None else saved.bring_back(training)
+    steps = [] if saved is None else saved.bring_back(training)
     attached, order = AttachedAdapter(sweeper, adapter, dropout=dropout, seed=course.seed), course.order()
     with attached.attached():
-        for step in range(first, course.steps):
+        for step in range(len(steps), course.steps):
             numbers = order[step * course.batch : (step + 1) * course.batch]
             ids, labels = padded([examples[number] for number in numbers])
             known = None if teacher is None else teacher.get(numbers)
@@ -159,12 +160,13 @@ def train_streamed(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            note(step + 1, loss, rate)
+            steps.append(Step(step + 1, loss, rate))
+            note(steps[-1])
             if saved is not None:
-                saved.keep(training, step + 1)
+                saved.keep(training, steps)
     for each in parameters:
         each.requires_grad_(False)
-    return adapter
+    return Trained(adapter, steps)
 
 
 @dataclass(frozen=True)
@@ -199,18 +201,18 @@ class SavedTraining:
     def __init__(self, journal: Journal) -> None:
         self.journal, self._store = journal, journal.store("training")
 
-    def keep(self, training: Training, step: int) -> None:
-        """Save the state after so many steps."""
+    def keep(self, training: Training, steps: Sequence[Step]) -> None:
+        """Save the state after these steps."""
         self._store[STORED] = training.numbers()
-        self.journal.facts["step"] = step
+        self.journal.facts["steps"] = [astuple(step) for step in steps]
         self.journal.save()
 
-    def bring_back(self, training: Training) -> int:
+    def bring_back(self, training: Training) -> list[Step]:
         """Take an earlier run's state back, if there is one; return the steps it had made."""
-        step = int(self.journal.facts.get("step", 0))
-        if step:
-            training.set(self._store[STORED], step)
-        return step
+        steps = [Step(*each) for each in self.journal.facts.get("steps", ())]
+        if steps:
+            training.set(self._store[STORED], len(steps))
+        return steps
 
 
 def _no_collector(*anything: Any) -> Any:

@@ -179,7 +179,9 @@ def _string(record: Any, name: str, where: str) -> str:
     value = record.get(name) if isinstance(record, Mapping) else None
     if not isinstance(value, str):
         there = ", ".join(map(str, list(record)[:MOST_FIELDS])) if isinstance(record, Mapping) else "no fields"
-        raise CalibrationError(f"{where} has no text under {name!r}; it has {there}: use the same fields in every record")
+        raise CalibrationError(
+            f"{where} has no text under {name!r}; it has {there}: use the same fields in every record"
+        )
     return value
 
 
