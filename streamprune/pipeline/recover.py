@@ -82,7 +82,7 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
     check_packages(config)
     own = check_source(config)
     with ExitStack() as output:
-        work, journal, measured, trained = _train(config, own, output, progress, journal_directory)
+        work, measured, trained = _train(config, own, output, progress, journal_directory)
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
         facts = _write(config, work, trained, directory, progress)
         measured.append(_measure_after(config, work, trained.adapter, directory, progress))
@@ -97,7 +97,7 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
 
 def _train(
     config: RecoverConfig, own: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
-) -> tuple[RecoveryWork, Journal | None, list[dict[str, float]], Trained]:
+) -> tuple[RecoveryWork, list[dict[str, float]], Trained]:
     """Do all that comes before the output: check, measure, ask the teacher, and train."""
     journal = None
     with source_of(config).open(progress) as sweeper:
@@ -117,13 +117,13 @@ def _train(
             journal.save()
         measured = [saved["before"]]
         if work.course is None:
-            return work, journal, measured, Trained(work.adapter, ())
+            return work, measured, Trained(work.adapter, ())
         if config.streamed:
             with _teacher(config, work, progress) as teacher:
-                return work, journal, measured, _train_streamed(config, work, sweeper, teacher, journal, progress)
+                return work, measured, _train_streamed(config, work, sweeper, teacher, journal, progress)
     # Here the source's embeddings and head are gone: the model comes into memory as a whole.
     with _teacher(config, work, progress) as teacher:
-        return work, journal, measured, _train_in_memory(config, work, teacher, journal, progress)
+        return work, measured, _train_in_memory(config, work, teacher, journal, progress)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Work of a recovery, decided before it begins: its data, its adapter, its teacher, and all that can be wrong with it."""
+"""Work of a recovery, decided before it begins: data, adapter, teacher, and all that can be wrong with them."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ def check_source(config: RecoverConfig) -> dict[str, object]:
     if is_compressed(read_config(path)):
         raise CheckpointError(f"{path} holds compressed 2:4 weights; prune again without --compress, and use --adapter")
     if "zeros" in own and not config.adapter:
-        raise UsageError(
-            f"{path} is sparse, and merging would fill its zeros; pass --adapter to keep the adapter apart"
-        )
+        raise UsageError(f"{path} is sparse, and merging would fill its zeros; keep the adapter apart with --adapter")
     return own
 
 
@@ -213,7 +211,7 @@ def _check_memory(
     room = room if budget is None else min(room, budget)
     if weights > room:
         raise StreampruneError(
-            f"the model takes {human(weights)}, of {human(room)} that there are; pass --streamed, which needs two layers"
+            f"the model takes {human(weights)}, there are {human(room)}; pass --streamed, which needs two layers"
         )
 
 

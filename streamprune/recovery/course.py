@@ -96,18 +96,20 @@ def objective_of(labels: Tensor, device: torch.device, teacher: tuple[Tensor, Te
         labels: [n, seq]. device: of the logits.
         teacher: largest log-probabilities and their ids, each [counted tokens, k]; the divergence is then added.
     """
-    following = labels[:, 1:].to(device)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(device)  # the last token predicts none
     counts = following != IGNORED
     # Of each counted token its number among them.
     numbers = (counts.flatten().cumsum(0) - 1).view(counts.shape)
     known = None if teacher is None else tuple(each.to(device) for each in teacher)
 
     def objective(logits: Tensor, rows: slice, columns: slice) -> Tensor:
-        counted = counts[rows, columns]
-        chosen = logits[counted]
-        loss = F.cross_entropy(chosen, following[rows, columns][counted], reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), following[rows, columns].flatten(), reduction="sum", ignore_index=IGNORED
+        )
         if known is None:
             return loss
+        counted = counts[rows, columns]
+        chosen = logits[counted]
         at = numbers[rows, columns][counted]
         return loss + divergence(chosen, known[0][at], known[1][at])
 

@@ -44,13 +44,14 @@ class _Trainer(Trainer):
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return SequentialSampler(self.train_dataset)
+        order: Any = self.train_dataset
+        return SequentialSampler(order)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute a micro-batch's part of the mean loss over the batch's counted tokens."""
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         teacher = (inputs["values"], inputs["tokens"]) if "values" in inputs else None
         objective = objective_of(inputs["labels"], logits.device, teacher)
@@ -69,7 +70,7 @@ class _Teller(TrainerCallback):
             self.note(_step(state.global_step, logs))
 
 
-def _step(number: int, logs: Any) -> Step:
+def _step(number: Any, logs: Any) -> Step:
     return Step(number, float(logs["loss"]), float(logs["learning_rate"]))
 
 
@@ -118,12 +119,13 @@ def train_in_memory(
         trainer.model_accepts_loss_kwargs = True  # so that it counts the tokens of a batch
         trainer.train(resume_from_checkpoint=None if directory is None else _last_checkpoint(directory))
     found = get_peft_model_state_dict(model)
+    names = {key: f"{peft_name(skeleton, key)}.lora_" for key in adapter.pairs}
     pairs = {
-        key: tuple(found[f"{peft_name(skeleton, key)}.lora_{letter}.weight"].detach().cpu() for letter in "AB")
-        for key in adapter.pairs
+        key: (found[f"{name}A.weight"].detach().cpu(), found[f"{name}B.weight"].detach().cpu())
+        for key, name in names.items()
     }
     steps = [_step(logs["step"], logs) for logs in trainer.state.log_history if "loss" in logs]
-    return Trained(Adapter(adapter.alpha, pairs), steps)  # type: ignore[arg-type]
+    return Trained(Adapter(adapter.alpha, pairs), steps)
 
 
 def _arguments(

@@ -74,14 +74,18 @@ def matrices_of(skeleton: Skeleton) -> dict[Key, tuple[int, int]]:
 
 def new_adapter(skeleton: Skeleton, rank: int, alpha: float, seed: int) -> Adapter:
     """Make an adapter that changes nothing yet: B of zeros, A uniform within ±1/√d_in as PEFT draws it."""
-    dtype = torch.float64 if skeleton.dtype == torch.float64 else torch.float32
-    pairs = {}
+    pairs, dtype = {}, _dtype_of(skeleton)
     for (layer, name), (d_out, d_in) in matrices_of(skeleton).items():
         generator = torch.Generator().manual_seed(noise_seed(seed, layer, name))
         # kaiming_uniform_ with a = √5 is this bound.
         a = (2 * torch.rand(rank, d_in, generator=generator, dtype=dtype) - 1) / math.sqrt(d_in)
         pairs[layer, name] = a, torch.zeros(d_out, rank, dtype=dtype)
     return Adapter(alpha, pairs)
+
+
+def _dtype_of(skeleton: Skeleton) -> torch.dtype:
+    """Return the dtype of adapters: as PEFT has it, float32 beside weights in half precision too."""
+    return torch.float64 if skeleton.dtype == torch.float64 else torch.float32
 
 
 def peft_name(skeleton: Skeleton, key: Key) -> str:
@@ -108,10 +112,11 @@ def peft_config(skeleton: Skeleton, adapter: Adapter, base: str, dropout: float 
     from peft import LoraConfig
 
     (rank,) = {len(a) for a, _ in adapter.pairs.values()}
+    alpha: Any = int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha  # PEFT takes fractions too
     modules = sorted({module_of(name) for _, name in adapter.pairs})
     return LoraConfig(
         r=rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  it may be a fraction
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=modules,
         fan_in_fan_out=any(skeleton.matrices(0).values()),
@@ -139,33 +144,33 @@ def read_adapter(directory: Path, skeleton: Skeleton) -> Adapter:
     config = read_json(directory / ADAPTER_CONFIG)
     _refuse_other_kinds(directory, config)
     tensors = _stored(directory)
-    rank_of, pairs, dtype = dict[int, Key](), {}, torch.float64 if skeleton.dtype == torch.float64 else torch.float32
+    ranks, pairs, dtype = set[int](), {}, _dtype_of(skeleton)
     for key, (d_out, d_in) in matrices_of(skeleton).items():
         name = peft_name(skeleton, key)
         pair = tuple(tensors.pop(f"{name}.lora_{letter}.weight", None) for letter in "AB")
         a, b = pair
         if a is None or b is None:
             raise UsageError(
-                f"{directory} has no adapter of layer {key[0]}, {module_of(key[1])}: only adapters of all linear layers "
-                'are taken; train with target_modules="all-linear"'
+                f"{directory} has none for layer {key[0]}, {module_of(key[1])}, and only adapters of all linear layers are "
+                'taken; use target_modules="all-linear"'
             )
         rank = len(a)
         if (tuple(b.shape), tuple(a.shape)) != ((d_out, rank), (rank, d_in)):
             raise UsageError(
                 f"{directory} is of other widths: layer {key[0]}, {module_of(key[1])} wants B {[d_out, rank]} and A "
-                f"{[rank, d_in]}, it has {list(b.shape)} and {list(a.shape)}; give the checkpoint that it was trained on"
+                f"{[rank, d_in]}, it has {list(b.shape)} and {list(a.shape)}; give the checkpoint it was trained on"
             )
         for each in (a, b):
             check_finite(directory, name, each)
-        rank_of[rank] = key
+        ranks.add(rank)
         pairs[key] = a.to(dtype), b.to(dtype)
     if tensors:
         raise UsageError(
             f"{directory} adapts {next(iter(tensors)).removeprefix(PREFIX)}, which {skeleton.checkpoint.path} has not, "
             "or not as a linear layer of its decoder; give the checkpoint that it was trained on"
         )
-    if len(rank_of) > 1:
-        raise UsageError(f"{directory} has the ranks {sorted(rank_of)}; use one rank for all layers")
+    if len(ranks) > 1:
+        raise UsageError(f"{directory} has the ranks {sorted(ranks)}; use one rank for all layers")
     return Adapter(float(config["lora_alpha"]), pairs)
 
 

@@ -16,7 +16,6 @@ from streamprune.schema import Option, default_of, option, options_of, refuse_id
 _FILES, _LORA, _TRAINING, _TEXTS = "Model and output", "LoRA", "Training", "Texts"
 # Rank and alpha of the papers: LLM-Pruner's recovery (2305.11627), which MoreauPruner's is too, and that of 2406.10576.
 LIKE: Mapping[str, tuple[int, float]] = {"llm-pruner": (8, 16.0), "bernoulli": (16, 10.0)}
-WARMUP_SHARE = 10  # of the steps at the most one of as many
 
 
 def _as_of_a_run(name: str, **changed: Any) -> Any:
@@ -102,7 +101,9 @@ class RecoverConfig:
     max_shard_size: int = _as_of_a_run("max_shard_size")
     gpu_memory: int | None = _as_of_a_run("gpu_memory")
     host_memory: int | None = _as_of_a_run("host_memory")
-    scratch: Path | None = _as_of_a_run("scratch", help="Directory for the teacher's logits and spilled hidden states.")
+    scratch: Path | None = _as_of_a_run(  # noqa: RUF009
+        "scratch", help="Directory for the teacher's logits and spilled hidden states.", more=""
+    )
     resume: bool = _as_of_a_run("resume")
     overwrite: bool = _as_of_a_run("overwrite")
     trust_remote_code: bool = _as_of_a_run("trust_remote_code")
@@ -135,9 +136,7 @@ class RecoverConfig:
         if not self.epochs:
             raise UsageError("--epochs 0: nothing would be learnt; give more, or --merge an adapter")
         if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise UsageError(
-                f"--batch {self.batch} is not a multiple of --micro-batch {self.micro_batch}; choose another"
-            )
+            raise UsageError(f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}; choose another")
         if self.init_adapter is not None and (self.rank or self.alpha is not None):
             raise UsageError("--init-adapter has a rank and alpha of its own; leave --rank and --alpha out")
         if self.top_k != 64 and self.distill is None:

@@ -180,7 +180,7 @@ def _string(record: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         there = ", ".join(map(str, list(record)[:MOST_FIELDS])) if isinstance(record, Mapping) else "no fields"
         raise CalibrationError(
-            f"{where} has no text under {name!r}; it has {there}: use the same fields in every record"
+            f"{where} has no text under {name!r}; it has {there}: use the same fields in all records"
         )
     return value
 

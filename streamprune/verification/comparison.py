@@ -56,7 +56,7 @@ def compare(
     facts = read_json(facts_file)
     if "recovery" in facts:
         raise CheckpointError(
-            f"{directory} was trained after pruning, so it is no masked dense model; give the directory that was recovered"
+            f"{directory} was trained after pruning, so it is no masked model; give the directory that was recovered"
         )
     try:
         change = Change.of(facts)
