@@ -100,12 +100,12 @@ def train_in_memory(
     model = AutoModelForCausalLM.from_pretrained(
         skeleton.checkpoint.path, dtype=skeleton.dtype, trust_remote_code=trust_remote_code
     )
+    config = peft_config(skeleton, adapter, None, dropout)
+    config.inference_mode = False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that transformers changes, which PEFT still uses
-        config = peft_config(skeleton, adapter, str(skeleton.checkpoint.path), dropout)
-        config.inference_mode = False
+        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changes, which PEFT still uses
         model = get_peft_model(model, config)
-        set_peft_model_state_dict(model, peft_tensors(skeleton, adapter))
+    set_peft_model_state_dict(model, peft_tensors(skeleton, adapter))
     with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary:
         arguments = _arguments(skeleton, course, micro_batch, directory, Path(temporary))
         trainer = _Trainer(

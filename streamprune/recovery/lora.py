@@ -103,11 +103,11 @@ def peft_tensors(skeleton: Skeleton, adapter: Adapter) -> dict[str, Tensor]:
     }
 
 
-def peft_config(skeleton: Skeleton, adapter: Adapter, base: str, dropout: float = 0.0) -> Any:
+def peft_config(skeleton: Skeleton, adapter: Adapter, base: str | None, dropout: float = 0.0) -> Any:
     """Make PEFT's config of an adapter.
 
     Args:
-        base: name or path of the model that it belongs to.
+        base: name or path of the model that it belongs to; None for one that is loaded already.
     """
     from peft import LoraConfig
 
@@ -151,8 +151,8 @@ def read_adapter(directory: Path, skeleton: Skeleton) -> Adapter:
         a, b = pair
         if a is None or b is None:
             raise UsageError(
-                f"{directory} has none for layer {key[0]}, {module_of(key[1])}, and only adapters of all linear layers are "
-                'taken; use target_modules="all-linear"'
+                f"{directory} has none for layer {key[0]}, {module_of(key[1])}, and only adapters of all linear layers "
+                'are taken; use target_modules="all-linear"'
             )
         rank = len(a)
         if (tuple(b.shape), tuple(a.shape)) != ((d_out, rank), (rank, d_in)):
