@@ -41,11 +41,13 @@ from streamprune.errors import (
 )
 from streamprune.methods.table import METHODS
 from streamprune.output import ragged
+from streamprune.recovery.options import RecoverConfig
 
 if TYPE_CHECKING:
     from streamprune.model.families import FAMILIES
     from streamprune.pipeline.evaluate import evaluate
     from streamprune.pipeline.progress import Progress
+    from streamprune.pipeline.recover import RecoverResult, recover
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
     from streamprune.streaming.perplexity import Perplexity
@@ -66,11 +68,14 @@ __all__ = [
     "Progress",
     "PruneConfig",
     "PruneResult",
+    "RecoverConfig",
+    "RecoverResult",
     "StreampruneError",
     "UsageError",
     "evaluate",
     "plan",
     "prune",
+    "recover",
     "verify",
 ]
 
@@ -82,9 +87,11 @@ _HOMES = {
     "Perplexity": "streaming.perplexity:Perplexity",
     "Progress": "pipeline.progress:Progress",
     "PruneResult": "pipeline.run:PruneResult",
+    "RecoverResult": "pipeline.recover:RecoverResult",
     "evaluate": "pipeline.evaluate:evaluate",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
+    "recover": "pipeline.recover:recover",
     "verify": "verification.verify:verify",
 }
 

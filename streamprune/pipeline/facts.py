@@ -65,6 +65,7 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
 
 
 def source_name(model: str) -> str:
+    """Name the source so that it is found again: a hub id as it is, a directory by its whole path."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 

@@ -37,7 +37,7 @@ from streamprune.pipeline.recovery_work import (
     scratch_of,
     source_of,
 )
-from streamprune.recovery.course import Step, Trained, grouped, keep_logits, mean_loss
+from streamprune.recovery.course import TrainingStep, Trained, grouped, keep_logits, mean_loss
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, write_adapter
 from streamprune.recovery.options import RecoverConfig
@@ -136,9 +136,11 @@ def _teacher(config: RecoverConfig, work: RecoveryWork, progress: Progress) -> I
         kept = TeacherLogits(scratch_of(config), config.top_k, work.train)
         stack.callback(kept.close)
         with replace(source_of(config), model=config.distill).open(progress) as sweeper:
-            sweeps = len(list(grouped(sweeper, work.train)))
+            assert work.course is not None, "there is a teacher where something is learnt"
+            asked = set(work.course.order())
+            sweeps = len(list(grouped(sweeper, work.train, asked)))
             with progress.stage("teacher", sweeps * sweeper.pager.layer_bytes()):
-                keep_logits(sweeper, work.train, kept)
+                keep_logits(sweeper, work.train, kept, asked)
         yield kept
 
 
@@ -177,7 +179,7 @@ def _train_in_memory(
 
     assert work.course is not None
 
-    def note(step: Step) -> None:
+    def note(step: TrainingStep) -> None:
         progress.advance(1, read=0)
         _tell(progress, step)
 
@@ -197,7 +199,7 @@ def _train_in_memory(
         )
 
 
-def _tell(progress: Progress, step: Step) -> None:
+def _tell(progress: Progress, step: TrainingStep) -> None:
     progress.note(step=step.number, loss=step.loss, learning_rate=step.learning_rate)
 
 

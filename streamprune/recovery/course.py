@@ -6,7 +6,7 @@ Both ways of training follow it: in memory, and layer by layer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +25,15 @@ MAX_NORM = 1.0  # gradients are clipped to it, as by transformers' Trainer where
 
 
 @dataclass(frozen=True)
-class Step:
-    """Step of a training: its number, from 1 on, the mean loss of its batch before it, and its learning rate."""
+class TrainingStep:
+    """TrainingStep of a training: its number, from 1 on, the mean loss of its batch before it, and its learning rate."""
 
     number: int
     loss: float
     learning_rate: float
 
 
-Note = Callable[[Step], None]
+Note = Callable[[TrainingStep], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Trained:
     """Result of a training: the adapter, and all steps."""
 
     adapter: Adapter
-    steps: Sequence[Step]
+    steps: Sequence[TrainingStep]
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,12 @@ def objective_of(labels: Tensor, device: torch.device, teacher: tuple[Tensor, Te
     return objective
 
 
-def grouped(sweeper: Sweeper, examples: Sequence[Example]) -> Iterator[list[int]]:
-    """Yield the examples in groups of like lengths, by number: as many as one forward sweep holds."""
+def grouped(sweeper: Sweeper, examples: Sequence[Example], among: Iterable[int] | None = None) -> Iterator[list[int]]:
+    """Yield the examples, or those `among` them, by number in groups of like lengths that one forward sweep holds."""
     hidden_size, itemsize = sweeper.skeleton.config.hidden_size, sweeper.skeleton.dtype.itemsize
     tokens = max(1, HIDDEN_BYTES // (hidden_size * itemsize))
-    numbers = sorted(range(len(examples)), key=lambda number: len(examples[number].ids))
+    chosen = range(len(examples)) if among is None else set(among)
+    numbers = sorted(chosen, key=lambda number: (len(examples[number].ids), number))
     group: list[int] = []
     for number in numbers:
         if group and (len(group) + 1) * (len(examples[number].ids) + MULTIPLE) > tokens:
@@ -142,10 +143,15 @@ def mean_loss(sweeper: Sweeper, examples: Sequence[Example]) -> float:
     return total / count
 
 
-def keep_logits(teacher: Sweeper, examples: Sequence[Example], kept: TeacherLogits) -> None:
-    """Keep a teacher's largest logits of every counted token, by forward sweeps over the same tokens."""
+def keep_logits(
+    teacher: Sweeper, examples: Sequence[Example], kept: TeacherLogits, among: Iterable[int] | None = None
+) -> None:
+    """Keep a teacher's largest logits of every counted token, by forward sweeps over the same tokens.
+
+    `among`: numbers of the examples that will be asked for, by default all.
+    """
     device = teacher.skeleton.device
-    for group in grouped(teacher, examples):
+    for group in grouped(teacher, examples, among):
         ids, labels = padded([examples[number] for number in group])
         counts = labels[:, 1:].to(device) != IGNORED
         values, tokens = kept.room(group)

@@ -16,13 +16,13 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
-from streamprune.recovery.course import MAX_NORM, Course, Note, Step, Trained, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, TrainingStep, Trained, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
 from streamprune.texts.instructions import Example
 
 SAVED_EVERY = 20  # steps, where a run can be resumed
-STATE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+LAST_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
 
 
 class _Order(Dataset[int]):
@@ -70,8 +70,8 @@ class _Teller(TrainerCallback):
             self.note(_step(state.global_step, logs))
 
 
-def _step(number: Any, logs: Any) -> Step:
-    return Step(number, float(logs["loss"]), float(logs["learning_rate"]))
+def _step(number: Any, logs: Any) -> TrainingStep:
+    return TrainingStep(number, float(logs["loss"]), float(logs["learning_rate"]))
 
 
 def train_in_memory(
@@ -173,7 +173,7 @@ def _collator(examples: Sequence[Example], teacher: TeacherLogits | None) -> Any
 
 def _last_checkpoint(directory: Path) -> str | None:
     """Find the newest checkpoint of the Trainer that is whole."""
-    whole = [each.parent for each in directory.glob(f"checkpoint-*/{STATE}") if _is_whole(each)]
+    whole = [each.parent for each in directory.glob(f"checkpoint-*/{LAST_FILE}") if _is_whole(each)]
     return str(max(whole, key=lambda each: int(each.name.rpartition("-")[2]))) if whole else None
 
 

@@ -24,8 +24,8 @@ from streamprune.model.units import module_of
 from streamprune.storage.checkpoint import check_finite, read_json
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # of a module's name in PEFT's files
-Key = tuple[int, str]  # layer, and the name of its matrix inside it
+MODULE_PREFIX = "base_model.model."  # of a module's name in PEFT's files
+MatrixKey = tuple[int, str]  # layer, and the name of its matrix inside it
 # What PEFT can do beside plain LoRA, by the field of its config, and the value that leaves it out.
 PLAIN: Mapping[str, Any] = {
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora"), False),
@@ -44,25 +44,25 @@ class Adapter:
     """
 
     alpha: float
-    pairs: Mapping[Key, tuple[Tensor, Tensor]]
+    pairs: Mapping[MatrixKey, tuple[Tensor, Tensor]]
 
-    def scale(self, key: Key) -> float:
+    def scale(self, key: MatrixKey) -> float:
         """Return s of a matrix."""
         return self.alpha / len(self.pairs[key][0])
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All A and B, in order."""
+        """A and B of each matrix, in order."""
         return [each for pair in self.pairs.values() for each in pair]
 
-    def delta(self, key: Key, *, transposed: bool, device: torch.device) -> Tensor:
+    def delta(self, key: MatrixKey, *, transposed: bool, device: torch.device) -> Tensor:
         """Make s B A of a matrix, [d_out, d_in] or transposed, as PEFT's merge makes it."""
         a, b = (each.detach().to(device) for each in self.pairs[key])
         product = b @ a
         return (product.T if transposed else product) * self.scale(key)
 
 
-def matrices_of(skeleton: Skeleton) -> dict[Key, tuple[int, int]]:
+def matrices_of(skeleton: Skeleton) -> dict[MatrixKey, tuple[int, int]]:
     """List the matrices that get adapters, with d_out and d_in."""
     found = {}
     for layer in range(len(skeleton.layers)):
@@ -88,10 +88,10 @@ def _dtype_of(skeleton: Skeleton) -> torch.dtype:
     return torch.float64 if skeleton.dtype == torch.float64 else torch.float32
 
 
-def peft_name(skeleton: Skeleton, key: Key) -> str:
+def peft_name(skeleton: Skeleton, key: MatrixKey) -> str:
     """Name a matrix's module as PEFT's files do, without what follows for A and B."""
     layer, name = key
-    return f"{PREFIX}{skeleton.family.layers}.{layer}.{module_of(name)}"
+    return f"{MODULE_PREFIX}{skeleton.family.layers}.{layer}.{module_of(name)}"
 
 
 def peft_tensors(skeleton: Skeleton, adapter: Adapter) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ def read_adapter(directory: Path, skeleton: Skeleton) -> Adapter:
         pairs[key] = a.to(dtype), b.to(dtype)
     if tensors:
         raise UsageError(
-            f"{directory} adapts {next(iter(tensors)).removeprefix(PREFIX)}, which {skeleton.checkpoint.path} has not, "
+            f"{directory} adapts {next(iter(tensors)).removeprefix(MODULE_PREFIX)}, which {skeleton.checkpoint.path} has not, "
             "or not as a linear layer of its decoder; give the checkpoint that it was trained on"
         )
     if len(ranks) > 1:

@@ -19,7 +19,7 @@ from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
 from streamprune.model.units import module_of
 from streamprune.paging.hidden_states import States
-from streamprune.recovery.course import MAX_NORM, Course, Note, Step, Trained, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, TrainingStep, Trained, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter
 from streamprune.storage.journal import Journal
@@ -27,7 +27,7 @@ from streamprune.streaming.gradients import gradient_scale
 from streamprune.streaming.sweeper import Objective, Sweeper
 from streamprune.texts.instructions import Example
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
 STORED = (0, "state")
 
 
@@ -160,7 +160,7 @@ def train_streamed(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            steps.append(Step(step + 1, loss, rate))
+            steps.append(TrainingStep(step + 1, loss, rate))
             note(steps[-1])
             if saved is not None:
                 saved.keep(training, steps)
@@ -179,18 +179,22 @@ class Training:
 
     def numbers(self) -> Tensor:
         """Return A, B and Adam's two moments of each, one after another, in one tensor."""
-        moments = [self.optimizer.state[each][name] for name in MOMENTS for each in self.adapter.parameters]
+        moments = [self.optimizer.state[each][name] for name in ADAM_MOMENTS for each in self.adapter.parameters]
         return torch.cat([each.detach().flatten() for each in (*self.adapter.parameters, *moments)])
 
     @torch.no_grad()
     def set(self, numbers: Tensor, step: int) -> None:
         """Take what `numbers` gave back, as of so many steps."""
         parameters = self.adapter.parameters
-        parts = numbers.split([each.numel() for each in parameters] * (1 + len(MOMENTS)))
+        parts = numbers.split([each.numel() for each in parameters] * (1 + len(ADAM_MOMENTS)))
         for number, each in enumerate(parameters):
             each.copy_(parts[number].view_as(each))
-            moments = (parts[(1 + n) * len(parameters) + number].view_as(each).clone() for n in range(len(MOMENTS)))
-            self.optimizer.state[each] = dict(zip(MOMENTS, moments, strict=True)) | {"step": torch.tensor(float(step))}
+            moments = (
+                parts[(1 + n) * len(parameters) + number].view_as(each).clone() for n in range(len(ADAM_MOMENTS))
+            )
+            self.optimizer.state[each] = dict(zip(ADAM_MOMENTS, moments, strict=True)) | {
+                "step": torch.tensor(float(step))
+            }
         for _ in range(step):
             self.schedule.step()
 
@@ -201,15 +205,15 @@ class SavedTraining:
     def __init__(self, journal: Journal) -> None:
         self.journal, self._store = journal, journal.store("training")
 
-    def keep(self, training: Training, steps: Sequence[Step]) -> None:
+    def keep(self, training: Training, steps: Sequence[TrainingStep]) -> None:
         """Save the state after these steps."""
         self._store[STORED] = training.numbers()
         self.journal.facts["steps"] = [astuple(step) for step in steps]
         self.journal.save()
 
-    def bring_back(self, training: Training) -> list[Step]:
+    def bring_back(self, training: Training) -> list[TrainingStep]:
         """Take an earlier run's state back, if there is one; return the steps it had made."""
-        steps = [Step(*each) for each in self.journal.facts.get("steps", ())]
+        steps = [TrainingStep(*each) for each in self.journal.facts.get("steps", ())]
         if steps:
             training.set(self._store[STORED], len(steps))
         return steps
