@@ -37,7 +37,7 @@ from streamprune.pipeline.recovery_work import (
     scratch_of,
     source_of,
 )
-from streamprune.recovery.course import TrainingStep, Trained, grouped, keep_logits, mean_loss
+from streamprune.recovery.course import Trained, TrainingStep, grouped, keep_logits, mean_loss
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, write_adapter
 from streamprune.recovery.options import RecoverConfig

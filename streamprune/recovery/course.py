@@ -26,7 +26,7 @@ MAX_NORM = 1.0  # gradients are clipped to it, as by transformers' Trainer where
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """TrainingStep of a training: its number, from 1 on, the mean loss of its batch before it, and its learning rate."""
+    """Step of a training: its number, from 1 on, the mean loss of its batch before it, and its learning rate."""
 
     number: int
     loss: float

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
-from streamprune.recovery.course import MAX_NORM, Course, Note, TrainingStep, Trained, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
 from streamprune.texts.instructions import Example

@@ -166,8 +166,8 @@ def read_adapter(directory: Path, skeleton: Skeleton) -> Adapter:
         pairs[key] = a.to(dtype), b.to(dtype)
     if tensors:
         raise UsageError(
-            f"{directory} adapts {next(iter(tensors)).removeprefix(MODULE_PREFIX)}, which {skeleton.checkpoint.path} has not, "
-            "or not as a linear layer of its decoder; give the checkpoint that it was trained on"
+            f"{directory} adapts {next(iter(tensors)).removeprefix(MODULE_PREFIX)}, which is no linear layer of the "
+            f"decoder of {skeleton.checkpoint.path}; give the checkpoint that it was trained on"
         )
     if len(ranks) > 1:
         raise UsageError(f"{directory} has the ranks {sorted(ranks)}; use one rank for all layers")

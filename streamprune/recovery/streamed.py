@@ -19,7 +19,7 @@ from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
 from streamprune.model.units import module_of
 from streamprune.paging.hidden_states import States
-from streamprune.recovery.course import MAX_NORM, Course, Note, TrainingStep, Trained, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter
 from streamprune.storage.journal import Journal
