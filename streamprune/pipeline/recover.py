@@ -43,6 +43,7 @@ from streamprune.recovery.lora import Adapter, write_adapter
 from streamprune.recovery.options import RecoverConfig
 from streamprune.recovery.streamed import AttachedAdapter, SavedTraining, train_streamed
 from streamprune.schema import default_of
+from streamprune.storage.checkpoint import resolve_model
 from streamprune.storage.directory import OWN_FILE, atomic_directory, check_output, write_json
 from streamprune.storage.journal import Journal, remove_journal
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
@@ -111,11 +112,12 @@ def _train(
         limit_memory(sweeper.skeleton.device, config.gpu_memory)
         output.callback(limit_memory, sweeper.skeleton.device, None)
         saved: dict[str, Any] = {} if journal is None else journal.facts
-        if "before" not in saved:
-            saved["before"] = _measure(sweeper, work, "before", progress)
+        evaluated = resume.hash_ids(work.segments)
+        if saved.get("before", [""])[0] != evaluated:
+            saved["before"] = [evaluated, _measure(sweeper, work, "before", progress)]
         if journal is not None:
             journal.save()
-        measured = [saved["before"]]
+        measured = [saved["before"][1]]
         if work.course is None:
             return work, measured, Trained(work.adapter, ())
         if config.streamed:
@@ -294,7 +296,8 @@ def _recovery_facts(
     if work.data is not None:
         sequences = {"trained on": len(work.train), "held out": len(work.held_out)}
         hashed = hash_examples([*work.train, *work.held_out])
-        facts["data"] = {"layout": work.data.layout, "sequences": sequences, "sha256": hashed}
+        longest = max(len(each.ids) for each in work.train)
+        facts["data"] = {"layout": work.data.layout, "sequences": sequences, "longest": longest, "sha256": hashed}
     if "recovery" in work.own:
         facts["earlier"] = work.own["recovery"]
     return facts
@@ -307,7 +310,7 @@ def _recipe(config: RecoverConfig) -> dict[str, Any]:
         value, said = getattr(config, each.name), each.metadata["option"]
         if each.name in ("model", "adapter") or not said.changes_bytes or said.card == "never" or value is None:
             continue
-        if value != default_of(each) or each.name in ("epochs", "batch", "learning_rate", "cutoff", "seed"):
+        if value != default_of(each) or each.name in ("epochs", "batch", "learning_rate", "seed"):
             named = each.name in ("data", "distill", "merge", "init_adapter")
             recipe[each.name] = sources.shown(str(value)) if named else value
     return recipe if config.data is not None else {"merge": recipe["merge"]}
@@ -331,7 +334,7 @@ def _figures(config: RecoverConfig, work: RecoveryWork, measured: list[dict[str,
 
 
 def _write_card(config: RecoverConfig, work: RecoveryWork, facts: dict[str, Any], directory: Path) -> None:
-    previous = Path(config.model, "README.md")
+    previous = resolve_model(config.model, trust_remote_code=config.trust_remote_code) / "README.md"
     text = previous.read_text(encoding="utf-8") if work.own and previous.is_file() and not config.adapter else None
     card = recovered_card(facts, type(work.form), text)
     (directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

@@ -29,7 +29,7 @@ from streamprune.planning.training_memory import place_training
 from streamprune.recovery.course import Course, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, new_adapter, peft_tensors, read_adapter
-from streamprune.recovery.options import RecoverConfig
+from streamprune.recovery.options import CUTOFF, RecoverConfig
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import byte_view, read_config, read_json, resolve_model
 from streamprune.storage.directory import OWN_FILE, check_apart, check_directory, check_space
@@ -82,7 +82,7 @@ def source_of(config: RecoverConfig, *, planned: bool = False) -> Source:
         config.model,
         device=config.device,
         dtype=config.dtype,
-        micro_batch=config.parts(default_micro_batch(config.cutoff)),
+        micro_batch=config.parts(default_micro_batch(config.cutoff or CUTOFF)),
         scope="matrices",
         trust_remote_code=config.trust_remote_code,
         planned=compute_device(config.device) if planned else None,
@@ -166,13 +166,11 @@ def _segments(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> 
 
 def _examples(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> Examples:
     assert config.data is not None
-    if config.cutoff > positions(skeleton):
-        raise UsageError(f"--cutoff {config.cutoff}: the model takes at most {positions(skeleton)} positions; lower it")
     data = open_examples(
         skeleton.checkpoint.path,
         config.data,
         field=config.field,
-        cutoff=config.cutoff,
+        cutoff=config.tokens(positions(skeleton)),
         bos=config.bos,
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
@@ -233,8 +231,8 @@ def _check_teacher(config: RecoverConfig, skeleton: Skeleton) -> None:
             )
         if config.top_k > sizes[0]:
             raise UsageError(f"--top-k {config.top_k}: the vocabulary has {sizes[0]:,} tokens; lower it")
-        if config.cutoff > positions(teacher):
-            raise UsageError(f"--cutoff {config.cutoff}: the teacher takes {positions(teacher)} positions; lower it")
+        if config.tokens(positions(skeleton)) > positions(teacher):
+            raise UsageError(f"--distill {config.distill} takes at most {positions(teacher)} positions; lower --cutoff")
 
 
 def recovery_fingerprint(config: RecoverConfig, work: RecoveryWork, skeleton: Skeleton) -> dict[str, str | None]:

@@ -17,6 +17,8 @@ _FILES, _LORA, _TRAINING, _TEXTS = "Model and output", "LoRA", "Training", "Text
 # Rank and alpha of the papers: LLM-Pruner's recovery (2305.11627), which MoreauPruner's is too, and that of 2406.10576.
 LIKE: Mapping[str, tuple[int, float]] = {"llm-pruner": (8, 16.0), "bernoulli": (16, 10.0)}
 
+CUTOFF = 256  # tokens of a sequence in LLM-Pruner's recovery
+
 
 def _as_of_a_run(name: str, **changed: Any) -> Any:
     """Make a field of the same option as `PruneConfig` has, but for what is `changed`."""
@@ -46,7 +48,14 @@ class RecoverConfig:
         _TEXTS,
         shown="instruction and output, messages, or text, as there are",
     )
-    cutoff: int = option(256, values.whole_number, "Tokens of a sequence, at most.", _TEXTS, minimum=2)
+    cutoff: int | None = option(
+        None,
+        values.whole_number,
+        "Tokens of a sequence, at most.",
+        _TEXTS,
+        shown="256, or the model's positions",
+        minimum=2,
+    )
     validation: int | None = option(
         None,
         values.whole_number,
@@ -141,6 +150,16 @@ class RecoverConfig:
             raise UsageError("--init-adapter has a rank and alpha of its own; leave --rank and --alpha out")
         if self.top_k != 64 and self.distill is None:
             raise UsageError("--top-k means something with --distill only; add that, or leave it out")
+
+    def tokens(self, positions: int) -> int:
+        """Return the tokens of a sequence at the most, of a model with so many positions.
+
+        Raises:
+            UsageError: more were asked for than it has.
+        """
+        if self.cutoff is not None and self.cutoff > positions:
+            raise UsageError(f"--cutoff {self.cutoff}: the model takes at most {positions} positions; lower it")
+        return self.cutoff or min(CUTOFF, positions)
 
     def parts(self, default: int) -> int:
         """Return the sequences computed at once: as given, else the largest divisor of the batch up to `default`."""

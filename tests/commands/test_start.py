@@ -31,7 +31,7 @@ def answer(code, *arguments):
 answer(0)
 answer(0, "--version")
 answer(0, "methods")
-for command in ([], ["plan"], ["eval"], ["verify"], ["methods"], ["demo"]):
+for command in ([], ["plan"], ["eval"], ["verify"], ["methods"], ["demo"], ["recover"]):
     answer(0, *command, "--help")
     answer(2, *command, "--unknown")
 run = ("--model", "here", "--output", "there")
@@ -50,6 +50,8 @@ answer(2, "plan", "--model", "here", "--granularity", "3:2")
 answer(2, "eval")
 answer(2, "eval", "--model", "here", "--seq-len", "1")
 answer(2, "verify")
+answer(2, "recover", "--model", "here", "--output", "there")
+answer(2, "recover", *run, "--data", "text", "--rank", "0")
 answer(1, "verify", "nowhere")
 """
 
