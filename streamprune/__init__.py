@@ -42,11 +42,13 @@ from streamprune.errors import (
 )
 from streamprune.methods.table import METHODS
 from streamprune.output import ragged
+from streamprune.recovery.options import RecoverConfig
 
 if TYPE_CHECKING:
     from streamprune.model.families import FAMILIES
     from streamprune.pipeline.evaluate import evaluate
     from streamprune.pipeline.progress import Progress
+    from streamprune.pipeline.recover import RecoverResult, recover
     from streamprune.pipeline.run import Forecast, PruneResult, prune
     from streamprune.pipeline.run import foretell as plan
     from streamprune.reports.compare import Comparison, compare
@@ -72,6 +74,8 @@ __all__ = [
     "Progress",
     "PruneConfig",
     "PruneResult",
+    "RecoverConfig",
+    "RecoverResult",
     "Speeds",
     "StreampruneError",
     "TaskError",
@@ -83,6 +87,7 @@ __all__ = [
     "evaluate_tasks",
     "plan",
     "prune",
+    "recover",
     "report",
     "speed",
     "verify",
@@ -97,6 +102,7 @@ _HOMES = {
     "Perplexity": "streaming.perplexity:Perplexity",
     "Progress": "pipeline.progress:Progress",
     "PruneResult": "pipeline.run:PruneResult",
+    "RecoverResult": "pipeline.recover:RecoverResult",
     "TaskScore": "tasks.evaluate:TaskScore",
     "TaskScores": "tasks.evaluate:TaskScores",
     "compare": "reports.compare:compare",
@@ -104,6 +110,7 @@ _HOMES = {
     "evaluate_tasks": "tasks.evaluate:evaluate_tasks",
     "plan": "pipeline.run:foretell",
     "prune": "pipeline.run:prune",
+    "recover": "pipeline.recover:recover",
     "Speeds": "reports.speed:Speeds",
     "report": "reports.report:report",
     "speed": "reports.speed:speed",

@@ -25,6 +25,7 @@ from streamprune.commands.methods import methods_command
 from streamprune.commands.options import COMPUTE_OPTIONS, PRUNE_OPTIONS, with_options
 from streamprune.commands.plan import plan_command
 from streamprune.commands.prune import run_prune
+from streamprune.commands.recover import recover_command
 from streamprune.commands.report import report_command
 from streamprune.commands.speed import speed_command
 from streamprune.commands.verify import verify_command
@@ -62,7 +63,7 @@ def cli(context: click.Context, **options: Any) -> None:
 
 
 _OF_OUTPUTS = (evaluate_command, verify_command, export_command, compare_command, report_command, speed_command)
-for _command in (plan_command, *_OF_OUTPUTS, methods_command, demo_command):
+for _command in (plan_command, recover_command, *_OF_OUTPUTS, methods_command, demo_command):
     cli.add_command(_command)
 
 

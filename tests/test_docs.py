@@ -236,6 +236,7 @@ def tiny(tmp_path_factory):
     save_tiny(place / MODEL, "llama", dtype=torch.float32, num_hidden_layers=8, max_position_embeddings=128)
     merge_once(place / MODEL)
     prune(PruneConfig(model=place / MODEL, output=place / "earlier", method="random", evaluate=False))
+    (place / "data.jsonl").write_text(json.dumps({"text": "The harbour was quiet in the morning. " * 20}) + "\n")
     return place
 
 

@@ -74,7 +74,7 @@ COMPUTE = ("bos", "device", "dtype", "micro_batch", "trust_remote_code")  # of w
 
 
 def options_from(
-    config: type[PruneConfig], names: Sequence[str] | None = None, leave_out: Sequence[str] = ()
+    config: type[Any], names: Sequence[str] | None = None, leave_out: Sequence[str] = ()
 ) -> tuple[Callable[[Any], Any], ...]:
     """Click options of a config's fields, in their order; of some of them, in the order of `names`."""
     said = {each.name: each for each in fields(config)}

@@ -13,6 +13,12 @@ from streamprune.output.form import OutputForm
 from streamprune.schema import default_of
 from streamprune.texts import sources
 
+ADAPTER_LAYOUT = "adapter"
+LOADING = """from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")"""
+LOADING_ADAPTER = """from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/directory")"""
+
 
 def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[PruneConfig] = PruneConfig) -> str:
     """Write README.md of an output of this form, from the contents of its streamprune.json and its config's class."""
@@ -44,6 +50,30 @@ def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[Pr
     return "\n".join([*head, "", *lines]) + "\n"
 
 
+def recovered_card(facts: Mapping[str, Any], form: type[OutputForm], previous: str | None) -> str:
+    """Write README.md of a recovered checkpoint: the `previous` card of ours, or a new head, and what training did."""
+    recovery = facts["recovery"]
+    base = facts["base_model"]
+    if previous is None:
+        license = [f"license: {json.dumps(facts['license'])}"] if facts.get("license") else []
+        adapter = facts["layout"] == ADAPTER_LAYOUT
+        head = ["---", f"library_name: {'peft' if adapter else 'transformers'}", f"base_model: {json.dumps(base)}"]
+        head += [*license, "pipeline_tag: text-generation", "tags:", "- lora", "- streamprune", "---"]
+        load = LOADING_ADAPTER if adapter else LOADING
+        what = "an adapter" if adapter else "trained further"
+        previous = "\n".join([*head, "", f"# {base}, {what}", "", "## Loading", "", *_loading(form, load)]) + "\n"
+    rows = [["", "before", "after"]]
+    if recovery.get("loss"):
+        loss = recovery["loss"]
+        rows.append([f"loss ({loss['sequences']} held-out sequences)", f"{loss['before']:.3f}", f"{loss['after']:.3f}"])
+    if recovery.get("perplexity"):
+        rows.append([f"perplexity ({recovery['perplexity']['text']})", *perplexity_cells(recovery["perplexity"])])
+    lines = ["", "## Recovery", "", f"{recovery['done']}.", ""]
+    lines += [table(rows, markdown=True), ""] if len(rows) > 1 else []
+    lines += [f"- `{name}`: {value}" for name, value in recovery["recipe"].items()]
+    return previous + "\n".join(lines).rstrip() + "\n"
+
+
 def what_was_done(facts: Mapping[str, Any]) -> str:
     """Say how much was removed, as the beginning of a sentence."""
     before, after = facts["parameters"]["before"], facts["parameters"]["after"]
@@ -60,18 +90,14 @@ def _storage(facts: Mapping[str, Any], form: type[OutputForm]) -> str:
     return " The files are not smaller for it." if "zeros" in facts else ""
 
 
-def _loading(form: type[OutputForm]) -> list[str]:
+def _loading(form: type[OutputForm], load: str = LOADING) -> list[str]:
     """List the lines that say how the output is loaded: by what, and in code."""
-    return [*([f"{form.read_by}.", ""] if form.read_by else []), "```python", *loading_lines(form), "```"]
+    return [*([f"{form.read_by}.", ""] if form.read_by else []), "```python", *loading_lines(form, load), "```"]
 
 
-def loading_lines(form: type[OutputForm]) -> list[str]:
+def loading_lines(form: type[OutputForm], load: str = LOADING) -> list[str]:
     """List the lines of Python that load an output of this form."""
-    return [
-        *form.loading,
-        "from transformers import AutoModelForCausalLM",
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-    ]
+    return [*form.loading, load]
 
 
 def sizes(facts: Mapping[str, Any]) -> list[list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from streamprune.errors import UsageError
 from streamprune.model.families import stock_takes
+from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KIND_NAMES, KeptUnits
 from streamprune.output.form import OutputForm, width_fields, widths_of
 from streamprune.output.ragged import modeling_source, ragged_config_fields, register
@@ -91,6 +92,22 @@ class RaggedForm(OutputForm):
             if changed:
                 overrides[f"{layer:0{digits}d}"] = changed
         return overrides
+
+
+class RaggedAgainForm(RaggedForm):
+    """Layers of different widths that stay as they are: config.json says the same of them as the source's."""
+
+    def set_widths(self, fields: dict[str, Any]) -> None:
+        pass
+
+    def config(self, zeros: float = 0.0) -> dict[str, Any]:
+        return OutputForm.config(self, zeros)
+
+
+def unchanged_form(skeleton: Skeleton) -> OutputForm:
+    """Return the form of an output that has all of a source's tensors in its layout, with other values."""
+    form = RaggedAgainForm if "per_layer_config" in skeleton.checkpoint.config else StockForm
+    return form(skeleton, skeleton.all_units(), range(0))
 
 
 def _say_rope_in_full(fields: dict[str, Any], config: Any) -> None:

@@ -30,7 +30,7 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
     form = done.form
     after = skeleton.parameters - removed_parameters(skeleton, plan.costs, form.kept) + form.added_parameters
     facts: dict[str, Any] = {
-        "base_model": _base_name(config.model),
+        "base_model": base_name(config.model),
         "license": job.companions.license,
         "versions": {name: importlib.metadata.version(name) for name in packages}
         | {"python": platform.python_version()}
@@ -47,7 +47,7 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
     else:
         facts |= {"kept": allocation.kept_facts(form.kept), "output_biases": form.biases}
     facts["memory"] = placement_facts(placement)
-    facts["source"] = {"model": _source_name(config.model), "sha256_of_tensors": done.source_hash}
+    facts["source"] = {"model": source_name(config.model), "sha256_of_tensors": done.source_hash}
     facts["scoring"] = job.costs | {"sha256_of_calibration_ids": resume.hash_ids(ids)}
     if job.repair_ids is not None:
         repair = {"tokens": list(job.repair_ids.shape), "sha256_of_ids": resume.hash_ids(job.repair_ids)}
@@ -64,10 +64,11 @@ def run_facts(job: Job, placement: Placement, done: Done, tokens: batches.Tokens
     return facts
 
 
-def _source_name(model: str) -> str:
+def source_name(model: str) -> str:
+    """Name the source so that it is found again: a hub id as it is, a directory by its whole path."""
     return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
-def _base_name(model: str) -> str:
+def base_name(model: str) -> str:
     """Name the source for the card: a hub id as it is, a directory by its last name."""
     return Path(model).absolute().name if Path(model).is_dir() else model

@@ -17,7 +17,7 @@ from streamprune.output.form import OutputForm
 from streamprune.paging.device import device_name
 from streamprune.pipeline.progress import Progress
 from streamprune.schema import flag_of, options_of
-from streamprune.storage.checkpoint import byte_view
+from streamprune.storage.checkpoint import Checkpoint, byte_view
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
 
 
@@ -73,16 +73,20 @@ def _fingerprint(
         for name, said in options_of(config).items()
         if said.changes_bytes and not said.resolved
     }
-    # Not a hash of the weights, which would read the whole checkpoint before the run begins.
-    source = hashlib.sha256(repr(sorted(skeleton.checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
-    source.update((skeleton.checkpoint.path / "config.json").read_bytes())
-    for file in skeleton.checkpoint.files:
-        source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
     versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
     tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
     compute = {"compute device": device_name(skeleton.device)}
     named = {"output form": None if form is None else form.__qualname__}
-    return {**options, **named, **versions, **tokens, **compute, "source": source.hexdigest()}
+    return {**options, **named, **versions, **tokens, **compute, "source": hash_source(skeleton.checkpoint)}
+
+
+def hash_source(checkpoint: Checkpoint) -> str:
+    """Hash a checkpoint's config, headers, sizes and dates by SHA-256; its weights would have to be read for it."""
+    source = hashlib.sha256(repr(sorted(checkpoint.tensors.values(), key=lambda entry: entry.name)).encode())
+    source.update((checkpoint.path / "config.json").read_bytes())
+    for file in checkpoint.files:
+        source.update(repr((file.name, file.stat().st_size, file.stat().st_mtime_ns)).encode())
+    return source.hexdigest()
 
 
 def hash_ids(ids: Tensor | None) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamprune.config import PruneConfig
-from streamprune.errors import KernelError, OutputError, StreampruneError
+from streamprune.errors import KernelError, StreampruneError
 from streamprune.kernels.launch import KernelFailure, has_triton
 from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
@@ -46,6 +46,7 @@ from streamprune.planning.stage import Work
 from streamprune.storage.directory import (
     OWN_FILE,
     atomic_directory,
+    check_apart,
     check_directory,
     check_output,
     check_space,
@@ -156,7 +157,7 @@ def _score_and_write(
     """
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
-        _refuse_in_place(config, skeleton.checkpoint.path)
+        check_apart(config.output, skeleton.checkpoint.path, config.calibration, config.evaluate)
         _refuse_without_kernels(config, skeleton.device)
         plan = make_plan(config, skeleton, form)
         _check_output_space(config, plan, skeleton, journal_directory)
@@ -381,17 +382,3 @@ def _naming_the_reference() -> Iterator[None]:
         yield
     except KernelFailure as failure:
         raise KernelError(f"{failure}; {REFERENCE}") from failure
-
-
-def _refuse_in_place(config: PruneConfig, source: Path) -> None:
-    """Refuse an output that is or holds what the run reads: --overwrite would remove it.
-
-    Raises:
-        OutputError: it names what is read.
-    """
-    output = config.output.resolve()
-    batches = [Path(text) for text in (config.calibration, config.evaluate) if text]
-    for read in (source, *batches):
-        if output in (read.resolve(), *read.resolve().parents):
-            what = "the model itself" if read == source else str(read)
-            raise OutputError(f"{config.output} is or holds {what}; choose another --output")

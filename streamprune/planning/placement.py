@@ -76,7 +76,7 @@ def choose_placement(
     gpu = is_gpu(sweeper.skeleton.device)
     if config.gpu_memory is not None and not gpu:
         raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
-    limits = _limits(config, sweeper, gpu, memory)
+    limits = memory_limits(config, sweeper, gpu, memory)
     room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
     sizes, needed = Sizes(sweeper), list[tuple[tuple[int, int], Sequence[Stage]]]()
 
@@ -159,7 +159,7 @@ def _state_places(config: PruneConfig, plan: Plan, gpu: bool) -> list[Place]:
     return ["host", "scratch"] if spill else ["host"]
 
 
-def _limits(config: PruneConfig, sweeper: Sweeper, gpu: bool, memory: int) -> tuple[int, int]:
+def memory_limits(config: PruneConfig, sweeper: Sweeper, gpu: bool, memory: int) -> tuple[int, int]:
     """Return the bytes that the device (0 where it is the CPU) and the process may hold."""
     host = config.host_memory if config.host_memory is not None else memory
     if not gpu:

@@ -38,6 +38,22 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     check_directory(output.absolute().parent, "--output")
 
 
+def check_apart(output: Path, model: Path, *others: object) -> None:
+    """Refuse an output that is or holds what is read: --overwrite would remove it.
+
+    Args:
+        model: directory of the model. others: paths of what else is read, False or None for nothing.
+
+    Raises:
+        OutputError: it names what is read.
+    """
+    whole = output.resolve()
+    for read in (model, *(Path(str(each)) for each in others if each)):
+        if whole in (read.resolve(), *read.resolve().parents):
+            what = "the model itself" if read == model else str(read)
+            raise OutputError(f"{output} is or holds {what}; choose another --output")
+
+
 def check_directory(directory: Path, option: str) -> None:
     """Refuse a directory, given by `option`, that can neither be written to nor made."""
     existing = _existing(directory)

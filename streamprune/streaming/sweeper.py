@@ -28,6 +28,8 @@ from streamprune.paging.state import StateStream, Streamed
 from streamprune.streaming.binder import Binder, Perturbation
 from streamprune.streaming.gradients import Collector, MakeCollector, gradient_scale, takes_ends, watched
 
+# (float32 logits [rows, columns, vocabulary], rows, columns) -> a sum over these tokens; column t predicts token t + 1
+Objective = Callable[[Tensor, slice, slice], Tensor]
 LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 
@@ -255,10 +257,27 @@ class Sweeper:
         """
         n, seq, _ = hidden.shape
         targets = input_ids.to(self.skeleton.device)
+
+        def objective(logits: Tensor, rows: slice, columns: slice) -> Tensor:
+            following = targets[rows, columns.start + 1 : columns.stop + 1]
+            return F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+
+        return self.through_head(hidden, objective, n * (seq - 1), with_grad=with_grad)
+
+    def through_head(
+        self, hidden: States, objective: Objective, count: int, *, with_grad: bool
+    ) -> tuple[float, States | None]:
+        """Sum an objective over the logits of all tokens but each sequence's last; return its mean and gradient.
+
+        Args:
+            hidden: the last layer's output [n, seq, d].
+            objective: is given the logits of a block at a time.
+            count: what the sum is divided by. with_grad: as in `head_loss`.
+        """
+        n, seq, _ = hidden.shape
         # Blocks of tokens are added up in float64, so that their number costs no digits.
-        total = torch.zeros((), dtype=torch.float64, device=targets.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.skeleton.device)
         grad = self.states_like(hidden) if with_grad else None
-        count = n * (seq - 1)
         tokens = max(1, LOGITS_BYTES // (4 * self.skeleton.config.vocab_size))
         for rows, blocks in blocks_of_tokens(n, seq - 1, tokens):
             states = hidden[rows].detach()
@@ -267,9 +286,7 @@ class Sweeper:
                 block = states[:, columns].requires_grad_(with_grad)
                 with torch.set_grad_enabled(with_grad):
                     logits = self.skeleton.head(block)
-                    logits = logits if logits.dtype == torch.float64 else logits.float()
-                    following = targets[rows, columns.start + 1 : columns.stop + 1]
-                    loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+                    loss = objective(logits if logits.dtype == torch.float64 else logits.float(), rows, columns)
                 total += loss.detach().double()
                 if grads is not None:
                     scaled = loss * (gradient_scale(block.dtype) / count)

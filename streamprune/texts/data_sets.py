@@ -26,8 +26,8 @@ def _datasets(source: object) -> Any:
     return datasets
 
 
-def saved_to_disk(path: Path, split: str, field: str, render: Render) -> Documents:
-    """Open a data set that `save_to_disk` has written, as texts.
+def saved_to_disk(path: Path, split: str, field: str | None, render: Render) -> Documents:
+    """Open a data set that `save_to_disk` has written, as texts; without a `field` as rows alone.
 
     Raises:
         CalibrationError: it cannot be loaded, or has no such split or column.
@@ -47,14 +47,15 @@ def saved_to_disk(path: Path, split: str, field: str, render: Render) -> Documen
     _check_column(data, field, where)
 
     def texts() -> Iterator[str]:
+        assert field is not None, "texts have a field"
         rows = (value for batch in data.select_columns([field]).iter(BATCH_ROWS) for value in batch[field])
         return _texts(({field: value} for value in rows), field, where, render)
 
-    return Documents(where, BLANK_LINE, texts)
+    return Documents(where, BLANK_LINE, texts, rows=lambda: _numbered(data, where))
 
 
-def from_hub(source: str, field: str, render: Render) -> Documents:
-    """Open a data set of the hub as a stream of texts: no more is fetched than is read.
+def from_hub(source: str, field: str | None, render: Render) -> Documents:
+    """Open a data set of the hub as a stream of texts, without a `field` of rows: no more is fetched than is read.
 
     Raises:
         CalibrationError: it cannot be loaded, or has no such column.
@@ -72,6 +73,8 @@ def from_hub(source: str, field: str, render: Render) -> Documents:
     else:
         raise CalibrationError(f"{where} cannot be loaded: {'; '.join(reasons)}; give a file, or NAME/CONFIG:SPLIT")
     _check_column(data, field, where)
+    if field is None:
+        return Documents(where, BLANK_LINE, lambda: iter(()), rows=lambda: _numbered(data, where))
 
     def shuffled(draw: random.Random) -> Iterator[str]:
         rows = data.shuffle(seed=draw.randrange(2**32), buffer_size=SHUFFLED)
@@ -92,10 +95,14 @@ def from_hub(source: str, field: str, render: Render) -> Documents:
 
 def _texts(rows: Iterable[Any], field: str, where: str, render: Render) -> Iterator[str]:
     """Yield the texts of rows that are not empty."""
+    return (text for at, row in _numbered(rows, where) if (text := text_of(row, field, at, render)))
+
+
+def _numbered(rows: Iterable[Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Yield (where it stands, row) for each row."""
     try:
         for number, row in enumerate(rows, 1):
-            if text := text_of(row, field, f"{where}, row {number}", render):
-                yield text
+            yield f"{where}, row {number}", row
     except (OSError, RuntimeError, ValueError) as error:  # what a fetch or a damaged file ends with
         raise CalibrationError(f"{where} cannot be read to its end: {_one_line(error)}; give a file") from error
 
@@ -108,9 +115,9 @@ def _hub_names(name: str) -> list[tuple[str, str]]:
     return [(name, ""), *([(parts[0], parts[1])] if len(parts) == 2 else [])]
 
 
-def _check_column(data: Any, field: str, where: str) -> None:
+def _check_column(data: Any, field: str | None, where: str) -> None:
     columns = data.column_names
-    if columns and field not in columns:
+    if columns and field is not None and field not in columns:
         raise CalibrationError(f"{where} has the columns {', '.join(columns)}; name one with --field")
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from streamprune.errors import CalibrationError
 from streamprune.texts.records import Messages
@@ -30,6 +31,7 @@ class Documents:
         shuffled: the records in random order, of a source without an end in reach.
         prose: whether there is no telling one record from the next.
         nbytes: bytes of the text at the most, where they are known. stored: bytes of its files, compressed or not.
+        rows: (where it stands, record) for all records as they are, with all their fields; None of prose.
     """
 
     where: str
@@ -40,6 +42,7 @@ class Documents:
     prose: bool = False
     nbytes: int | None = None
     stored: int | None = None
+    rows: Callable[[], Iterator[tuple[str, Any]]] | None = None
 
 
 def embedded_text(name: str) -> str:

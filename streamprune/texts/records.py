@@ -42,6 +42,7 @@ LONGEST_COLUMN = 64  # characters of the name of one
 MOST_FIELDS = 12  # that a message names
 BETWEEN_VALUES = re.compile(r"[\s,\ufeff]*")
 LONGEST_WORD = 16  # of JSON outside of strings: what may be cut off where the text read so far ends
+INSTRUCTION = "instruction"  # the field that records of instructions have
 # What other tools call the parties of a conversation.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 ROLES |= {"observation": "tool", "function": "tool"}
@@ -233,12 +234,24 @@ def text_of(record: Any, field: str, where: str, render: Render) -> str:
             raise CalibrationError(f"{where} has no text under {field!r}; it has {there}: name one with --field")
         record = record[field]
     if isinstance(record, list) and record and all(isinstance(message, Mapping) for message in record):
-        return _repaired(render([_message(message, field, where) for message in record]))
+        return repaired(render(messages_of(record, field, where)))
     if record is None or record == []:
         return ""
     if not isinstance(record, str):
         raise CalibrationError(f"{where}: {field!r} holds no text; name the field of the text with --field")
-    return _repaired(record)
+    return repaired(record)
+
+
+def messages_of(record: Any, field: str, where: str) -> Messages:
+    """Return the conversation of a record: the record itself, or what it has under `field`.
+
+    Raises:
+        CalibrationError: it has none.
+    """
+    value = record.get(field) if isinstance(record, Mapping) else record
+    if not isinstance(value, list) or not value or not all(isinstance(message, Mapping) for message in value):
+        raise CalibrationError(f"{where} has no messages under {field!r}; use the same fields in every record")
+    return [_message(message, field, where) for message in value]
 
 
 def _message(message: Mapping[str, Any], field: str, where: str) -> dict[str, Any]:
@@ -255,7 +268,7 @@ def _message(message: Mapping[str, Any], field: str, where: str) -> dict[str, An
     return others | {"role": ROLES.get(role, role), "content": content or ""}
 
 
-def _repaired(text: str) -> str:
+def repaired(text: str) -> str:
     """Replace lone halves of surrogate pairs, which JSON can hold and no tokenizer takes."""
     try:
         text.encode()

@@ -12,16 +12,16 @@ from typing import IO
 from streamprune.errors import CalibrationError
 from streamprune.texts import data_sets, records
 from streamprune.texts.documents import Documents, no_messages
-from streamprune.texts.records import Render
+from streamprune.texts.records import INSTRUCTION, Render
 from streamprune.texts.text_files import TextFile, from_files
 from streamprune.values import STANDARD_INPUT
 
 
-def open_documents(source: str | Path, field: str = "text", render: Render = no_messages) -> Documents:
+def open_documents(source: str | Path, field: str | None = "text", render: Render = no_messages) -> Documents:
     """Open the text of a file, a directory, standard input ("-"), or a hub data set "name[/configuration][:split]".
 
     Args:
-        field: name of the text's field in records.
+        field: name of the text's field in records; None where their `rows` are wanted, whatever fields these have.
         render: makes the text of a conversation.
 
     Raises:
@@ -62,8 +62,13 @@ def _directory_of(name: str) -> tuple[Path | None, str]:
     return (Path(name[: ends[-1]]), name[ends[-1] + 1 :]) if ends else (None, "")
 
 
-def _open_file(path: Path, field: str, render: Render) -> Documents:
-    return from_files([TextFile(path, str(path), records.kind_of(path, path, field), field, render)], str(path))
+def _open_file(path: Path, field: str | None, render: Render) -> Documents:
+    return from_files([_text_file(path, path, field, render)], str(path))
+
+
+def _text_file(path: Path, where: object, field: str | None, render: Render, kept: object = None) -> TextFile:
+    field = field or INSTRUCTION  # by which a table is told from prose
+    return TextFile(path, str(where), records.kind_of(path, where, field), field, render, kept)
 
 
 class _Kept:
@@ -82,7 +87,7 @@ class _Kept:
             os.close(self.descriptor)
 
 
-def _from_pipe(source: str, field: str, render: Render) -> Documents:
+def _from_pipe(source: str, field: str | None, render: Render) -> Documents:
     """Open standard input, or what a shell passes as /dev/fd/N."""
     if source == "-" and (sys.stdin is None or sys.stdin.isatty()):
         raise CalibrationError("-: standard input is a terminal or closed; pass a text through a pipe, or give a file")
@@ -94,10 +99,10 @@ def _from_pipe(source: str, field: str, render: Render) -> Documents:
     except OSError as error:
         raise CalibrationError(f"{where} cannot be read ({error.strerror or error}); give a file") from error
     path = Path(f"/proc/self/fd/{kept.descriptor}")
-    return from_files([TextFile(path, where, records.kind_of(path, where, field), field, render, kept)], where)
+    return from_files([_text_file(path, where, field, render, kept)], where)
 
 
-def _from_directory(path: Path, split: str, field: str, render: Render) -> Documents:
+def _from_directory(path: Path, split: str, field: str | None, render: Render) -> Documents:
     """Open a data set that was saved to disk, or the files below a directory: those of records, else those of prose."""
     saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
     if saved or (path / "dataset_dict.json").is_file():
@@ -113,7 +118,7 @@ def _from_directory(path: Path, split: str, field: str, render: Render) -> Docum
     ]
     # Without a suffix are licences, and the parts of a text where there is nothing else.
     named = [file for file in found if records.suffix_of(file)] or found
-    files = [TextFile(file, str(file), records.kind_of(file, file, field), field, render) for file in named]
+    files = [_text_file(file, file, field, render) for file in named]
     files = [file for file in files if file.kind != "prose"] or files
     if not files:
         raise CalibrationError(f"{path} is a directory without texts; give one of {records.SUFFIXES} files")

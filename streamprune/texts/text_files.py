@@ -37,20 +37,26 @@ class TextFile:
     kept: object = None
 
     def records(self) -> Iterator[str]:
-        """Yield all records from the start of the file."""
+        """Yield the texts of all records from the start of the file."""
+        if self.kind == "prose":
+            with records.opened(self.path, self.where) as stream:
+                yield from records.decoded(stream, self.where)
+            return
+        yield from self._texts(self.rows(self.field))
+
+    def rows(self, column: str | None = None) -> Iterator[tuple[str, Any]]:
+        """Yield (where it stands, record) from the start of a file that is no prose; of a parquet file this column."""
         if self.kind == "parquet":
-            yield from self._texts(self._rows())
+            yield from self._parquet_rows(column)
             return
         with records.opened(self.path, self.where) as stream:
             pieces = records.decoded(stream, self.where)
-            if self.kind == "prose":
-                yield from pieces
-            elif self.kind == "lines":
-                yield from self._texts(records.json_lines(pieces, self.where))
+            if self.kind == "lines":
+                yield from records.json_lines(pieces, self.where)
             elif self.kind == "values":
-                yield from self._texts(records.json_values(pieces, self.where))
+                yield from records.json_values(pieces, self.where)
             else:
-                yield from self._texts(records.table_rows(pieces, "," if self.kind == "csv" else "\t", self.where))
+                yield from records.table_rows(pieces, "," if self.kind == "csv" else "\t", self.where)
 
     @property
     def can_seek(self) -> bool:
@@ -112,7 +118,7 @@ class TextFile:
                     break
         return start, stop
 
-    def _parquet(self) -> Any:
+    def _parquet(self, column: str | None) -> Any:
         try:
             import pyarrow.parquet
         except ImportError:
@@ -124,18 +130,18 @@ class TextFile:
         except (pyarrow.ArrowException, OSError) as error:
             raise CalibrationError(f"{self.where} is not a readable parquet file ({error})") from error
         columns = file.schema_arrow.names
-        if self.field not in columns:
+        if column is not None and column not in columns:
             raise CalibrationError(f"{self.where} has the columns {', '.join(columns)}; name one with --field")
         return file
 
-    def _rows(self) -> Iterator[tuple[str, Any]]:
-        """Yield (where it stands, value of the field) for each row, a batch of rows in memory at a time."""
-        file, row = self._parquet(), 0
+    def _parquet_rows(self, column: str | None) -> Iterator[tuple[str, Any]]:
+        """Yield (where it stands, row by column) for each row, a batch of rows in memory at a time."""
+        file, row = self._parquet(column), 0
         import pyarrow
 
         try:
-            for batch in file.iter_batches(PARQUET_ROWS, columns=[self.field]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(PARQUET_ROWS, columns=None if column is None else [column]):
+                for value in batch.to_pylist():
                     row += 1
                     yield f"{self.where}, row {row}", value
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -162,6 +168,9 @@ def from_files(files: Sequence[TextFile], where: str) -> Documents:
             if draw.random() < likely:
                 yield share, chain(first, from_file(number + 1))
 
+    def rows() -> Iterator[tuple[str, Any]]:
+        return chain.from_iterable(file.rows() for file in files)
+
     can_seek = sizes[-1] > 0 and all(file.can_seek for file in files)
     return Documents(
         where,
@@ -171,4 +180,5 @@ def from_files(files: Sequence[TextFile], where: str) -> Documents:
         prose=prose,
         nbytes=sizes[-1] if can_seek else None,
         stored=sizes[-1],
+        rows=None if any(file.kind == "prose" for file in files) else rows,
     )

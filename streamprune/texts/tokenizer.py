@@ -63,12 +63,15 @@ def beginning(tokenizer: Any, bos: str) -> tuple[int, ...]:
     return tuple(before) if set(before) <= special | set(tokenizer.all_special_ids) else ()
 
 
-def chat_renderer(tokenizer: Any) -> Callable[[Messages], str]:
-    """Make a function that gives the text of a conversation by the tokenizer's chat template."""
+def chat_renderer(tokenizer: Any, *, prompt: bool = False) -> Callable[[Messages], str]:
+    """Make a function that gives the text of a conversation by the tokenizer's chat template.
+
+    `prompt`: followed by what begins the assistant's next turn.
+    """
 
     def render(messages: Messages) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False)
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # the template's own, and those of the engine that runs it
             reason = " ".join(str(error).split())[:200]
             raise CalibrationError(

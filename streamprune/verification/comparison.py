@@ -54,6 +54,10 @@ def compare_with_masked(
     """
     facts_file = directory / "streamprune.json"
     facts = read_json(facts_file)
+    if "recovery" in facts:
+        raise CheckpointError(
+            f"{directory} was trained after pruning, so it is no masked model; give the directory that was recovered"
+        )
     try:
         change = Change.of(facts)
         model, form = source or str(facts["source"]["model"]), written_form(facts)

@@ -31,7 +31,9 @@ def answer(code, *arguments):
 answer(0)
 answer(0, "--version")
 answer(0, "methods")
-for command in ([], ["plan"], ["eval"], ["verify"], ["compare"], ["report"], ["speed"], ["methods"], ["demo"]):
+for command in (
+    *([], ["plan"], ["eval"], ["verify"], ["recover"], ["compare"], ["report"], ["speed"], ["methods"], ["demo"]),
+):
     answer(0, *command, "--help")
     answer(2, *command, "--unknown")
 run = ("--model", "here", "--output", "there")
@@ -52,6 +54,8 @@ answer(2, "eval", "--model", "here", "--seq-len", "1")
 answer(2, "eval", "--model", "here", "--tasks", "piqa", "--limit", "0")
 answer(2, "eval", "--model", "here", "--limit", "3")
 answer(2, "verify")
+answer(2, "recover", "--model", "here", "--output", "there")
+answer(2, "recover", *run, "--data", "text", "--rank", "0")
 answer(1, "verify", "nowhere")
 answer(2, "compare", "here")
 answer(2, "report")

@@ -1,0 +1,340 @@
+"""Recovery of a checkpoint: LoRA on a data set, in memory or streamed, merged into it or kept as an adapter."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamprune.figures import peak_rss
+from streamprune.output import companions
+from streamprune.output.card import ADAPTER_LAYOUT, recovered_card
+from streamprune.output.ragged_form import unchanged_form
+from streamprune.output.writer import OutputWriter
+from streamprune.paging.device import limit_memory
+from streamprune.paging.pager import Page
+from streamprune.pipeline import resume
+from streamprune.pipeline.facts import base_name, source_name
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.recovery_work import (
+    LORA_PACKAGES,
+    RecoveryWork,
+    check_packages,
+    check_source,
+    hash_examples,
+    prepare_recovery,
+    recovery_fingerprint,
+    scratch_of,
+    source_of,
+)
+from streamprune.recovery.course import Trained, TrainingStep, grouped, keep_logits, mean_loss
+from streamprune.recovery.distillation import TeacherLogits
+from streamprune.recovery.lora import Adapter, write_adapter
+from streamprune.recovery.options import RecoverConfig
+from streamprune.recovery.streamed import AttachedAdapter, SavedTraining, train_streamed
+from streamprune.schema import default_of
+from streamprune.storage.checkpoint import resolve_model
+from streamprune.storage.directory import OWN_FILE, atomic_directory, check_output, write_json
+from streamprune.storage.journal import Journal, remove_journal
+from streamprune.streaming.perplexity import perplexity, sweeps_needed
+from streamprune.streaming.sweeper import Sweeper
+from streamprune.texts import sources
+
+RECOVERY_STEPS = "recovery.jsonl"  # a line per step
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """Result of a recovery: the directory, its layout ("adapter" where it was not merged), its streamprune.json."""
+
+    output: Path
+    layout: str
+    facts: dict[str, Any]
+
+
+def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
+    """Train a checkpoint further by LoRA, as `config` says, and write the result.
+
+        result = recover(RecoverConfig(model="pruned", data="alpaca.jsonl", output="recovered"))
+        print(result.facts["recovery"]["perplexity"])
+
+    Args:
+        progress: as of `prune`.
+
+    Raises:
+        StreampruneError: anything that cannot be done, with the remedy; nothing is left at the output then.
+    """
+    started = time.perf_counter()
+    progress = Progress.of(progress)
+    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
+    if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
+        resume.remove_finished(journal_directory)
+    check_output(config.output, overwrite=config.overwrite)
+    check_packages(config)
+    own = check_source(config)
+    with ExitStack() as output:
+        work, measured, trained = _train(config, own, output, progress, journal_directory)
+        directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
+        facts = _write(config, work, trained, directory, progress)
+        measured.append(_measure_after(config, work, trained.adapter, directory, progress))
+        facts["recovery"] |= _figures(config, work, measured)
+        facts["recovery"] |= {"seconds": time.perf_counter() - started, "peak_rss": peak_rss()}
+        write_json(directory / OWN_FILE, facts)
+        _write_card(config, work, facts, directory)
+    if journal_directory is not None:
+        remove_journal(journal_directory)
+    return RecoverResult(config.output, facts["layout"], facts)
+
+
+def _train(
+    config: RecoverConfig, own: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
+) -> tuple[RecoveryWork, list[dict[str, float]], Trained]:
+    """Do all that comes before the output: check, measure, ask the teacher, and train."""
+    journal = None
+    with source_of(config).open(progress) as sweeper:
+        for note in sweeper.skeleton.notes:
+            progress.say(note)
+        work = prepare_recovery(config, sweeper, own, progress)
+        if journal_directory is not None:
+            journal = Journal(journal_directory, recovery_fingerprint(config, work, sweeper.skeleton))
+            output.callback(journal.release)
+            output.push(partial(resume.say_what_stays, journal_directory, progress))
+        limit_memory(sweeper.skeleton.device, config.gpu_memory)
+        output.callback(limit_memory, sweeper.skeleton.device, None)
+        saved: dict[str, Any] = {} if journal is None else journal.facts
+        evaluated = resume.hash_ids(work.segments)
+        if saved.get("before", [""])[0] != evaluated:
+            saved["before"] = [evaluated, _measure(sweeper, work, "before", progress)]
+        if journal is not None:
+            journal.save()
+        measured = [saved["before"][1]]
+        if work.course is None:
+            return work, measured, Trained(work.adapter, ())
+        if config.streamed:
+            with _teacher(config, work, progress) as teacher:
+                return work, measured, _train_streamed(config, work, sweeper, teacher, journal, progress)
+    # Here the source's embeddings and head are gone: the model comes into memory as a whole.
+    with _teacher(config, work, progress) as teacher:
+        return work, measured, _train_in_memory(config, work, teacher, journal, progress)
+
+
+@contextmanager
+def _teacher(config: RecoverConfig, work: RecoveryWork, progress: Progress) -> Iterator[TeacherLogits | None]:
+    """Give what the teacher says of the sequences, if there is one, as long as the block runs."""
+    if config.distill is None:
+        yield None
+        return
+    with ExitStack() as stack:
+        kept = TeacherLogits(scratch_of(config), config.top_k, work.train)
+        stack.callback(kept.close)
+        with replace(source_of(config), model=config.distill).open(progress) as sweeper:
+            assert work.course is not None, "there is a teacher where something is learnt"
+            asked = set(work.course.order())
+            sweeps = len(list(grouped(sweeper, work.train, asked)))
+            with progress.stage("teacher", sweeps * sweeper.pager.layer_bytes()):
+                keep_logits(sweeper, work.train, kept, asked)
+        yield kept
+
+
+def _train_streamed(
+    config: RecoverConfig,
+    work: RecoveryWork,
+    sweeper: Sweeper,
+    teacher: TeacherLogits | None,
+    journal: Journal | None,
+    progress: Progress,
+) -> Trained:
+    assert work.course is not None
+    done = 0 if journal is None else len(journal.facts.get("steps", ()))
+    left = work.course.steps - done
+    with progress.stage("training", 2 * left * sweeper.pager.layer_bytes()):
+        return train_streamed(
+            sweeper,
+            work.adapter,
+            work.train,
+            work.course,
+            dropout=config.dropout,
+            teacher=teacher,
+            saved=None if journal is None else SavedTraining(journal),
+            note=lambda step: _tell(progress, step),
+        )
+
+
+def _train_in_memory(
+    config: RecoverConfig,
+    work: RecoveryWork,
+    teacher: TeacherLogits | None,
+    journal: Journal | None,
+    progress: Progress,
+) -> Trained:
+    from streamprune.recovery.in_memory import train_in_memory
+
+    assert work.course is not None
+
+    def note(step: TrainingStep) -> None:
+        progress.advance(1, read=0)
+        _tell(progress, step)
+
+    source = source_of(config, planned=True)
+    with source.open() as planned, progress.stage("training", work.course.steps):
+        return train_in_memory(
+            planned.skeleton,
+            work.adapter,
+            work.train,
+            work.course,
+            micro_batch=source.micro_batch,
+            dropout=config.dropout,
+            teacher=teacher,
+            directory=None if journal is None else journal.directory / "trainer",
+            trust_remote_code=config.trust_remote_code,
+            note=note,
+        )
+
+
+def _tell(progress: Progress, step: TrainingStep) -> None:
+    progress.note(step=step.number, loss=step.loss, learning_rate=step.learning_rate)
+
+
+def _measure(sweeper: Sweeper, work: RecoveryWork, when: str, progress: Progress) -> dict[str, float]:
+    """Measure the perplexity, and the loss of the sequences that are held out, as far as there are any."""
+    found = {}
+    sweeps = 0 if work.segments is None else sweeps_needed(sweeper, work.segments)
+    sweeps += len(list(grouped(sweeper, work.held_out)))
+    if sweeps:
+        with progress.stage(f"measuring {when}", sweeps * sweeper.pager.layer_bytes()):
+            if work.segments is not None:
+                found["perplexity"] = perplexity(sweeper, work.segments).perplexity
+            if work.held_out:
+                found["loss"] = mean_loss(sweeper, work.held_out)
+    return found
+
+
+def _measure_after(
+    config: RecoverConfig, work: RecoveryWork, adapter: Adapter, directory: Path, progress: Progress
+) -> dict[str, float]:
+    """Measure the output: the merged checkpoint, or the source with the adapter attached."""
+    if config.adapter:
+        with source_of(config).open(progress) as sweeper, AttachedAdapter(sweeper, adapter).attached():
+            return _measure(sweeper, work, "after", progress)
+    with replace(source_of(config), model=str(directory)).open(progress) as sweeper:
+        return _measure(sweeper, work, "after", progress)
+
+
+def _write(
+    config: RecoverConfig, work: RecoveryWork, trained: Trained, directory: Path, progress: Progress
+) -> dict[str, Any]:
+    """Write the tensors and what lies beside them; return the facts so far."""
+    with source_of(config).open(progress) as sweeper:
+        skeleton = sweeper.skeleton
+        beside = companions.prepare(unchanged_form(skeleton), trust_remote_code=config.trust_remote_code)
+        facts: dict[str, Any] = {"base_model": base_name(config.model), "license": beside.license}
+        if config.adapter:
+            write_adapter(directory, skeleton, trained.adapter, source_name(config.model), config.dropout)
+            facts["layout"], digest = ADAPTER_LAYOUT, None
+        else:
+            for note in beside.notes:
+                progress.say(note)
+            form = unchanged_form(skeleton)
+            facts = {**facts, "layout": form.layout, **work.own}
+            digest = _merge(sweeper, trained.adapter, directory, config.max_shard_size, progress)
+            beside.write(form.config(), directory, files=form.files())
+        if trained.steps:
+            lines = "".join(json.dumps(asdict(step)) + "\n" for step in trained.steps)
+            (directory / RECOVERY_STEPS).write_text(lines, encoding="utf-8")
+        facts["recovery"] = _recovery_facts(config, work, trained, digest)
+        return facts
+
+
+def _merge(sweeper: Sweeper, adapter: Adapter, directory: Path, max_shard_size: int, progress: Progress) -> str:
+    """Write the source's tensors with the adapter added, a layer in memory at a time; return the source's hash."""
+    skeleton = sweeper.skeleton
+
+    def merged(page: Page) -> dict[str, Tensor]:
+        made = {}
+        for name, transposed in skeleton.matrices(page.layer).items():
+            stored = page.tensors[name]
+            # Rounded once, where PEFT rounds the product first.
+            wide = stored.to(torch.promote_types(stored.dtype, adapter.parameters[0].dtype))
+            delta = adapter.delta((page.layer, name), transposed=transposed, device=stored.device)
+            made[name] = (wide + delta).to(stored.dtype)
+        return made
+
+    with (
+        OutputWriter(unchanged_form(skeleton), directory, max_shard_size) as writer,
+        progress.stage("writing", sweeper.pager.layer_bytes()),
+    ):
+        return writer.finish(sweeper.pager, merged)
+
+
+def _recovery_facts(
+    config: RecoverConfig, work: RecoveryWork, trained: Trained, source_hash: str | None
+) -> dict[str, Any]:
+    """Gather what streamprune.json says of the training: enough to repeat it."""
+    options = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    rank, alpha = len(trained.adapter.parameters[0]), trained.adapter.alpha
+    merged = "kept apart" if config.adapter else "merged into the weights"
+    lora = f"LoRA of rank {rank}, alpha {alpha:g}, on all linear layers of the decoder"
+    steps = f"{len(trained.steps):,} steps of {config.batch} sequences, " if work.course is not None else ""
+    facts: dict[str, Any] = {
+        "done": f"{lora}: {steps}{merged}",
+        "recipe": _recipe(config),
+        "options": options,
+        "versions": {name: importlib.metadata.version(name) for name in LORA_PACKAGES if config.data or name != "peft"}
+        | {"python": platform.python_version()},
+        "source": {"model": source_name(config.model), "sha256_of_tensors": source_hash},
+    }
+    if work.data is not None:
+        sequences = {"trained on": len(work.train), "held out": len(work.held_out)}
+        hashed = hash_examples([*work.train, *work.held_out])
+        longest = max(len(each.ids) for each in work.train)
+        facts["data"] = {"layout": work.data.layout, "sequences": sequences, "longest": longest, "sha256": hashed}
+    if "recovery" in work.own:
+        facts["earlier"] = work.own["recovery"]
+    return facts
+
+
+def _recipe(config: RecoverConfig) -> dict[str, Any]:
+    """Choose the options that decided the result: those that were given, or say something in any case."""
+    recipe = {}
+    for each in fields(config):
+        value, said = getattr(config, each.name), each.metadata["option"]
+        if each.name in ("model", "adapter") or not said.changes_bytes or said.card == "never" or value is None:
+            continue
+        if value != default_of(each) or each.name in ("epochs", "batch", "learning_rate", "seed"):
+            named = each.name in ("data", "distill", "merge", "init_adapter")
+            recipe[each.name] = sources.shown(str(value)) if named else value
+    return recipe if config.data is not None else {"merge": recipe["merge"]}
+
+
+def _figures(config: RecoverConfig, work: RecoveryWork, measured: list[dict[str, float]]) -> dict[str, Any]:
+    """Put what was measured before and after side by side."""
+    before, after = measured
+    found: dict[str, Any] = {}
+    if work.segments is not None:
+        found["perplexity"] = {
+            "text": sources.shown(config.evaluate) if config.evaluate else "embedded held-out prose",
+            "segments": list(work.segments.shape),
+            "sha256_of_ids": resume.hash_ids(work.segments),
+            "before": before["perplexity"],
+            "after": after["perplexity"],
+        }
+    if work.held_out:
+        found["loss"] = {"sequences": len(work.held_out), "before": before["loss"], "after": after["loss"]}
+    return found
+
+
+def _write_card(config: RecoverConfig, work: RecoveryWork, facts: dict[str, Any], directory: Path) -> None:
+    previous = resolve_model(config.model, trust_remote_code=config.trust_remote_code) / "README.md"
+    text = previous.read_text(encoding="utf-8") if work.own and previous.is_file() and not config.adapter else None
+    card = recovered_card(facts, type(work.form), text)
+    (directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,263 @@
+"""Work of a recovery, decided before it begins: data, adapter, teacher, and all that can be wrong with them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from streamprune.errors import CheckpointError, StreampruneError, UsageError
+from streamprune.figures import human
+from streamprune.model.skeleton import Skeleton
+from streamprune.output.form import OutputForm
+from streamprune.output.ragged_form import unchanged_form
+from streamprune.output.sparse24 import is_compressed
+from streamprune.paging.device import compute_device, device_name, free_memory, is_gpu
+from streamprune.pipeline import resume
+from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens, positions
+from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import Source
+from streamprune.planning.training_memory import place_training
+from streamprune.recovery.course import Course, padded
+from streamprune.recovery.distillation import TeacherLogits
+from streamprune.recovery.lora import Adapter, new_adapter, peft_tensors, read_adapter
+from streamprune.recovery.options import CUTOFF, RecoverConfig
+from streamprune.schema import flag_of, options_of
+from streamprune.storage.checkpoint import byte_view, read_config, read_json, resolve_model
+from streamprune.storage.directory import OWN_FILE, check_apart, check_directory, check_space
+from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+from streamprune.texts.corpus import open_corpus
+from streamprune.texts.documents import embedded
+from streamprune.texts.instructions import Example, Examples, open_examples
+from streamprune.texts.tokenizer import load_tokenizer
+
+HELD_OUT_SHARE, MOST_HELD_OUT = 20, 2000  # one sequence of as many is held out, and no more than that
+LORA_PACKAGES = ("streamprune", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class RecoveryWork:
+    """Work of a recovery.
+
+    Attributes:
+        own: the source's streamprune.json; empty of a model that is not streamprune's.
+        form: of the output; None where the adapter is kept.
+        adapter: to begin with, or to merge.
+        data: what was read; None where nothing is trained.
+        train, held_out: the sequences of it. course: the steps.
+        segments: tokens [n, seq] of the perplexity, if it is measured.
+    """
+
+    own: dict[str, object]
+    form: OutputForm
+    adapter: Adapter
+    data: Examples | None
+    train: Sequence[Example]
+    held_out: Sequence[Example]
+    course: Course | None
+    segments: Tensor | None
+
+
+def check_packages(config: RecoverConfig) -> None:
+    """Refuse to begin where PEFT is missing, which keeps and trains adapters.
+
+    Raises:
+        StreampruneError: with the remedy.
+    """
+    if config.merge is None and importlib.util.find_spec("peft") is None:
+        raise StreampruneError("recover needs peft; pip install 'streamprune[recover]'")
+
+
+def source_of(config: RecoverConfig, *, planned: bool = False) -> Source:
+    """Return the model that is recovered; `planned`: for its shapes alone, no weight is read."""
+    return Source(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        micro_batch=config.parts(default_micro_batch(config.cutoff or CUTOFF)),
+        scope="matrices",
+        trust_remote_code=config.trust_remote_code,
+        planned=compute_device(config.device) if planned else None,
+    )
+
+
+def check_source(config: RecoverConfig) -> dict[str, object]:
+    """Read the source's streamprune.json, and refuse what cannot be recovered as asked, by its small files alone.
+
+    Raises:
+        UsageError: merging would fill the zeros of sparse weights.
+        OutputError: the output is or holds what is read.
+    """
+    path = resolve_model(config.model, trust_remote_code=config.trust_remote_code)
+    check_apart(config.output, path, config.data, config.evaluate, config.init_adapter, config.merge, config.distill)
+    own = read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {}
+    if is_compressed(read_config(path)):
+        raise CheckpointError(f"{path} holds compressed 2:4 weights; prune again without --compress, and use --adapter")
+    if "zeros" in own and not config.adapter:
+        raise UsageError(f"{path} is sparse, and merging would fill its zeros; keep the adapter apart with --adapter")
+    return own
+
+
+def prepare_recovery(
+    config: RecoverConfig, sweeper: Sweeper, own: dict[str, object], progress: Progress
+) -> RecoveryWork:
+    """Decide all of a recovery: what does not fit, is missing or is of another model is refused here.
+
+    Raises:
+        StreampruneError: with the remedy.
+    """
+    skeleton = sweeper.skeleton
+    given = config.merge or config.init_adapter
+    if given is not None:
+        adapter = read_adapter(given, skeleton)
+    else:
+        assert config.rank is not None and config.alpha is not None, "they are settled"
+        adapter = new_adapter(skeleton, config.rank, config.alpha, config.seed)
+    form = unchanged_form(skeleton)
+    adapter_bytes = sum(each.nbytes for each in adapter.parameters)
+    check_space(config.output.parent, adapter_bytes if config.adapter else form.nbytes)
+    segments = _segments(config, skeleton, progress)
+    if config.data is None:
+        return RecoveryWork(own, form, adapter, None, (), (), None, segments)
+    data = _examples(config, skeleton, progress)
+    train, held_out = _split(config, data)
+    course = Course.of(
+        len(train), config.batch, config.epochs, config.steps, config.learning_rate, config.warmup, config.seed
+    )
+    progress.say(f"{data.describe()}; {len(held_out):,} are held out")
+    progress.say(f"{course.steps:,} steps of {course.batch} sequences, LoRA of rank {len(adapter.parameters[0])}")
+    _check_memory(config, sweeper, data, adapter_bytes, progress)
+    if config.distill is not None:
+        _check_teacher(config, skeleton)
+        scratch = scratch_of(config)
+        check_directory(scratch, "--scratch")
+        check_space(scratch, TeacherLogits.bytes_of(config.top_k, train), "what the teacher says")
+    return RecoveryWork(own, form, adapter, data, train, held_out, course, segments)
+
+
+def scratch_of(config: RecoverConfig) -> Path:
+    """Return the directory of the teacher's logits."""
+    return config.scratch or Path(tempfile.gettempdir())
+
+
+def _segments(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> Tensor | None:
+    """Take the tokens of the perplexity before and after, as a run of pruning does."""
+    if config.evaluate is False:
+        return None
+    corpus = open_corpus(
+        skeleton.checkpoint.path,
+        embedded("heldout") if config.evaluate is None else config.evaluate,
+        bos=config.bos,
+        trust_remote_code=config.trust_remote_code,
+        say=progress.say,
+    )
+    segments = corpus.segments(min(EVALUATION_SEQ_LEN, positions(skeleton)), None, EVALUATION_SEGMENTS)
+    check_tokens(segments, skeleton)
+    return segments
+
+
+def _examples(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> Examples:
+    assert config.data is not None
+    data = open_examples(
+        skeleton.checkpoint.path,
+        config.data,
+        field=config.field,
+        cutoff=config.tokens(positions(skeleton)),
+        bos=config.bos,
+        trust_remote_code=config.trust_remote_code,
+        say=progress.say,
+    )
+    check_tokens(torch.cat([each.ids for each in data.found]), skeleton)
+    return data
+
+
+def _split(config: RecoverConfig, data: Examples) -> tuple[list[Example], list[Example]]:
+    """Hold sequences out, chosen by the seed; the others are trained on."""
+    n = len(data.found)
+    count = min(MOST_HELD_OUT, n // HELD_OUT_SHARE) if config.validation is None else config.validation
+    if count >= n:
+        raise UsageError(f"--validation {count}: {data.where} has {n} sequences, and some must be left; lower it")
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held_out = set(order[:count])
+    return [data.found[i] for i in range(n) if i not in held_out], [data.found[i] for i in sorted(held_out)]
+
+
+def _check_memory(
+    config: RecoverConfig, sweeper: Sweeper, data: Examples, adapter_bytes: int, progress: Progress
+) -> None:
+    """Refuse a training that does not fit; place the hidden states of a streamed one."""
+    skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
+    gpu, free = is_gpu(skeleton.device), psutil.virtual_memory().available
+    if config.streamed:
+        longest, _ = padded([max(data.found, key=lambda each: len(each.ids))])
+        shape = min(config.batch, len(data.found)), longest.shape[1]
+        resident = 0 if gpu else skeleton.resident_bytes
+        said = place_training(sweeper, config, shape, adapter_bytes, baseline=process - resident, memory=free + process)
+        progress.say(said)
+        return
+    weights = skeleton.parameters * skeleton.dtype.itemsize
+    room = free_memory(skeleton.device) if gpu else free
+    budget = config.gpu_memory if gpu else config.host_memory
+    room = room if budget is None else min(room, budget)
+    if weights > room:
+        raise StreampruneError(
+            f"the model takes {human(weights)}, there are {human(room)}; pass --streamed, which needs two layers"
+        )
+
+
+def _check_teacher(config: RecoverConfig, skeleton: Skeleton) -> None:
+    """Refuse a teacher whose tokens are others, or who cannot read sequences as long."""
+    assert config.distill is not None
+    with replace(source_of(config, planned=True), model=config.distill).open() as planned:
+        teacher = planned.skeleton
+        sizes = teacher.config.vocab_size, skeleton.config.vocab_size
+        vocabularies = [
+            load_tokenizer(each.checkpoint.path, trust_remote_code=config.trust_remote_code).get_vocab()
+            for each in (teacher, skeleton)
+        ]
+        if sizes[0] != sizes[1] or vocabularies[0] != vocabularies[1]:
+            what = f"has {sizes[0]:,} tokens, the model {sizes[1]:,}" if sizes[0] != sizes[1] else "is another one"
+            raise UsageError(
+                f"--distill {config.distill}: its vocabulary {what}; use a teacher of the same vocabulary, such as the "
+                "dense model"
+            )
+        if config.top_k > sizes[0]:
+            raise UsageError(f"--top-k {config.top_k}: the vocabulary has {sizes[0]:,} tokens; lower it")
+        if config.tokens(positions(skeleton)) > positions(teacher):
+            raise UsageError(f"--distill {config.distill} takes at most {positions(teacher)} positions; lower --cutoff")
+
+
+def recovery_fingerprint(config: RecoverConfig, work: RecoveryWork, skeleton: Skeleton) -> dict[str, str | None]:
+    """Gather what decides the bytes that come out: options, versions, sequences, the adapter, the models' headers."""
+    options = {
+        flag_of(name): str(getattr(config, name))
+        for name, said in options_of(config).items()
+        if said.changes_bytes and not said.resolved
+    }
+    versions = {name: importlib.metadata.version(name) for name in LORA_PACKAGES}
+    found = {"sequences": hash_examples([*work.train, *work.held_out])}
+    adapter = hashlib.sha256()
+    for name, tensor in peft_tensors(skeleton, work.adapter).items():
+        adapter.update(name.encode() + byte_view(tensor))
+    found |= {"first adapter": adapter.hexdigest(), "source": resume.hash_source(skeleton.checkpoint)}
+    if config.distill is not None:
+        with replace(source_of(config, planned=True), model=config.distill).open() as teacher:
+            found["teacher"] = resume.hash_source(teacher.skeleton.checkpoint)
+    return {**options, **versions, **found, "compute device": device_name(skeleton.device)}
+
+
+def hash_examples(examples: Sequence[Example]) -> str:
+    """Hash the tokens and labels of sequences by SHA-256."""
+    digest = hashlib.sha256()
+    for each in examples:
+        digest.update(byte_view(each.ids.contiguous()))
+        digest.update(byte_view(each.labels.contiguous()))
+    return digest.hexdigest()

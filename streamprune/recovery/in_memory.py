@@ -1,0 +1,181 @@
+"""LoRA of a model in memory: PEFT's adapters and transformers' Trainer, which do all the work."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from streamprune.model.skeleton import Skeleton
+from streamprune.paging.device import is_gpu
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
+from streamprune.recovery.distillation import TeacherLogits
+from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
+from streamprune.texts.instructions import Example
+
+SAVED_EVERY = 20  # steps, where a run can be resumed
+LAST_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
+
+
+class _Order(Dataset[int]):
+    """Numbers of the examples in the order in which a course takes them."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self.order = order
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, at: int) -> int:
+        return self.order[at]
+
+
+class _Trainer(Trainer):
+    """Trainer that goes through the data in order, with the loss of `course.objective_of`."""
+
+    loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        order: Any = self.train_dataset
+        return SequentialSampler(order)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute a micro-batch's part of the mean loss over the batch's counted tokens."""
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        teacher = (inputs["values"], inputs["tokens"]) if "values" in inputs else None
+        objective = objective_of(inputs["labels"], logits.device, teacher)
+        return objective(logits, slice(None), slice(None)) / num_items_in_batch
+
+
+class _Teller(TrainerCallback):
+    """Callback that tells each step."""
+
+    def __init__(self, note: Note) -> None:
+        self.note = note
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        """Tell what the Trainer logs of a step."""
+        if logs and "loss" in logs:
+            self.note(_step(state.global_step, logs))
+
+
+def _step(number: Any, logs: Any) -> TrainingStep:
+    return TrainingStep(number, float(logs["loss"]), float(logs["learning_rate"]))
+
+
+def train_in_memory(
+    skeleton: Skeleton,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    course: Course,
+    *,
+    micro_batch: int,
+    dropout: float,
+    teacher: TeacherLogits | None = None,
+    directory: Path | None = None,
+    trust_remote_code: bool = False,
+    note: Note = lambda step: None,
+) -> Trained:
+    """Train an adapter with the whole model in memory.
+
+    Args:
+        skeleton: says where the model is and how it is computed.
+        adapter: to begin with. examples: `course` says when each is taken.
+        micro_batch: sequences computed at once, a divisor of the batch.
+        directory: of the Trainer's checkpoints, from the last of which it goes on; by default none are kept.
+        note: is told each step.
+    """
+    set_seed(course.seed)  # of dropout
+    model = AutoModelForCausalLM.from_pretrained(
+        skeleton.checkpoint.path, dtype=skeleton.dtype, trust_remote_code=trust_remote_code
+    )
+    config = peft_config(skeleton, adapter, None, dropout)
+    config.inference_mode = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changes, which PEFT still uses
+        model = get_peft_model(model, config)
+    set_peft_model_state_dict(model, peft_tensors(skeleton, adapter))
+    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary:
+        arguments = _arguments(skeleton, course, micro_batch, directory, Path(temporary))
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=_Order(course.order()),
+            data_collator=_collator(examples, teacher),
+            callbacks=[_Teller(note)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.model_accepts_loss_kwargs = True  # so that it counts the tokens of a batch
+        trainer.train(resume_from_checkpoint=None if directory is None else _last_checkpoint(directory))
+    found = get_peft_model_state_dict(model)
+    names = {key: f"{peft_name(skeleton, key)}.lora_" for key in adapter.pairs}
+    pairs = {
+        key: (found[f"{name}A.weight"].detach().cpu(), found[f"{name}B.weight"].detach().cpu())
+        for key, name in names.items()
+    }
+    steps = [_step(logs["step"], logs) for logs in trainer.state.log_history if "loss" in logs]
+    return Trained(Adapter(adapter.alpha, pairs), steps)
+
+
+def _arguments(
+    skeleton: Skeleton, course: Course, micro_batch: int, directory: Path | None, temporary: Path
+) -> TrainingArguments:
+    if is_gpu(skeleton.device) and skeleton.device.index is not None:
+        torch.cuda.set_device(skeleton.device)  # the Trainer takes the current one
+    arguments = TrainingArguments(
+        output_dir=str(directory or temporary),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=course.batch // micro_batch,
+        max_steps=course.steps,
+        learning_rate=course.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=course.warmup,
+        optim="adamw_torch",
+        max_grad_norm=MAX_NORM,
+        fp16=skeleton.dtype == torch.float16,
+        seed=course.seed,
+        save_strategy="no" if directory is None else "steps",
+        save_steps=SAVED_EVERY,
+        save_total_limit=2,  # a kill may come while the newer is written
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=not is_gpu(skeleton.device),
+        dataloader_pin_memory=is_gpu(skeleton.device),
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # more would each get a copy of the model
+    return arguments
+
+
+def _collator(examples: Sequence[Example], teacher: TeacherLogits | None) -> Any:
+    def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
+        ids, labels = padded([examples[number] for number in numbers])
+        batch = {"input_ids": ids, "labels": labels}
+        if teacher is not None:
+            batch["values"], batch["tokens"] = teacher.get(numbers)
+        return batch
+
+    return collate
+
+
+def _last_checkpoint(directory: Path) -> str | None:
+    """Find the newest checkpoint of the Trainer that is whole."""
+    whole = [each.parent for each in directory.glob(f"checkpoint-*/{LAST_FILE}") if _is_whole(each)]
+    return str(max(whole, key=lambda each: int(each.name.rpartition("-")[2]))) if whole else None
+
+
+def _is_whole(state: Path) -> bool:
+    return state.read_text(encoding="utf-8").rstrip().endswith("}")

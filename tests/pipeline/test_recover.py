@@ -1,0 +1,264 @@
+"""`streamprune recover` as a user runs it: what comes out, what is refused, and runs that are cut short."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import Streamprune, check_refusal, edit_tensors, snapshot
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny_models import save_tiny, token_ids
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import streamprune as package
+from streamprune.pipeline.progress import Progress
+from streamprune.recovery import in_memory
+from streamprune.storage.directory import OWN_FILE
+
+# transformers 5.23 renames this; peft has the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+FAST = ("--cutoff", 32, "--batch", 8, "--learning-rate", 0.01, "--quiet", "--no-evaluate")
+IN_MEMORY, STREAMED = (), ("--streamed",)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Instructions with short answers."""
+    file = tmp_path / "data.jsonl"
+    records = ({"instruction": f"{n}?", "output": "the boats lay still " * 2} for n in range(24))
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return file
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "text.txt"
+    file.write_text("The harbour was quiet in the morning, and the boats lay still. " * 20)
+    return file
+
+
+@pytest.fixture
+def ragged(streamprune: Streamprune, tiny_llama: Path, tmp_path: Path) -> Path:
+    options = ("--layers", "2:6", "--method", "magnitude", "--ratio", "0.4", "--no-evaluate", "--quiet")
+    assert streamprune("--model", tiny_llama, "--output", tmp_path / "ragged", *options).code == 0
+    return tmp_path / "ragged"
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+def test_a_recovered_checkpoint_keeps_its_layout_and_predicts_the_text_better(
+    way: tuple[str, ...], streamprune: Streamprune, ragged: Path, text: Path, output: Path
+) -> None:
+    before = snapshot(ragged)
+    options = ("--cutoff", 32, "--batch", 8, "--learning-rate", 0.01, "--quiet", "--evaluate", text)
+    done = streamprune("recover", "--model", ragged, "--data", text, "--output", output, *options, *way)
+    assert done.code == 0, done.err
+    assert snapshot(ragged) == before
+    facts, source = (json.loads((each / OWN_FILE).read_text()) for each in (output, ragged))
+    recovery = facts.pop("recovery")
+    assert facts == source  # what pruning did
+    for name in ("loss", "perplexity"):
+        assert recovery[name]["after"] < 0.8 * recovery[name]["before"]
+        assert f"{recovery[name]['after']:.2f}" in done.out
+    assert recovery["perplexity"]["after"] == pytest.approx(
+        package.evaluate(output, text, seq_len=64, samples=recovery["perplexity"]["segments"][0]).perplexity
+    )
+    names = {path.name for path in output.iterdir()}
+    assert names == {path.name for path in ragged.iterdir()} - {"streamprune.scores"} | {"recovery.jsonl"}
+    assert (output / "config.json").read_bytes() == (ragged / "config.json").read_bytes()
+    card = (output / "README.md").read_text()
+    assert card.startswith((ragged / "README.md").read_text()) and "## Recovery" in card
+    steps = [json.loads(line) for line in (output / "recovery.jsonl").read_text().splitlines()]
+    assert steps[-1]["loss"] < steps[0]["loss"] and f"{len(steps):,} steps of 8" in card
+    assert AutoModelForCausalLM.from_pretrained(output).config.per_layer_config
+    check_refusal(streamprune("verify", output), 1, ("was trained after pruning",))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
+def test_what_is_merged_is_peft_s_merge_and_what_is_kept_merges_to_it(
+    family: str, streamprune: Streamprune, data: Path, output: Path, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / family, family, dtype=torch.float32, tied=True)
+    options = ("--model", tmp_path / family, "--data", data, *FAST, "--field", "output", "--streamed")
+    assert streamprune("recover", *options, "--output", tmp_path / "adapter", "--adapter").code == 0
+    assert streamprune("recover", *options, "--output", output).code == 0
+    again = ("--model", tmp_path / family, "--merge", tmp_path / "adapter", "--quiet", "--no-evaluate")
+    assert streamprune("recover", *again, "--output", tmp_path / "again").code == 0
+    merged = load_file(output / "model.safetensors")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / family)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = token_ids()
+    logits = adapted(ids).logits
+    for name, expected in adapted.merge_and_unload().state_dict().items():
+        if name in merged:
+            torch.testing.assert_close(merged[name], expected, atol=1e-7, rtol=1e-6)
+    mine = AutoModelForCausalLM.from_pretrained(output)(ids).logits
+    torch.testing.assert_close(mine, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_adapter_directory_loads_by_itself(
+    streamprune: Streamprune, ragged: Path, data: Path, output: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    options = ("--model", ragged, "--data", data, *FAST, "--field", "output", "--adapter")
+    assert streamprune("recover", *options, "--output", output).code == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(output)
+    assert any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+    card = (output / "README.md").read_text()
+    assert "library_name: peft" in card and "AutoPeftModelForCausalLM" in card
+    check_refusal(streamprune("eval", "--model", output), 1, ("holds a PEFT adapter",))
+
+
+def test_training_goes_on_from_an_adapter(streamprune: Streamprune, model: Path, data: Path, output: Path) -> None:
+    first = output.with_name("first")
+    options = ("--model", model, "--data", data, *FAST, "--field", "output", "--adapter")
+    assert streamprune("recover", *options, "--like", "bernoulli", "--output", first).code == 0
+    assert json.loads((first / "adapter_config.json").read_text())["r"] == 16
+    assert streamprune("recover", *options, "--init-adapter", first, "--output", output).code == 0
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 10)
+    ends, begins = (
+        [json.loads(line)["loss"] for line in (each / "recovery.jsonl").read_text().splitlines()][at]
+        for each, at in ((first, 0), (output, 0))
+    )
+    assert begins < ends - 1
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Let the training be stopped behind a step."""
+    note = Progress.note
+
+    def stop(self: Progress, **figures: float) -> None:
+        note(self, **figures)
+        if figures["step"] == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "note", stop)
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED, ("--streamed", "--distill", "model")])
+def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
+    way: tuple[str, ...],
+    streamprune: Streamprune,
+    model: Path,
+    data: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
+    way = tuple(str(model) if each == "model" else each for each in way)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 6, "--resume", *way)
+    assert streamprune(*options, "--output", tmp_path / "whole").code == 0
+    with monkeypatch.context() as context:
+        interrupted(context, 5)
+        stopped = streamprune(*options, "--output", output)
+    assert stopped.code == 1 and "interrupted" in stopped.err and not output.exists()
+    journal = output.with_name(f".{output.name}.resume")
+    other = streamprune(*options, "--output", output, "--seed", 3)
+    assert other.code == 2 and "--seed" in other.err
+    assert streamprune(*options, "--output", output).code == 0
+    for name in ("model.safetensors", "recovery.jsonl"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not journal.exists()
+
+
+def test_a_failure_leaves_nothing_at_the_output(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(monkeypatch, 2)
+    done = streamprune("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--output", output)
+    assert done.code == 1
+    assert not list(output.parent.iterdir())
+
+
+Change = Callable[[Path], object]
+MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
+    "no data": ((), 2, ("--data", "--merge")),
+    "no such data": (("--data", "nowhere.jsonl"), 1, ("nowhere.jsonl", "does not exist")),
+    "another field": (("--data", "DATA", "--field", "body"), 1, ("'body'", "instruction, output", "--field")),
+    "a long cutoff": (("--data", "DATA", "--cutoff", 100), 2, ("--cutoff 100", "64")),
+    "all held out": (("--data", "DATA", "--field", "output", "--validation", 99), 2, ("--validation 99",)),
+    "no adapter": (("--merge", "DATA"), 1, ("adapter_config.json",)),
+    "merge and train": (("--merge", "DATA", "--epochs", 3), 2, ("--merge", "--epochs")),
+    "merge and data": (("--merge", "DATA", "--data", "DATA"), 2, ("--merge", "--data")),
+    "odd batches": (("--data", "DATA", "--batch", 9, "--micro-batch", 2), 2, ("--batch 9", "--micro-batch 2")),
+    "top-k alone": (("--data", "DATA", "--top-k", 3), 2, ("--top-k", "--distill")),
+    "a rank beside an adapter": (
+        ("--data", "DATA", "--init-adapter", "x", "--rank", 3),
+        2,
+        ("--init-adapter", "--rank"),
+    ),
+    "another vocabulary": (("--data", "DATA", "--field", "output", "--distill", "OTHER"), 2, ("270", "260", "teacher")),
+    "gpu memory": (
+        ("--data", "DATA", "--field", "output", "--streamed", "--gpu-memory", "1GB", "--device", "cpu"),
+        2,
+        ("--gpu-memory",),
+    ),
+    "a small budget": (
+        ("--data", "DATA", "--field", "output", "--streamed", "--host-memory", "1MB"),
+        1,
+        ("--host-memory", "--batch"),
+    ),
+    "less than the model": (("--data", "DATA", "--field", "output", "--host-memory", "10KB"), 1, ("--streamed",)),
+}
+
+
+@pytest.mark.parametrize("what", MISUSES)
+def test_what_cannot_be_meant_is_refused_before_anything_is_written(
+    what: str, streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "other", "llama", dtype=torch.float32, vocab_size=270)
+    options, code, names = MISUSES[what]
+    places = {"DATA": data, "OTHER": tmp_path / "other"}
+    given = [places.get(str(each), each) for each in options]
+    before = snapshot(tmp_path)
+    fast = [each for each in ("--cutoff", 32) if "--cutoff" not in given and "--merge" not in given]
+    result = streamprune("recover", "--model", model, "--output", output, "--quiet", *fast, *given)
+    assert snapshot(tmp_path) == before
+    check_refusal(result, code, names)
+
+
+def test_an_output_that_would_replace_the_model_is_refused(streamprune: Streamprune, ragged: Path, data: Path) -> None:
+    before = snapshot(ragged)
+    result = streamprune("recover", "--model", ragged, "--data", data, *FAST, "--output", ragged, "--overwrite")
+    check_refusal(result, 1, ("the model itself",))
+    assert snapshot(ragged) == before
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_though_its_vocabulary_is_as_large(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "other")
+    tokenizer.add_tokens(["harbour"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    options = ("--data", data, *FAST, "--field", "output", "--distill", tmp_path / "other")
+    result = streamprune("recover", "--model", model, "--output", output, *options)
+    check_refusal(result, 2, ("its vocabulary is another one", "dense model"))
+
+
+def test_sparse_weights_are_not_filled_but_take_an_adapter(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path
+) -> None:
+    prune = ("--method", "magnitude", "--granularity", "2:4", "--no-evaluate", "--quiet")
+    edit_tensors(model, lambda tensors: None)
+    save_tiny(tmp_path / "even", "llama", dtype=torch.float32, intermediate_size=40)
+    assert streamprune("--model", tmp_path / "even", "--output", tmp_path / "sparse", *prune).code == 0
+    options = ("--model", tmp_path / "sparse", "--data", data, *FAST, "--field", "output", "--steps", 2)
+    check_refusal(streamprune("recover", *options, "--output", output), 2, ("is sparse", "--adapter"), "keep")
+    assert streamprune("recover", *options, "--output", output, "--adapter").code == 0
+
+
+def test_recover_from_python_returns_what_it_wrote(tiny_llama: Path, text: Path, output: Path) -> None:
+    config = package.RecoverConfig(
+        model=tiny_llama, data=text, output=output, cutoff=32, steps=1, batch=4, evaluate=False
+    )
+    result = package.recover(config)
+    assert result.output == output and result.layout == "same"
+    assert result.facts == json.loads((output / OWN_FILE).read_text())
+    assert (config.rank, config.alpha) == (8, 16.0)

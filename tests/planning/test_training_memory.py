@@ -1,0 +1,58 @@
+"""Memory of a streamed training: hidden states spill where they do not fit, and nothing that is learnt changes."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import make_sweeper
+
+from streamprune.errors import StreampruneError
+from streamprune.paging.hidden_states import Spilled
+from streamprune.planning.training_memory import place_training
+from streamprune.recovery.course import Course
+from streamprune.recovery.lora import new_adapter
+from streamprune.recovery.streamed import train_streamed
+from streamprune.streaming.sweeper import Sweeper
+from streamprune.texts.instructions import Example
+
+SHAPE = (24, 64)
+
+
+def sweeper_in(model: Path, budget: int, scratch: Path | None) -> Sweeper:
+    """A sweeper that was placed within so many bytes."""
+    sweeper = make_sweeper(model, dtype=torch.float32, micro_batch=2)
+    config = SimpleNamespace(gpu_memory=None, host_memory=budget, scratch=scratch)
+    place_training(sweeper, config, SHAPE, 0, baseline=0, memory=budget)
+    return sweeper
+
+
+def smallest(model: Path, scratch: Path | None) -> int:
+    """The smallest budget that a refusal names, in bytes."""
+    with pytest.raises(StreampruneError, match="--host-memory") as refused:
+        sweeper_in(model, 1000, scratch)
+    assert "--batch" in str(refused.value) and ("--scratch" in str(refused.value)) == (scratch is None)
+    (named,) = (word for word in str(refused.value).replace(";", "").split() if word.endswith("MiB"))
+    return int(named.removesuffix("MiB")) << 20
+
+
+def test_the_budget_that_a_refusal_names_is_enough(tiny_llama: Path, tmp_path: Path) -> None:
+    alone, spilled = smallest(tiny_llama, None), smallest(tiny_llama, tmp_path)
+    assert spilled < alone
+    assert sweeper_in(tiny_llama, alone, None).place == "device"
+    assert sweeper_in(tiny_llama, spilled, tmp_path).place == "scratch"
+
+
+def test_spilled_hidden_states_change_nothing_that_is_learnt(tiny_llama: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = [Example(ids, ids) for ids in torch.randint(0, 256, (30, SHAPE[1]), generator=generator)]
+    course = Course.of(len(found), SHAPE[0], 1.0, None, 1e-2, 0, 0)
+    adapters = []
+    for scratch in (None, tmp_path):
+        sweeper = sweeper_in(tiny_llama, smallest(tiny_llama, scratch), scratch)
+        assert isinstance(sweeper.embed(found[0].ids[None], 1), Spilled) == (scratch is not None)
+        first = new_adapter(sweeper.skeleton, 2, 4.0, 0)
+        adapters.append(train_streamed(sweeper, first, found, course, dropout=0.1).adapter)
+        sweeper.close()
+    for one, other in zip(*(each.parameters for each in adapters), strict=True):
+        assert one.equal(other)

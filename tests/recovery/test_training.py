@@ -1,0 +1,134 @@
+"""Trainings: the same course in memory and streamed, batches, and what a teacher adds to the loss."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_sweeper, save_tiny
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from streamprune.recovery import course as courses
+from streamprune.recovery.course import Course, keep_logits, mean_loss, objective_of, padded
+from streamprune.recovery.distillation import TeacherLogits, divergence
+from streamprune.recovery.in_memory import train_in_memory
+from streamprune.recovery.lora import new_adapter
+from streamprune.recovery.streamed import train_streamed
+from streamprune.texts.instructions import IGNORED, Example
+
+COURSE = Course.of(13, 8, 4.0, None, 1e-2, 2, 7)
+
+
+def examples(count: int = 13) -> list[Example]:
+    """Sequences of many lengths, whose beginnings are not counted."""
+    generator, made = torch.Generator().manual_seed(5), []
+    for _ in range(count):
+        ids = torch.randint(0, 256, (int(torch.randint(6, 24, (1,), generator=generator)),), generator=generator)
+        made.append(Example(ids, torch.where(torch.arange(len(ids)) < 3, IGNORED, ids)))
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("taught", [False, True])
+def test_both_trainings_have_the_same_losses_and_adapters(family: str, taught: bool, tmp_path: Path) -> None:
+    save_tiny(tmp_path / family, family, dtype=torch.float32)
+    save_tiny(tmp_path / "teacher", family, dtype=torch.float32, seed=9)
+    sweeper, found = make_sweeper(tmp_path / family, dtype=torch.float32, micro_batch=2), examples()
+    kept = TeacherLogits(tmp_path, 6, found) if taught else None
+    if kept is not None:
+        keep_logits(make_sweeper(tmp_path / "teacher", dtype=torch.float32), found, kept)
+    first, second = (new_adapter(sweeper.skeleton, 4, 16.0, 1) for _ in range(2))
+    streamed = train_streamed(sweeper, first, found, COURSE, dropout=0.0, teacher=kept)
+    memory = train_in_memory(sweeper.skeleton, second, found, COURSE, micro_batch=2, dropout=0.0, teacher=kept)
+    assert [step.number for step in streamed.steps] == list(range(1, COURSE.steps + 1))
+    for mine, theirs in zip(streamed.steps, memory.steps, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert mine.learning_rate == pytest.approx(theirs.learning_rate)
+    assert streamed.steps[-1].loss < streamed.steps[0].loss - 0.5
+    for mine, theirs in zip(streamed.adapter.parameters, memory.adapter.parameters, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-4)
+
+
+def test_a_course_takes_every_sequence_once_an_epoch_and_warms_up_for_a_tenth_at_most() -> None:
+    order = COURSE.order()
+    assert COURSE.steps == 7 and len(order) == 56 and COURSE.warmup == 0
+    assert all(sorted(order[13 * n : 13 * (n + 1)]) == list(range(13)) for n in range(4))
+    assert order[:13] != order[13:26]
+    assert Course.of(13, 8, 4.0, 3, 1e-2, 100, 7).steps == 3
+    assert Course.of(1000, 8, 2.0, None, 1e-2, 100, 7).warmup == 25
+    assert Course.of(51760, 64, 2.0, None, 1e-4, 100, 0).warmup == 100
+
+
+def test_padding_changes_no_loss(tiny_llama: Path) -> None:
+    model, found = AutoModelForCausalLM.from_pretrained(tiny_llama), examples(5)
+    total, count = 0.0, 0
+    for each in found:
+        logits = model(each.ids[None]).logits[0, :-1]
+        total += float(F.cross_entropy(logits, each.labels[1:], reduction="sum").detach())
+        count += each.counted
+    assert mean_loss(make_sweeper(tiny_llama, dtype=torch.float32), found) == pytest.approx(total / count, rel=1e-5)
+    ids, labels = padded(found)
+    assert ids.shape == labels.shape and ids.shape[1] % courses.MULTIPLE == 0
+
+
+def test_groups_that_exceed_a_sweep_give_the_same_loss_and_logits(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    found, sweeper = examples(), make_sweeper(tiny_llama, dtype=torch.float32)
+    whole = TeacherLogits(tmp_path, 4, found)
+    keep_logits(sweeper, found, whole)
+    expected = mean_loss(sweeper, found)
+    monkeypatch.setattr(courses, "HIDDEN_BYTES", 60 * 48 * 4)
+    assert len(list(courses.grouped(sweeper, found))) > 3
+    assert mean_loss(sweeper, found) == pytest.approx(expected, rel=1e-6)
+    parts = TeacherLogits(tmp_path, 4, found)
+    keep_logits(sweeper, found, parts)
+    for one, other in zip(whole.get([3, 0, 7]), parts.get([3, 0, 7]), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_teacher_s_logits_are_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    found = examples(4)
+    kept = TeacherLogits(tmp_path, 5, found)
+    keep_logits(make_sweeper(tiny_llama, dtype=torch.float32), found, kept)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    values, tokens = kept.get([2])
+    expected = model(found[2].ids[None]).logits[0, :-1][found[2].labels[1:] != IGNORED].log_softmax(-1).topk(5)
+    torch.testing.assert_close(values, expected.values.detach())
+    assert tokens.long().equal(expected.indices)
+
+
+def test_the_divergence_of_all_tokens_is_torch_s_and_of_some_it_is_of_classes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, theirs = (torch.randn(7, 20, generator=generator, dtype=torch.float64) for _ in range(2))
+    teacher = theirs.log_softmax(-1)
+    every = teacher.topk(20)
+    expected = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
+    # The rest has no mass then, but for what both are held above.
+    assert float(divergence(logits, every.values, every.indices)) == pytest.approx(float(expected), abs=1e-6)
+    some = teacher.topk(3)
+
+    def classes(log: torch.Tensor) -> torch.Tensor:
+        chosen = log.exp().gather(-1, some.indices)
+        return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1).log()
+
+    expected = F.kl_div(classes(logits.log_softmax(-1)), classes(teacher), log_target=True, reduction="sum")
+    assert float(divergence(logits, some.values, some.indices)) == pytest.approx(float(expected))
+
+
+def test_the_loss_of_blocks_adds_up_to_that_of_all_logits() -> None:
+    generator = torch.Generator().manual_seed(2)
+    ids, labels = padded(examples(4))
+    logits = torch.randn(*ids.shape, 30, generator=generator)
+    labels = torch.where(labels == IGNORED, IGNORED, labels % 30)
+    count = int((labels[:, 1:] != IGNORED).sum())
+    top = torch.randn(count, 30, generator=generator).log_softmax(-1).topk(4)
+    objective = objective_of(labels, torch.device("cpu"), (top.values, top.indices.int()))
+    whole = objective(logits, slice(None), slice(None))
+    blocks = [
+        objective(logits[rows, columns], rows, columns)
+        for rows in (slice(0, 3), slice(3, 4))
+        for columns in (slice(0, 5), slice(5, ids.shape[1] - 1))
+    ]
+    torch.testing.assert_close(sum(blocks), whole)
