@@ -26,7 +26,7 @@ import click
 # Methods, and the samples and tokens that each is calibrated on, as in quality.py.
 METHODS = {"taylor": (10, 128), "moreau": (10, 128), "moreau-gs": (10, 128), "wanda-sp": (128, 512)}
 SUITE = "moreau"
-PRUNED = {"ratio": 0.2, "layers": (4, 28), "evaluate": False, "dtype": "float32"}
+PRUNED = {"ratio": 0.2, "layers": (4, 28), "evaluate": False}
 SPEED_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "openbookqa", "boolq")
 BATCH = 16  # questions that HFLM computes at once
 
@@ -36,7 +36,7 @@ def scored(model: Path, data: Path, limit: int | None) -> dict[str, Any]:
     from streamprune import evaluate_tasks
 
     start = time.perf_counter()
-    found = evaluate_tasks(model, SUITE, task_data=data, limit=limit, dtype="float32")
+    found = evaluate_tasks(model, SUITE, task_data=data, limit=limit)
     tasks = {
         each.task: {"metric": each.metric, "value": each.value, "stderr": each.stderr, "n": each.n}
         for each in found.scores
