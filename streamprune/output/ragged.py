@@ -28,6 +28,7 @@ from typing import Any
 from streamprune.errors import UsageError
 
 CONFIG_TABLE = "transformers.models.auto.configuration_auto"
+VLLM_BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
 TASKS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
 
 
@@ -257,3 +258,15 @@ def register() -> None:
     announce()
     for family in RAGGED_FAMILIES.values():
         _import_modeling(family)
+
+
+def register_with_vllm() -> None:
+    """Makes vLLM serve every family by its Transformers backend, without code from checkpoints.
+
+    vLLM calls it in each of its processes, as a plugin (`vllm.general_plugins`), where both are installed.
+    """
+    from vllm import ModelRegistry
+
+    register()
+    for family in RAGGED_FAMILIES.values():
+        ModelRegistry.register_model(family.auto_map["AutoModelForCausalLM"], VLLM_BACKEND)
