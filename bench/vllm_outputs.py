@@ -70,7 +70,7 @@ def served(python: Path, model: Path, plugin: Path | None = None) -> dict[str, A
 @click.option("--python", type=click.Path(path_type=Path, exists=True), required=True, help="Of vLLM's environment.")
 @click.option("--scratch", type=click.Path(path_type=Path), required=True, help="For the outputs, which stay.")
 @click.option("--plugin", type=click.Path(path_type=Path, exists=True), help="Where streamprune is installed for it.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path))
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Figures; what it has is not made again.")
 def main(python: Path, scratch: Path, plugin: Path | None, json_file: Path | None) -> None:
     """Prune, serve, and print a table."""
     from streamprune import PruneConfig, prune
@@ -88,8 +88,8 @@ def main(python: Path, scratch: Path, plugin: Path | None, json_file: Path | Non
     rounds: list[tuple[str, Path, Path | None]] = [(name, path, None) for name, path in models.items()]
     if plugin is not None:
         rounds.append(("ragged, by the plugin", models["ragged"], plugin))
-    results = {}
-    for name, path, by in rounds:
+    results: dict[str, Any] = json.loads(json_file.read_text()) if json_file and json_file.exists() else {}
+    for name, path, by in (each for each in rounds if each[0] not in results):
         start = time.perf_counter()
         results[name] = served(python, path, by) | {"all seconds": time.perf_counter() - start}
         if json_file:

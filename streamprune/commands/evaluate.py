@@ -11,9 +11,10 @@ import click
 
 from streamprune.commands.options import COMPUTE_OPTIONS, with_options
 from streamprune.commands.prune import progress_of_options
-from streamprune.errors import OutputError, UsageError
+from streamprune.errors import UsageError
 from streamprune.figures import table
 from streamprune.pipeline.evaluate import evaluate
+from streamprune.storage.directory import check_file, write_whole
 from streamprune.tasks.evaluate import evaluate_tasks
 
 if TYPE_CHECKING:
@@ -34,11 +35,12 @@ OF_TASKS = {"task_data": None, "limit": None, "num_fewshot": None, "json_file": 
 @click.option("--limit", type=int, help="Questions of each task, from the first; all by default.")
 @click.option("--num-fewshot", type=int, help="Examples before each question; the task's own number by default.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="Write the scores there.")
+@click.option("--overwrite", is_flag=True, help="Replace that file if it exists.")
 @with_options(COMPUTE_OPTIONS)
 @click.option("--quiet", is_flag=True, help="No progress.")
 @click.option("--json-progress", is_flag=True, help="Progress for machines: a JSON object per line on stderr.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def evaluate_command(quiet: bool, json_progress: bool, debug: bool, **options: Any) -> None:
+def evaluate_command(quiet: bool, json_progress: bool, debug: bool, overwrite: bool, **options: Any) -> None:
     """Streamed perplexity of a model of any size, over non-overlapping segments; with --tasks its scores on those."""
     of_text = {name: options.pop(name) for name in OF_TEXT}
     of_tasks = {name: options.pop(name) for name in OF_TASKS}
@@ -58,33 +60,14 @@ def evaluate_command(quiet: bool, json_progress: bool, debug: bool, **options: A
             text = f"perplexity {found.perplexity:.4f} (loss {found.loss:.6f} nats, {found.text}, in {found.dtype})"
         else:
             file = of_tasks.pop("json_file")
-            _check_free(file)
+            if file is not None:
+                check_file(file, "--json", overwrite=overwrite)
             scores = evaluate_tasks(tasks=tasks, **options, **of_tasks, progress=progress)
             text = _shown(scores)
-            if file is not None:
-                _write(file, scores)
-    click.echo(text)
-
-
-def _check_free(file: Path | None) -> None:
-    """Refuse a file that cannot be written, before there are scores to lose."""
-    if file is None:
-        return
-    if file.exists():
-        raise UsageError(f"--json {file} exists; give another name or remove it")
-    if not file.parent.is_dir():
-        raise UsageError(f"--json {file}: {file.parent} is no directory; make it first")
-
-
-def _write(file: Path, scores: TaskScores) -> None:
-    whole = asdict(scores) | {"mean": scores.mean, "mean_stderr": scores.mean_stderr}
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_text(json.dumps(whole, indent=1) + "\n")
-        part.replace(file)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"--json {file} cannot be written: {error.strerror}; choose another place") from error
+    click.echo(text)  # first: scores take hours, and the file may not be writable any more
+    if tasks is not None and file is not None:
+        whole = asdict(scores) | {"mean": scores.mean, "mean_stderr": scores.mean_stderr}
+        write_whole(file, (json.dumps(whole, indent=1) + "\n").encode())
 
 
 def _shown(scores: TaskScores) -> str:
@@ -95,5 +78,5 @@ def _shown(scores: TaskScores) -> str:
     mains = [each for each in scores.scores if each.main]
     if len(mains) > 1:
         stderr = "-" if scores.mean_stderr is None else f"{scores.mean_stderr:.4f}"
-        rows.append(["mean", "acc_norm, else acc", f"{scores.mean:.4f}", stderr, f"{sum(each.n for each in mains):,}"])
+        rows.append(["mean", "the first of each", f"{scores.mean:.4f}", stderr, f"{sum(each.n for each in mains):,}"])
     return f"{table(rows)}\nin {scores.dtype}"

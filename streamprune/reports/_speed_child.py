@@ -1,10 +1,10 @@
 """Process in which `streamprune speed` loads one model with one engine, so that its peak memory is its own.
 
-python -m streamprune.reports._speed_child TASK
+python -P -m streamprune.reports._speed_child
 
-TASK is JSON: engine, path, device, dtype, ids (the prompt), new (tokens), remote_code. When the model is loaded and has
-computed once, a line {"ready": true} is written; each line that is read from stdin is answered by one measurement:
-{"prefill": tokens/s, "decode": tokens/s, "peak_rss": bytes}, on a GPU with "peak_gpu".
+The first line of stdin is the task, JSON: engine, path, device, dtype, ids (the prompt), new (tokens), remote_code.
+When the model is loaded and has computed once, a line {"ready": true} is written; each line after is answered by one
+measurement: {"prefill": tokens/s, "decode": tokens/s, "peak_rss": bytes}, on a GPU with "peak_gpu".
 """
 
 from __future__ import annotations
@@ -89,5 +89,5 @@ def answer(task: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    answer(json.loads(sys.argv[1]))
+    answer(json.loads(sys.stdin.readline()))
     os._exit(0)  # to take down what was imported takes a second

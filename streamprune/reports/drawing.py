@@ -45,7 +45,8 @@ def draw(found: Comparison, suffix: str) -> bytes:
             if (chance := found.by_chance.get(kind)) is not None:
                 overlap.axhline(chance, color=line.get_color(), linestyle=":", label=f"{name}, random choices")
         a, b = (each.name or str(each) for each in found.directories)
-        overlap.set(title=f"{a} and {b}", ylabel="Jaccard overlap of kept units")
+        overlap.set_title(f"{a} and {b}", parse_math=False)
+        overlap.set(ylabel="Jaccard overlap of kept units")
         ranks.set(xlabel="layer", ylabel="Spearman's correlation of scores")
         for axes in (overlap, ranks):
             axes.grid(alpha=0.3)

@@ -94,6 +94,8 @@ def read_output(directory: Path) -> PrunedOutput:
                 for layer, kinds in everything.items()
                 for kind, units in kinds.items()
             }
+            for _, kind in kept:
+                KINDS_IN_WORDS[kind]  # a KeyError is another version's kind
         return PrunedOutput(directory, facts, granularity, layers, n_layers, perplexity, text, kept)
 
     return _as_written(file, read)

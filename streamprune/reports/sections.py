@@ -111,8 +111,10 @@ def _unit_scores(kind: str, values: Mapping[int, Tensor], kept: Mapping[int, fro
         return math.log10(max(score, least)) if logarithmic else score
 
     marks = torch.tensor(QUANTILES, dtype=torch.float64)
-    found = {layer: [level(float(q)) for q in each.quantile(marks)] for layer, each in values.items()}
-    cuts = {layer: level(cut) for layer in values if (cut := _cut(values[layer], kept[layer])) is not None}
+    quantiles = {layer: each.quantile(marks).tolist() for layer, each in values.items()}
+    lowest = {layer: cut for layer in values if (cut := _cut(values[layer], kept[layer])) is not None}
+    found = {layer: list(map(level, each)) for layer, each in quantiles.items()}
+    cuts = {layer: level(cut) for layer, cut in lowest.items()}
     levels = [each for quantiles in found.values() for each in quantiles] + list(cuts.values())
     x = charts.x_axis(min(found) - 0.5, max(found) + 0.5)
     ends = min(levels), max(levels)
@@ -130,9 +132,9 @@ def _unit_scores(kind: str, values: Mapping[int, Tensor], kept: Mapping[int, fro
     name = KINDS_IN_WORDS[kind]
     words = f"the cut lies in {len(cuts)} of {len(found)} layers" if cuts else "none went, so there is no cut"
     svg = charts.plot(f"Scores of {name}", words, x, y, ("layer", "score"), parts)
-    say = (lambda value: f"{10**value:.3e}") if logarithmic else "{:.4g}".format
+    say = "{:.3e}".format if logarithmic else "{:.4g}".format
     rows = [["layer", *(f"{q:.0%}" for q in QUANTILES), "cut"]]
-    rows += [[str(n), *map(say, each), say(cuts[n]) if n in cuts else "-"] for n, each in found.items()]
+    rows += [[str(n), *map(say, each), say(lowest[n]) if n in lowest else "-"] for n, each in quantiles.items()]
     caption = f"Scores of {name} by layer: the middle half and 90 % of them, the median; {words}."
     return page.figure(svg, caption, [("b", "the cut, the lowest score that stayed")] if cuts else [], rows)
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -99,7 +99,7 @@ def speed(
     from streamprune.storage.checkpoint import Checkpoint, resolve_model
 
     models = [
-        resolve_model(str(model), trust_remote_code=trust_remote_code)
+        resolve_model(str(model), trust_remote_code=trust_remote_code).absolute()
         for model in (directory, against)
         if model is not None
     ]
@@ -181,15 +181,21 @@ class _Child:
     """Process with a loaded model that measures when it is asked to."""
 
     def __init__(self, task: Mapping[str, Any], model: Path) -> None:
-        self._model, self._engine = model, task["engine"]
+        self._model, self._engine, self._task = model, task["engine"], task
         self._said = tempfile.TemporaryFile("w+", prefix="streamprune-speed-", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", "streamprune.reports._speed_child", json.dumps(task)]
+        # -P: a file of the current directory must not stand for a module.
+        command = [sys.executable, "-P", "-m", "streamprune.reports._speed_child"]
         self._process = subprocess.Popen(
             command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
         )
-        self._answer()
 
     def __enter__(self) -> _Child:
+        try:
+            self._tell(json.dumps(self._task))
+            self._answer()
+        except BaseException:  # Ctrl-C while it loads, too
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -199,10 +205,14 @@ class _Child:
 
     def measure(self) -> dict[str, float]:
         """Return one measurement."""
-        assert self._process.stdin is not None, "it is a pipe"
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        self._tell("")
         return self._answer()
+
+    def _tell(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # it has failed; `_answer` says how
+            assert self._process.stdin is not None, "it is a pipe"
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None, "it is a pipe"
@@ -211,7 +221,6 @@ class _Child:
             self._process.wait()
             self._said.seek(0)
             last = (self._said.read().strip().splitlines() or ["no message"])[-1]
-            self.__exit__()
             raise StreampruneError(
                 f"{self._model} cannot be measured with {self._engine}: {last}; streamprune verify says if it loads"
             )
@@ -224,7 +233,7 @@ def speed_rows(measured: Mapping[str, Any]) -> list[list[str]]:
     for each in measured["speeds"]:
         gpu = "" if each["peak_gpu"] is None else f" (GPU {human(each['peak_gpu'])})"
         rates = [_spread(each[name]) for name in ("prefill", "decode")]
-        name = Path(each["model"]).name
+        name = _name(each["model"])
         rows.append([each["engine"], name, each["computed_in"], *rates, f"{human(each['peak_rss'])}{gpu}"])
     return rows
 
@@ -235,8 +244,14 @@ def ratio_lines(measured: Mapping[str, Any]) -> list[str]:
     for one, other in _pairs(speeds):
         ratios = {name: [a / b for a, b in zip(one[name], other[name], strict=True)] for name in ("prefill", "decode")}
         said = ", ".join(f"{name} × {_spread(each, '.2f')}" for name, each in ratios.items())
-        lines.append(f"{one['engine']}: {Path(one['model']).name} beside {Path(other['model']).name}: {said}")
+        lines.append(f"{one['engine']}: {_name(one['model'])} beside {_name(other['model'])}: {said}")
     return lines
+
+
+def _name(model: str) -> str:
+    """Return a model's name: of a hub's snapshot, models--owner--name/snapshots/commit, that of the model."""
+    parts = Path(model).parts
+    return parts[-3].rpartition("--")[2] if "snapshots" in parts[-2:-1] else parts[-1]
 
 
 def _pairs(speeds: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -44,7 +44,8 @@ def _scores(file: Path) -> dict[tuple[str, str], str]:
         scores = {
             (str(each["task"]), str(each["metric"])): _said(each["value"], each["stderr"]) for each in found["scores"]
         }
-        return scores | {("mean", ""): _said(found["mean"], found["mean_stderr"])}
+        mean = {} if found["mean"] is None else {("mean", ""): _said(found["mean"], found["mean_stderr"])}
+        return scores | mean  # perplexities have none
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{file} is not as streamprune eval --tasks --json writes it ({error!r}); give such a file"

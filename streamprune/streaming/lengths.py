@@ -75,6 +75,7 @@ def last_states(
         sequences: token ids; a batch's rows say which.
     """
     sweeper.forget_boundaries()
+    sweeper.calls.clear()  # a pass has few lengths, a task hundreds, each with masks of its own
     ids = [_padded(sequences, batch) for batch in batches]
     hidden = [sweeper.skeleton.embed(each) for each in ids]
     calls = [sweeper.recorded(each) for each in ids]

@@ -62,6 +62,7 @@ class Sweeper:
         graphs: layers below the head whose graphs a forward sweep keeps for the backward one, which then computes
             nothing again.
         state: what the method keeps between sweeps, where it does not lie on the device; it passes with the layers.
+        calls: recorded calls of the layers, with their masks, by sequence length.
         staged: is called once, when host memory cannot be registered with the device, so that copies are staged.
     """
 
@@ -76,7 +77,7 @@ class Sweeper:
         self.skeleton, self.pager, self.micro_batch = skeleton, pager, micro_batch
         self.scope, self.backend = scope, backend
         self.binder = Binder(skeleton, backend)
-        self._calls: dict[int, list[LayerCall]] = {}
+        self.calls: dict[int, list[LayerCall]] = {}
         self.place: Place = "device"
         self.scratch: Path | None = None
         self.state: StateStream | None = None
@@ -364,9 +365,9 @@ class Sweeper:
     def recorded(self, input_ids: Tensor) -> list[LayerCall]:
         """Return the recorded calls for this sequence length; they do not depend on the tokens."""
         seq = input_ids.shape[1]
-        if seq not in self._calls:
-            self._calls[seq] = self.skeleton.record(input_ids)
-        return self._calls[seq]
+        if seq not in self.calls:
+            self.calls[seq] = self.skeleton.record(input_ids)
+        return self.calls[seq]
 
     def micro_batches(self, n: int, size: int | None = None) -> Iterator[slice]:
         """Yield `n` sequences in slices of `size`, by default the sweeper's own."""

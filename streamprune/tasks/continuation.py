@@ -38,7 +38,7 @@ class Continuation:
         self.until = handle_stop_sequences(wishes["until"], eos=eos)
         self.ids = context[max(0, len(context) - (longest - self.most)) :]
         self.generated: list[int] = []
-        self.done = False
+        self.done = self.most < 1
 
     def add(self, token: int, ends: Collection[int], tokenizer: Any) -> None:
         """Take the next token, and see whether that was the last.
@@ -50,7 +50,7 @@ class Continuation:
         self.generated.append(token)
         said = tokenizer.decode(self.generated)
         stopped = token in ends or any(stop in said for stop in self.until if stop)
-        self.done = stopped or len(self.generated) == self.most
+        self.done = stopped or len(self.generated) >= self.most
 
     def text(self, tokenizer: Any) -> str:
         """Return what was generated, without what it stopped at."""

@@ -15,7 +15,7 @@ from streamprune.errors import TaskError
 
 def _json_lines(path: Path) -> datasets.Dataset:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
@@ -38,7 +38,7 @@ def _saved(path: Path) -> datasets.Dataset:
 READERS: Mapping[str, Callable[[Path], datasets.Dataset]] = {".jsonl": _json_lines, ".parquet": _parquet}
 # Columns that a task's data have under another name where they are published by themselves: google/boolq.
 OTHERWISE_NAMED = {"boolq": {"label": "answer"}}
-SPLIT = re.compile(r"[a-z]+(_[a-z]+)*")  # what a file's name begins with: train-00000-of-00002.parquet
+SPLIT = re.compile(r"(?P<split>[a-z]+(_[a-z]+)*)(-\d.*)?(\.\w+)?")  # train.jsonl, train-00000-of-00002.parquet
 
 
 def find_splits(data: Path, task: str, path: str, name: str | None) -> dict[str, list[Path]]:
@@ -53,9 +53,13 @@ def find_splits(data: Path, task: str, path: str, name: str | None) -> dict[str,
     for folder in _folders(data, task, path, name):
         splits: dict[str, list[Path]] = {}
         for each in sorted(folder.iterdir()):
-            found = SPLIT.match(each.name)
+            found = SPLIT.fullmatch(each.name)
             if found and (each.suffix in READERS or (each / "state.json").exists()):
-                splits.setdefault(found[0], []).append(each)
+                splits.setdefault(found["split"], []).append(each)
+        for split, files in splits.items():
+            if len({each.suffix for each in files}) > 1:
+                names = " and ".join(each.name for each in files)
+                raise TaskError(f"{folder} holds {split} in several formats, {names}; leave one of them there")
         if splits:
             return splits
     there = sorted(each.name for each in data.iterdir() if each.is_dir())
@@ -67,13 +71,17 @@ def find_splits(data: Path, task: str, path: str, name: str | None) -> dict[str,
 
 
 def _folders(data: Path, task: str, path: str, name: str | None) -> Iterator[Path]:
-    for place in dict.fromkeys(each for each in (task, path, path.rpartition("/")[2], name) if each):
+    for place in dict.fromkeys(
+        each for each in (task, path, path.rpartition("/")[2], name) if each not in (None, "", "main", "default")
+    ):
         base = data / place
         if not base.is_dir():
             continue
-        yield from (each for each in (base / (name or ""), base) if each.is_dir())
+        if name and (base / name).is_dir():
+            yield base / name
+        if not name or place in (task, name):  # of a set with configurations it could be another one's
+            yield base
         only = [each for each in base.iterdir() if each.is_dir()]
-        # Of a set with configurations it could be another one's.
         if len(only) == 1 and (not name or place in (task, name)):
             yield only[0]
 

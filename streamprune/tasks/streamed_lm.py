@@ -106,7 +106,7 @@ class StreamedLM(TemplateLM):
         """
         eos = None if self.eot_token_id is None else self.tokenizer.decode(self.eot_token_id)
         texts = [
-            Continuation(str(request.task_name), self.tok_encode(context), wishes, self.max_length, eos)
+            Continuation(str(request.task_name), self._context(self.tok_encode(context)), wishes, self.max_length, eos)
             for request in requests
             for context, wishes in [request.args]
         ]
@@ -126,7 +126,8 @@ class StreamedLM(TemplateLM):
                     f"{self.max_length}"
                 )
         # The last token is only predicted. What is too long loses its beginning.
-        inputs = [(context + scored)[-(self.max_length + 1) :][:-1] for _, context, scored in requests]
+        whole = [self._context(context) + scored for _, context, scored in requests]
+        inputs = [each[-(self.max_length + 1) :][:-1] for each in whole]
         sequences, places = computed_once(inputs)
         askers: list[list[int]] = [[] for _ in sequences]
         for number, place in enumerate(places):
@@ -141,6 +142,12 @@ class StreamedLM(TemplateLM):
                     for (_, number), score in zip(numbers, self._scored(hidden, ends), strict=True):
                         found[number] = score
         return found
+
+    def _context(self, tokens: list[int]) -> list[int]:
+        """Return a context's tokens: of white space alone a tokenizer may make none, and a text needs a beginning."""
+        beginning = self.prefix_token_id
+        assert beginning is not None, "refused otherwise"
+        return tokens or [beginning]
 
     def _scored(self, hidden: Tensor, ends: Sequence[tuple[int, int, list[int]]]) -> list[tuple[float, bool]]:
         """Score continuations from the last hidden states [n, length, d] of a batch.

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_runner import cells, check_refusal, snapshot
+from cli_runner import cells, check_refusal, parquet, snapshot
 from tiny_models import save_tiny
 from whole_models import load
 
@@ -157,7 +157,7 @@ def test_the_command_prints_a_table_and_writes_the_scores(streamprune, tiny_llam
         (("--tasks", "piqa", "--limit", "0"), 2, ("--limit 0",)),
         (("--tasks", "piqa", "--num-fewshot", "-1"), 2, ("--num-fewshot -1",)),
         (("--tasks", "piqa", "--task-data", "nowhere"), 2, ("--task-data nowhere",)),
-        (("--tasks", "piqa", "--json", "nowhere/a.json"), 2, ("--json", "nowhere")),
+        (("--tasks", "piqa", "--json", "{data}"), 1, ("--json", "{data}")),
         (("--tasks", "hellaswag", "--task-data", "{data}"), 1, ("hellaswag", "boolq, piqa, winogrande")),
         (("--tasks", "winogrande", "--task-data", "{data}", "--num-fewshot", "2"), 1, ("winogrande", "train")),
     ],
@@ -165,7 +165,8 @@ def test_the_command_prints_a_table_and_writes_the_scores(streamprune, tiny_llam
 def test_the_command_refuses_bad_input_in_one_line(options, code, names, streamprune, tiny_llama, data):
     options = [each.format(data=data) for each in options]
     result = streamprune("eval", "--model", tiny_llama, "--quiet", *options)
-    check_refusal(result, code, names, remedy=r"\b(write|give|leave|make|name|[Pp]ut|ask)\b")
+    names = tuple(each.format(data=data) for each in names)
+    check_refusal(result, code, names, remedy=r"\b(write|give|leave|make|name|[Pp]ut|ask|choose)\b")
 
 
 @pytest.mark.slow  # to look through all tasks of lm-eval takes seconds
@@ -201,6 +202,21 @@ def test_a_directory_without_the_split_that_is_measured_is_refused(data, streamp
     (data / "piqa" / "validation.jsonl").unlink()
     result = streamprune("eval", "--model", tiny_llama, "--tasks", "piqa", "--task-data", data, "--quiet")
     check_refusal(result, 1, ("holds train", "validation"), remedy="put")
+
+
+def test_a_split_in_two_formats_is_refused_and_a_name_that_goes_on_is_another(data, streamprune, tiny_llama):
+    extra = data / "piqa" / "validation2.jsonl"
+    extra.write_text("no json\n")
+    parquet(data / "piqa" / "validation.parquet", goal=["a"], sol1=["b"], sol2=["c"], label=[0])
+    result = streamprune("eval", "--model", tiny_llama, "--tasks", "piqa", "--task-data", data, "--quiet")
+    check_refusal(result, 1, ("validation.jsonl and validation.parquet",), remedy="leave")
+
+
+def test_the_data_of_a_set_itself_are_not_one_configuration_s(data, tiny_llama, streamprune):
+    shutil.rmtree(data / "allenai")
+    write_lines(data / "ai2_arc" / "test.jsonl", piqa)
+    result = streamprune("eval", "--model", tiny_llama, "--tasks", "arc_easy", "--task-data", data, "--quiet")
+    check_refusal(result, 1, ("no data of arc_easy",), remedy="Put")
 
 
 def test_another_configuration_of_a_set_is_not_taken(data, tiny_llama, streamprune):

@@ -217,3 +217,12 @@ def test_a_tokenizer_without_marks_of_a_text_is_refused(tmp_path):
     tokenizer.bos_token = tokenizer.eos_token = None
     with closing(make_sweeper(tmp_path / "llama")) as sweeper, pytest.raises(TaskError, match=r"name one in"):
         StreamedLM(sweeper, tokenizer)
+
+
+def test_a_context_of_which_no_token_is_left_is_that_of_no_context(tmp_path):
+    save_tiny(tmp_path / "llama", "llama")
+    with streamed(tmp_path / "llama") as lm:
+        (empty, spaces) = lm._loglikelihood_tokens([(None, [lm.prefix_token_id], [7, 9]), (None, [], [7, 9])])
+        assert empty == spaces
+        assert lm.generate_until([asked("generate_until", "", {"until": [], "max_gen_toks": 2})])
+        assert lm.generate_until([asked("generate_until", "a cat", {"until": [], "max_gen_toks": 0})]) == [""]
