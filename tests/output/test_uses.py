@@ -1,7 +1,9 @@
 """What users of transformers do with a checkpoint, done with outputs: stock and ragged ones of four families."""
 
 import shutil
+import sys
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from transformers import (
 )
 
 from streamprune import PruneConfig, prune
+from streamprune.output.ragged import RAGGED_FAMILIES
 
 FAMILIES = ("llama", "qwen3", "gemma2", "phi3")
 LAYOUTS = {"stock": {"stock": True}, "ragged": {"layers": (1, 3)}}
@@ -242,3 +245,14 @@ def test_what_is_pushed_to_a_hub_loads_from_there(output, tmp_path, monkeypatch)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, output.model(token_ids()).logits)
+
+
+def test_vllm_is_told_of_every_family(monkeypatch):
+    """By the entry point that vLLM calls, with the class of its backend; the real one is in bench/vllm_outputs.py."""
+    told = {}
+    registry = SimpleNamespace(ModelRegistry=SimpleNamespace(register_model=told.__setitem__))
+    monkeypatch.setitem(sys.modules, "vllm", registry)
+    (entry,) = (each for each in entry_points(group="vllm.general_plugins") if each.name == "streamprune")
+    entry.load()()
+    assert told.keys() == {family.auto_map["AutoModelForCausalLM"] for family in RAGGED_FAMILIES.values()}
+    assert set(told.values()) == {"vllm.model_executor.models.transformers:TransformersForCausalLM"}
