@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.errors import StreampruneError
 from streamprune.figures import peak_rss
 from streamprune.output import companions
 from streamprune.output.card import ADAPTER_LAYOUT, recovered_card
@@ -37,20 +39,22 @@ from streamprune.pipeline.recovery_work import (
     scratch_of,
     source_of,
 )
-from streamprune.recovery.course import Trained, TrainingStep, grouped, keep_logits, mean_loss
+from streamprune.recovery.course import Trained, TrainingStep, check_number, grouped, keep_logits, mean_loss
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, write_adapter
 from streamprune.recovery.options import RecoverConfig
 from streamprune.recovery.streamed import AttachedAdapter, SavedTraining, train_streamed
 from streamprune.schema import default_of
-from streamprune.storage.checkpoint import resolve_model
+from streamprune.storage.checkpoint import is_finite, resolve_model
 from streamprune.storage.directory import OWN_FILE, atomic_directory, check_output, write_json
-from streamprune.storage.journal import Journal, remove_journal
+from streamprune.storage.journal import JOURNAL, Journal, remove_journal
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.texts import sources
 
 RECOVERY_STEPS = "recovery.jsonl"  # a line per step
+SMALLER = "use an adapter that was trained at a lower --learning-rate"
+TRAINER = "trainer"  # what a training in memory keeps in a journal
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
     own = check_source(config)
     with ExitStack() as output:
         work, measured, trained = _train(config, own, output, progress, journal_directory)
+        trained.check()
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
         facts = _write(config, work, trained, directory, progress)
         measured.append(_measure_after(config, work, trained.adapter, directory, progress))
@@ -108,6 +113,8 @@ def _train(
         if journal_directory is not None:
             journal = Journal(journal_directory, recovery_fingerprint(config, work, sweeper.skeleton))
             output.callback(journal.release)
+            if not (journal_directory / JOURNAL).is_file():  # of a run that was killed while it removed its journal
+                shutil.rmtree(journal_directory / TRAINER, ignore_errors=True)
             output.push(partial(resume.say_what_stays, journal_directory, progress))
         limit_memory(sweeper.skeleton.device, config.gpu_memory)
         output.callback(limit_memory, sweeper.skeleton.device, None)
@@ -195,7 +202,7 @@ def _train_in_memory(
             micro_batch=source.micro_batch,
             dropout=config.dropout,
             teacher=teacher,
-            directory=None if journal is None else journal.directory / "trainer",
+            directory=None if journal is None else journal.directory / TRAINER,
             trust_remote_code=config.trust_remote_code,
             note=note,
         )
@@ -216,6 +223,8 @@ def _measure(sweeper: Sweeper, work: RecoveryWork, when: str, progress: Progress
                 found["perplexity"] = perplexity(sweeper, work.segments).perplexity
             if work.held_out:
                 found["loss"] = mean_loss(sweeper, work.held_out)
+    for name, value in found.items():
+        check_number(f"{when} the training: the {name}", value, SMALLER)
     return found
 
 
@@ -249,7 +258,7 @@ def _write(
             digest = _merge(sweeper, trained.adapter, directory, config.max_shard_size, progress)
             beside.write(form.config(), directory, files=form.files())
         if trained.steps:
-            lines = "".join(json.dumps(asdict(step)) + "\n" for step in trained.steps)
+            lines = "".join(json.dumps(asdict(step), allow_nan=False) + "\n" for step in trained.steps)
             (directory / RECOVERY_STEPS).write_text(lines, encoding="utf-8")
         facts["recovery"] = _recovery_facts(config, work, trained, digest)
         return facts
@@ -267,6 +276,8 @@ def _merge(sweeper: Sweeper, adapter: Adapter, directory: Path, max_shard_size: 
             wide = stored.to(torch.promote_types(stored.dtype, adapter.parameters[0].dtype))
             delta = adapter.delta((page.layer, name), transposed=transposed, device=stored.device)
             made[name] = (wide + delta).to(stored.dtype)
+            if not is_finite(made[name]):
+                raise StreampruneError(f"layer {page.layer}, {name} overflows with the adapter added; {SMALLER}")
         return made
 
     with (

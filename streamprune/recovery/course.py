@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from streamprune.errors import StreampruneError
 from streamprune.recovery.distillation import TeacherLogits, divergence
 from streamprune.recovery.lora import Adapter
+from streamprune.storage.checkpoint import is_finite
 from streamprune.streaming.perplexity import HIDDEN_BYTES
 from streamprune.streaming.sweeper import Objective, Sweeper, default_micro_batch
 from streamprune.texts.instructions import IGNORED, Example
@@ -36,12 +38,40 @@ class TrainingStep:
 Note = Callable[[TrainingStep], None]
 
 
+def check_number(what: str, value: float, remedy: str) -> None:
+    """Refuse NaN and infinity in a figure of a training, which is called `what`.
+
+    Raises:
+        StreampruneError: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise StreampruneError(f"{what} is {value}; {remedy}")
+
+
+def check_step(step: TrainingStep) -> None:
+    """Refuse a step of a training that diverges.
+
+    Raises:
+        StreampruneError: its loss is not finite.
+    """
+    check_number(f"step {step.number}: the loss", step.loss, "lower --learning-rate, or give another --dtype")
+
+
 @dataclass(frozen=True)
 class Trained:
     """Result of a training: the adapter, and all steps."""
 
     adapter: Adapter
     steps: Sequence[TrainingStep]
+
+    def check(self) -> None:
+        """Refuse an adapter that the last step has spoilt.
+
+        Raises:
+            StreampruneError: it holds NaN or infinite values.
+        """
+        if not all(map(is_finite, self.adapter.parameters)):
+            raise StreampruneError("the adapter holds NaN or infinite values; lower --learning-rate")
 
 
 @dataclass(frozen=True)

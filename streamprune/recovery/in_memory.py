@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, Trainer
 
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
-from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
 from streamprune.texts.instructions import Example
@@ -67,7 +67,9 @@ class _Teller(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         """Tell what the Trainer logs of a step."""
         if logs and "loss" in logs:
-            self.note(_step(state.global_step, logs))
+            step = _step(state.global_step, logs)
+            check_step(step)  # before the Trainer saves anything of it
+            self.note(step)
 
 
 def _step(number: Any, logs: Any) -> TrainingStep:
@@ -149,6 +151,7 @@ def _arguments(
         save_steps=SAVED_EVERY,
         save_total_limit=2,  # a kill may come while the newer is written
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -19,7 +19,7 @@ from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
 from streamprune.model.units import module_of
 from streamprune.paging.hidden_states import States
-from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter
 from streamprune.storage.journal import Journal
@@ -155,12 +155,12 @@ def train_streamed(
             known = None if teacher is None else teacher.get(numbers)
             objective = objective_of(labels, sweeper.skeleton.device, known)
             loss = attached.gradients(step, ids, objective, sum(examples[number].counted for number in numbers))
+            steps.append(TrainingStep(step + 1, loss, optimizer.param_groups[0]["lr"]))
+            check_step(steps[-1])
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-            rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            steps.append(TrainingStep(step + 1, loss, rate))
             note(steps[-1])
             if saved is not None:
                 saved.keep(training, steps)

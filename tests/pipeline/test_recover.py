@@ -9,7 +9,7 @@ import pytest
 import torch
 from cli_runner import Streamprune, check_refusal, edit_tensors, snapshot
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -174,6 +174,47 @@ def test_a_failure_leaves_nothing_at_the_output(
     done = streamprune("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--output", output)
     assert done.code == 1
     assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_training_that_diverges_is_refused_and_leaves_nothing(
+    steps: int, way: tuple[str, ...], streamprune: Streamprune, model: Path, data: Path, output: Path
+) -> None:
+    options = (*FAST, "--field", "output", "--learning-rate", 1e30, "--steps", steps, *way)
+    done = streamprune("recover", "--model", model, "--data", data, "--output", output, *options)
+    check_refusal(done, 1, ("after the training: the loss is nan" if steps == 1 else "step 2: the loss is ", "lower"))
+    assert not list(output.parent.iterdir())
+
+
+def test_an_adapter_that_overflows_when_it_is_merged_is_refused(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path
+) -> None:
+    options = (*FAST, "--field", "output", "--steps", 1, "--learning-rate", 1e30, "--validation", 0, "--adapter")
+    assert streamprune("recover", "--model", model, "--data", data, "--output", tmp_path / "large", *options).code == 0
+    file = tmp_path / "large" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e20 for name, tensor in load_file(file).items()}, file)
+    merge = ("--merge", tmp_path / "large", "--quiet", "--no-evaluate")
+    done = streamprune("recover", "--model", model, "--output", output, *merge)
+    check_refusal(done, 1, ("layer 0, self_attn.q_proj", "overflows"))
+    assert not list(output.parent.iterdir())
+
+
+def test_what_a_removed_journal_has_left_is_not_gone_on_from(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 4, "--resume")
+    journal = output.with_name(f".{output.name}.resume")
+    with monkeypatch.context() as context:
+        interrupted(context, 3)
+        assert streamprune(*options, "--output", output).code == 1
+    (journal / "journal.json").unlink()
+    assert list((journal / "trainer").iterdir())
+    other = (*options, "--seed", 3)
+    assert streamprune(*other, "--output", output).code == 0
+    assert streamprune(*other, "--output", tmp_path / "whole").code == 0
+    assert (output / "recovery.jsonl").read_bytes() == (tmp_path / "whole" / "recovery.jsonl").read_bytes()
 
 
 Change = Callable[[Path], object]
