@@ -22,7 +22,7 @@ from streamprune.output.ragged_form import unchanged_form
 from streamprune.output.sparse24 import is_compressed
 from streamprune.paging.device import compute_device, device_name, free_memory, is_gpu
 from streamprune.pipeline import resume
-from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens, positions
+from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
 from streamprune.planning.training_memory import place_training
@@ -159,7 +159,7 @@ def _segments(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> 
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
     )
-    segments = corpus.segments(min(EVALUATION_SEQ_LEN, positions(skeleton)), None, EVALUATION_SEGMENTS)
+    segments = corpus.segments(min(EVALUATION_SEQ_LEN, skeleton.positions), None, EVALUATION_SEGMENTS)
     check_tokens(segments, skeleton)
     return segments
 
@@ -170,7 +170,7 @@ def _examples(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> 
         skeleton.checkpoint.path,
         config.data,
         field=config.field,
-        cutoff=config.tokens(positions(skeleton)),
+        cutoff=config.tokens(skeleton.positions),
         bos=config.bos,
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
@@ -197,7 +197,7 @@ def _check_memory(
     skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
     gpu, free = is_gpu(skeleton.device), psutil.virtual_memory().available
     if config.streamed:
-        longest, _ = padded([max(data.found, key=lambda each: len(each.ids))])
+        longest, _ = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)
         shape = min(config.batch, len(data.found)), longest.shape[1]
         resident = 0 if gpu else skeleton.resident_bytes
         said = place_training(sweeper, config, shape, adapter_bytes, baseline=process - resident, memory=free + process)
@@ -231,8 +231,8 @@ def _check_teacher(config: RecoverConfig, skeleton: Skeleton) -> None:
             )
         if config.top_k > sizes[0]:
             raise UsageError(f"--top-k {config.top_k}: the vocabulary has {sizes[0]:,} tokens; lower it")
-        if config.tokens(positions(skeleton)) > positions(teacher):
-            raise UsageError(f"--distill {config.distill} takes at most {positions(teacher)} positions; lower --cutoff")
+        if config.tokens(skeleton.positions) > teacher.positions:
+            raise UsageError(f"--distill {config.distill} takes at most {teacher.positions} positions; lower --cutoff")
 
 
 def recovery_fingerprint(config: RecoverConfig, work: RecoveryWork, skeleton: Skeleton) -> dict[str, str | None]:

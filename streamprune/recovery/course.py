@@ -106,13 +106,13 @@ class Course:
         return order[: self.steps * self.batch]
 
 
-def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Put sequences together as ids and labels [n, seq], filled up behind their ends.
+def padded(examples: Sequence[Example], positions: int) -> tuple[Tensor, Tensor]:
+    """Put sequences together as ids and labels [n, seq], filled up behind their ends, to at most so many positions.
 
     Nothing there is counted, and what comes before does not look at it: no mask is needed.
     """
     longest = max(len(each.ids) for each in examples)
-    shape = len(examples), -(-longest // MULTIPLE) * MULTIPLE
+    shape = len(examples), max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, positions))
     ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
     for row, each in enumerate(examples):
         ids[row, : len(each.ids)], labels[row, : len(each.ids)] = each.ids, each.labels
@@ -166,7 +166,7 @@ def mean_loss(sweeper: Sweeper, examples: Sequence[Example]) -> float:
     """Measure the mean loss (nats) of the counted tokens by forward sweeps."""
     total, count = 0.0, sum(each.counted for each in examples)
     for group in grouped(sweeper, examples):
-        ids, labels = padded([examples[number] for number in group])
+        ids, labels = padded([examples[number] for number in group], sweeper.skeleton.positions)
         hidden = sweeper.forward(ids, micro_batch=default_micro_batch(ids.shape[1]), then="again")
         loss, _ = sweeper.through_head(hidden, objective_of(labels, sweeper.skeleton.device), 1, with_grad=False)
         total += loss
@@ -182,7 +182,7 @@ def keep_logits(
     """
     device = teacher.skeleton.device
     for group in grouped(teacher, examples, among):
-        ids, labels = padded([examples[number] for number in group])
+        ids, labels = padded([examples[number] for number in group], teacher.skeleton.positions)
         counts = labels[:, 1:].to(device) != IGNORED
         values, tokens = kept.room(group)
         numbers = (counts.flatten().cumsum(0) - 1).view(counts.shape)

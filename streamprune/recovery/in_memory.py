@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -19,7 +20,7 @@ from streamprune.paging.device import is_gpu
 from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
-from streamprune.texts.instructions import Example
+from streamprune.texts.instructions import IGNORED, Example
 
 SAVED_EVERY = 20  # steps, where a run can be resumed
 LAST_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
@@ -51,11 +52,20 @@ class _Trainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute a micro-batch's part of the mean loss over the batch's counted tokens."""
+        _drop_in_adapters_only(model)
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         teacher = (inputs["values"], inputs["tokens"]) if "values" in inputs else None
         objective = objective_of(inputs["labels"], logits.device, teacher)
         return objective(logits, slice(None), slice(None)) / num_items_in_batch
+
+
+def _drop_in_adapters_only(model: Any) -> None:
+    """Let the model compute as where it is streamed, which drops nothing of its own: the Trainer turns all of it on."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train()
 
 
 class _Teller(TrainerCallback):
@@ -114,7 +124,7 @@ def train_in_memory(
             model=model,
             args=arguments,
             train_dataset=_Order(course.order()),
-            data_collator=_collator(examples, teacher),
+            data_collator=_collator(examples, skeleton.positions, teacher),
             callbacks=[_Teller(note)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -163,9 +173,10 @@ def _arguments(
     return arguments
 
 
-def _collator(examples: Sequence[Example], teacher: TeacherLogits | None) -> Any:
+def _collator(examples: Sequence[Example], positions: int, teacher: TeacherLogits | None) -> Any:
     def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
-        ids, labels = padded([examples[number] for number in numbers])
+        ids, labels = padded([examples[number] for number in numbers], positions)
+        labels[:, 0] = IGNORED  # of some models the Trainer counts the first labels too
         batch = {"input_ids": ids, "labels": labels}
         if teacher is not None:
             batch["values"], batch["tokens"] = teacher.get(numbers)

@@ -151,7 +151,7 @@ def train_streamed(
     with attached.attached():
         for step in range(len(steps), course.steps):
             numbers = order[step * course.batch : (step + 1) * course.batch]
-            ids, labels = padded([examples[number] for number in numbers])
+            ids, labels = padded([examples[number] for number in numbers], sweeper.skeleton.positions)
             known = None if teacher is None else teacher.get(numbers)
             objective = objective_of(labels, sweeper.skeleton.device, known)
             loss = attached.gradients(step, ids, objective, sum(examples[number].counted for number in numbers))

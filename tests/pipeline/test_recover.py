@@ -190,7 +190,7 @@ def test_a_training_that_diverges_is_refused_and_leaves_nothing(
 def test_an_adapter_that_overflows_when_it_is_merged_is_refused(
     streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path
 ) -> None:
-    options = (*FAST, "--field", "output", "--steps", 1, "--learning-rate", 1e30, "--validation", 0, "--adapter")
+    options = (*FAST, "--field", "output", "--steps", 1, "--learning-rate", 1e10, "--adapter")
     assert streamprune("recover", "--model", model, "--data", data, "--output", tmp_path / "large", *options).code == 0
     file = tmp_path / "large" / "adapter_model.safetensors"
     save_file({name: tensor * 1e20 for name, tensor in load_file(file).items()}, file)

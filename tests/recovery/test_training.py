@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_sweeper, save_tiny
+from tiny_models import make_sweeper, save_tiny, token_ids
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -20,21 +20,23 @@ from streamprune.texts.instructions import IGNORED, Example
 COURSE = Course.of(13, 8, 4.0, None, 1e-2, 2, 7)
 
 
-def examples(count: int = 13) -> list[Example]:
+def examples(count: int = 13, masked: int = 3) -> list[Example]:
     """Sequences of many lengths, whose beginnings are not counted."""
     generator, made = torch.Generator().manual_seed(5), []
     for _ in range(count):
         ids = torch.randint(0, 256, (int(torch.randint(6, 24, (1,), generator=generator)),), generator=generator)
-        made.append(Example(ids, torch.where(torch.arange(len(ids)) < 3, IGNORED, ids)))
+        made.append(Example(ids, torch.where(torch.arange(len(ids)) < masked, IGNORED, ids)))
     return made
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3"])
 @pytest.mark.parametrize("taught", [False, True])
-def test_both_trainings_have_the_same_losses_and_adapters(family: str, taught: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "masked"), [("llama", 3), ("phi3", 0), ("gpt2", 0)])
+def test_both_trainings_have_the_same_losses_and_adapters(
+    family: str, masked: int, taught: bool, tmp_path: Path
+) -> None:
     save_tiny(tmp_path / family, family, dtype=torch.float32)
     save_tiny(tmp_path / "teacher", family, dtype=torch.float32, seed=9)
-    sweeper, found = make_sweeper(tmp_path / family, dtype=torch.float32, micro_batch=2), examples()
+    sweeper, found = make_sweeper(tmp_path / family, dtype=torch.float32, micro_batch=2), examples(masked=masked)
     kept = TeacherLogits(tmp_path, 6, found) if taught else None
     if kept is not None:
         keep_logits(make_sweeper(tmp_path / "teacher", dtype=torch.float32), found, kept)
@@ -68,8 +70,22 @@ def test_padding_changes_no_loss(tiny_llama: Path) -> None:
         total += float(F.cross_entropy(logits, each.labels[1:], reduction="sum").detach())
         count += each.counted
     assert mean_loss(make_sweeper(tiny_llama, dtype=torch.float32), found) == pytest.approx(total / count, rel=1e-5)
-    ids, labels = padded(found)
+    ids, labels = padded(found, 64)
     assert ids.shape == labels.shape and ids.shape[1] % courses.MULTIPLE == 0
+
+
+def test_padding_stays_within_the_positions(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "gpt2", "gpt2", dtype=torch.float32, n_positions=21)
+    sweeper = make_sweeper(tmp_path / "gpt2", dtype=torch.float32)
+    found = [Example(ids, ids) for ids in token_ids(3, 21)]
+    assert padded(found, sweeper.skeleton.positions)[0].shape == (3, 21)
+    course = Course.of(3, 2, 1.0, 1, 1e-2, 0, 0)
+    adapters = [new_adapter(sweeper.skeleton, 2, 4.0, 0) for _ in range(2)]
+    losses = [
+        train_streamed(sweeper, adapters[0], found, course, dropout=0.0).steps[0].loss,
+        train_in_memory(sweeper.skeleton, adapters[1], found, course, micro_batch=2, dropout=0.0).steps[0].loss,
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_groups_that_exceed_a_sweep_give_the_same_loss_and_logits(
@@ -119,7 +135,7 @@ def test_the_divergence_of_all_tokens_is_torch_s_and_of_some_it_is_of_classes() 
 
 def test_the_loss_of_blocks_adds_up_to_that_of_all_logits() -> None:
     generator = torch.Generator().manual_seed(2)
-    ids, labels = padded(examples(4))
+    ids, labels = padded(examples(4), 64)
     logits = torch.randn(*ids.shape, 30, generator=generator)
     labels = torch.where(labels == IGNORED, IGNORED, labels % 30)
     count = int((labels[:, 1:] != IGNORED).sum())
