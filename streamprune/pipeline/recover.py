@@ -127,24 +127,33 @@ def _train(
         measured = [saved["before"][1]]
         if work.course is None:
             return work, measured, Trained(work.adapter, ())
-        if config.streamed:
-            with _teacher(config, work, progress) as teacher:
-                return work, measured, _train_streamed(config, work, sweeper, teacher, journal, progress)
-    # Here the source's embeddings and head are gone: the model comes into memory as a whole.
-    with _teacher(config, work, progress) as teacher:
-        return work, measured, _train_in_memory(config, work, teacher, journal, progress)
+    # Here the source's embeddings and head are gone: a teacher has the memory alone, and so has a model that comes as a
+    # whole.
+    with _teacher(config, work, journal, progress) as teacher:
+        train = _train_streamed if config.streamed else _train_in_memory
+        return work, measured, train(config, work, teacher, journal, progress)
 
 
 @contextmanager
-def _teacher(config: RecoverConfig, work: RecoveryWork, progress: Progress) -> Iterator[TeacherLogits | None]:
-    """Give what the teacher says of the sequences, if there is one, as long as the block runs."""
-    if config.distill is None:
+def _opened(config: RecoverConfig, work: RecoveryWork, model: str, progress: Progress) -> Iterator[Sweeper]:
+    """Open a model, whose hidden states stay where those of the training do."""
+    with replace(source_of(config), model=model).open(progress) as sweeper:
+        sweeper.place, sweeper.scratch = work.place, config.scratch
+        yield sweeper
+
+
+@contextmanager
+def _teacher(
+    config: RecoverConfig, work: RecoveryWork, journal: Journal | None, progress: Progress
+) -> Iterator[TeacherLogits | None]:
+    """Give what the teacher says of the sequences, if there is one and a step is left, as long as the block runs."""
+    if config.distill is None or _is_trained(config, work, journal):
         yield None
         return
     with ExitStack() as stack:
         kept = TeacherLogits(scratch_of(config), config.top_k, work.train)
         stack.callback(kept.close)
-        with replace(source_of(config), model=config.distill).open(progress) as sweeper:
+        with _opened(config, work, config.distill, progress) as sweeper:
             assert work.course is not None, "there is a teacher where something is learnt"
             asked = set(work.course.order())
             sweeps = len(list(grouped(sweeper, work.train, asked)))
@@ -153,10 +162,20 @@ def _teacher(config: RecoverConfig, work: RecoveryWork, progress: Progress) -> I
         yield kept
 
 
+def _is_trained(config: RecoverConfig, work: RecoveryWork, journal: Journal | None) -> bool:
+    """Tell whether an earlier run has made all steps."""
+    if journal is None or work.course is None:
+        return False
+    if config.streamed:
+        return len(journal.facts.get("steps", ())) == work.course.steps
+    from streamprune.recovery.in_memory import saved_steps
+
+    return saved_steps(journal.directory / TRAINER) == work.course.steps
+
+
 def _train_streamed(
     config: RecoverConfig,
     work: RecoveryWork,
-    sweeper: Sweeper,
     teacher: TeacherLogits | None,
     journal: Journal | None,
     progress: Progress,
@@ -164,17 +183,19 @@ def _train_streamed(
     assert work.course is not None
     done = 0 if journal is None else len(journal.facts.get("steps", ()))
     left = work.course.steps - done
-    with progress.stage("training", 2 * left * sweeper.pager.layer_bytes()):
-        return train_streamed(
-            sweeper,
-            work.adapter,
-            work.train,
-            work.course,
-            dropout=config.dropout,
-            teacher=teacher,
-            saved=None if journal is None else SavedTraining(journal),
-            note=lambda step: _tell(progress, step),
-        )
+    with _opened(config, work, config.model, progress) as sweeper:
+        sweeper.pager.slots = work.slots
+        with progress.stage("training", 2 * left * sweeper.pager.layer_bytes()):
+            return train_streamed(
+                sweeper,
+                work.adapter,
+                work.train,
+                work.course,
+                dropout=config.dropout,
+                teacher=teacher,
+                saved=None if journal is None else SavedTraining(journal),
+                note=lambda step: _tell(progress, step),
+            )
 
 
 def _train_in_memory(
@@ -233,9 +254,9 @@ def _measure_after(
 ) -> dict[str, float]:
     """Measure the output: the merged checkpoint, or the source with the adapter attached."""
     if config.adapter:
-        with source_of(config).open(progress) as sweeper, AttachedAdapter(sweeper, adapter).attached():
+        with _opened(config, work, config.model, progress) as sweeper, AttachedAdapter(sweeper, adapter).attached():
             return _measure(sweeper, work, "after", progress)
-    with replace(source_of(config), model=str(directory)).open(progress) as sweeper:
+    with _opened(config, work, str(directory), progress) as sweeper:
         return _measure(sweeper, work, "after", progress)
 
 
@@ -243,7 +264,7 @@ def _write(
     config: RecoverConfig, work: RecoveryWork, trained: Trained, directory: Path, progress: Progress
 ) -> dict[str, Any]:
     """Write the tensors and what lies beside them; return the facts so far."""
-    with source_of(config).open(progress) as sweeper:
+    with _opened(config, work, config.model, progress) as sweeper:
         skeleton = sweeper.skeleton
         beside = companions.prepare(unchanged_form(skeleton), trust_remote_code=config.trust_remote_code)
         facts: dict[str, Any] = {"base_model": base_name(config.model), "license": beside.license}

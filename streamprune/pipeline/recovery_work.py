@@ -21,6 +21,7 @@ from streamprune.output.form import OutputForm
 from streamprune.output.ragged_form import unchanged_form
 from streamprune.output.sparse24 import is_compressed
 from streamprune.paging.device import compute_device, device_name, free_memory, is_gpu
+from streamprune.paging.hidden_states import Place
 from streamprune.pipeline import resume
 from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
@@ -54,6 +55,7 @@ class RecoveryWork:
         data: what was read; None where nothing is trained.
         train, held_out: the sequences of it. course: the steps.
         segments: tokens [n, seq] of the perplexity, if it is measured.
+        place: where hidden states stay. slots: layers that are in memory together while a streamed training runs.
     """
 
     own: dict[str, object]
@@ -64,6 +66,8 @@ class RecoveryWork:
     held_out: Sequence[Example]
     course: Course | None
     segments: Tensor | None
+    place: Place
+    slots: int
 
 
 def check_packages(config: RecoverConfig) -> None:
@@ -126,7 +130,7 @@ def prepare_recovery(
     check_space(config.output.parent, adapter_bytes if config.adapter else form.nbytes)
     segments = _segments(config, skeleton, progress)
     if config.data is None:
-        return RecoveryWork(own, form, adapter, None, (), (), None, segments)
+        return RecoveryWork(own, form, adapter, None, (), (), None, segments, sweeper.place, sweeper.pager.slots)
     data = _examples(config, skeleton, progress)
     train, held_out = _split(config, data)
     course = Course.of(
@@ -140,7 +144,8 @@ def prepare_recovery(
         scratch = scratch_of(config)
         check_directory(scratch, "--scratch")
         check_space(scratch, TeacherLogits.bytes_of(config.top_k, train), "what the teacher says")
-    return RecoveryWork(own, form, adapter, data, train, held_out, course, segments)
+    placed = sweeper.place, sweeper.pager.slots
+    return RecoveryWork(own, form, adapter, data, train, held_out, course, segments, *placed)
 
 
 def scratch_of(config: RecoverConfig) -> Path:

@@ -188,7 +188,17 @@ def _collator(examples: Sequence[Example], positions: int, teacher: TeacherLogit
 def _last_checkpoint(directory: Path) -> str | None:
     """Find the newest checkpoint of the Trainer that is whole."""
     whole = [each.parent for each in directory.glob(f"checkpoint-*/{LAST_FILE}") if _is_whole(each)]
-    return str(max(whole, key=lambda each: int(each.name.rpartition("-")[2]))) if whole else None
+    return str(max(whole, key=_steps_of)) if whole else None
+
+
+def saved_steps(directory: Path) -> int:
+    """Return the steps that the Trainer's newest checkpoint in a directory holds; 0 without one."""
+    last = _last_checkpoint(directory)
+    return 0 if last is None else _steps_of(Path(last))
+
+
+def _steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(state: Path) -> bool:

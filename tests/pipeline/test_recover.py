@@ -2,8 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +16,12 @@ from tiny_models import save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamprune as package
+from streamprune.pipeline import recover, recovery_work
 from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import Source
 from streamprune.recovery import in_memory
 from streamprune.storage.directory import OWN_FILE
+from streamprune.streaming.sweeper import Sweeper
 
 # transformers 5.23 renames this; peft has the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -165,6 +170,56 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
     for name in ("model.safetensors", "recovery.jsonl"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not journal.exists()
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+def test_a_run_that_has_all_steps_does_not_ask_its_teacher_again(
+    way: tuple[str, ...],
+    streamprune: Streamprune,
+    model: Path,
+    data: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = (*FAST, "--field", "output", "--steps", 2, "--resume", "--distill", model, *way)
+    run = ("recover", "--model", model, "--data", data, "--output", output, *options)
+
+    def stop(*anything: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(recover, "_write", stop)
+        assert streamprune(*run).code == 1
+    monkeypatch.setattr(recover, "keep_logits", stop)
+    assert streamprune(*run).code == 0
+    assert len((output / "recovery.jsonl").read_text().splitlines()) == 2
+
+
+def test_models_are_opened_one_at_a_time_and_their_hidden_states_stay_where_they_fit(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, places, open_source = [], [], Source.open
+
+    @contextmanager
+    def watched(self: Source, *given: Any) -> Iterator[Sweeper]:
+        with open_source(self, *given) as sweeper:
+            assert self.planned is not None or not opened
+            opened.append(sweeper)
+            yield sweeper
+            opened.remove(sweeper)
+            if self.planned is None:
+                places.append((sweeper.place, sweeper.scratch))
+
+    def place(sweeper: Sweeper, *given: Any, **more: Any) -> str:
+        sweeper.place, sweeper.scratch = "scratch", tmp_path / "scratch"
+        return "planned"
+
+    monkeypatch.setattr(Source, "open", watched)
+    monkeypatch.setattr(recovery_work, "place_training", place)
+    options = (*FAST, "--field", "output", "--steps", 2, "--streamed", "--distill", model, "--adapter")
+    run = ("recover", "--model", model, "--data", data, "--output", output, *options, "--scratch", tmp_path / "scratch")
+    assert streamprune(*run).code == 0
+    assert len(places) == 5 and set(places) == {("scratch", tmp_path / "scratch")}
 
 
 def test_a_failure_leaves_nothing_at_the_output(
