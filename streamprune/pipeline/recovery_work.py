@@ -26,7 +26,7 @@ from streamprune.pipeline import resume
 from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
-from streamprune.planning.training_memory import place_training
+from streamprune.planning.training_memory import OF_ADAPTERS, place_training
 from streamprune.recovery.course import Course, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, new_adapter, peft_tensors, read_adapter
@@ -41,6 +41,7 @@ from streamprune.texts.instructions import Example, Examples, open_examples
 from streamprune.texts.tokenizer import load_tokenizer
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 20, 2000  # one sequence of as many is held out, and no more than that
+OF_LOGITS = 3  # of a micro-batch, in float32: themselves, their log-probabilities, and the gradient
 LORA_PACKAGES = ("streamprune", "torch", "transformers", "peft")
 
 
@@ -201,20 +202,23 @@ def _check_memory(
     """Refuse a training that does not fit; place the hidden states of a streamed one."""
     skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
     gpu, free = is_gpu(skeleton.device), psutil.virtual_memory().available
+    longest = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)[0].shape[1]
     if config.streamed:
-        longest, _ = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)
-        shape = min(config.batch, len(data.found)), longest.shape[1]
+        shape = config.batch, longest
         resident = 0 if gpu else skeleton.resident_bytes
         said = place_training(sweeper, config, shape, adapter_bytes, baseline=process - resident, memory=free + process)
         progress.say(said)
         return
     weights = skeleton.parameters * skeleton.dtype.itemsize
+    logits = sweeper.micro_batch * longest * skeleton.config.vocab_size * 4
+    needed = weights + OF_LOGITS * logits + OF_ADAPTERS * adapter_bytes
     room = free_memory(skeleton.device) if gpu else free
     budget = config.gpu_memory if gpu else config.host_memory
     room = room if budget is None else min(room, budget)
-    if weights > room:
+    if needed > room:
         raise StreampruneError(
-            f"the model takes {human(weights)}, there are {human(room)}; pass --streamed, which needs two layers"
+            f"a training in memory takes more than {human(needed)}, there are {human(room)}; pass --streamed, which "
+            "needs two layers, or lower --micro-batch"
         )
 
 

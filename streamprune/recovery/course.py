@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from streamprune.errors import StreampruneError
-from streamprune.recovery.distillation import TeacherLogits, divergence
+from streamprune.recovery.distillation import TeacherLogits, divergence, with_rest
 from streamprune.recovery.lora import Adapter
 from streamprune.storage.checkpoint import is_finite
 from streamprune.streaming.perplexity import HIDDEN_BYTES
@@ -124,7 +124,8 @@ def objective_of(labels: Tensor, device: torch.device, teacher: tuple[Tensor, Te
 
     Args:
         labels: [n, seq]. device: of the logits.
-        teacher: largest log-probabilities and their ids, each [counted tokens, k]; the divergence is then added.
+        teacher: its values [counted tokens, k + 1] and tokens [counted tokens, k], as `divergence` takes them; that is
+            then added.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(device)  # the last token predicts none
     counts = following != IGNORED
@@ -197,9 +198,11 @@ def keep_logits(
             tokens: Tensor = tokens,
         ) -> Tensor:
             counted = counts[rows, columns]
-            largest = torch.log_softmax(logits[counted], -1).topk(kept.k)
+            chosen = logits[counted].float()  # as it is kept
+            largest = chosen.topk(kept.k).indices
             at = numbers[rows, columns][counted].cpu()
-            values[at], tokens[at] = largest.values.float().cpu(), largest.indices.to(torch.int32).cpu()
+            values[at] = with_rest(chosen, largest).cpu()
+            tokens[at] = largest.to(torch.int32).cpu()
             return torch.zeros((), device=device)
 
         hidden = teacher.forward(ids, micro_batch=default_micro_batch(ids.shape[1]), then="again")

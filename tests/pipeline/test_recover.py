@@ -282,6 +282,8 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
     "no adapter": (("--merge", "DATA"), 1, ("adapter_config.json",)),
     "merge and train": (("--merge", "DATA", "--epochs", 3), 2, ("--merge", "--epochs")),
     "merge and data": (("--merge", "DATA", "--data", "DATA"), 2, ("--merge", "--data")),
+    "merge and hold out": (("--merge", "DATA", "--validation", 3), 2, ("--merge", "--validation")),
+    "merge and a seed": (("--merge", "DATA", "--seed", 3), 2, ("--merge", "--seed")),
     "odd batches": (("--data", "DATA", "--batch", 9, "--micro-batch", 2), 2, ("--batch 9", "--micro-batch 2")),
     "top-k alone": (("--data", "DATA", "--top-k", 3), 2, ("--top-k", "--distill")),
     "a rank beside an adapter": (
@@ -301,6 +303,7 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
         ("--host-memory", "--batch"),
     ),
     "less than the model": (("--data", "DATA", "--field", "output", "--host-memory", "10KB"), 1, ("--streamed",)),
+    "less than its logits": (("--data", "DATA", "--field", "output", "--host-memory", "3MB"), 1, ("--streamed",)),
 }
 
 

@@ -166,7 +166,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "alphas": (lambda config, tensors: config.update(alpha_pattern={"q_proj": 3}), "has alpha_pattern"),
     "another beginning": (lambda config, tensors: config.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "kasa": (lambda config, tensors: config.update(kasa_config={"beta": 1}), "has kasa_config"),
-    "layers twice": (lambda config, tensors: config.update(layer_replication=[[0, 4], [2, 5]]), "has layer_replication"),
+    "layers twice": (
+        lambda config, tensors: config.update(layer_replication=[[0, 4], [2, 5]]),
+        "has layer_replication",
+    ),
     "no alpha": (lambda config, tensors: config.update(lora_alpha=torch.nan), "has lora_alpha NaN"),
     "another kind": (lambda config, tensors: config.update(peft_type="IA3"), "is a IA3 adapter"),
     "a module less": (lambda config, tensors: tensors.pop(next(iter(tensors))), "has none for layer"),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from streamprune.recovery import course as courses
 from streamprune.recovery.course import Course, keep_logits, mean_loss, objective_of, padded
-from streamprune.recovery.distillation import TeacherLogits, divergence
+from streamprune.recovery.distillation import TeacherLogits, divergence, with_rest
 from streamprune.recovery.in_memory import train_in_memory
 from streamprune.recovery.lora import new_adapter
 from streamprune.recovery.streamed import train_streamed
@@ -110,8 +110,10 @@ def test_a_teacher_s_logits_are_its_own(tiny_llama: Path, tmp_path: Path) -> Non
     keep_logits(make_sweeper(tiny_llama, dtype=torch.float32), found, kept)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     values, tokens = kept.get([2])
-    expected = model(found[2].ids[None]).logits[0, :-1][found[2].labels[1:] != IGNORED].log_softmax(-1).topk(5)
-    torch.testing.assert_close(values, expected.values.detach())
+    logits = model(found[2].ids[None]).logits[0, :-1][found[2].labels[1:] != IGNORED].detach()
+    expected = logits.log_softmax(-1).topk(5)
+    torch.testing.assert_close(values[:, :5], expected.values)
+    torch.testing.assert_close(values[:, 5].exp(), 1 - expected.values.exp().sum(-1))
     assert tokens.long().equal(expected.indices)
 
 
@@ -119,18 +121,36 @@ def test_the_divergence_of_all_tokens_is_torch_s_and_of_some_it_is_of_classes() 
     generator = torch.Generator().manual_seed(1)
     logits, theirs = (torch.randn(7, 20, generator=generator, dtype=torch.float64) for _ in range(2))
     teacher = theirs.log_softmax(-1)
-    every = teacher.topk(20)
+    every, some = (teacher.topk(k).indices for k in (20, 3))
     expected = F.kl_div(logits.log_softmax(-1), teacher, log_target=True, reduction="sum")
-    # The rest has no mass then, but for what both are held above.
-    assert float(divergence(logits, every.values, every.indices)) == pytest.approx(float(expected), abs=1e-6)
-    some = teacher.topk(3)
+    logits.requires_grad_()
+    found = divergence(logits, with_rest(theirs.float(), every), every)
+    (grad,) = torch.autograd.grad(found, logits)
+    assert float(found.detach()) == pytest.approx(float(expected), rel=1e-6)
+    torch.testing.assert_close(grad, logits.detach().softmax(-1) - teacher.exp(), atol=1e-6, rtol=1e-6)
 
     def classes(log: torch.Tensor) -> torch.Tensor:
-        chosen = log.exp().gather(-1, some.indices)
+        chosen = log.exp().gather(-1, some)
         return torch.cat([chosen, 1 - chosen.sum(-1, keepdim=True)], -1).log()
 
     expected = F.kl_div(classes(logits.log_softmax(-1)), classes(teacher), log_target=True, reduction="sum")
-    assert float(divergence(logits, some.values, some.indices)) == pytest.approx(float(expected))
+    assert float(divergence(logits, with_rest(theirs, some), some)) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("sure", ["model", "teacher", "both"])
+def test_the_divergence_of_sure_models_keeps_its_digits_in_float32(sure: str) -> None:
+    generator = torch.Generator().manual_seed(4)
+    wide = {name: torch.randn(6, 50, generator=generator, dtype=torch.float64) for name in ("model", "teacher")}
+    for name in wide if sure == "both" else [sure]:
+        wide[name][:, 3] += 20  # all others together are e-9
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        logits, theirs = (wide[name].to(dtype).requires_grad_(name == "model") for name in wide)
+        tokens = wide["teacher"].topk(4).indices
+        value = divergence(logits, with_rest(theirs, tokens), tokens)
+        found.append((value.detach().double(), torch.autograd.grad(value, logits)[0].double()))
+    for mine, exact in zip(*found, strict=True):
+        torch.testing.assert_close(mine, exact, atol=1e-5, rtol=1e-6)
 
 
 def test_the_loss_of_blocks_adds_up_to_that_of_all_logits() -> None:
@@ -139,8 +159,9 @@ def test_the_loss_of_blocks_adds_up_to_that_of_all_logits() -> None:
     logits = torch.randn(*ids.shape, 30, generator=generator)
     labels = torch.where(labels == IGNORED, IGNORED, labels % 30)
     count = int((labels[:, 1:] != IGNORED).sum())
-    top = torch.randn(count, 30, generator=generator).log_softmax(-1).topk(4)
-    objective = objective_of(labels, torch.device("cpu"), (top.values, top.indices.int()))
+    theirs = torch.randn(count, 30, generator=generator)
+    top = theirs.topk(4).indices
+    objective = objective_of(labels, torch.device("cpu"), (with_rest(theirs, top), top.int()))
     whole = objective(logits, slice(None), slice(None))
     blocks = [
         objective(logits[rows, columns], rows, columns)
