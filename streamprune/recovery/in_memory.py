@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
+from streamprune.errors import JournalError
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
@@ -40,7 +45,11 @@ class _Order(Dataset[int]):
 
 
 class _Trainer(Trainer):
-    """Trainer that goes through the data in order, with the loss of `course.objective_of`."""
+    """Trainer that goes through the data in order, with the loss of `course.objective_of`.
+
+    Raises:
+        JournalError: the checkpoint that it goes on from is damaged.
+    """
 
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole batch
 
@@ -58,6 +67,42 @@ class _Trainer(Trainer):
         teacher = (inputs["values"], inputs["tokens"]) if "values" in inputs else None
         objective = objective_of(inputs["labels"], logits.device, teacher)
         return objective(logits, slice(None), slice(None)) / num_items_in_batch
+
+    def _load_from_checkpoint(self, *given: Any, **more: Any) -> None:
+        with self._told():
+            super()._load_from_checkpoint(*given, **more)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with self._told():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: Any) -> None:
+        with self._told():
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with self._told():
+            super()._load_rng_state(checkpoint)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn whatever torch says of a damaged file inside the block into a JournalError that names the directory."""
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError, ValueError, LookupError, UnpicklingError, SafetensorError) as error:
+            reason, directory = str(error).partition("\n")[0], self.args.output_dir
+            raise JournalError(f"{directory} is damaged ({reason}); remove it and start again") from error
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Let transformers log errors alone: what it warns of, such as the dates of checkpoints, decides nothing here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _drop_in_adapters_only(model: Any) -> None:
@@ -118,7 +163,7 @@ def train_in_memory(
         warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changes, which PEFT still uses
         model = get_peft_model(model, config)
     set_peft_model_state_dict(model, peft_tensors(skeleton, adapter))
-    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary, _only_errors():
         arguments = _arguments(skeleton, course, micro_batch, directory, Path(temporary))
         trainer = _Trainer(
             model=model,

@@ -255,6 +255,24 @@ def test_an_adapter_that_overflows_when_it_is_merged_is_refused(
     assert not list(output.parent.iterdir())
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "adapter_model.safetensors"])
+def test_a_journal_whose_files_were_cut_off_is_refused(
+    name: str, streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 4, "--resume")
+    with monkeypatch.context() as context:
+        interrupted(context, 3)
+        assert streamprune(*options, "--output", output).code == 1
+    trainer = output.with_name(f".{output.name}.resume") / "trainer"
+    file = trainer / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:-200])
+    refused = streamprune(*options, "--output", output)
+    assert refused.code == 1 and f"{trainer} is damaged" in refused.err and refused.err.count("\n") == 1
+    shutil.rmtree(trainer)
+    assert streamprune(*options, "--output", output).code == 0
+
+
 def test_what_a_removed_journal_has_left_is_not_gone_on_from(
     streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
