@@ -53,7 +53,7 @@ from streamprune.streaming.sweeper import Sweeper
 from streamprune.texts import sources
 
 RECOVERY_STEPS = "recovery.jsonl"  # a line per step
-SMALLER = "use an adapter that was trained at a lower --learning-rate"
+SMALLER = "train at a lower --learning-rate, or give another --dtype"
 TRAINER = "trainer"  # what a training in memory keeps in a journal
 
 
@@ -245,7 +245,8 @@ def _measure(sweeper: Sweeper, work: RecoveryWork, when: str, progress: Progress
             if work.held_out:
                 found["loss"] = mean_loss(sweeper, work.held_out)
     for name, value in found.items():
-        check_number(f"{when} the training: the {name}", value, SMALLER)
+        remedy = "give another --dtype" if when == "before" else SMALLER
+        check_number(f"{when} the training: the {name}", value, remedy)
     return found
 
 

@@ -28,7 +28,7 @@ from streamprune.streaming.sweeper import Objective, Sweeper
 from streamprune.texts.instructions import Example
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
-WEIGHTS = "weights"  # A and B, where they are saved
+LORA_WEIGHTS = "weights"  # A and B, where they are saved
 
 
 class AttachedAdapter:
@@ -180,7 +180,7 @@ class Training:
     def numbers(self) -> Iterator[tuple[str, Tensor]]:
         """Yield A and B of all matrices, and Adam's two moments of them, by name: each in one tensor, made in turn."""
         parameters = self.adapter.parameters
-        yield WEIGHTS, torch.cat([each.detach().flatten() for each in parameters])
+        yield LORA_WEIGHTS, torch.cat([each.detach().flatten() for each in parameters])
         for name in ADAM_MOMENTS:
             yield name, torch.cat([self.optimizer.state[each][name].flatten() for each in parameters])
 
@@ -190,7 +190,7 @@ class Training:
         parameters = self.adapter.parameters
         parts = {name: each.split([each.numel() for each in parameters]) for name, each in numbers.items()}
         for number, each in enumerate(parameters):
-            each.copy_(parts[WEIGHTS][number].view_as(each))
+            each.copy_(parts[LORA_WEIGHTS][number].view_as(each))
             moments = {name: parts[name][number].view_as(each).clone() for name in ADAM_MOMENTS}
             self.optimizer.state[each] = moments | {"step": torch.tensor(float(step))}
         for _ in range(step):
