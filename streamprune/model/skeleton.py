@@ -114,6 +114,11 @@ class Skeleton:
         elif self.config.tie_word_embeddings:
             self.model.tie_weights()  # so that its parameters are counted once
 
+    @property
+    def positions(self) -> int:
+        """Length of the longest sequence that the model takes, in tokens."""
+        return getattr(self.config, "max_position_embeddings", None) or 10**9
+
     def stored_name(self, name: str) -> str:
         """Return the checkpoint's name of a tensor of the model (base-model checkpoints lack the prefix)."""
         if name in self.checkpoint.tensors:

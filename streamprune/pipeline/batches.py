@@ -29,11 +29,6 @@ REPAIR_SEQ_LEN = 512
 PASSED_A_SECOND = 50e6
 
 
-def positions(skeleton: Skeleton) -> int:
-    """Return the length of the longest sequence that the model takes, in tokens."""
-    return getattr(skeleton.config, "max_position_embeddings", None) or 10**9
-
-
 def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | None = None) -> Work:
     """Count the sequences of each part of a run and the tokens of each: as asked, else as the method's paper has it.
 
@@ -41,7 +36,7 @@ def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | No
         text_tokens: tokens of the calibration text, counted up to what the repair may take; None before the text is
             read: a text of the user's is then taken to have as many.
     """
-    limit, method = positions(skeleton), METHODS[config.method]
+    limit, method = skeleton.positions, METHODS[config.method]
     samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
     if text_tokens is None:
         text_tokens = config.compensate_tokens if config.calibration else EMBEDDED_TOKENS
@@ -188,8 +183,8 @@ def _repair_ids(config: PruneConfig, skeleton: Skeleton, corpus: Corpus) -> Tens
 
 def check_length(seq_len: int, skeleton: Skeleton) -> None:
     """Refuse sequences longer than the model's positions."""
-    if seq_len > positions(skeleton):
-        raise UsageError(f"--seq-len {seq_len}: the model takes at most {positions(skeleton)} positions; lower it")
+    if seq_len > skeleton.positions:
+        raise UsageError(f"--seq-len {seq_len}: the model takes at most {skeleton.positions} positions; lower it")
 
 
 def check_tokens(ids: Tensor, skeleton: Skeleton) -> None:

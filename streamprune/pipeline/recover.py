@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.errors import StreampruneError
 from streamprune.figures import peak_rss
 from streamprune.output import companions
 from streamprune.output.card import ADAPTER_LAYOUT, recovered_card
@@ -37,20 +39,22 @@ from streamprune.pipeline.recovery_work import (
     scratch_of,
     source_of,
 )
-from streamprune.recovery.course import Trained, TrainingStep, grouped, keep_logits, mean_loss
+from streamprune.recovery.course import Trained, TrainingStep, check_number, grouped, keep_logits, mean_loss
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, write_adapter
 from streamprune.recovery.options import RecoverConfig
 from streamprune.recovery.streamed import AttachedAdapter, SavedTraining, train_streamed
 from streamprune.schema import default_of
-from streamprune.storage.checkpoint import resolve_model
+from streamprune.storage.checkpoint import is_finite, resolve_model
 from streamprune.storage.directory import OWN_FILE, atomic_directory, check_output, write_json
-from streamprune.storage.journal import Journal, remove_journal
+from streamprune.storage.journal import JOURNAL, Journal, remove_journal
 from streamprune.streaming.perplexity import perplexity, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.texts import sources
 
 RECOVERY_STEPS = "recovery.jsonl"  # a line per step
+SMALLER = "train at a lower --learning-rate, or give another --dtype"
+TRAINER = "trainer"  # what a training in memory keeps in a journal
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
     own = check_source(config)
     with ExitStack() as output:
         work, measured, trained = _train(config, own, output, progress, journal_directory)
+        trained.check()
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
         facts = _write(config, work, trained, directory, progress)
         measured.append(_measure_after(config, work, trained.adapter, directory, progress))
@@ -108,6 +113,8 @@ def _train(
         if journal_directory is not None:
             journal = Journal(journal_directory, recovery_fingerprint(config, work, sweeper.skeleton))
             output.callback(journal.release)
+            if not (journal_directory / JOURNAL).is_file():  # of a run that was killed while it removed its journal
+                shutil.rmtree(journal_directory / TRAINER, ignore_errors=True)
             output.push(partial(resume.say_what_stays, journal_directory, progress))
         limit_memory(sweeper.skeleton.device, config.gpu_memory)
         output.callback(limit_memory, sweeper.skeleton.device, None)
@@ -120,24 +127,33 @@ def _train(
         measured = [saved["before"][1]]
         if work.course is None:
             return work, measured, Trained(work.adapter, ())
-        if config.streamed:
-            with _teacher(config, work, progress) as teacher:
-                return work, measured, _train_streamed(config, work, sweeper, teacher, journal, progress)
-    # Here the source's embeddings and head are gone: the model comes into memory as a whole.
-    with _teacher(config, work, progress) as teacher:
-        return work, measured, _train_in_memory(config, work, teacher, journal, progress)
+    # Here the source's embeddings and head are gone: a teacher has the memory alone, and so has a model that comes as a
+    # whole.
+    with _teacher(config, work, journal, progress) as teacher:
+        train = _train_streamed if config.streamed else _train_in_memory
+        return work, measured, train(config, work, teacher, journal, progress)
 
 
 @contextmanager
-def _teacher(config: RecoverConfig, work: RecoveryWork, progress: Progress) -> Iterator[TeacherLogits | None]:
-    """Give what the teacher says of the sequences, if there is one, as long as the block runs."""
-    if config.distill is None:
+def _opened(config: RecoverConfig, work: RecoveryWork, model: str, progress: Progress) -> Iterator[Sweeper]:
+    """Open a model, whose hidden states stay where those of the training do."""
+    with replace(source_of(config), model=model).open(progress) as sweeper:
+        sweeper.place, sweeper.scratch = work.place, config.scratch
+        yield sweeper
+
+
+@contextmanager
+def _teacher(
+    config: RecoverConfig, work: RecoveryWork, journal: Journal | None, progress: Progress
+) -> Iterator[TeacherLogits | None]:
+    """Give what the teacher says of the sequences, if there is one and a step is left, as long as the block runs."""
+    if config.distill is None or _is_trained(config, work, journal):
         yield None
         return
     with ExitStack() as stack:
         kept = TeacherLogits(scratch_of(config), config.top_k, work.train)
         stack.callback(kept.close)
-        with replace(source_of(config), model=config.distill).open(progress) as sweeper:
+        with _opened(config, work, config.distill, progress) as sweeper:
             assert work.course is not None, "there is a teacher where something is learnt"
             asked = set(work.course.order())
             sweeps = len(list(grouped(sweeper, work.train, asked)))
@@ -146,10 +162,20 @@ def _teacher(config: RecoverConfig, work: RecoveryWork, progress: Progress) -> I
         yield kept
 
 
+def _is_trained(config: RecoverConfig, work: RecoveryWork, journal: Journal | None) -> bool:
+    """Tell whether an earlier run has made all steps."""
+    if journal is None or work.course is None:
+        return False
+    if config.streamed:
+        return len(journal.facts.get("steps", ())) == work.course.steps
+    from streamprune.recovery.in_memory import saved_steps
+
+    return saved_steps(journal.directory / TRAINER) == work.course.steps
+
+
 def _train_streamed(
     config: RecoverConfig,
     work: RecoveryWork,
-    sweeper: Sweeper,
     teacher: TeacherLogits | None,
     journal: Journal | None,
     progress: Progress,
@@ -157,17 +183,19 @@ def _train_streamed(
     assert work.course is not None
     done = 0 if journal is None else len(journal.facts.get("steps", ()))
     left = work.course.steps - done
-    with progress.stage("training", 2 * left * sweeper.pager.layer_bytes()):
-        return train_streamed(
-            sweeper,
-            work.adapter,
-            work.train,
-            work.course,
-            dropout=config.dropout,
-            teacher=teacher,
-            saved=None if journal is None else SavedTraining(journal),
-            note=lambda step: _tell(progress, step),
-        )
+    with _opened(config, work, config.model, progress) as sweeper:
+        sweeper.pager.slots = work.slots
+        with progress.stage("training", 2 * left * sweeper.pager.layer_bytes()):
+            return train_streamed(
+                sweeper,
+                work.adapter,
+                work.train,
+                work.course,
+                dropout=config.dropout,
+                teacher=teacher,
+                saved=None if journal is None else SavedTraining(journal),
+                note=lambda step: _tell(progress, step),
+            )
 
 
 def _train_in_memory(
@@ -195,7 +223,7 @@ def _train_in_memory(
             micro_batch=source.micro_batch,
             dropout=config.dropout,
             teacher=teacher,
-            directory=None if journal is None else journal.directory / "trainer",
+            directory=None if journal is None else journal.directory / TRAINER,
             trust_remote_code=config.trust_remote_code,
             note=note,
         )
@@ -216,6 +244,9 @@ def _measure(sweeper: Sweeper, work: RecoveryWork, when: str, progress: Progress
                 found["perplexity"] = perplexity(sweeper, work.segments).perplexity
             if work.held_out:
                 found["loss"] = mean_loss(sweeper, work.held_out)
+    for name, value in found.items():
+        remedy = "give another --dtype" if when == "before" else SMALLER
+        check_number(f"{when} the training: the {name}", value, remedy)
     return found
 
 
@@ -224,9 +255,9 @@ def _measure_after(
 ) -> dict[str, float]:
     """Measure the output: the merged checkpoint, or the source with the adapter attached."""
     if config.adapter:
-        with source_of(config).open(progress) as sweeper, AttachedAdapter(sweeper, adapter).attached():
+        with _opened(config, work, config.model, progress) as sweeper, AttachedAdapter(sweeper, adapter).attached():
             return _measure(sweeper, work, "after", progress)
-    with replace(source_of(config), model=str(directory)).open(progress) as sweeper:
+    with _opened(config, work, str(directory), progress) as sweeper:
         return _measure(sweeper, work, "after", progress)
 
 
@@ -234,7 +265,7 @@ def _write(
     config: RecoverConfig, work: RecoveryWork, trained: Trained, directory: Path, progress: Progress
 ) -> dict[str, Any]:
     """Write the tensors and what lies beside them; return the facts so far."""
-    with source_of(config).open(progress) as sweeper:
+    with _opened(config, work, config.model, progress) as sweeper:
         skeleton = sweeper.skeleton
         beside = companions.prepare(unchanged_form(skeleton), trust_remote_code=config.trust_remote_code)
         facts: dict[str, Any] = {"base_model": base_name(config.model), "license": beside.license}
@@ -249,7 +280,7 @@ def _write(
             digest = _merge(sweeper, trained.adapter, directory, config.max_shard_size, progress)
             beside.write(form.config(), directory, files=form.files())
         if trained.steps:
-            lines = "".join(json.dumps(asdict(step)) + "\n" for step in trained.steps)
+            lines = "".join(json.dumps(asdict(step), allow_nan=False) + "\n" for step in trained.steps)
             (directory / RECOVERY_STEPS).write_text(lines, encoding="utf-8")
         facts["recovery"] = _recovery_facts(config, work, trained, digest)
         return facts
@@ -267,6 +298,8 @@ def _merge(sweeper: Sweeper, adapter: Adapter, directory: Path, max_shard_size: 
             wide = stored.to(torch.promote_types(stored.dtype, adapter.parameters[0].dtype))
             delta = adapter.delta((page.layer, name), transposed=transposed, device=stored.device)
             made[name] = (wide + delta).to(stored.dtype)
+            if not is_finite(made[name]):
+                raise StreampruneError(f"layer {page.layer}, {name} overflows with the adapter added; {SMALLER}")
         return made
 
     with (

@@ -21,11 +21,12 @@ from streamprune.output.form import OutputForm
 from streamprune.output.ragged_form import unchanged_form
 from streamprune.output.sparse24 import is_compressed
 from streamprune.paging.device import compute_device, device_name, free_memory, is_gpu
+from streamprune.paging.hidden_states import Place
 from streamprune.pipeline import resume
-from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens, positions
+from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
-from streamprune.planning.training_memory import place_training
+from streamprune.planning.training_memory import OF_ADAPTERS, place_training
 from streamprune.recovery.course import Course, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, new_adapter, peft_tensors, read_adapter
@@ -40,6 +41,7 @@ from streamprune.texts.instructions import Example, Examples, open_examples
 from streamprune.texts.tokenizer import load_tokenizer
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 20, 2000  # one sequence of as many is held out, and no more than that
+OF_LOGITS = 3  # of a micro-batch, in float32: themselves, their log-probabilities, and the gradient
 LORA_PACKAGES = ("streamprune", "torch", "transformers", "peft")
 
 
@@ -54,6 +56,7 @@ class RecoveryWork:
         data: what was read; None where nothing is trained.
         train, held_out: the sequences of it. course: the steps.
         segments: tokens [n, seq] of the perplexity, if it is measured.
+        place: where hidden states stay. slots: layers that are in memory together while a streamed training runs.
     """
 
     own: dict[str, object]
@@ -64,6 +67,8 @@ class RecoveryWork:
     held_out: Sequence[Example]
     course: Course | None
     segments: Tensor | None
+    place: Place
+    slots: int
 
 
 def check_packages(config: RecoverConfig) -> None:
@@ -126,7 +131,7 @@ def prepare_recovery(
     check_space(config.output.parent, adapter_bytes if config.adapter else form.nbytes)
     segments = _segments(config, skeleton, progress)
     if config.data is None:
-        return RecoveryWork(own, form, adapter, None, (), (), None, segments)
+        return RecoveryWork(own, form, adapter, None, (), (), None, segments, sweeper.place, sweeper.pager.slots)
     data = _examples(config, skeleton, progress)
     train, held_out = _split(config, data)
     course = Course.of(
@@ -140,7 +145,8 @@ def prepare_recovery(
         scratch = scratch_of(config)
         check_directory(scratch, "--scratch")
         check_space(scratch, TeacherLogits.bytes_of(config.top_k, train), "what the teacher says")
-    return RecoveryWork(own, form, adapter, data, train, held_out, course, segments)
+    placed = sweeper.place, sweeper.pager.slots
+    return RecoveryWork(own, form, adapter, data, train, held_out, course, segments, *placed)
 
 
 def scratch_of(config: RecoverConfig) -> Path:
@@ -159,7 +165,7 @@ def _segments(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> 
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
     )
-    segments = corpus.segments(min(EVALUATION_SEQ_LEN, positions(skeleton)), None, EVALUATION_SEGMENTS)
+    segments = corpus.segments(min(EVALUATION_SEQ_LEN, skeleton.positions), None, EVALUATION_SEGMENTS)
     check_tokens(segments, skeleton)
     return segments
 
@@ -170,7 +176,7 @@ def _examples(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> 
         skeleton.checkpoint.path,
         config.data,
         field=config.field,
-        cutoff=config.tokens(positions(skeleton)),
+        cutoff=config.tokens(skeleton.positions),
         bos=config.bos,
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
@@ -196,20 +202,23 @@ def _check_memory(
     """Refuse a training that does not fit; place the hidden states of a streamed one."""
     skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
     gpu, free = is_gpu(skeleton.device), psutil.virtual_memory().available
+    longest = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)[0].shape[1]
     if config.streamed:
-        longest, _ = padded([max(data.found, key=lambda each: len(each.ids))])
-        shape = min(config.batch, len(data.found)), longest.shape[1]
+        shape = config.batch, longest
         resident = 0 if gpu else skeleton.resident_bytes
         said = place_training(sweeper, config, shape, adapter_bytes, baseline=process - resident, memory=free + process)
         progress.say(said)
         return
     weights = skeleton.parameters * skeleton.dtype.itemsize
+    logits = sweeper.micro_batch * longest * skeleton.config.vocab_size * 4
+    needed = weights + OF_LOGITS * logits + OF_ADAPTERS * adapter_bytes
     room = free_memory(skeleton.device) if gpu else free
     budget = config.gpu_memory if gpu else config.host_memory
     room = room if budget is None else min(room, budget)
-    if weights > room:
+    if needed > room:
         raise StreampruneError(
-            f"the model takes {human(weights)}, there are {human(room)}; pass --streamed, which needs two layers"
+            f"a training in memory takes more than {human(needed)}, there are {human(room)}; pass --streamed, which "
+            "needs two layers, or lower --micro-batch"
         )
 
 
@@ -231,8 +240,8 @@ def _check_teacher(config: RecoverConfig, skeleton: Skeleton) -> None:
             )
         if config.top_k > sizes[0]:
             raise UsageError(f"--top-k {config.top_k}: the vocabulary has {sizes[0]:,} tokens; lower it")
-        if config.tokens(positions(skeleton)) > positions(teacher):
-            raise UsageError(f"--distill {config.distill} takes at most {positions(teacher)} positions; lower --cutoff")
+        if config.tokens(skeleton.positions) > teacher.positions:
+            raise UsageError(f"--distill {config.distill} takes at most {teacher.positions} positions; lower --cutoff")
 
 
 def recovery_fingerprint(config: RecoverConfig, work: RecoveryWork, skeleton: Skeleton) -> dict[str, str | None]:

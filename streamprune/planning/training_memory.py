@@ -15,6 +15,7 @@ from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.sweeper import Sweeper
 
 OF_ADAPTERS = 4  # numbers of each of an adapter's: itself, its gradient, and Adam's two moments
+OF_SAVED = 2  # where they are saved after each step, a third of them in turn: put together, and as a file's bytes
 
 
 def place_training(
@@ -26,7 +27,8 @@ def place_training(
     layer is less than its gradients.
 
     Args:
-        config: has `gpu_memory`, `host_memory` and `scratch`. shape: sequences of a batch, and tokens of each.
+        config: has `gpu_memory`, `host_memory`, `scratch` and `resume`.
+        shape: sequences of a batch, and tokens of each.
         baseline: bytes of the process without any tensors. memory: bytes that it may have.
 
     Raises:
@@ -40,7 +42,7 @@ def place_training(
     sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
     for place in _places(gpu, config.scratch):
         device, host = _held(sizes, shape, place, gpu)
-        host += OF_ADAPTERS * adapter_bytes
+        host += (OF_ADAPTERS + OF_SAVED * config.resume) * adapter_bytes
         needed.append((device, host))
         if device <= room[0] and host <= room[1]:
             sweeper.place, sweeper.scratch = place, config.scratch

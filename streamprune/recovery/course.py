@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamprune.recovery.distillation import TeacherLogits, divergence
+from streamprune.errors import StreampruneError
+from streamprune.recovery.distillation import TeacherLogits, divergence, with_rest
 from streamprune.recovery.lora import Adapter
+from streamprune.storage.checkpoint import is_finite
 from streamprune.streaming.perplexity import HIDDEN_BYTES
 from streamprune.streaming.sweeper import Objective, Sweeper, default_micro_batch
 from streamprune.texts.instructions import IGNORED, Example
@@ -36,12 +38,40 @@ class TrainingStep:
 Note = Callable[[TrainingStep], None]
 
 
+def check_number(what: str, value: float, remedy: str) -> None:
+    """Refuse NaN and infinity in a figure of a training, which is called `what`.
+
+    Raises:
+        StreampruneError: it is not finite.
+    """
+    if not math.isfinite(value):
+        raise StreampruneError(f"{what} is {value}; {remedy}")
+
+
+def check_step(step: TrainingStep) -> None:
+    """Refuse a step of a training that diverges.
+
+    Raises:
+        StreampruneError: its loss is not finite.
+    """
+    check_number(f"step {step.number}: the loss", step.loss, "lower --learning-rate, or give another --dtype")
+
+
 @dataclass(frozen=True)
 class Trained:
     """Result of a training: the adapter, and all steps."""
 
     adapter: Adapter
     steps: Sequence[TrainingStep]
+
+    def check(self) -> None:
+        """Refuse an adapter that the last step has spoilt.
+
+        Raises:
+            StreampruneError: it holds NaN or infinite values.
+        """
+        if not all(map(is_finite, self.adapter.parameters)):
+            raise StreampruneError("the adapter holds NaN or infinite values; lower --learning-rate")
 
 
 @dataclass(frozen=True)
@@ -76,13 +106,13 @@ class Course:
         return order[: self.steps * self.batch]
 
 
-def padded(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Put sequences together as ids and labels [n, seq], filled up behind their ends.
+def padded(examples: Sequence[Example], positions: int) -> tuple[Tensor, Tensor]:
+    """Put sequences together as ids and labels [n, seq], filled up behind their ends, to at most so many positions.
 
     Nothing there is counted, and what comes before does not look at it: no mask is needed.
     """
     longest = max(len(each.ids) for each in examples)
-    shape = len(examples), -(-longest // MULTIPLE) * MULTIPLE
+    shape = len(examples), max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, positions))
     ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORED)
     for row, each in enumerate(examples):
         ids[row, : len(each.ids)], labels[row, : len(each.ids)] = each.ids, each.labels
@@ -94,7 +124,8 @@ def objective_of(labels: Tensor, device: torch.device, teacher: tuple[Tensor, Te
 
     Args:
         labels: [n, seq]. device: of the logits.
-        teacher: largest log-probabilities and their ids, each [counted tokens, k]; the divergence is then added.
+        teacher: its values [counted tokens, k + 1] and tokens [counted tokens, k], as `divergence` takes them; that is
+            then added.
     """
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).to(device)  # the last token predicts none
     counts = following != IGNORED
@@ -136,7 +167,7 @@ def mean_loss(sweeper: Sweeper, examples: Sequence[Example]) -> float:
     """Measure the mean loss (nats) of the counted tokens by forward sweeps."""
     total, count = 0.0, sum(each.counted for each in examples)
     for group in grouped(sweeper, examples):
-        ids, labels = padded([examples[number] for number in group])
+        ids, labels = padded([examples[number] for number in group], sweeper.skeleton.positions)
         hidden = sweeper.forward(ids, micro_batch=default_micro_batch(ids.shape[1]), then="again")
         loss, _ = sweeper.through_head(hidden, objective_of(labels, sweeper.skeleton.device), 1, with_grad=False)
         total += loss
@@ -152,7 +183,7 @@ def keep_logits(
     """
     device = teacher.skeleton.device
     for group in grouped(teacher, examples, among):
-        ids, labels = padded([examples[number] for number in group])
+        ids, labels = padded([examples[number] for number in group], teacher.skeleton.positions)
         counts = labels[:, 1:].to(device) != IGNORED
         values, tokens = kept.room(group)
         numbers = (counts.flatten().cumsum(0) - 1).view(counts.shape)
@@ -167,9 +198,11 @@ def keep_logits(
             tokens: Tensor = tokens,
         ) -> Tensor:
             counted = counts[rows, columns]
-            largest = torch.log_softmax(logits[counted], -1).topk(kept.k)
+            chosen = logits[counted].float()  # as it is kept
+            largest = chosen.topk(kept.k).indices
             at = numbers[rows, columns][counted].cpu()
-            values[at], tokens[at] = largest.values.float().cpu(), largest.indices.to(torch.int32).cpu()
+            values[at] = with_rest(chosen, largest).cpu()
+            tokens[at] = largest.to(torch.int32).cpu()
             return torch.zeros((), device=device)
 
         hidden = teacher.forward(ids, micro_batch=default_micro_batch(ids.shape[1]), then="again")

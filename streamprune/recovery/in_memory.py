@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
 
+from streamprune.errors import JournalError
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
-from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, peft_config, peft_name, peft_tensors
-from streamprune.texts.instructions import Example
+from streamprune.texts.instructions import IGNORED, Example
 
 SAVED_EVERY = 20  # steps, where a run can be resumed
 LAST_FILE = "trainer_state.json"  # the last file of a checkpoint that the Trainer writes
@@ -39,7 +45,11 @@ class _Order(Dataset[int]):
 
 
 class _Trainer(Trainer):
-    """Trainer that goes through the data in order, with the loss of `course.objective_of`."""
+    """Trainer that goes through the data in order, with the loss of `course.objective_of`.
+
+    Raises:
+        JournalError: the checkpoint that it goes on from is damaged.
+    """
 
     loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole batch
 
@@ -51,11 +61,56 @@ class _Trainer(Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Compute a micro-batch's part of the mean loss over the batch's counted tokens."""
+        _drop_in_adapters_only(model)
         logits = model(input_ids=inputs["input_ids"], use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
         teacher = (inputs["values"], inputs["tokens"]) if "values" in inputs else None
         objective = objective_of(inputs["labels"], logits.device, teacher)
         return objective(logits, slice(None), slice(None)) / num_items_in_batch
+
+    def _load_from_checkpoint(self, *given: Any, **more: Any) -> None:
+        with self._told():
+            super()._load_from_checkpoint(*given, **more)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with self._told():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: Any) -> None:
+        with self._told():
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with self._told():
+            super()._load_rng_state(checkpoint)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn whatever torch says of a damaged file inside the block into a JournalError that names the directory."""
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError, ValueError, LookupError, UnpicklingError, SafetensorError) as error:
+            reason, directory = str(error).partition("\n")[0], self.args.output_dir
+            raise JournalError(f"{directory} is damaged ({reason}); remove it and start again") from error
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Let transformers log errors alone: what it warns of, such as the dates of checkpoints, decides nothing here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _drop_in_adapters_only(model: Any) -> None:
+    """Let the model compute as where it is streamed, which drops nothing of its own: the Trainer turns all of it on."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout.train()
 
 
 class _Teller(TrainerCallback):
@@ -67,7 +122,9 @@ class _Teller(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         """Tell what the Trainer logs of a step."""
         if logs and "loss" in logs:
-            self.note(_step(state.global_step, logs))
+            step = _step(state.global_step, logs)
+            check_step(step)  # before the Trainer saves anything of it
+            self.note(step)
 
 
 def _step(number: Any, logs: Any) -> TrainingStep:
@@ -106,13 +163,13 @@ def train_in_memory(
         warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changes, which PEFT still uses
         model = get_peft_model(model, config)
     set_peft_model_state_dict(model, peft_tensors(skeleton, adapter))
-    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary, _only_errors():
         arguments = _arguments(skeleton, course, micro_batch, directory, Path(temporary))
         trainer = _Trainer(
             model=model,
             args=arguments,
             train_dataset=_Order(course.order()),
-            data_collator=_collator(examples, teacher),
+            data_collator=_collator(examples, skeleton.positions, teacher),
             callbacks=[_Teller(note)],
         )
         trainer.remove_callback(PrinterCallback)
@@ -149,6 +206,7 @@ def _arguments(
         save_steps=SAVED_EVERY,
         save_total_limit=2,  # a kill may come while the newer is written
         logging_steps=1,
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -160,9 +218,10 @@ def _arguments(
     return arguments
 
 
-def _collator(examples: Sequence[Example], teacher: TeacherLogits | None) -> Any:
+def _collator(examples: Sequence[Example], positions: int, teacher: TeacherLogits | None) -> Any:
     def collate(numbers: Sequence[int]) -> dict[str, Tensor]:
-        ids, labels = padded([examples[number] for number in numbers])
+        ids, labels = padded([examples[number] for number in numbers], positions)
+        labels[:, 0] = IGNORED  # of some models the Trainer counts the first labels too
         batch = {"input_ids": ids, "labels": labels}
         if teacher is not None:
             batch["values"], batch["tokens"] = teacher.get(numbers)
@@ -174,7 +233,17 @@ def _collator(examples: Sequence[Example], teacher: TeacherLogits | None) -> Any
 def _last_checkpoint(directory: Path) -> str | None:
     """Find the newest checkpoint of the Trainer that is whole."""
     whole = [each.parent for each in directory.glob(f"checkpoint-*/{LAST_FILE}") if _is_whole(each)]
-    return str(max(whole, key=lambda each: int(each.name.rpartition("-")[2]))) if whole else None
+    return str(max(whole, key=_steps_of)) if whole else None
+
+
+def saved_steps(directory: Path) -> int:
+    """Return the steps that the Trainer's newest checkpoint in a directory holds; 0 without one."""
+    last = _last_checkpoint(directory)
+    return 0 if last is None else _steps_of(Path(last))
+
+
+def _steps_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(state: Path) -> bool:

@@ -30,8 +30,10 @@ MatrixKey = tuple[int, str]  # layer, and the name of its matrix inside it
 PLAIN: Mapping[str, Any] = {
     **dict.fromkeys(("use_dora", "use_rslora", "lora_bias", "use_qalora"), False),
     **dict.fromkeys(("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens")),
+    **dict.fromkeys(("kasa_config", "use_bdlora", "layer_replication", "arrow_config", "monteclora_config")),
     **{"bias": "none", "alpha_pattern": {}},
 }
+KEPT_BASE = ("gaussian", "eva", "orthogonal")  # of PEFT's ways to begin, by name, those that leave the weights alone
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def peft_config(skeleton: Skeleton, adapter: Adapter, base: str | None, dropout:
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=modules,
-        fan_in_fan_out=any(skeleton.matrices(0).values()),
+        fan_in_fan_out=any(any(skeleton.matrices(layer).values()) for layer in range(len(skeleton.layers))),
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
@@ -187,9 +189,19 @@ def _stored(directory: Path) -> dict[str, Tensor]:
 
 def _refuse_other_kinds(directory: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA" or not isinstance(config.get("lora_alpha"), int | float):
+    if kind != "LORA":
         raise UsageError(f"{directory} is a {kind or 'nameless'} adapter; use one of LoRA")
+    alpha, begun = config.get("lora_alpha"), config.get("init_lora_weights")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UsageError(f"{directory} has lora_alpha {json.dumps(alpha)}, which is no number; save the adapter again")
+    if isinstance(begun, str) and begun not in KEPT_BASE:
+        raise UsageError(
+            f"{directory} has init_lora_weights {json.dumps(begun)}, which changes the weights of the model too; save "
+            "the adapter with path_initial_model_for_weight_conversion"
+        )
     for name, plain in PLAIN.items():
-        if (config.get(name) or None) != (plain or None):
-            value = json.dumps(config[name])
-            raise UsageError(f"{directory} has {name} {value}, which is no plain LoRA; use an adapter without it")
+        value = config.get(name, plain)
+        if (value or None) != (plain or None):
+            raise UsageError(
+                f"{directory} has {name} {json.dumps(value)}, which is no plain LoRA; use an adapter without it"
+            )

@@ -11,12 +11,25 @@ from typing import Any, Literal
 from streamprune import values
 from streamprune.config import PruneConfig
 from streamprune.errors import UsageError
-from streamprune.schema import Option, default_of, option, options_of, refuse_idle, taken
+from streamprune.schema import Option, default_of, flag_of, option, options_of, refuse_idle, taken
 
 _FILES, _LORA, _TRAINING, _TEXTS = "Model and output", "LoRA", "Training", "Texts"
 # Rank and alpha of the papers: LLM-Pruner's recovery (2305.11627), which MoreauPruner's is too, and that of 2406.10576.
 LIKE: Mapping[str, tuple[int, float]] = {"llm-pruner": (8, 16.0), "bernoulli": (16, 10.0)}
 
+# Options of other groups that mean something where a model is trained only.
+TRAINED = (
+    "data",
+    "field",
+    "cutoff",
+    "validation",
+    "adapter",
+    "resume",
+    "seed",
+    "micro_batch",
+    "host_memory",
+    "scratch",
+)
 CUTOFF = 256  # tokens of a sequence in LLM-Pruner's recovery
 
 
@@ -134,10 +147,9 @@ class RecoverConfig:
         """Refuse what a merge without training has no use for."""
         for each in fields(self):
             said = each.metadata["option"]
-            if said.group in (_TRAINING, _LORA) and getattr(self, each.name) != default_of(each):
-                raise UsageError(f"--merge trains nothing: leave --{each.name.replace('_', '-')} out")
-        if self.data is not None or self.adapter or self.resume:
-            raise UsageError("--merge trains nothing: leave --data, --adapter and --resume out")
+            trains = said.group in (_TRAINING, _LORA) or each.name in TRAINED
+            if trains and getattr(self, each.name) != default_of(each):
+                raise UsageError(f"--merge trains nothing: leave {flag_of(each.name)} out")
 
     def _check_training(self) -> None:
         if self.data is None:

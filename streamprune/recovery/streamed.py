@@ -6,7 +6,7 @@ autograd then finds are the gradients of A and B. One pass of the layers there a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
 from streamprune.model.units import module_of
 from streamprune.paging.hidden_states import States
-from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, objective_of, padded
+from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter
 from streamprune.storage.journal import Journal
@@ -28,7 +28,7 @@ from streamprune.streaming.sweeper import Objective, Sweeper
 from streamprune.texts.instructions import Example
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, by torch's names
-STORED = (0, "state")
+LORA_WEIGHTS = "weights"  # A and B, where they are saved
 
 
 class AttachedAdapter:
@@ -151,16 +151,16 @@ def train_streamed(
     with attached.attached():
         for step in range(len(steps), course.steps):
             numbers = order[step * course.batch : (step + 1) * course.batch]
-            ids, labels = padded([examples[number] for number in numbers])
+            ids, labels = padded([examples[number] for number in numbers], sweeper.skeleton.positions)
             known = None if teacher is None else teacher.get(numbers)
             objective = objective_of(labels, sweeper.skeleton.device, known)
             loss = attached.gradients(step, ids, objective, sum(examples[number].counted for number in numbers))
+            steps.append(TrainingStep(step + 1, loss, optimizer.param_groups[0]["lr"]))
+            check_step(steps[-1])
             torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-            rate = optimizer.param_groups[0]["lr"]
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            steps.append(TrainingStep(step + 1, loss, rate))
             note(steps[-1])
             if saved is not None:
                 saved.keep(training, steps)
@@ -177,24 +177,22 @@ class Training:
     optimizer: torch.optim.AdamW
     schedule: torch.optim.lr_scheduler.LambdaLR
 
-    def numbers(self) -> Tensor:
-        """Return A, B and Adam's two moments of each, one after another, in one tensor."""
-        moments = [self.optimizer.state[each][name] for name in ADAM_MOMENTS for each in self.adapter.parameters]
-        return torch.cat([each.detach().flatten() for each in (*self.adapter.parameters, *moments)])
+    def numbers(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield A and B of all matrices, and Adam's two moments of them, by name: each in one tensor, made in turn."""
+        parameters = self.adapter.parameters
+        yield LORA_WEIGHTS, torch.cat([each.detach().flatten() for each in parameters])
+        for name in ADAM_MOMENTS:
+            yield name, torch.cat([self.optimizer.state[each][name].flatten() for each in parameters])
 
     @torch.no_grad()
-    def set(self, numbers: Tensor, step: int) -> None:
+    def set(self, numbers: Mapping[str, Tensor], step: int) -> None:
         """Take what `numbers` gave back, as of so many steps."""
         parameters = self.adapter.parameters
-        parts = numbers.split([each.numel() for each in parameters] * (1 + len(ADAM_MOMENTS)))
+        parts = {name: each.split([each.numel() for each in parameters]) for name, each in numbers.items()}
         for number, each in enumerate(parameters):
-            each.copy_(parts[number].view_as(each))
-            moments = (
-                parts[(1 + n) * len(parameters) + number].view_as(each).clone() for n in range(len(ADAM_MOMENTS))
-            )
-            self.optimizer.state[each] = dict(zip(ADAM_MOMENTS, moments, strict=True)) | {
-                "step": torch.tensor(float(step))
-            }
+            each.copy_(parts[LORA_WEIGHTS][number].view_as(each))
+            moments = {name: parts[name][number].view_as(each).clone() for name in ADAM_MOMENTS}
+            self.optimizer.state[each] = moments | {"step": torch.tensor(float(step))}
         for _ in range(step):
             self.schedule.step()
 
@@ -207,7 +205,8 @@ class SavedTraining:
 
     def keep(self, training: Training, steps: Sequence[TrainingStep]) -> None:
         """Save the state after these steps."""
-        self._store[STORED] = training.numbers()
+        for name, each in training.numbers():
+            self._store[0, name] = each
         self.journal.facts["steps"] = [astuple(step) for step in steps]
         self.journal.save()
 
@@ -215,7 +214,7 @@ class SavedTraining:
         """Take an earlier run's state back, if there is one; return the steps it had made."""
         steps = [TrainingStep(*each) for each in self.journal.facts.get("steps", ())]
         if steps:
-            training.set(self._store[STORED], len(steps))
+            training.set({name: each for (_, name), each in self._store.items()}, len(steps))
         return steps
 
 

@@ -2,21 +2,26 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cli_runner import Streamprune, check_refusal, edit_tensors, snapshot
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamprune as package
+from streamprune.pipeline import recover, recovery_work
 from streamprune.pipeline.progress import Progress
+from streamprune.pipeline.source import Source
 from streamprune.recovery import in_memory
 from streamprune.storage.directory import OWN_FILE
+from streamprune.streaming.sweeper import Sweeper
 
 # transformers 5.23 renames this; peft has the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -167,6 +172,56 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
     assert not journal.exists()
 
 
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+def test_a_run_that_has_all_steps_does_not_ask_its_teacher_again(
+    way: tuple[str, ...],
+    streamprune: Streamprune,
+    model: Path,
+    data: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = (*FAST, "--field", "output", "--steps", 2, "--resume", "--distill", model, *way)
+    run = ("recover", "--model", model, "--data", data, "--output", output, *options)
+
+    def stop(*anything: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(recover, "_write", stop)
+        assert streamprune(*run).code == 1
+    monkeypatch.setattr(recover, "keep_logits", stop)
+    assert streamprune(*run).code == 0
+    assert len((output / "recovery.jsonl").read_text().splitlines()) == 2
+
+
+def test_models_are_opened_one_at_a_time_and_their_hidden_states_stay_where_they_fit(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, places, open_source = [], [], Source.open
+
+    @contextmanager
+    def watched(self: Source, *given: Any) -> Iterator[Sweeper]:
+        with open_source(self, *given) as sweeper:
+            assert self.planned is not None or not opened
+            opened.append(sweeper)
+            yield sweeper
+            opened.remove(sweeper)
+            if self.planned is None:
+                places.append((sweeper.place, sweeper.scratch))
+
+    def place(sweeper: Sweeper, *given: Any, **more: Any) -> str:
+        sweeper.place, sweeper.scratch = "scratch", tmp_path / "scratch"
+        return "planned"
+
+    monkeypatch.setattr(Source, "open", watched)
+    monkeypatch.setattr(recovery_work, "place_training", place)
+    options = (*FAST, "--field", "output", "--steps", 2, "--streamed", "--distill", model, "--adapter")
+    run = ("recover", "--model", model, "--data", data, "--output", output, *options, "--scratch", tmp_path / "scratch")
+    assert streamprune(*run).code == 0
+    assert len(places) == 5 and set(places) == {("scratch", tmp_path / "scratch")}
+
+
 def test_a_failure_leaves_nothing_at_the_output(
     streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +229,65 @@ def test_a_failure_leaves_nothing_at_the_output(
     done = streamprune("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--output", output)
     assert done.code == 1
     assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_training_that_diverges_is_refused_and_leaves_nothing(
+    steps: int, way: tuple[str, ...], streamprune: Streamprune, model: Path, data: Path, output: Path
+) -> None:
+    options = (*FAST, "--field", "output", "--learning-rate", 1e30, "--steps", steps, *way)
+    done = streamprune("recover", "--model", model, "--data", data, "--output", output, *options)
+    check_refusal(done, 1, ("after the training: the loss is nan" if steps == 1 else "step 2: the loss is ", "lower"))
+    assert not list(output.parent.iterdir())
+
+
+def test_an_adapter_that_overflows_when_it_is_merged_is_refused(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path
+) -> None:
+    options = (*FAST, "--field", "output", "--steps", 1, "--learning-rate", 1e10, "--adapter")
+    assert streamprune("recover", "--model", model, "--data", data, "--output", tmp_path / "large", *options).code == 0
+    file = tmp_path / "large" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e20 for name, tensor in load_file(file).items()}, file)
+    merge = ("--merge", tmp_path / "large", "--quiet", "--no-evaluate")
+    done = streamprune("recover", "--model", model, "--output", output, *merge)
+    check_refusal(done, 1, ("layer 0, self_attn.q_proj", "overflows"))
+    assert not list(output.parent.iterdir())
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "adapter_model.safetensors"])
+def test_a_journal_whose_files_were_cut_off_is_refused(
+    name: str, streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 4, "--resume")
+    with monkeypatch.context() as context:
+        interrupted(context, 3)
+        assert streamprune(*options, "--output", output).code == 1
+    trainer = output.with_name(f".{output.name}.resume") / "trainer"
+    file = trainer / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:-200])
+    refused = streamprune(*options, "--output", output)
+    assert refused.code == 1 and f"{trainer} is damaged" in refused.err and refused.err.count("\n") == 1
+    shutil.rmtree(trainer)
+    assert streamprune(*options, "--output", output).code == 0
+
+
+def test_what_a_removed_journal_has_left_is_not_gone_on_from(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 4, "--resume")
+    journal = output.with_name(f".{output.name}.resume")
+    with monkeypatch.context() as context:
+        interrupted(context, 3)
+        assert streamprune(*options, "--output", output).code == 1
+    (journal / "journal.json").unlink()
+    assert list((journal / "trainer").iterdir())
+    other = (*options, "--seed", 3)
+    assert streamprune(*other, "--output", output).code == 0
+    assert streamprune(*other, "--output", tmp_path / "whole").code == 0
+    assert (output / "recovery.jsonl").read_bytes() == (tmp_path / "whole" / "recovery.jsonl").read_bytes()
 
 
 Change = Callable[[Path], object]
@@ -186,6 +300,8 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
     "no adapter": (("--merge", "DATA"), 1, ("adapter_config.json",)),
     "merge and train": (("--merge", "DATA", "--epochs", 3), 2, ("--merge", "--epochs")),
     "merge and data": (("--merge", "DATA", "--data", "DATA"), 2, ("--merge", "--data")),
+    "merge and hold out": (("--merge", "DATA", "--validation", 3), 2, ("--merge", "--validation")),
+    "merge and a seed": (("--merge", "DATA", "--seed", 3), 2, ("--merge", "--seed")),
     "odd batches": (("--data", "DATA", "--batch", 9, "--micro-batch", 2), 2, ("--batch 9", "--micro-batch 2")),
     "top-k alone": (("--data", "DATA", "--top-k", 3), 2, ("--top-k", "--distill")),
     "a rank beside an adapter": (
@@ -205,6 +321,7 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
         ("--host-memory", "--batch"),
     ),
     "less than the model": (("--data", "DATA", "--field", "output", "--host-memory", "10KB"), 1, ("--streamed",)),
+    "less than its logits": (("--data", "DATA", "--field", "output", "--host-memory", "3MB"), 1, ("--streamed",)),
 }
 
 

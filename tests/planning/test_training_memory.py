@@ -22,7 +22,7 @@ SHAPE = (24, 64)
 def sweeper_in(model: Path, budget: int, scratch: Path | None) -> Sweeper:
     """A sweeper that was placed within so many bytes."""
     sweeper = make_sweeper(model, dtype=torch.float32, micro_batch=2)
-    config = SimpleNamespace(gpu_memory=None, host_memory=budget, scratch=scratch)
+    config = SimpleNamespace(gpu_memory=None, host_memory=budget, scratch=scratch, resume=False)
     place_training(sweeper, config, SHAPE, 0, baseline=0, memory=budget)
     return sweeper
 

@@ -164,6 +164,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "dora": (lambda config, tensors: config.update(use_dora=True), "has use_dora true"),
     "biases": (lambda config, tensors: config.update(bias="all"), 'has bias "all"'),
     "alphas": (lambda config, tensors: config.update(alpha_pattern={"q_proj": 3}), "has alpha_pattern"),
+    "another beginning": (lambda config, tensors: config.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
+    "kasa": (lambda config, tensors: config.update(kasa_config={"beta": 1}), "has kasa_config"),
+    "layers twice": (
+        lambda config, tensors: config.update(layer_replication=[[0, 4], [2, 5]]),
+        "has layer_replication",
+    ),
+    "no alpha": (lambda config, tensors: config.update(lora_alpha=torch.nan), "has lora_alpha NaN"),
     "another kind": (lambda config, tensors: config.update(peft_type="IA3"), "is a IA3 adapter"),
     "a module less": (lambda config, tensors: tensors.pop(next(iter(tensors))), "has none for layer"),
     "a module more": (
@@ -188,6 +195,14 @@ def test_other_adapters_are_refused(what: str, tiny_llama: Path, tmp_path: Path)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(StreampruneError, match=message):
         read_adapter(tmp_path, skeleton)
+
+
+def test_an_adapter_whose_config_says_little_is_plain(tiny_llama: Path, tmp_path: Path) -> None:
+    skeleton = make_sweeper(tiny_llama, dtype=torch.float32).skeleton
+    write_adapter(tmp_path, skeleton, random_adapter(skeleton), "base", 0.0)
+    config = {"peft_type": "LORA", "lora_alpha": 8, "r": 4, "init_lora_weights": "gaussian"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert read_adapter(tmp_path, skeleton).alpha == 8
 
 
 def test_an_adapter_of_other_widths_is_refused_with_layer_and_shapes(tiny_llama: Path, tmp_path: Path) -> None:
