@@ -42,7 +42,9 @@ def of_method(model: str, data: Path, method: str, ratio: float) -> Counts:
     config = PruneConfig(model, Path("unused"), method, ratio=ratio, allocation="global", layers=LAYERS)
     with Source(model, dtype="bfloat16", micro_batch=8).open() as sweeper:
         plan = make_plan(config, sweeper.skeleton)
-        ids = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt").sequences(*OTHERS[method])
+        ids = open_corpus(sweeper.skeleton.checkpoint.path, data / "wikitext2-valid.txt").sequences(
+            *OTHERS[method], sampling="first", seed=0
+        )
         scores = UnitScores(sweeper.skeleton.all_units(plan.layers), sweeper.backend)
         METHODS[method].score(Statistics(sweeper, ids, plan.layers, 0), resolve_settings(method, {}), scores)
         return counts(plan.choice.keep(scores.values), plan.layers)
