@@ -142,7 +142,7 @@ _POLICY = {
     "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits", "explore")),
     "spread": Setting(0.5, "deviation σ of what explore tries, in those of scores", minimum=0, exclusive=True),
     "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
-    "repaired": Setting("no", "masks are tried as they will be with --compensate", choices=("yes", "no")),
+    "repaired": Setting("no", "masks are tried with o and down fitted, as --compensate does", choices=("yes", "no")),
     "patience": Setting(None, "steps after which it ends if no unit changed side", minimum=1, whole=True),
     "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
 }

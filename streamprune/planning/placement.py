@@ -22,6 +22,7 @@ from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.rates import DISK, Rates, seconds
 from streamprune.planning.stage import Kept, Stage, Work
+from streamprune.recovery.options import RecoverConfig
 from streamprune.streaming.costs import Sizes
 from streamprune.streaming.sweeper import Sweeper
 
@@ -74,10 +75,7 @@ def choose_placement(
         StreampruneError: nothing fits; it names the smallest budget that would do.
     """
     gpu = is_gpu(sweeper.skeleton.device)
-    if config.gpu_memory is not None and not gpu:
-        raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
-    limits = memory_limits(config, sweeper, gpu, memory)
-    room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
+    limits, room = memory_limits(config, sweeper, baseline, memory)
     sizes, needed = Sizes(sweeper), list[tuple[tuple[int, int], Sequence[Stage]]]()
 
     def left(host: int) -> int:
@@ -88,7 +86,7 @@ def choose_placement(
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
         options = [
             (stages(sizes, config, plan, work, where, state, micro_batch, _least(gpu)), where, state)
-            for where in _places(config, gpu)
+            for where in places(config, gpu)
             for state in _state_places(config, plan, gpu)
         ]
         # What spills least first.
@@ -138,7 +136,7 @@ def passes_line(config: PruneConfig, plan: Plan) -> str:
     return f"{config.method}: {updates}, {passes} passes over the layers, {masks} masks in each"
 
 
-def _places(config: PruneConfig, gpu: bool) -> list[Place]:
+def places(config: PruneConfig | RecoverConfig, gpu: bool) -> list[Place]:
     """List the places where hidden states may stay, the fastest first."""
     places: list[Place] = ["device"]
     if gpu:
@@ -159,8 +157,25 @@ def _state_places(config: PruneConfig, plan: Plan, gpu: bool) -> list[Place]:
     return ["host", "scratch"] if spill else ["host"]
 
 
-def memory_limits(config: PruneConfig, sweeper: Sweeper, gpu: bool, memory: int) -> tuple[int, int]:
-    """Return the bytes that the device (0 where it is the CPU) and the process may hold."""
+def memory_limits(
+    config: PruneConfig | RecoverConfig, sweeper: Sweeper, baseline: int, memory: int
+) -> tuple[tuple[int, int], list[int]]:
+    """Return the bytes that the device (0 where it is the CPU) and the process may hold, and of them tensors.
+
+    Args:
+        baseline, memory: as of `choose_placement`.
+
+    Raises:
+        UsageError: a budget of a GPU's memory, and a run on a CPU.
+    """
+    gpu = is_gpu(sweeper.skeleton.device)
+    if config.gpu_memory is not None and not gpu:
+        raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
+    limits = _limits(config, sweeper, gpu, memory)
+    return limits, [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
+
+
+def _limits(config: PruneConfig | RecoverConfig, sweeper: Sweeper, gpu: bool, memory: int) -> tuple[int, int]:
     host = config.host_memory if config.host_memory is not None else memory
     if not gpu:
         return 0, host

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from streamprune.errors import StreampruneError, UsageError
+from streamprune.errors import StreampruneError
 from streamprune.figures import human
 from streamprune.methods.needs import GRADIENTS
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import Place
-from streamprune.planning.placement import MARGIN, memory_limits
+from streamprune.planning.placement import MARGIN, memory_limits, places
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.sweeper import Sweeper
 
@@ -32,15 +32,12 @@ def place_training(
         baseline: bytes of the process without any tensors. memory: bytes that it may have.
 
     Raises:
-        StreampruneError: nothing fits; it names the smallest budget that would do.
+        StreampruneError: nothing fits; it names the smallest budget that would do. UsageError: as `memory_limits`.
     """
     gpu = is_gpu(sweeper.skeleton.device)
-    if config.gpu_memory is not None and not gpu:
-        raise UsageError("--gpu-memory: the run computes on a CPU; leave it out, or give --device cuda")
-    limits = memory_limits(config, sweeper, gpu, memory)
-    room = [int((limit - taken) * (1 - MARGIN)) for limit, taken in zip(limits, (0, baseline), strict=True)]
+    limits, room = memory_limits(config, sweeper, baseline, memory)
     sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
-    for place in _places(gpu, config.scratch):
+    for place in places(config, gpu):
         device, host = _held(sizes, shape, place, gpu)
         host += (OF_ADAPTERS + OF_SAVED * config.resume) * adapter_bytes
         needed.append((device, host))
@@ -53,10 +50,6 @@ def place_training(
             on_gpu = f"{human(device)} on the GPU and " if gpu else ""
             return f"planned: {on_gpu}{human(baseline + host)} of memory at the most; hidden states stay {where}"
     raise StreampruneError(_refusal(needed, limits, baseline, gpu, config.scratch))
-
-
-def _places(gpu: bool, scratch: Path | None) -> list[Place]:
-    return ["device", *(["host"] if gpu else []), *(["scratch"] if scratch is not None else [])]  # type: ignore[list-item]
 
 
 def _held(sizes: Sizes, shape: tuple[int, int], place: Place, gpu: bool) -> tuple[int, int]:

@@ -4,8 +4,9 @@ With G the inputs' Gram matrix and λI a ridge on it, the best linear guess at l
 
     x̂_R = G_RS G_SS⁻¹ x_S = −P_RR⁻¹ P_RS x_S,    P = (G + λI)⁻¹,
 
-and W_S x_S + W_R x̂_R is what W' = W G[:, S] G_SS⁻¹ makes of x_S: the fit of the repair to a layer's own output
-(recovery/least_squares.py), at the cost of the few lines that go and without a solve for each row of W.
+and W_S x_S + W_R x̂_R is what W' = W G[:, S] G_SS⁻¹ makes of x_S, with the ridge in G: but for λ the repair's fit to
+a layer's own output (recovery/least_squares.py), at the cost of the few lines that go and without a solve for each
+row of W.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_it_is_said_once_that_copies_are_staged(registers, tmp_path, monkeypatch
     for name in ("memory", "staged"):
         config = PruneConfig(model, tmp_path / name, "moreau", {"steps": 2}, **given)
         outputs.append(load_file(prune(config, Progress(said)).output / "model.safetensors"))
-        monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["host"])
+        monkeypatch.setattr("streamprune.planning.placement.places", lambda config, gpu: ["host"])
         for where in ("streamprune.paging.device", "streamprune.streaming.sweeper"):
             monkeypatch.setattr(f"{where}.paging_device", lambda *a, **b: Immediate(registers=registers))
     assert said.getvalue().count(STAGED) == (0 if registers else 1)

@@ -34,7 +34,7 @@ def keep_nothing(sweeper, config, plan, make, room, cache):
 
 def scoring(tiny_llama, tmp_path, monkeypatch, method, place="device", keep=False, **more):
     """The stage of a plan for a card, with hidden states at a place; it may keep what there is room for."""
-    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: [place])
+    monkeypatch.setattr("streamprune.planning.placement.places", lambda config, gpu: [place])
     monkeypatch.setattr("streamprune.planning.placement._keep", _keep if keep else keep_nothing)
     given = {"samples": SAMPLES, "seq_len": SEQ, "layers": LAYERS, "evaluate": False, "scratch": tmp_path} | more
     config = PruneConfig(str(tiny_llama), tmp_path / "out", method, **given)

@@ -62,7 +62,7 @@ def placed(monkeypatch, tmp_path):
 
     def run(path, method="random", *, place=None, state=None, held=None, **options):
         if place is not None:
-            monkeypatch.setattr(placement, "_places", lambda config, gpu: [place])
+            monkeypatch.setattr(placement, "places", lambda config, gpu: [place])
         if state is not None:
             monkeypatch.setattr(placement, "_state_places", lambda config, plan, gpu: [state])
         if held is not None:

@@ -148,7 +148,7 @@ def test_a_scratch_that_is_a_file_or_full_is_refused_before_any_sweep(tiny_llama
     from streamprune.errors import OutputError
 
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["scratch"])
+    monkeypatch.setattr("streamprune.planning.placement.places", lambda config, gpu: ["scratch"])
     with pytest.raises(OutputError, match="file"):
         prune(config(tiny_llama, tmp_path / "out", scratch=tmp_path / "file"))
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000}))

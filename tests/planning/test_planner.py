@@ -101,7 +101,7 @@ def test_a_scratch_that_is_a_file_is_refused_by_its_name(tiny_llama, tmp_path):
 
 
 def on_scratch(monkeypatch):
-    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["scratch"])
+    monkeypatch.setattr("streamprune.planning.placement.places", lambda config, gpu: ["scratch"])
     monkeypatch.setattr("streamprune.planning.placement._state_places", lambda *given: ["scratch"])
 
 

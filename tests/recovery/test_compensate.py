@@ -157,7 +157,7 @@ def test_what_is_kept_for_a_layers_output_may_lie_on_a_disk_and_be_wider(dtype, 
     save_tiny(tmp_path / "in", "llama", num_hidden_layers=6)
     options = {**ways("llama"), "dtype": dtype, "layers": (1, 5), "scratch": tmp_path / "spill"}
     outputs = [repair(tmp_path / "in", tmp_path / "memory", **options).output]
-    monkeypatch.setattr("streamprune.planning.placement._places", lambda config, gpu: ["scratch"])
+    monkeypatch.setattr("streamprune.planning.placement.places", lambda config, gpu: ["scratch"])
     outputs.append(repair(tmp_path / "in", tmp_path / "disk", **options).output)
     widest = least_squares._widest
     # As in a model that has been pruned already, whose layers have different widths.

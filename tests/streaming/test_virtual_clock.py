@@ -212,7 +212,7 @@ def test_bytes_over_the_link_are_those_of_the_plan(method, place, run, bench, ch
     def nothing(sweeper, config, plan, make, room, cache):
         return Kept(), placement._with_reading(sweeper, make(Kept()), 2, cache)
 
-    monkeypatch.setattr(placement, "_places", lambda config, gpu: [place])
+    monkeypatch.setattr(placement, "places", lambda config, gpu: [place])
     monkeypatch.setattr(placement, "_keep", nothing)  # as if nothing were left of the budget
     run = {"layers": (1, 7), "gpu_memory": 20 * GIB} | run
     found = bench["clocked"].score(checkpoint(layers=8), bench["clock_rates"].machine_of("h100"), method, **run)
