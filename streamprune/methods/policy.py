@@ -160,7 +160,7 @@ class Policy:
             self._put(refused=refused + 1)
             if int(refused) + 1 == MOST_REFUSED:
                 raise StreampruneError(
-                    f"step {step}: the loss of mask {bad[0]} is {losses[bad[0]]}, and nothing was learnt from "
+                    f"step {step + 1}: the loss of mask {bad[0]} is {losses[bad[0]]}, and nothing was learnt from "
                     f"{MOST_REFUSED} steps in a row; try --dtype float32"
                 )
             return self._tell(step, steps, figures | {"refused": float(bad[0])})
@@ -230,7 +230,7 @@ class Policy:
             gradient /= variance
         s = self.space.project(self.s - lr * gradient)
         if bool(((s == 0) | (s == 1)).all()):
-            raise StreampruneError(f"after step {step} every probability is 0 or 1; lower --set lr={lr}")
+            raise StreampruneError(f"after step {step + 1} every probability is 0 or 1; lower --set lr={lr}")
         return s
 
     def _shared(self, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
 
 _CHOSEN = "; by default the variant's"
 # What a variant does where a setting does not say: as in the paper, as in its code, or two of our own.
-_PAPER = {"antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2, "batch": 8, "steps": 300}
+_PAPER = {"antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2, "batch": 8, "steps": 300, "repaired": "no"}
 _OWN = {"antithetic": "yes", "lr": 0.05, "masks": 4}
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "best": {**_OWN, "baseline": "moving", "learner": "explore", "batch": 1, "steps": 600},
@@ -142,7 +142,9 @@ _POLICY = {
     "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits", "explore")),
     "spread": Setting(0.5, "deviation σ of what explore tries, in those of scores", minimum=0, exclusive=True),
     "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
-    "repaired": Setting("no", "masks are tried with o and down fitted, as --compensate does", choices=("yes", "no")),
+    "repaired": Setting(
+        None, "masks are tried with o and down fitted: by default of units with --compensate", choices=("yes", "no")
+    ),
     "patience": Setting(None, "steps after which it ends if no unit changed side", minimum=1, whole=True),
     "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
 }
@@ -317,8 +319,10 @@ def _check_masks(settings: Mapping[str, Any]) -> None:
         )
 
 
-def resolve_settings(method: str, given: Mapping[str, Any], target: Target | None = None) -> dict[str, Any]:
-    """Resolve all of a method's numbers: `given` over the defaults.
+def resolve_settings(
+    method: str, given: Mapping[str, Any], target: Target | None = None, *, repairs: bool = False
+) -> dict[str, Any]:
+    """Resolve all of a method's numbers: `given` over the defaults; `repairs` tells whether a repair follows.
 
     Raises:
         UsageError: an unknown method or name, a value out of range, or a method that has no scores for `target`.
@@ -344,6 +348,7 @@ def resolve_settings(method: str, given: Mapping[str, Any], target: Target | Non
         settings["init"] = settings["init"] or ("layer-ppl" if target == "layers" else "wanda-sp")
         if settings["init"] in METHODS:
             resolve_settings(settings["init"], {}, target)
+        settings["repaired"] = settings["repaired"] or ("yes" if repairs and target == "units" else "no")
     if target == "weights" and settings.get("order") == "vectorize":
         raise UsageError("--set order=vectorize sums over rows and columns, so it has no scores for weights; use first")
     return settings

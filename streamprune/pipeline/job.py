@@ -194,10 +194,10 @@ class Job:
             note=self._note,
         )
 
-    def _note(self, **figures: float) -> None:
-        """Report figures of a step, and keep them for the output."""
-        self.steps.append(figures)
-        self.progress.note(**figures)
+    def _note(self, step: int, **figures: float) -> None:
+        """Report figures of a step, from 0 on, and keep them for the output, where it is counted from 1."""
+        self.steps.append({"step": step + 1, **figures})
+        self.progress.note(step + 1, self.plan.settings["steps"], **figures)
 
     def _stores(self) -> MakeStore:
         """Choose where the method's state stays: in the journal, on scratch, in memory, or passing with the layers."""

@@ -6,9 +6,10 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -19,6 +20,7 @@ from streamprune.pipeline.timeline import Timeline
 
 LINE_SECONDS = 15.0  # between lines for people
 EVENT_SECONDS = 1.0  # between events for machines
+STEPS_TIMED = 64  # the last ones, by whose seconds those to come are estimated
 
 
 class Progress:
@@ -128,13 +130,17 @@ class Progress:
             stage.said, figures = now, stage.figures(now)
             self._tell("progress", figures, f"{stage.name}: {stage.share:.0%}, {_so_far(figures)}")
 
-    def note(self, **figures: float) -> None:
-        """Report figures of a step inside the stage, by name."""
+    def note(self, step: int, steps: int, **figures: float) -> None:
+        """Report figures of a step inside the stage, from 1 on, and when the last of its `steps` will be done."""
         stage, now = self._stage, self._clock()
-        if stage is not None and (self.as_json or now - stage.noted >= LINE_SECONDS):
-            stage.noted = now
-            said = ", ".join(f"{name} {value:,.4g}" for name, value in figures.items())
-            self._tell("step", {"stage": stage.name, **figures}, f"{stage.name}: {said}")
+        if stage is None:
+            return
+        stage.steps.append((step, now))
+        if self.as_json or now - stage.noted >= LINE_SECONDS:
+            stage.noted, eta = now, stage.eta_of_steps(steps)
+            said = [f"step {step} of {steps}", *(f"{name} {value:,.4g}" for name, value in figures.items())]
+            fields = {"stage": stage.name, "step": step, "steps": steps, **figures, "eta_seconds": eta}
+            self._tell("step", fields, f"{stage.name}: {', '.join([*said, *_remaining(eta)])}")
 
     def _tell(self, event: str, fields: Mapping[str, Any], line: str | None) -> None:
         """Write the event with its fields for machines, or the line, if there is one, for people."""
@@ -154,6 +160,7 @@ class _Stage:
         layer: the last one that was passed.
         waited: seconds that computing stood still for what was read.
         start, said, noted: when it began, was last spoken of, and its steps were.
+        steps: the numbers of the last ones, and when they were done.
     """
 
     name: str
@@ -167,6 +174,7 @@ class _Stage:
     done: int = 0
     read: int = 0
     waited: float = 0.0
+    steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=STEPS_TIMED))
 
     def skip(self, nbytes: int) -> None:
         """Take off `total` so many bytes that will not be passed."""
@@ -211,17 +219,25 @@ class _Stage:
             return elapsed * (1 - share) / share
         return (1 - share) * ((1 - share) * self.predicted + elapsed)
 
+    def eta_of_steps(self, steps: int) -> float | None:
+        """Estimate the seconds to the last of `steps`, which take longer than the bytes before them; None for one."""
+        (first, start), (last, now) = self.steps[0], self.steps[-1]
+        return (steps - last) * (now - start) / (last - first) if last > first else None
+
 
 def _so_far(figures: Mapping[str, Any]) -> str:
     """Say where a stage stands: layer 17, 1.2 GB/s, waiting for reads 12%, ETA 3:20, peak memory 2.3 GB."""
-    eta = figures["eta_seconds"]
     parts = [
         *([f"layer {figures['layer']}"] if figures["layer"] is not None else []),
         *_reading(figures),
-        *([f"ETA {tqdm.format_interval(round(eta)).removeprefix('0')}"] if eta is not None else []),
+        *_remaining(figures["eta_seconds"]),
         f"peak memory {say_peaks(figures)}",
     ]
     return ", ".join(parts)
+
+
+def _remaining(eta: float | None) -> list[str]:
+    return [] if eta is None else [f"ETA {tqdm.format_interval(round(eta)).removeprefix('0')}"]
 
 
 def _closing_line(figures: Mapping[str, Any]) -> str:

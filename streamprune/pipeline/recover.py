@@ -181,11 +181,10 @@ def _train_streamed(
     progress: Progress,
 ) -> Trained:
     assert work.course is not None
-    done = 0 if journal is None else len(journal.facts.get("steps", ()))
-    left = work.course.steps - done
+    steps, done = work.course.steps, 0 if journal is None else len(journal.facts.get("steps", ()))
     with _opened(config, work, config.model, progress) as sweeper:
         sweeper.pager.slots = work.slots
-        with progress.stage("training", 2 * left * sweeper.pager.layer_bytes()):
+        with progress.stage("training", 2 * (steps - done) * sweeper.pager.layer_bytes()):
             return train_streamed(
                 sweeper,
                 work.adapter,
@@ -194,7 +193,7 @@ def _train_streamed(
                 dropout=config.dropout,
                 teacher=teacher,
                 saved=None if journal is None else SavedTraining(journal),
-                note=lambda step: _tell(progress, step),
+                note=lambda step: _tell(progress, step, steps),
             )
 
 
@@ -208,13 +207,14 @@ def _train_in_memory(
     from streamprune.recovery.in_memory import train_in_memory
 
     assert work.course is not None
+    steps = work.course.steps
 
     def note(step: TrainingStep) -> None:
         progress.advance(1, read=0)
-        _tell(progress, step)
+        _tell(progress, step, steps)
 
     source = source_of(config, planned=True)
-    with source.open() as planned, progress.stage("training", work.course.steps):
+    with source.open() as planned, progress.stage("training", steps):
         return train_in_memory(
             planned.skeleton,
             work.adapter,
@@ -229,8 +229,8 @@ def _train_in_memory(
         )
 
 
-def _tell(progress: Progress, step: TrainingStep) -> None:
-    progress.note(step=step.number, loss=step.loss, learning_rate=step.learning_rate)
+def _tell(progress: Progress, step: TrainingStep, steps: int) -> None:
+    progress.note(step.number, steps, loss=step.loss, learning_rate=step.learning_rate)
 
 
 def _measure(sweeper: Sweeper, work: RecoveryWork, when: str, progress: Progress) -> dict[str, float]:

@@ -94,7 +94,8 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         UsageError: a ratio, range, layout or setting that does not fit the model.
         StreampruneError: too little memory for the method's state.
     """
-    n_layers, settings = len(skeleton.layers), resolve_settings(config.method, config.settings, config.target)
+    n_layers = len(skeleton.layers)
+    settings = resolve_settings(config.method, config.settings, config.target, repairs=config.compensate)
     if config.target == "weights" and skeleton.family.fused:
         raise UsageError(
             f"--granularity {config.granularity}: most weights of {skeleton.family.model_type} are its experts', which "

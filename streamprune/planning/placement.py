@@ -133,7 +133,8 @@ def passes_line(config: PruneConfig, plan: Plan) -> str:
         return ""
     passes, masks, _ = trials(plan.settings)
     updates = f"{plan.settings['steps']} updates, {plan.settings['per_pass'] or 1} a pass"
-    return f"{config.method}: {updates}, {passes} passes over the layers, {masks} masks in each"
+    how = ", as the repair leaves them" if plan.settings["repaired"] == "yes" else ""
+    return f"{config.method}: {updates}, {passes} passes over the layers, {masks} masks in each{how}"
 
 
 def places(config: PruneConfig | RecoverConfig, gpu: bool) -> list[Place]:

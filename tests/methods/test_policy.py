@@ -249,6 +249,23 @@ def test_it_finds_the_best_mask_in_nineteen_of_twenty_seeds(given, costs):
     assert found_of(range(20), given, costs) >= 19
 
 
+@pytest.mark.parametrize(
+    "given,target,repairs,repaired",
+    [
+        ({}, "units", True, "yes"),
+        ({"variant": "logits"}, "units", True, "yes"),
+        ({"repaired": "no"}, "units", True, "no"),
+        ({"variant": "exact"}, "units", True, "no"),  # the paper's
+        ({"variant": "exact", "repaired": "yes"}, "units", True, "yes"),
+        ({}, "layers", True, "no"),
+        ({}, "units", False, "no"),
+        ({"repaired": "yes"}, "units", False, "yes"),
+    ],
+)
+def test_where_a_repair_follows_masks_are_tried_with_it(given, target, repairs, repaired):
+    assert resolve_settings("bernoulli", given, target, repairs=repairs)["repaired"] == repaired
+
+
 # Bad input.
 
 
@@ -290,7 +307,7 @@ def test_a_step_with_a_loss_that_is_no_number_is_refused_and_many_in_a_row_end_t
         if not begin:
             figures, _ = learn(MOST_REFUSED - 1, 1.0, 2.0)
             assert "refused" not in figures and figures["loss"] == 1.5
-    with pytest.raises(StreampruneError, match=r"step 19: the loss of mask 1 is .*10 steps in a row"):
+    with pytest.raises(StreampruneError, match=r"step 20: the loss of mask 1 is .*10 steps in a row"):
         learn(19, 1.0, bad)
 
 

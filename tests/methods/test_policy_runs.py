@@ -24,7 +24,7 @@ def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny
         options = {"samples": 6, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "granularity": granularity}
         result = prune(PruneConfig(**{**vars(config), **options, "evaluate": False}))
         told = [json.loads(line) for line in (result.output / "policy.jsonl").read_text().splitlines()]
-        assert [step["step"] for step in told] == [0, 1, 2, 3]
+        assert [step["step"] for step in told] == [1, 2, 3, 4]
         assert all(step["loss"] > 0 and step["kept"] > 0 and step["entropy"] >= 0 for step in told)
         outputs.append((result.output / "model.safetensors").read_bytes())
         assert result.facts["parameters"]["after"] < result.facts["parameters"]["before"]
@@ -183,7 +183,7 @@ def test_every_mask_that_is_tried_is_one_that_a_run_could_end_with(options, with
 
 
 def test_masks_that_are_repaired_are_tried_as_planned(tiny_llama, tmp_path):
-    settings, outputs = {"steps": 4, "per_pass": 2, "repaired": "yes"}, []
+    settings, outputs = {"steps": 4, "per_pass": 2}, []
     for name in ("one", "two"):
         config = PruneConfig(str(tiny_llama), tmp_path / name, "bernoulli", settings, **SHORT, compensate=True)
         forecast, result = foretell(config), prune(config)

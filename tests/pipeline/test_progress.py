@@ -110,6 +110,31 @@ def test_without_a_plan_the_eta_is_what_is_left_over_the_measured_rate():
     assert run.events("progress")[0]["eta_seconds"] is None, "nothing is known yet"
 
 
+def test_steps_of_a_method_are_told_with_an_eta_by_what_the_last_ones_took():
+    run = Run(as_json=True)
+    with run.progress.stage("scoring", GB):
+        for step in range(1, 101):
+            # An earlier run has made 20 of them, which are only told of.
+            run.clock.now += 0.0 if step <= 20 else 3.0
+            run.progress.note(step, 100, loss=4.5)
+    told = run.events("step")
+    assert [each["step"] for each in told] == list(range(1, 101))
+    assert (told[0]["steps"], told[0]["loss"], told[0]["eta_seconds"]) == (100, 4.5, None), "nothing is known yet"
+    assert [told[step - 1]["eta_seconds"] for step in (84, 90, 100)] == [48.0, 30.0, 0.0]
+
+
+def test_people_are_told_of_a_step_now_and_then():
+    run = Run()
+    with run.progress.stage("scoring", GB):
+        for step in range(1, 5):
+            run.clock.now += 10.0
+            run.progress.note(step, 40, loss=4.5, kept=1e6)
+    assert run.lines[:2] == [
+        "scoring: step 1 of 40, loss 4.5, kept 1e+06",
+        "scoring: step 3 of 40, loss 4.5, kept 1e+06, ETA 6:10",
+    ]
+
+
 def test_a_plan_that_is_right_is_the_eta_at_any_time():
     assert etas(12.0, 3.0) == [9.0, 6.0, 3.0, 0.0]
 

@@ -137,9 +137,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Let the training be stopped behind a step."""
     note = Progress.note
 
-    def stop(self: Progress, **figures: float) -> None:
-        note(self, **figures)
-        if figures["step"] == at:
+    def stop(self: Progress, step: int, steps: int, **figures: float) -> None:
+        note(self, step, steps, **figures)
+        if step == at:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Progress, "note", stop)
