@@ -113,7 +113,15 @@ def _trials(settings: Mapping[str, Any]) -> tuple[int, int, int]:
 
 _CHOSEN = "; by default the variant's"
 # What a variant does where a setting does not say: as in the paper, as in its code, or two of our own.
-_PAPER = {"antithetic": "no", "learner": "projection", "lr": 2e-3, "masks": 2, "batch": 8, "steps": 300, "repaired": "no"}
+_PAPER = {
+    "antithetic": "no",
+    "learner": "projection",
+    "lr": 2e-3,
+    "masks": 2,
+    "batch": 8,
+    "steps": 300,
+    "repaired": "no",
+}
 _OWN = {"antithetic": "yes", "lr": 0.05, "masks": 4}
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "best": {**_OWN, "baseline": "moving", "learner": "explore", "batch": 1, "steps": 600},

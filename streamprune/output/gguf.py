@@ -1,14 +1,15 @@
 """GGUF files of checkpoints, for llama.cpp: pruned ones too, whose layers have widths of their own.
 
-llama.cpp reads one width for all layers of most architectures. `deci` (its name for Nemotron's NAS models) has a list
-of them, and computes what Llama does: layers of different widths are written as that.
+llama.cpp reads one width for all layers of most architectures. Two have a list of them, as which layers of different
+widths are written: `deci` (its name for Nemotron's NAS models), which computes what Llama does, and `openelm`, which
+computes what Qwen3 does where the embeddings are its head.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,23 @@ from streamprune.values import AUTO
 _STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
 Q8_BLOCK = 32  # columns that share a scale
-DECI = "deci"
-# Model type -> architecture of layers of one width, and of different ones; None where llama.cpp has none.
-ARCHITECTURES: Mapping[str, tuple[str, str | None]] = {
+DECI, OPENELM = "deci", "openelm"
+BY_LAYER = (DECI, OPENELM)
+# Model type -> architecture of layers of one width, and of different ones.
+ARCHITECTURES: Mapping[str, tuple[str, str]] = {
     "llama": ("llama", DECI),
     "mistral": ("llama", DECI),
     "qwen2": ("qwen2", DECI),
-    "qwen3": ("qwen3", None),
+    "qwen3": ("qwen3", OPENELM),
 }
 INTERLEAVED = ("llama", DECI)  # rotate neighbours, where the checkpoints' classes rotate halves
 PREFIX = "streamprune_"  # of the model types of ragged layouts
+_NORMS = {"attn_q_norm", "attn_k_norm"}
+_PARTS = (
+    {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"} | _NORMS,
+    {"ffn_norm", "ffn_gate", "ffn_up", "ffn_down"},
+)
+NO_CHANNELS = 32  # of an MLP of zeros
 _LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -78,7 +86,9 @@ class _Outline:
 
     Attributes:
         heads, kv_heads, channels: of each layer.
-        sources: the file's tensors, in order, by the checkpoint's.
+        sources: of each of the file's tensors, in order, those of the checkpoint that it has below each other; none
+            where it is zeros.
+        zeros: shapes of these.
     """
 
     architecture: str
@@ -86,7 +96,13 @@ class _Outline:
     heads: list[int]
     kv_heads: list[int]
     channels: list[int]
-    sources: dict[str, str]
+    sources: dict[str, tuple[str, ...]]
+    zeros: dict[str, tuple[int, ...]]
+
+    def shape(self, name: str, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Return the shape of one of the file's tensors."""
+        shapes = [tuple(checkpoint.tensors[theirs].shape) for theirs in self.sources[name]] or [self.zeros[name]]
+        return (sum(rows for rows, *_ in shapes), *shapes[0][1:])
 
 
 def write_gguf(
@@ -139,23 +155,32 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     model_type = str(config.get("model_type")).removeprefix(PREFIX)
     _refuse(config, model_type)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    sources = {name: theirs for theirs, name in _OTHERS.items() if theirs in checkpoint.tensors}
+    sources = dict[str, tuple[str, ...]]()
+    sources |= {name: (theirs,) for theirs, name in _OTHERS.items() if theirs in checkpoint.tensors}
     if config.get("tie_word_embeddings"):
         sources.pop("output.weight", None)
     heads, kv_heads, channels = list[int](), list[int](), list[int]()
     if missing := {"token_embd.weight", "output_norm.weight"} - sources.keys():
         raise UsageError(f"{checkpoint.path} has no {missing.pop()}, in llama.cpp's words; give a whole model")
-    taken = {*_OTHERS}
+    taken, zeros = {*_OTHERS}, dict[str, tuple[int, ...]]()
+    needed = {*_LAYER.values()}
+    if not any(name.endswith("q_norm.weight") for name in checkpoint.tensors):
+        needed -= _NORMS
     for layer in range(config["num_hidden_layers"]):
         rows = {}
         for theirs, ours in _LAYER.items():
             for end in ("weight", "bias"):
                 name = f"model.layers.{layer}.{theirs}.{end}"
                 if name in checkpoint.tensors:
-                    sources[f"blk.{layer}.{ours}.{end}"] = name
+                    sources[f"blk.{layer}.{ours}.{end}"] = (name,)
                     taken.add(name)
                     rows[ours] = checkpoint.tensors[name].shape[0]
-        if missing := {*_LAYER.values()} - {"attn_q_norm", "attn_k_norm"} - rows.keys():
+        missing = needed - rows.keys()
+        if missing in [needed & part for part in _PARTS]:
+            made = _zeros(missing, config["hidden_size"], head_dim)
+            zeros |= {f"blk.{layer}.{name}.weight": shape for name, shape in made.items()}
+            rows |= {name: shape[0] for name, shape in made.items()}
+        elif missing:
             raise UsageError(
                 f"{checkpoint.path}: layer {layer} has no {', '.join(sorted(missing))}, in llama.cpp's words; its "
                 "architectures have none without"
@@ -165,19 +190,57 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
         channels.append(rows["ffn_up"])
     if left := [name for name in checkpoint.tensors if name not in taken and "rotary_emb" not in name]:
         raise UsageError(f"{checkpoint.path}: llama.cpp has no place for {left[0]} in a {model_type}")
-    added = any(name.endswith(("attn_output.bias", "ffn_down.bias")) for name in sources)
-    same = all(len(set(widths)) == 1 for widths in (heads, kv_heads, channels))
+    same = not zeros and all(len(set(widths)) == 1 for widths in (heads, kv_heads, channels))
+    architecture = _architecture(checkpoint.path, model_type, sources, same)
+    sources |= dict.fromkeys(zeros, ())
+    for layer in range(len(heads)) if architecture == OPENELM else ():
+        _fuse(layer, sources, zeros)
+    return _Outline(architecture, head_dim, heads, kv_heads, channels, sources, zeros)
+
+
+def _architecture(path: Path, model_type: str, names: Iterable[str], same: bool) -> str:
+    """Choose the architecture that has a place for these tensors, of layers of the `same` widths or of others.
+
+    Raises:
+        UsageError: there is none.
+    """
     alike, apart = ARCHITECTURES[model_type]
-    added = added and alike != "llama"
-    architecture = apart if added or not same else alike
-    if architecture is None and added:
-        raise UsageError(f"{checkpoint.path}: llama.cpp's {alike} has no biases of o and down, and this model has")
-    if architecture is None:
+    added = any(name.endswith(("attn_output.bias", "ffn_down.bias")) for name in names)
+    if same and not (added and alike != "llama"):
+        return alike
+    if apart == OPENELM and (biases := [name for name in names if name.endswith(".bias")]):
         raise UsageError(
-            f"{checkpoint.path}: llama.cpp's {alike} has one width for all layers, and no other of its architectures "
-            f"computes what {model_type} does; prune with --allocation uniform --stock"
+            f"{path}: llama.cpp's {alike} has no biases of o and down, and its {apart} none at all; this model has "
+            f"{biases[0]}"
         )
-    return _Outline(architecture, head_dim, heads, kv_heads, channels, sources)
+    if apart == OPENELM and "output.weight" in names:
+        raise UsageError(
+            f"{path}: llama.cpp's {alike} has one width for all layers, and its {apart}, which has one for each, no "
+            "head beside the embeddings; prune with --allocation uniform --stock"
+        )
+    return apart
+
+
+def _fuse(layer: int, sources: dict[str, tuple[str, ...]], zeros: dict[str, tuple[int, ...]]) -> None:
+    """Put q, k and v below each other, as `openelm` has them."""
+    parts, fused = [f"blk.{layer}.attn_{part}.weight" for part in "qkv"], f"blk.{layer}.attn_qkv.weight"
+    sources[fused] = tuple(name for part in parts for name in sources.pop(part))
+    if not sources[fused]:
+        rows, columns = zip(*(zeros.pop(part) for part in parts), strict=True)
+        zeros[fused] = sum(rows), columns[0]
+
+
+def _zeros(part: set[str], hidden: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a small attention or MLP of zeros, whose output is 0, in the place of one that is gone.
+
+    deci can have layers without heads and without channels, but not the first without heads, and one without channels
+    leaves the attention's output out too.
+    """
+    inner = head_dim if "attn_q" in part else NO_CHANNELS
+    vectors = {"attn_norm": hidden, "ffn_norm": hidden} | dict.fromkeys(_NORMS, head_dim)
+    shapes: dict[str, tuple[int, ...]] = {name: (length,) for name, length in vectors.items()}
+    shapes |= {"attn_output": (hidden, inner), "ffn_down": (hidden, inner)}
+    return {name: shapes.get(name, (inner, hidden)) for name in _LAYER.values() if name in part}
 
 
 def _rotary(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -213,7 +276,7 @@ def _add_config(writer: Any, config: Mapping[str, Any], outline: _Outline, type_
     from gguf import RopeScalingType
 
     def widths(of: list[int]) -> int | list[int]:
-        return of if outline.architecture == DECI else of[0]
+        return of if outline.architecture in BY_LAYER else of[0]
 
     writer.add_name(str(config.get("_name_or_path") or config.get("_model_name_or_path") or config["model_type"]))
     writer.add_file_type(_FILE_TYPES[type_name])
@@ -252,15 +315,14 @@ def _write_tensors(
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         total += factors.nbytes
-    kinds = {}
-    for name, theirs in outline.sources.items():
-        shape = checkpoint.tensors[theirs].shape
+    kinds, shapes = {}, {name: outline.shape(name, checkpoint) for name in outline.sources}
+    for name, shape in shapes.items():
         kinds[name] = kind = _kind(gguf, shape, type_name)
         if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             dtype = np.dtype(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
-            nbytes, stored = math.prod(shape) * dtype.itemsize, tuple(shape)
+            nbytes, stored = math.prod(shape) * dtype.itemsize, shape
         else:
-            dtype, stored = np.dtype(np.uint8), gguf.quant_shape_to_byte_shape(tuple(shape), kind)
+            dtype, stored = np.dtype(np.uint8), gguf.quant_shape_to_byte_shape(shape, kind)
             nbytes = math.prod(stored)
         writer.add_tensor_info(name, stored, dtype, nbytes, kind)
         total += nbytes
@@ -270,12 +332,15 @@ def _write_tensors(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for name, theirs in outline.sources.items():
-        values = checkpoint.read(theirs).float()
+    for name, shape in shapes.items():
+        theirs = outline.sources[name]
+        values = torch.cat([checkpoint.read(each).float() for each in theirs]) if theirs else torch.zeros(shape)
         if not bool(torch.isfinite(values).all()):
-            raise CheckpointError(f"{checkpoint.path}: {theirs} has numbers that are NaN or infinite")
+            raise CheckpointError(f"{checkpoint.path}: {' or '.join(theirs)} has numbers that are NaN or infinite")
         if kinds[name] == gguf.GGMLQuantizationType.F16 and float(values.abs().max()) > torch.finfo(torch.float16).max:
-            raise UsageError(f"{checkpoint.path}: {theirs} has numbers that float16 does not; take --type bf16 or f32")
+            raise UsageError(
+                f"{checkpoint.path}: {theirs[0]} has numbers that float16 does not; take --type bf16 or f32"
+            )
         if outline.architecture in INTERLEAVED and name.split(".")[-2] in ("attn_q", "attn_k"):
             values = interleaved(values, outline.head_dim)
         writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), kinds[name]))

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from llama_cpp import LlamaCpp
+from safetensors.torch import load_file, save_file
 from tiny_models import N_LAYERS, VOCABULARY, merge_once, save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +38,7 @@ RUNS = [  # (family, its fields, options of the run, llama.cpp's architecture)
     ("qwen2", {}, {"allocation": "global"}, "deci"),
     ("qwen3", {"attention_bias": False}, None, "qwen3"),
     ("qwen3", {"attention_bias": False}, {"stock": True}, "qwen3"),
+    ("qwen3", {"attention_bias": False, "tie_word_embeddings": True}, {"allocation": "global"}, "openelm"),
 ]
 
 
@@ -79,6 +81,30 @@ def test_llama_cpp_computes_what_transformers_does(family, fields, options, arch
     generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=32, do_sample=False)
     follows = generated[0, 8:].tolist()
     assert loaded.greedy(ids[:8], len(follows), VOCABULARY) == follows  # it may have come to an end
+
+
+@pytest.mark.parametrize("gone", [{1: "mlp"}, {1: "attention"}, {0: "attention", 2: "mlp"}], ids=str)
+@pytest.mark.parametrize(
+    "family,fields,architecture",
+    [("llama", {}, "deci"), ("qwen3", {"attention_bias": False, "tie_word_embeddings": True}, "openelm")],
+)
+def test_a_layer_without_its_mlp_or_attention_computes_the_same(family, fields, architecture, gone, tmp_path):
+    path = make(tmp_path, family, fields, {"allocation": "global"})
+    tensors, config = load_file(path / "model.safetensors"), json.loads((path / "config.json").read_text())
+    parts = {"mlp": ("mlp.", "post_attention_layernorm."), "attention": ("self_attn.", "input_layernorm.")}
+    assert config["per_layer_config"], "layers have widths of their own"
+    for layer, what in gone.items():
+        config["per_layer_config"][f"{layer}"] = config["per_layer_config"].get(f"{layer}", {}) | {"skip": [what]}
+        begins = tuple(f"model.layers.{layer}.{part}" for part in parts[what])
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(begins)}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    edited(path, **config)
+    assert write_gguf(path, tmp_path / "model.gguf", "f32").architecture == architecture
+    ids = token_ids(1, 24)[0].tolist()
+    with torch.no_grad():
+        expected = whole(path)(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+    found = LlamaCpp(tmp_path / "model.gguf").log_probabilities(ids, VOCABULARY)
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("type_name", ["f16", "bf16"])
@@ -149,6 +175,8 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
         refused(tmp_path / family, said)
     ragged = make(tmp_path / "q", "qwen3", {"attention_bias": False}, {"allocation": "global"})
     refused(ragged, "llama.cpp's qwen3 has one width for all layers.*--allocation uniform --stock")
+    biased = make(tmp_path / "b", "qwen3", {"attention_bias": True, "tie_word_embeddings": True}, {"layers": (1, 2)})
+    refused(biased, "its openelm none at all; this model has blk.0.attn_q.bias")
     refused(tmp_path / "nowhere", "nowhere", CheckpointError)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     for said, fields in (
