@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from killed_runs import Killed, weights
+from killed_runs import config as killed_config
 from tiny_models import make_sweeper, save_tiny
 
 from streamprune import PruneConfig, prune
@@ -194,3 +196,26 @@ def test_masks_that_are_repaired_are_tried_as_planned(tiny_llama, tmp_path):
     widths = geometry.kv_groups * geometry.n_rep * geometry.head_dim, geometry.channels
     assert stage.host["state of the method"] == 4 * 6 * sum(width**2 for width in widths)
     assert outputs[0] == outputs[1]
+
+
+def test_updates_that_share_a_pass_stay_as_many_where_a_resumed_run_would_choose_others(
+    tiny_llama, tmp_path, killing, monkeypatch
+):
+    def wanted(count):
+        monkeypatch.setattr("streamprune.pipeline.run.updates_per_pass", lambda *given: count)
+
+    what = ("bernoulli", "units", {"steps": 6, "batch": 2}, {})
+    outputs = {}
+    for count in (3, 1):
+        wanted(count)
+        result = prune(killed_config(tiny_llama, tmp_path / f"whole-{count}", *what))
+        assert result.facts["options"]["settings"]["per_pass"] == count
+        outputs[count] = weights(result.output)
+    assert outputs[3] != outputs[1]
+    wanted(3)
+    killing(1, "after")
+    with pytest.raises(Killed):
+        prune(killed_config(tiny_llama, tmp_path / "out", *what, resume=True))
+    wanted(1)
+    killing(-1, "after")
+    assert weights(prune(killed_config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == outputs[3]

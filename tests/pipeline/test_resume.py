@@ -181,29 +181,6 @@ def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killi
     assert prune(config(tiny_llama, tmp_path / "out", *what, resume=True, **budget)).output.is_dir()
 
 
-def test_updates_that_share_a_pass_stay_as_many_where_a_resumed_run_would_choose_others(
-    tiny_llama, tmp_path, killing, monkeypatch
-):
-    def wanted(count):
-        monkeypatch.setattr("streamprune.pipeline.run.updates_per_pass", lambda *given: count)
-
-    what = ("bernoulli", "units", {"steps": 6, "batch": 2}, {})
-    outputs = {}
-    for count in (3, 1):
-        wanted(count)
-        result = prune(config(tiny_llama, tmp_path / f"whole-{count}", *what))
-        assert result.facts["options"]["settings"]["per_pass"] == count
-        outputs[count] = weights(result.output)
-    assert outputs[3] != outputs[1]
-    wanted(3)
-    killing(1, "after")
-    with pytest.raises(Killed):
-        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
-    wanted(1)
-    killing(-1, "after")
-    assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == outputs[3]
-
-
 def test_a_micro_batch_of_ones_own_is_part_of_the_run(tiny_llama, tmp_path, killing):
     what = ("taylor", "units", {}, {})
     killing(2, "after")
