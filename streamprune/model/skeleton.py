@@ -24,7 +24,7 @@ from streamprune.model import contents
 from streamprune.model.families import Family, Piece, family_of, geometry_of, layer_geometry
 from streamprune.model.model_config import empty_model, load_config, naming_the_field
 from streamprune.model.units import Geometry, KeptUnits, all_units
-from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry, check_finite
+from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry
 
 
 @dataclass(frozen=True)
@@ -305,10 +305,12 @@ class Skeleton:
 
     def _load_rest(self) -> None:
         """Fill in everything outside the layers, and tie the head where the config says so."""
+        values = dict[str, Tensor]()
         for name, entry in self._rest.items():
-            value = self.checkpoint.read(entry.name)
-            check_finite(self.checkpoint.path, entry.name, value)
-            set_module_tensor_to_device(self.model, name, self.device, value, dtype=self.dtype)
+            if entry.name not in values:  # a tied head is stored once
+                values[entry.name] = torch.empty(entry.shape, dtype=self.dtype, device=self.device)
+                self.checkpoint.fill(entry.name, values[entry.name])
+            set_module_tensor_to_device(self.model, name, self.device, values[entry.name])
         self.untied = self._own_head()
         if not self.untied:
             self.model.tie_weights()
@@ -319,6 +321,10 @@ class Skeleton:
                 )
             parameter.requires_grad_(False)
         self.model.to(self.device)
+
+    def release(self) -> None:
+        """Give up what was loaded, whoever still refers to it: errors inside transformers' imports keep our frames."""
+        self.model.to("meta")
 
     def _own_head(self) -> bool:
         """Tell whether both of a pair that the config ties are stored, and differ."""

@@ -74,6 +74,7 @@ class Source:
                 trust_remote_code=self.trust_remote_code,
                 load=self.planned is None,
             )
+            stack.callback(skeleton.release)
             transfers = devices.paging_device(where, planned=self.planned is not None)
             pager = Pager(
                 checkpoint,

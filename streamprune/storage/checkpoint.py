@@ -35,6 +35,7 @@ from streamprune.storage.reader import Reader, ReaderKind, retried
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FINITE_BLOCK = 1 << 20  # elements
+FILL_PIECE = 1 << 24  # elements; an embedding of 262,144 words has ten of them and more
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 
 STORED_DTYPES = {
@@ -150,6 +151,20 @@ class Checkpoint:
         raw = torch.empty(entry.nbytes, dtype=torch.uint8)
         self.read_into(entry.file, entry.offset, byte_view(raw))
         return raw.view(entry.dtype).view(entry.shape)
+
+    def fill(self, name: str, target: Tensor) -> None:
+        """Read one tensor into another of its shape, contiguous, of any dtype and device, a piece in memory at a time.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or could not be read.
+        """
+        entry, row = self.tensors[name], target.view(-1)
+        piece = torch.empty(min(len(row), FILL_PIECE), dtype=entry.dtype)
+        for begin in range(0, len(row), FILL_PIECE):
+            at = piece[: len(row) - begin]
+            self.read_into(entry.file, entry.offset + begin * at.element_size(), byte_view(at))
+            check_finite(self.path, name, at)
+            row[begin : begin + len(at)].copy_(at)
 
     def _place(self, entry: TensorEntry | OtherEntry, expected: bool) -> None:
         """Enter a tensor; of one that two shards hold, the index decides, and where it does not, the last counts."""

@@ -17,10 +17,11 @@ from kernel_inputs import largest_allocation
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
-from tiny_models import tiny_model
+from tiny_models import save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CheckpointError
+from streamprune.pipeline.source import Source
 from streamprune.storage import checkpoint as module
 from streamprune.storage.checkpoint import OTHER_DTYPES, STORED_DTYPES, Checkpoint, OtherEntry, byte_view, is_finite
 from streamprune.storage.reader import PAUSES, retried
@@ -65,6 +66,34 @@ def test_what_is_read_is_memory_of_its_own(tmp_path):
         checkpoint.read("a").fill_(0)
         assert torch.equal(checkpoint.read("a"), torch.arange(6.0))
         assert str(path) not in Path("/proc/self/maps").read_text(), "shards are never mapped"
+
+
+@pytest.mark.parametrize("piece", [1, 5, 7, 64])
+def test_a_tensor_is_filled_in_by_pieces_in_any_dtype(piece, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILL_PIECE", piece)
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.zeros(0), "d": torch.tensor(2.5)}
+    with Checkpoint(save(tmp_path / "model", tensors)) as checkpoint:
+        for name, tensor in tensors.items():
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                target = torch.full(tensor.shape, math.nan, dtype=dtype)
+                checkpoint.fill(name, target)
+                assert torch.equal(target, tensor.to(dtype))
+
+
+def test_a_tensor_with_nan_does_not_fill_another(tmp_path):
+    save(tmp_path / "model", {"a": torch.tensor([1.0, math.nan])})
+    with Checkpoint(tmp_path / "model") as checkpoint, pytest.raises(CheckpointError, match="a holds NaN or infinite"):
+        checkpoint.fill("a", torch.zeros(2))
+
+
+def test_a_tied_head_is_read_once_and_what_was_loaded_is_given_up_at_the_end(tmp_path):
+    save_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    with Source(str(tmp_path), dtype="float64").open() as sweeper:
+        model = sweeper.skeleton.model
+        head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert head is embeddings and not head.is_meta
+        assert sweeper.skeleton.checkpoint.bytes_read == sweeper.skeleton.resident_bytes
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_bytes_read_counts_what_was_asked_for(tmp_path):
