@@ -20,7 +20,7 @@ from streamprune.storage.directory import check_file, write_whole
 def compare_command(
     a: Path, b: Path, json_file: Path | None, picture: Path | None, overwrite: bool, debug: bool
 ) -> None:
-    """Compare the outputs A and B of two runs of one model: kept units, scores, perplexity, recipe."""
+    """Compare the outputs A and B of two runs of one model: what stays, scores, perplexity, recipe."""
     for file, option in ((json_file, "--json"), (picture, "--draw")):
         if file is not None:
             check_file(file, option, overwrite=overwrite)

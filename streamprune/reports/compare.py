@@ -1,10 +1,12 @@
-"""Comparison of two runs by what they left: kept units, scores, perplexity, recipe."""
+"""Comparison of two runs by what they left: kept units or weights, scores, perplexity, recipe."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ class Overlap:
 
     Attributes:
         layer: None for all of them together.
-        kind: "kv_group", "channel", or "layer" where whole layers went.
+        kind: "kv_group", "channel", "layer" where whole layers went, or "weight": of those the ones that are not 0.
         units: units of the dense model; None where neither run has scores and both lost some.
         kept: how many each of the two kept. common: how many both did.
         spearman: correlation of the ranks of the scores; None where there are no two scores that differ.
@@ -97,8 +99,10 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
         UsageError: they cannot be compared: of models of other shapes, or other things were removed.
     """
     one, other = read_output(Path(a)), read_output(Path(b))
-    sizes = _common_sizes(one, other)
-    rows = tuple(_overlaps(one, other, sizes))
+    if one.kept is None and other.kept is None:
+        rows = tuple(_overlaps_of_weights(one, other))
+    else:
+        rows = tuple(_overlaps(one, other, _common_sizes(one, other)))
     kinds = dict.fromkeys(row.kind for row in rows)
     by_kind = {kind: [row for row in rows if row.kind == kind] for kind in kinds}
     chances = {kind: _by_chance(of_kind) for kind, of_kind in by_kind.items()}
@@ -124,20 +128,44 @@ def _common_sizes(a: PrunedOutput, b: PrunedOutput) -> dict[Key, int]:
         UsageError: the two have no units in common; it names what they differ in.
     """
 
-    def refuse(what: str, of_a: object, of_b: object) -> None:
-        if of_a != of_b:
-            raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model and granularity")
-
+    refuse = partial(_refuse, a, b)
     refuse("as its granularity", a.granularity, b.granularity)
-    if a.kept is None:
-        raise UsageError(f"{a.path}: single weights were removed, and no units; give runs of units or layers")
     refuse("layers", a.n_layers, b.n_layers)
     of_a, of_b = _sizes(a), _sizes(b)
     for layer, kind in sorted(of_a.keys() & of_b.keys()):
         refuse(f"{KINDS_IN_WORDS[kind]} in layer {layer}", of_a[layer, kind], of_b[layer, kind])
-    parameters = [each.read(lambda facts: int(facts["parameters"]["before"])) for each in (a, b)]
-    refuse("parameters before pruning", *(f"{count:,}" for count in parameters))
+    refuse("parameters before pruning", *_parameters(a, b))
     return of_a | of_b
+
+
+def _refuse(a: PrunedOutput, b: PrunedOutput, what: str, of_a: object, of_b: object) -> None:
+    if of_a != of_b:
+        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model and granularity")
+
+
+def _parameters(*outputs: PrunedOutput) -> list[str]:
+    return [f"{each.read(lambda facts: int(facts['parameters']['before'])):,}" for each in outputs]
+
+
+def _overlaps_of_weights(a: PrunedOutput, b: PrunedOutput) -> Iterator[Overlap]:
+    """Compare where the weights of each layer's matrices are not 0; a matrix of each is in memory at a time."""
+    from streamprune.pipeline.source import Source
+
+    _refuse(a, b, "parameters before pruning", *_parameters(a, b))
+    with ExitStack() as stack:
+        of_a, of_b = (
+            stack.enter_context(Source(str(each.path), decompress=True, planned=torch.device("cpu")).open()).skeleton
+            for each in (a, b)
+        )
+        _refuse(a, b, "as its model_type", of_a.family.model_type, of_b.family.model_type)
+        for layer in range(min(a.layers.start, b.layers.start), max(a.layers.stop, b.layers.stop)):
+            units = kept_a = kept_b = common = 0
+            for name in of_a.matrices(layer):
+                one, other = (of.checkpoint.read(of.entries[layer][name].name) != 0 for of in (of_a, of_b))
+                _refuse(a, b, f"of {name} in layer {layer}", tuple(one.shape), tuple(other.shape))
+                units, kept_a, kept_b = units + one.numel(), kept_a + int(one.sum()), kept_b + int(other.sum())
+                common += int((one & other).sum())
+            yield Overlap(layer, "weight", units, (kept_a, kept_b), common, None)
 
 
 def _sizes(output: PrunedOutput) -> dict[Key, int]:

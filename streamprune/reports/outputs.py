@@ -18,8 +18,11 @@ from streamprune.storage.journal import Key
 from streamprune.storage.scores import SCORES_FILE, read_scores
 
 Result = TypeVar("Result")
-# As people say them; "layer" is what whole layers are recorded as.
-KINDS_IN_WORDS: Mapping[str, str] = {**{str(kind): name for kind, name in KIND_NAMES.items()}, "layer": "layers"}
+# As people say them; "layer" is what whole layers are recorded as, "weight" what single ones are.
+KINDS_IN_WORDS: Mapping[str, str] = {
+    **{str(kind): name for kind, name in KIND_NAMES.items()},
+    **{"layer": "layers", "weight": "weights"},
+}
 
 
 @dataclass(frozen=True)

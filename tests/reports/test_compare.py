@@ -12,9 +12,11 @@ import pytest
 import torch
 from cli_runner import check_refusal, snapshot
 from safetensors.torch import load_file
-from tiny_models import save_tiny
+from tiny_models import N_LAYERS, save_tiny
 
 from streamprune import PruneConfig, UsageError, compare, prune
+from streamprune.output.sparse24 import decompressed
+from streamprune.reports.drawing import draw
 from streamprune.reports.ranks import spearman
 
 SHORT: dict[str, Any] = {"samples": 2, "seq_len": 16, "layers": (2, 7)}
@@ -159,11 +161,42 @@ def test_the_command_prints_and_writes_what_python_gives(outputs: Path, tmp_path
 
 
 @pytest.mark.parametrize(
+    "other",
+    [{"method": "random", "granularity": "weights"}, {"method": "wanda", "granularity": "2:4", "compress": True}],
+)
+def test_weights_overlap_where_both_are_not_zero(other: dict[str, Any], tmp_path: Path) -> None:
+    if other.get("compress"):
+        pytest.importorskip("compressed_tensors")
+    save_tiny(tmp_path / "dense", "llama", intermediate_size=40)
+    given: dict[str, Any] = {"samples": 2, "seq_len": 16, "evaluate": False}
+    for name, options in {"one": {"method": "magnitude", "granularity": "weights"}, "other": other}.items():
+        prune(PruneConfig(tmp_path / "dense", tmp_path / name, **given, **options))
+    found = compare(tmp_path / "one", tmp_path / "other")
+    a = load_file(tmp_path / "one" / "model.safetensors")
+    with decompressed(tmp_path / "other") as plain:
+        b = load_file(plain / "model.safetensors")
+    assert [row.layer for row in found.layers] == list(range(N_LAYERS))
+    for row in found.layers:
+        names = [name for name in a if name.startswith(f"model.layers.{row.layer}.") and a[name].ndim == 2]
+        stay = [torch.cat([(tensors[name] != 0).flatten() for name in names]) for tensors in (a, b)]
+        common, either = int((stay[0] & stay[1]).sum()), int((stay[0] | stay[1]).sum())
+        assert (row.kind, row.units, row.kept) == ("weight", len(stay[0]), tuple(int(each.sum()) for each in stay))
+        assert row.jaccard == common / either and row.spearman is None
+    (total,) = found.totals
+    assert total.common == sum(row.common for row in found.layers)
+    if other["method"] == "random":
+        assert total.jaccard == pytest.approx(found.by_chance["weight"], abs=0.02)
+    assert "two random choices of as many weights would overlap by 0." in found.text
+    pytest.importorskip("matplotlib")
+    assert b"weights" in draw(found, ".svg")
+
+
+@pytest.mark.parametrize(
     ("a", "b", "code", "names"),
     [
         ("taylor", "nowhere", 1, ("nowhere", "streamprune.json")),
         ("taylor", "layers", 2, ("units", "layers")),
-        ("weights", "weights", 2, ("weights",)),
+        ("taylor", "weights", 2, ("units", "weights")),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
