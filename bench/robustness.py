@@ -93,16 +93,18 @@ def copy_of(name: str, model: Path, work: Path) -> Path:
     if name == STORED:
         return model
     target, (dtype, change) = work / name.replace(" ", "-"), COPIES[name]
-    if not (target / "model.safetensors").is_file():
-        target.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        partial = target.with_name(f".{target.name}")
+        partial.mkdir(parents=True, exist_ok=True)
         for file in model.iterdir():
             if file.suffix != ".safetensors":
-                (target / file.name).write_bytes(file.read_bytes())
+                (partial / file.name).write_bytes(file.read_bytes())
         tensors = {
             key: (change(value.float()) if "layers" in key and value.dim() == 2 else value).to(dtype)
             for key, value in load_file(model / "model.safetensors").items()
         }
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        partial.rename(target)
     return target
 
 

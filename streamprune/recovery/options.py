@@ -89,7 +89,7 @@ class RecoverConfig:
     adapter: bool = option(False, values.switch, "Keep the adapter as PEFT has it; do not merge it.", _FILES)
     merge: Path | None = option(None, values.path, "PEFT adapter directory to merge, without training.", _FILES)  # noqa: RUF009
     learning_rate: float = option(
-        1e-4, values.number, "Learning rate after the warmup; it then falls to 0.", _TRAINING, minimum=0, below=math.inf
+        1e-4, values.number, "Learning rate after the warmup; it then falls to 0.", _TRAINING, minimum=0, below=1e38
     )
     batch: int = option(64, values.whole_number, "Sequences of a step.", _TRAINING, minimum=1)
     epochs: float = option(

@@ -298,6 +298,7 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
     "a long cutoff": (("--data", "DATA", "--cutoff", 100), 2, ("--cutoff 100", "64")),
     "all held out": (("--data", "DATA", "--field", "output", "--validation", 99), 2, ("--validation 99",)),
     "no adapter": (("--merge", "DATA"), 1, ("adapter_config.json",)),
+    "no learning rate of float32": (("--data", "DATA", "--learning-rate", 1e39), 2, ("--learning-rate", "below 1e+38")),
     "merge and train": (("--merge", "DATA", "--epochs", 3), 2, ("--merge", "--epochs")),
     "merge and data": (("--merge", "DATA", "--data", "DATA"), 2, ("--merge", "--data")),
     "merge and hold out": (("--merge", "DATA", "--validation", 3), 2, ("--merge", "--validation")),
