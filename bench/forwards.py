@@ -15,6 +15,7 @@ latter takes its weights from the checkpoint's own files, by a device_map that h
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import os
@@ -47,6 +48,7 @@ def streamed(model: str, ids: Tensor, scratch: Path, stored: bool) -> tuple[Pass
     dtype = stored_dtype(model) if stored else "float32"
     opened = Source(model, device="cpu", dtype=dtype, micro_batch=default_micro_batch(SEQ_LEN)).open()
     sweeper = opened.__enter__()
+    atexit.register(opened.__exit__, None, None, None)  # what holds it open: without it the model is given up
     return lambda: sweeper.head_loss(sweeper.forward(ids), ids, with_grad=False)[0], files(Path(model))
 
 

@@ -1,10 +1,11 @@
 """GGUF files of the demo's 135M Llama, dense and pruned: their size, and what llama.cpp makes of them.
 
-    python bench/gguf_files.py --data DIR [--json FILE]
+    python bench/gguf_files.py --data DIR [--json FILE] [--only MODEL]
 
 Perplexity of 20 x 128 tokens of wikitext2-test.txt in DIR, by transformers in float32 and by llama.cpp for each type of
 file, and how many of 32 greedy tokens are the same. llama.cpp is asked for the probability of every next token by
-itself, so a file takes some minutes. Needs 2 GB of temporary space, and xllamacpp.
+itself, so a file takes some minutes. What FILE has of other models than MODEL stays. Needs 2 GB of temporary space, and
+xllamacpp.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,10 @@ def by_transformers(path: Path, segments: torch.Tensor) -> tuple[float, list[int
     return math.exp(sum(losses) / len(losses)), follows[0, PROMPT:].tolist()
 
 
-def measure(model: Path, data: Path, scratch: Path) -> Iterator[dict[str, Any]]:
+def measure(model: Path, data: Path, scratch: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Figures of each file, as they come."""
-    for name, (options, types) in MODELS.items():
-        path = model
+    for name in names:
+        path, (options, types) = model, MODELS[name]
         if options is not None:
             path = scratch / "pruned"
             streamprune.prune(streamprune.PruneConfig(model, path, evaluate=False, overwrite=True, **options))
@@ -100,12 +101,14 @@ def measure(model: Path, data: Path, scratch: Path) -> Iterator[dict[str, Any]]:
 @click.command()
 @click.option("--data", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
-def main(data: Path, json_file: Path | None) -> None:
+@click.option("--only", multiple=True, type=click.Choice(list(MODELS)), help="Measure this one; repeatable.")
+def main(data: Path, json_file: Path | None, only: tuple[str, ...]) -> None:
     """Measure, print the table, and write JSON."""
-    model = Path(demo.fetch(default_cache(), Progress()))
+    model, names = Path(demo.fetch(default_cache(), Progress())), only or tuple(MODELS)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = []
-        for row in measure(model, data, Path(scratch)):
+        there = json.loads(json_file.read_text()) if json_file and json_file.exists() else []
+        rows = [row for row in there if row["model"] not in names]
+        for row in measure(model, data, Path(scratch), names):
             rows.append(row)
             if json_file:
                 json_file.write_text(json.dumps(rows, indent=1) + "\n")

@@ -310,7 +310,7 @@ class Skeleton:
             if entry.name not in values:  # a tied head is stored once
                 values[entry.name] = torch.empty(entry.shape, dtype=self.dtype, device=self.device)
                 self.checkpoint.fill(entry.name, values[entry.name])
-            set_module_tensor_to_device(self.model, name, self.device, values[entry.name])
+            set_module_tensor_to_device(self.model, name, self.device, values[entry.name], dtype=self.dtype)
         self.untied = self._own_head()
         if not self.untied:
             self.model.tie_weights()
@@ -325,6 +325,9 @@ class Skeleton:
     def release(self) -> None:
         """Give up what was loaded, whoever still refers to it: errors inside transformers' imports keep our frames."""
         self.model.to("meta")
+        self.loaded = False
+        if not self.untied and self.config.tie_word_embeddings:
+            self.model.tie_weights()  # or its parameters are counted twice
 
     def _own_head(self) -> bool:
         """Tell whether both of a pair that the config ties are stored, and differ."""

@@ -157,15 +157,14 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     sources = dict[str, tuple[str, ...]]()
     sources |= {name: (theirs,) for theirs, name in _OTHERS.items() if theirs in checkpoint.tensors}
-    if config.get("tie_word_embeddings"):
-        sources.pop("output.weight", None)
+    tied = config.get("tie_word_embeddings") and "output.weight" in sources
+    if tied and torch.equal(*(checkpoint.read(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))):
+        del sources["output.weight"]
     heads, kv_heads, channels = list[int](), list[int](), list[int]()
     if missing := {"token_embd.weight", "output_norm.weight"} - sources.keys():
         raise UsageError(f"{checkpoint.path} has no {missing.pop()}, in llama.cpp's words; give a whole model")
     taken, zeros = {*_OTHERS}, dict[str, tuple[int, ...]]()
-    needed = {*_LAYER.values()}
-    if not any(name.endswith("q_norm.weight") for name in checkpoint.tensors):
-        needed -= _NORMS
+    needed = {*_LAYER.values()} - (set() if ARCHITECTURES[model_type][1] == OPENELM else _NORMS)
     for layer in range(config["num_hidden_layers"]):
         rows = {}
         for theirs, ours in _LAYER.items():

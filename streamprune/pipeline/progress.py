@@ -20,7 +20,8 @@ from streamprune.pipeline.timeline import Timeline
 
 LINE_SECONDS = 15.0  # between lines for people
 EVENT_SECONDS = 1.0  # between events for machines
-STEPS_TIMED = 64  # the last ones, by whose seconds those to come are estimated
+BURSTS = 32  # of steps that are told at once, by whose seconds those to come are estimated
+AT_ONCE = 0.1  # seconds within which they are: steps that shared a pass, or that an earlier run has made
 
 
 class Progress:
@@ -135,7 +136,7 @@ class Progress:
         stage, now = self._stage, self._clock()
         if stage is None:
             return
-        stage.steps.append((step, now))
+        stage.steps_done(step, now)
         if self.as_json or now - stage.noted >= LINE_SECONDS:
             stage.noted, eta = now, stage.eta_of_steps(steps)
             said = [f"step {step} of {steps}", *(f"{name} {value:,.4g}" for name, value in figures.items())]
@@ -160,7 +161,7 @@ class _Stage:
         layer: the last one that was passed.
         waited: seconds that computing stood still for what was read.
         start, said, noted: when it began, was last spoken of, and its steps were.
-        steps: the numbers of the last ones, and when they were done.
+        bursts: the last step of each, and when it began.
     """
 
     name: str
@@ -174,7 +175,7 @@ class _Stage:
     done: int = 0
     read: int = 0
     waited: float = 0.0
-    steps: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=STEPS_TIMED))
+    bursts: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=BURSTS))
 
     def skip(self, nbytes: int) -> None:
         """Take off `total` so many bytes that will not be passed."""
@@ -219,10 +220,19 @@ class _Stage:
             return elapsed * (1 - share) / share
         return (1 - share) * ((1 - share) * self.predicted + elapsed)
 
+    def steps_done(self, step: int, now: float) -> None:
+        """Take in that a step was done."""
+        if self.bursts and now - self.bursts[-1][1] < AT_ONCE:
+            self.bursts[-1] = step, self.bursts[-1][1]
+        else:
+            self.bursts.append((step, now))
+
     def eta_of_steps(self, steps: int) -> float | None:
-        """Estimate the seconds to the last of `steps`, which take longer than the bytes before them; None for one."""
-        (first, start), (last, now) = self.steps[0], self.steps[-1]
-        return (steps - last) * (now - start) / (last - first) if last > first else None
+        """Estimate the seconds to the last of `steps` by the bursts that are through; None where those are too few."""
+        if len(self.bursts) < 3:
+            return None
+        (first, start), (last, end) = self.bursts[0], self.bursts[-2]
+        return (steps - self.bursts[-1][0]) * (end - start) / (last - first)
 
 
 def _so_far(figures: Mapping[str, Any]) -> str:

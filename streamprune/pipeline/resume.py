@@ -12,6 +12,7 @@ from torch import Tensor
 from streamprune.config import PruneConfig
 from streamprune.errors import JournalError
 from streamprune.figures import human
+from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
 from streamprune.output.form import OutputForm
 from streamprune.paging.device import device_name
@@ -77,6 +78,9 @@ def _fingerprint(
     tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
     compute = {"compute device": device_name(skeleton.device)}
     named = {"output form": None if form is None else form.__qualname__}
+    # With the defaults, which depend on other options, and may on the version.
+    settings = resolve_settings(config.method, config.settings, config.target, repairs=config.compensate)
+    options[flag_of("settings")] = str(settings)
     return {**options, **named, **versions, **tokens, **compute, "source": hash_source(skeleton.checkpoint)}
 
 

@@ -59,7 +59,8 @@ class Comparison:
     """Comparison of two runs.
 
     Attributes:
-        directories: of the two. granularity: what both removed.
+        directories: of the two. granularity: what both removed; of weights the
+            pattern of the first.
         layers: by kind and layer, of the layers that either could prune. totals: of all of these, by kind.
         by_chance: by kind the Jaccard overlap of two random choices of as many units in each layer, in expectation of
             what is common; nothing of kinds whose number is not known.
@@ -140,7 +141,7 @@ def _common_sizes(a: PrunedOutput, b: PrunedOutput) -> dict[Key, int]:
 
 def _refuse(a: PrunedOutput, b: PrunedOutput, what: str, of_a: object, of_b: object) -> None:
     if of_a != of_b:
-        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model and granularity")
+        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model and kind of target")
 
 
 def _parameters(*outputs: PrunedOutput) -> list[str]:
@@ -158,7 +159,8 @@ def _overlaps_of_weights(a: PrunedOutput, b: PrunedOutput) -> Iterator[Overlap]:
             for each in (a, b)
         )
         _refuse(a, b, "as its model_type", of_a.family.model_type, of_b.family.model_type)
-        for layer in range(min(a.layers.start, b.layers.start), max(a.layers.stop, b.layers.stop)):
+        _refuse(a, b, "layers", len(of_a.layers), len(of_b.layers))
+        for layer in sorted({*a.layers, *b.layers}):
             units = kept_a = kept_b = common = 0
             for name in of_a.matrices(layer):
                 one, other = (of.checkpoint.read(of.entries[layer][name].name) != 0 for of in (of_a, of_b))
@@ -226,7 +228,7 @@ def _differing(a: PrunedOutput, b: PrunedOutput) -> Iterator[tuple[str, tuple[An
 
 
 def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose what decides which units stay: options, a method's numbers, texts, source, versions."""
+    """Choose what decides what stays: options, a method's numbers, texts, source, versions."""
     options = facts["options"]
     names = [name for name, said in options_of(PruneConfig).items() if said.changes_bytes and name not in NOT_COMPARED]
     recipe = {name: options.get(name) for name in names if name != "settings"}

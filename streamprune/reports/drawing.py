@@ -46,7 +46,7 @@ def draw(found: Comparison, suffix: str) -> bytes:
                 overlap.axhline(chance, color=line.get_color(), linestyle=":", label=f"{name}, random choices")
         a, b = (each.name or str(each) for each in found.directories)
         overlap.set_title(f"{a} and {b}", parse_math=False)
-        overlap.set(ylabel="Jaccard overlap of kept units")
+        overlap.set(ylabel="Jaccard overlap of what stays")
         ranks.set(xlabel="layer", ylabel="Spearman's correlation of scores")
         for axes in (overlap, ranks):
             axes.grid(alpha=0.3)

@@ -86,7 +86,11 @@ def test_llama_cpp_computes_what_transformers_does(family, fields, options, arch
 @pytest.mark.parametrize("gone", [{1: "mlp"}, {1: "attention"}, {0: "attention", 2: "mlp"}], ids=str)
 @pytest.mark.parametrize(
     "family,fields,architecture",
-    [("llama", {}, "deci"), ("qwen3", {"attention_bias": False, "tie_word_embeddings": True}, "openelm")],
+    [
+        ("llama", {}, "deci"),
+        ("qwen2", {}, "deci"),
+        ("qwen3", {"attention_bias": False, "tie_word_embeddings": True}, "openelm"),
+    ],
 )
 def test_a_layer_without_its_mlp_or_attention_computes_the_same(family, fields, architecture, gone, tmp_path):
     path = make(tmp_path, family, fields, {"allocation": "global"})

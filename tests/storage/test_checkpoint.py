@@ -17,7 +17,7 @@ from kernel_inputs import largest_allocation
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
-from tiny_models import save_tiny, tiny_model
+from tiny_models import need_direct, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
 from streamprune.errors import CheckpointError
@@ -68,11 +68,14 @@ def test_what_is_read_is_memory_of_its_own(tmp_path):
         assert str(path) not in Path("/proc/self/maps").read_text(), "shards are never mapped"
 
 
+@pytest.mark.parametrize("reader", ["buffered", "direct"])
 @pytest.mark.parametrize("piece", [1, 5, 7, 64])
-def test_a_tensor_is_filled_in_by_pieces_in_any_dtype(piece, tmp_path, monkeypatch):
+def test_a_tensor_is_filled_in_by_pieces_in_any_dtype(piece, reader, tmp_path, monkeypatch):
+    if reader == "direct":
+        need_direct(tmp_path)
     monkeypatch.setattr(module, "FILL_PIECE", piece)
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.zeros(0), "d": torch.tensor(2.5)}
-    with Checkpoint(save(tmp_path / "model", tensors)) as checkpoint:
+    with Checkpoint(save(tmp_path / "model", tensors), reader) as checkpoint:
         for name, tensor in tensors.items():
             for dtype in (torch.float64, torch.float32, torch.bfloat16):
                 target = torch.full(tensor.shape, math.nan, dtype=dtype)
@@ -92,7 +95,9 @@ def test_a_tied_head_is_read_once_and_what_was_loaded_is_given_up_at_the_end(tmp
         model = sweeper.skeleton.model
         head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         assert head is embeddings and not head.is_meta
-        assert sweeper.skeleton.checkpoint.bytes_read == sweeper.skeleton.resident_bytes
+        resident = sweeper.skeleton.resident_bytes
+        assert sweeper.skeleton.checkpoint.bytes_read == resident
+    assert sweeper.skeleton.resident_bytes == resident and not sweeper.skeleton.loaded
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
