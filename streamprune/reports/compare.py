@@ -59,8 +59,7 @@ class Comparison:
     """Comparison of two runs.
 
     Attributes:
-        directories: of the two. granularity: what both removed; of weights the
-            pattern of the first.
+        directories: of the two. granularity: what both removed; of weights the pattern of the first.
         layers: by kind and layer, of the layers that either could prune. totals: of all of these, by kind.
         by_chance: by kind the Jaccard overlap of two random choices of as many units in each layer, in expectation of
             what is common; nothing of kinds whose number is not known.
@@ -141,7 +140,7 @@ def _common_sizes(a: PrunedOutput, b: PrunedOutput) -> dict[Key, int]:
 
 def _refuse(a: PrunedOutput, b: PrunedOutput, what: str, of_a: object, of_b: object) -> None:
     if of_a != of_b:
-        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model and kind of target")
+        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model that removed the same")
 
 
 def _parameters(*outputs: PrunedOutput) -> list[str]:
