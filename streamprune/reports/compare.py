@@ -140,7 +140,7 @@ def _common_sizes(a: PrunedOutput, b: PrunedOutput) -> dict[Key, int]:
 
 def _refuse(a: PrunedOutput, b: PrunedOutput, what: str, of_a: object, of_b: object) -> None:
     if of_a != of_b:
-        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give two runs of one model that removed the same")
+        raise UsageError(f"{a.path} has {of_a} {what}, {b.path} {of_b}; give runs of one model that removed the same")
 
 
 def _parameters(*outputs: PrunedOutput) -> list[str]:
