@@ -158,7 +158,9 @@ def _outline(checkpoint: Checkpoint) -> _Outline:
     sources = dict[str, tuple[str, ...]]()
     sources |= {name: (theirs,) for theirs, name in _OTHERS.items() if theirs in checkpoint.tensors}
     tied = config.get("tie_word_embeddings") and "output.weight" in sources
-    if tied and torch.equal(*(checkpoint.read(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))):
+    if tied and torch.equal(
+        *(checkpoint.read(name).float() for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    ):
         del sources["output.weight"]
     heads, kv_heads, channels = list[int](), list[int](), list[int]()
     if missing := {"token_embd.weight", "output_norm.weight"} - sources.keys():

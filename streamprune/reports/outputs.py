@@ -21,7 +21,8 @@ Result = TypeVar("Result")
 # As people say them; "layer" is what whole layers are recorded as, "weight" what single ones are.
 KINDS_IN_WORDS: Mapping[str, str] = {
     **{str(kind): name for kind, name in KIND_NAMES.items()},
-    **{"layer": "layers", "weight": "weights"},
+    "layer": "layers",
+    "weight": "weights",
 }
 
 

@@ -181,6 +181,8 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
     refused(ragged, "llama.cpp's qwen3 has one width for all layers.*--allocation uniform --stock")
     biased = make(tmp_path / "b", "qwen3", {"attention_bias": True, "tie_word_embeddings": True}, {"layers": (1, 2)})
     refused(biased, "its openelm none at all; this model has blk.0.attn_q.bias")
+    edited(ragged, tie_word_embeddings=True)  # it has a head of its own all the same
+    refused(ragged, "no head beside the embeddings")
     refused(tmp_path / "nowhere", "nowhere", CheckpointError)
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     for said, fields in (

@@ -191,6 +191,14 @@ def test_weights_overlap_where_both_are_not_zero(other: dict[str, Any], tmp_path
     assert b"weights" in draw(found, ".svg")
 
 
+def test_weights_are_compared_in_layers_that_either_could_prune(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "dense", "llama")
+    for layer in (0, 3):
+        given: dict[str, Any] = {"granularity": "weights", "layers": (layer, layer + 1), "evaluate": False}
+        prune(PruneConfig(tmp_path / "dense", tmp_path / str(layer), method="magnitude", **given))
+    assert [row.layer for row in compare(tmp_path / "0", tmp_path / "3").layers] == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("a", "b", "code", "names"),
     [
