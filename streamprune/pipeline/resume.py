@@ -72,7 +72,7 @@ def _fingerprint(
     options = {
         flag_of(name): str(getattr(config, name))
         for name, said in options_of(config).items()
-        if said.changes_bytes and not said.resolved
+        if said.changes_bytes and not said.resolved and name != "settings"
     }
     versions = {name: importlib.metadata.version(name) for name in ("streamprune", "torch", "transformers")}
     tokens = {"calibration tokens": hash_ids(ids), "repair tokens": hash_ids(repair_ids)}
@@ -80,7 +80,7 @@ def _fingerprint(
     named = {"output form": None if form is None else form.__qualname__}
     # With the defaults, which depend on other options, and may on the version.
     settings = resolve_settings(config.method, config.settings, config.target, repairs=config.compensate)
-    options[flag_of("settings")] = str(settings)
+    options["--set"] = " ".join(f"{name}={value}" for name, value in sorted(settings.items()))
     return {**options, **named, **versions, **tokens, **compute, "source": hash_source(skeleton.checkpoint)}
 
 

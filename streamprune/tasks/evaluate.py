@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,8 @@ def evaluate_tasks(
             progress.say(note)
         lm = StreamedLM(sweeper, tokenizer, bos=bos, micro_batch=micro_batch, progress=progress)
         try:
-            with redirect_stderr(io.StringIO()):
+            # Some metrics' standard errors are said on stdout as they are made, which is for the scores.
+            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
                 found = lm_eval.evaluate(lm, {"tasks": loaded}, limit=limit, log_samples=False)
         except (*MISFITS, TemplateError) as error:
             said = " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -23,7 +23,6 @@ from streamprune.output.writer import OutputWriter
 from streamprune.paging import device as devices
 from streamprune.pipeline.progress import Progress
 from streamprune.storage.journal import JOURNAL, Journal, save_file
-from streamprune.storage.tensor_store import Memory
 
 
 @pytest.mark.parametrize("what", RUNS[::2], ids=str)
@@ -189,6 +188,17 @@ def test_a_micro_batch_of_ones_own_is_part_of_the_run(tiny_llama, tmp_path, kill
     killing(-1, "after")
     with pytest.raises(UsageError, match=r"--micro-batch 2, this run has 1"):
         prune(config(tiny_llama, tmp_path / "out", *what, resume=True, micro_batch=1))
+
+
+def test_a_setting_whose_default_is_another_by_now_is_part_of_the_run(tiny_llama, tmp_path, killing, monkeypatch):
+    what = ("taylor", "units", {}, {})
+    killing(2, "after")
+    with pytest.raises(Killed):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
+    killing(-1, "after")
+    monkeypatch.setattr("streamprune.pipeline.resume.resolve_settings", lambda *given, **more: {"order": "second"})
+    with pytest.raises(UsageError, match=r"--set order=first, this run has order=second;"):
+        prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
 
 
 def test_a_text_of_another_evaluation_is_measured_anew(tiny_llama, tmp_path, killing):
@@ -371,19 +381,3 @@ def test_a_signal_leaves_a_journal_and_no_output(signal_number, tiny_llama, tmp_
     if signal_number != signal.SIGKILL:
         assert child.returncode == 1
         assert "to go on from: repeat the command" in message
-
-
-def test_what_is_kept_in_memory_is_copied_and_reuses_its_place():
-    memory, value = Memory(), torch.ones(5)
-    memory[1, "q"] = value
-    value.zero_()
-    assert torch.equal(memory[1, "q"], torch.ones(5)) and len(memory) == 1
-    taken = memory.pop((1, "q"))
-    assert (1, "q") not in memory and not len(memory)
-    taken.mul_(3)
-    memory[1, "q"] = taken
-    assert memory[1, "q"].data_ptr() == taken.data_ptr() and float(memory[1, "q"].sum()) == 15
-    memory[2, "k"] = torch.full((3, 2), 7.0, dtype=torch.float64)
-    memory[1, "q"] = torch.zeros(2, 2)
-    assert memory[2, "k"].dtype == torch.float64 and float(memory[2, "k"].sum()) == 42
-    assert memory[1, "q"].shape == (2, 2) and sorted(memory) == [(1, "q"), (2, "k")]

@@ -135,3 +135,19 @@ def test_a_narrow_store_rounds_float32_and_nothing_else():
 def test_only_what_was_measured_is_offered(tmp_path):
     with pytest.raises(UsageError, match="--state-dtype int8: choose auto or float32 or bfloat16"):
         PruneConfig("model", tmp_path, state_dtype="int8")
+
+
+def test_what_is_kept_in_memory_is_copied_and_reuses_its_place():
+    memory, value = Memory(), torch.ones(5)
+    memory[1, "q"] = value
+    value.zero_()
+    assert torch.equal(memory[1, "q"], torch.ones(5)) and len(memory) == 1
+    taken = memory.pop((1, "q"))
+    assert (1, "q") not in memory and not len(memory)
+    taken.mul_(3)
+    memory[1, "q"] = taken
+    assert memory[1, "q"].data_ptr() == taken.data_ptr() and float(memory[1, "q"].sum()) == 15
+    memory[2, "k"] = torch.full((3, 2), 7.0, dtype=torch.float64)
+    memory[1, "q"] = torch.zeros(2, 2)
+    assert memory[2, "k"].dtype == torch.float64 and float(memory[2, "k"].sum()) == 42
+    assert memory[1, "q"].shape == (2, 2) and sorted(memory) == [(1, "q"), (2, "k")]
