@@ -157,20 +157,25 @@ def layer_alone(model: Path, data: Path, chosen: Mapping[str, Scores]) -> dict[s
 
     segments = open_corpus(model, data / "wikitext2-test.txt").segments(LENGTH, SEGMENTS)
     dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    layers = dense.model.layers
 
-    def perplexity() -> float:
-        with torch.no_grad():
-            return math.exp(float(dense(segments, labels=segments).loss))
+    @torch.no_grad()
+    def perplexity_from(layer: int, hidden: Tensor) -> float:
+        """Of the layers from one on: what lies below is the same for all."""
+        dense.model.layers = layers[layer:]
+        return math.exp(float(dense(inputs_embeds=hidden, labels=segments, use_cache=False).loss))
 
-    found: dict[str, Any] = {"dense": perplexity()}
+    with torch.no_grad():
+        whole = dense(segments, labels=segments, output_hidden_states=True)
+    found: dict[str, Any] = {"dense": math.exp(float(whole.loss))}
     for name, scores in chosen.items():
         found[name] = {}
         for layer in LAYERS:
-            weight = dense.model.layers[layer].mlp.down_proj.weight
+            weight = layers[layer].mlp.down_proj.weight
             before = weight.detach().clone()
             with torch.no_grad():
                 weight[:, sorted(gone(scores[layer, "channel"], ALONE))] = 0
-            found[name][str(layer)] = perplexity()
+            found[name][str(layer)] = perplexity_from(layer, whole.hidden_states[layer])
             with torch.no_grad():
                 weight.copy_(before)
     return found
