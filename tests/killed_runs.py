@@ -76,14 +76,14 @@ def killing(monkeypatch):
 def kill_at_commits(what, tiny_llama, tmp_path, killing, *, every=False):
     """Killed behind a commit, or before it counts, the run goes on to the same bytes.
 
-    The commit in the middle, or `every` one where there are few, else every third.
+    The commit in the middle, or `every` one where there are few, else every fifth: odd, so that both times are met.
     """
     expected = weights(prune(config(tiny_llama, tmp_path / "whole", *what)).output)
     count = killing(-1, "after")
     assert weights(prune(config(tiny_llama, tmp_path / "journalled", *what, resume=True)).output) == expected
     saves = next(count)
     assert saves >= (1 if what[0] == "random" else 2)
-    for number in range(0, saves, 1 if saves < 12 else 3) if every else [saves // 2]:
+    for number in range(0, saves, 1 if saves < 12 else 5) if every else [saves // 2]:
         when = "before" if number % 2 else "after"
         output = tmp_path / f"killed-{number}"
         killing(number, when)

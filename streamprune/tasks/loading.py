@@ -19,15 +19,10 @@ from streamprune.errors import StreampruneError, TaskError, UsageError
 from streamprune.tasks.local_data import local_dataset, one_line
 from streamprune.tasks.suites import SUITES
 
-# Where lm-eval keeps the tasks of the suites: to look through all its thousands takes ten seconds.
+# Where lm-eval keeps the tasks of the suites, if not in a folder of their name: to look through all its thousands takes
+# ten seconds.
 FOLDERS = {
     "boolq": "super_glue/boolq",
-    "piqa": "piqa",
-    "hellaswag": "hellaswag",
-    "winogrande": "winogrande",
-    "arc_easy": "arc",
-    "arc_challenge": "arc",
-    "openbookqa": "openbookqa",
     "rte": "glue/rte",
 }
 HUB_SECONDS = 10.0  # that the hub may take to answer at all
@@ -79,13 +74,21 @@ def load_tasks(
     return tasks
 
 
+def _folder(root: Path, name: str) -> Path | None:
+    """Find where a task is likely to be: of mmlu_abstract_algebra in mmlu, of arc_easy in arc; None where nowhere."""
+    parts = name.split("_")
+    likely = [FOLDERS.get(name, ""), *("_".join(parts[:end]) for end in range(len(parts), 0, -1))]
+    return next((root / each for each in likely if each and (root / each).is_dir()), None)
+
+
 def _index(names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Return lm-eval's index of tasks, or as much of it as holds these."""
-    folders = {FOLDERS[name] for name in names if name in FOLDERS}
     root = Path(lm_eval.tasks.__file__).parent
-    if all(name in FOLDERS for name in names):
-        some = TaskManager(include_defaults=False, include_path=[root / folder for folder in sorted(folders)])
-        if all(name in some.task_index for name in names):
+    folders = [_folder(root, name) for name in names]
+    if all(folder is not None for folder in folders):
+        some = TaskManager(include_defaults=False, include_path=sorted({str(folder) for folder in folders}))
+        # Groups may have members that lie elsewhere.
+        if all(name in some.task_index and some.task_index[name].kind is Kind.TASK for name in names):
             return some.task_index
     say("looking through all tasks of lm-eval")
     manager = TaskManager()
