@@ -18,7 +18,7 @@ bfloat16 rounds off a float16 weight, as the paper's models have them.
 
 Scores are kept in DIR (2.2 GB with the copies): what is there is not made again. smoothgrad takes 100 sweeps for each
 of seven sets of scores, a quarter of an hour each on two idle cores: `--draws` and `--samples` make less of it, and are
-recorded.
+recorded. A method whose figures the JSON file has is not scored again.
 """
 
 from __future__ import annotations
@@ -250,10 +250,15 @@ def main(
 ) -> None:
     """Score, compare, print the tables, and write JSON."""
     model = Path(demo.fetch(default_cache(), Progress()))
-    results: dict[str, Any] = {"smoothgrad draws": draws, "sequences": samples, "methods": {}}
+    given = {"smoothgrad draws": draws, "sequences": samples}
+    results: dict[str, Any] = json.loads(json_file.read_text()) if json_file.exists() else {**given, "methods": {}}
+    if any(results[name] != value for name, value in given.items()):
+        raise click.UsageError(f"{json_file} has figures of other --draws or --samples; name another file")
     scored = partial(scores_of, model=model, work=work, data=data, draws=draws, samples=samples)
     rows = {row: runs for row, runs in ROWS.items() if half or row != OWN}
     for name in names:
+        if name in results["methods"]:
+            continue
         found = {row: (scored(name, one), scored(name, other)) for row, (one, other) in rows.items()}
         results["methods"][name] = {row: compared(*pair) for row, pair in found.items()}
         json_file.write_text(json.dumps(results, indent=1) + "\n")
