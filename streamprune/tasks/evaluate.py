@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +93,9 @@ def evaluate_tasks(
     names = tasks_of(tasks)
     # Only now, so that a command with a wrong number is answered at once.
     try:
-        import lm_eval
+        import lm_eval  # noqa: F401
     except ImportError:
         raise UsageError("tasks are lm-eval's; pip install 'streamprune[tasks]'") from None
-    from jinja2 import TemplateError
-
     from streamprune.pipeline.progress import Progress
     from streamprune.pipeline.source import Source
     from streamprune.storage.checkpoint import resolve_model
@@ -122,16 +120,25 @@ def evaluate_tasks(
         for note in sweeper.skeleton.notes:
             progress.say(note)
         lm = StreamedLM(sweeper, tokenizer, bos=bos, micro_batch=micro_batch, progress=progress)
-        try:
-            # Some metrics' standard errors are said on stdout as they are made, which is for the scores.
-            with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
-                found = lm_eval.evaluate(lm, {"tasks": loaded}, limit=limit, log_samples=False)
-        except (*MISFITS, TemplateError) as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise TaskError(
-                f"lm-eval cannot ask {', '.join(loaded)} ({said}); look into the questions' data"
-            ) from error
-        return TaskScores(tuple(_scores(found)), dtype_name(sweeper.skeleton.dtype))
+        return TaskScores(tuple(_scores(_asked(lm, loaded, limit))), dtype_name(sweeper.skeleton.dtype))
+
+
+def _asked(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """Ask the questions of tasks, and return what lm-eval gives.
+
+    Raises:
+        TaskError: a question is not as its task expects.
+    """
+    import lm_eval
+    from jinja2 import TemplateError
+
+    try:
+        # Some metrics' standard errors are said on stdout as they are made, which is for the scores.
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            return lm_eval.evaluate(lm, {"tasks": tasks}, limit=limit, log_samples=False)
+    except (*MISFITS, TemplateError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise TaskError(f"lm-eval cannot ask {', '.join(tasks)} ({said}); look into the questions' data") from error
 
 
 def _scores(found: dict[str, Any]) -> list[TaskScore]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def _folder(root: Path, name: str) -> Path | None:
     """Find where a task is likely to be: of mmlu_abstract_algebra in mmlu, of arc_easy in arc; None where nowhere."""
     parts = name.split("_")
     likely = [FOLDERS.get(name, ""), *("_".join(parts[:end]) for end in range(len(parts), 0, -1))]
-    return next((root / each for each in likely if each and (root / each).is_dir()), None)
+    inside = set(os.listdir(root))  # what is typed must not lead elsewhere
+    return next((root / each for each in likely if each in inside or each in FOLDERS.values()), None)
 
 
 def _index(names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:

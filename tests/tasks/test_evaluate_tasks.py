@@ -266,6 +266,12 @@ def test_most_tasks_are_found_without_looking_through_all(name):
     assert loading._index([name], pytest.fail)[name].name == name
 
 
+def test_what_is_typed_leads_to_no_other_folder(tmp_path):
+    root = Path(lm_eval.tasks.__file__).parent
+    assert loading._folder(root, "arc_easy") == root / "arc" and loading._folder(root, "rte") == root / "glue" / "rte"
+    assert [loading._folder(root, name) for name in (str(tmp_path), "/", ".", "..", "../tasks", "", "_")] == [None] * 7
+
+
 def test_a_group_may_have_members_anywhere_so_all_are_looked_through():
     class Looked(Exception):
         pass
