@@ -20,7 +20,8 @@ from streamprune.output.ragged import modeling_source, ragged_config_fields
 from streamprune.paging.hidden_states import States, whole
 from streamprune.pipeline.source import Source
 from streamprune.planning.decision import written_form
-from streamprune.storage.checkpoint import Checkpoint, read_config, read_json, resolve_model
+from streamprune.storage.checkpoint import Checkpoint, read_config, resolve_model
+from streamprune.storage.directory import OWN_FILE
 from streamprune.streaming.walk import Visit, walk
 from streamprune.texts.documents import embedded_text
 from streamprune.texts.tokenizer import load_tokenizer
@@ -42,27 +43,27 @@ class Check:
 
 
 def compare_with_masked(
-    process: FreshProcess, directory: Path, source: str | None, *, trust_remote_code: bool = False
+    process: FreshProcess,
+    directory: Path,
+    facts: dict[str, Any],
+    source: str | None,
+    *,
+    trust_remote_code: bool = False,
 ) -> list[Check]:
     """The checks of `verify`.
 
     Args:
-        process: to load the pruned model in.
+        process: to load the pruned model in. facts: the output's streamprune.json.
 
     Raises:
         StreampruneError: as `verify`.
     """
-    facts_file = directory / "streamprune.json"
-    facts = read_json(facts_file)
-    if "recovery" in facts:
-        raise CheckpointError(
-            f"{directory} was trained after pruning, so it is no masked model; give the directory that was recovered"
-        )
     try:
         change = Change.of(facts)
         model, form = source or str(facts["source"]["model"]), written_form(facts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{facts_file} is not as streamprune writes it ({error!r}); prune again") from error
+        said = f"{directory / OWN_FILE} is not as streamprune writes it ({error!r}); prune again"
+        raise CheckpointError(said) from error
     if form.own_code and not trust_remote_code:
         _refuse_foreign_code(directory)
     if source is None and model.startswith("/") and not Path(model).is_dir():

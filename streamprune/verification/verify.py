@@ -10,7 +10,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamprune.errors import CheckpointError
 from streamprune.verification.fresh_process import FreshProcess
@@ -42,11 +42,24 @@ def verify(directory: Path, source: str | None = None, *, trust_remote_code: boo
         raise CheckpointError(f"{directory} has no streamprune.json; give a directory that streamprune wrote")
     with FreshProcess() as process:
         with _collecting_nothing():  # while the process imports its own
+            facts = _facts_of(directory)
             import transformers.generation.utils  # noqa: F401  what the tokenizer's config and the model will import
 
             from streamprune.verification.comparison import compare_with_masked
 
-        return compare_with_masked(process, directory, source, trust_remote_code=trust_remote_code)
+        return compare_with_masked(process, directory, facts, source, trust_remote_code=trust_remote_code)
+
+
+def _facts_of(directory: Path) -> dict[str, Any]:
+    """Read what a run says of its output; refuse one of a training."""
+    from streamprune.storage.checkpoint import read_json
+
+    facts = read_json(directory / "streamprune.json")
+    if "recovery" in facts:
+        raise CheckpointError(
+            f"{directory} was trained after pruning, so it is no masked model; give the directory that was recovered"
+        )
+    return facts
 
 
 @contextmanager
