@@ -62,16 +62,22 @@ def recovered_card(facts: Mapping[str, Any], form: type[OutputForm], previous: s
         load = LOADING_ADAPTER if adapter else LOADING
         what = "an adapter" if adapter else "trained further"
         previous = "\n".join([*head, "", f"# {base}, {what}", "", "## Loading", "", *_loading(form, load)]) + "\n"
+    rows = recovery_rows(recovery)
+    lines = ["", "## Recovery", "", f"{recovery['done']}.", ""]
+    lines += [table(rows, markdown=True), ""] if len(rows) > 1 else []
+    lines += [f"- `{name}`: {value}" for name, value in recovery["recipe"].items()]
+    return previous + "\n".join(lines).rstrip() + "\n"
+
+
+def recovery_rows(recovery: Mapping[str, Any]) -> list[list[str]]:
+    """Make table rows of what was measured before and after a training."""
     rows = [["", "before", "after"]]
     if recovery.get("loss"):
         loss = recovery["loss"]
         rows.append([f"loss ({loss['sequences']} held-out sequences)", f"{loss['before']:.3f}", f"{loss['after']:.3f}"])
     if recovery.get("perplexity"):
         rows.append([f"perplexity ({recovery['perplexity']['text']})", *perplexity_cells(recovery["perplexity"])])
-    lines = ["", "## Recovery", "", f"{recovery['done']}.", ""]
-    lines += [table(rows, markdown=True), ""] if len(rows) > 1 else []
-    lines += [f"- `{name}`: {value}" for name, value in recovery["recipe"].items()]
-    return previous + "\n".join(lines).rstrip() + "\n"
+    return rows
 
 
 def what_was_done(facts: Mapping[str, Any]) -> str:

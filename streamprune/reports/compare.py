@@ -63,7 +63,7 @@ class Comparison:
         layers: by kind and layer, of the layers that either could prune. totals: of all of these, by kind.
         by_chance: by kind the Jaccard overlap of two random choices of as many units in each layer, in expectation of
             what is common; nothing of kinds whose number is not known.
-        perplexity: of the two after pruning, where both measured it; `same_text`: on the same tokens.
+        perplexity: of the two as they are, where both measured it; `same_text`: on the same tokens.
         recipe: options and sources that differ, by name.
     """
 
@@ -107,8 +107,8 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
     by_kind = {kind: [row for row in rows if row.kind == kind] for kind in kinds}
     chances = {kind: _by_chance(of_kind) for kind, of_kind in by_kind.items()}
     measured = None
-    if one.perplexity and other.perplexity:
-        measured = one.perplexity[1], other.perplexity[1]
+    if one.now and other.now:
+        measured = one.now[0], other.now[0]
     return Comparison(
         (one.path, other.path),
         one.granularity,
@@ -116,7 +116,7 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
         tuple(_total(of_kind, one, other) for of_kind in by_kind.values()),
         {kind: chance for kind, chance in chances.items() if chance is not None},
         measured,
-        one.text == other.text,
+        one.now is not None and other.now is not None and one.now[1] == other.now[1],
         dict(_differing(one, other)),
     )
 
@@ -227,7 +227,7 @@ def _differing(a: PrunedOutput, b: PrunedOutput) -> Iterator[tuple[str, tuple[An
 
 
 def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose what decides what stays: options, a method's numbers, texts, source, versions."""
+    """Choose what decides an output: options, a method's numbers, texts, source, a training after it, versions."""
     options = facts["options"]
     names = [name for name, said in options_of(PruneConfig).items() if said.changes_bytes and name not in NOT_COMPARED]
     recipe = {name: options.get(name) for name in names if name != "settings"}
@@ -235,6 +235,9 @@ def _recipe(facts: Mapping[str, Any]) -> dict[str, Any]:
     recipe |= {f"{name} of the method": value for name, value in options["settings"].items()}
     recipe["calibration tokens"] = str(facts["scoring"].get("sha256_of_calibration_ids"))[:12]
     recipe["source tensors"] = str(facts["source"]["sha256_of_tensors"])[:12]
+    if "recovery" in facts:
+        recipe["training"] = facts["recovery"]["done"]
+        recipe |= {f"{name} of the training": value for name, value in facts["recovery"]["recipe"].items()}
     return recipe | {f"{name} version": value for name, value in facts["versions"].items()}
 
 

@@ -34,7 +34,9 @@ class PrunedOutput:
         facts: the contents of streamprune.json.
         granularity: what was removed: "units", "layers", or a pattern of weights.
         layers: the prunable ones. n_layers: those of the dense model.
-        perplexity: before and after, where they were measured. text: hash of the tokens that they were measured on.
+        perplexity: before and after pruning, where they were measured.
+        now: perplexity of what lies there, after a training if there was one, and the hash of the tokens that it was
+            measured on; None where it was not.
         kept: indices of kept units by (layer, kind); of whole layers by (layer, "layer"); None where weights went.
         scores: float64 [units] by (layer, kind); None where there are none.
     """
@@ -45,7 +47,7 @@ class PrunedOutput:
     layers: range
     n_layers: int
     perplexity: tuple[float, float] | None
-    text: str
+    now: tuple[float, str] | None
     kept: Mapping[Key, frozenset[int]] | None
 
     @cached_property
@@ -84,8 +86,10 @@ def read_output(directory: Path) -> PrunedOutput:
     def read() -> PrunedOutput:
         measured = facts.get("perplexity")
         perplexity = (float(measured["before"]), float(measured["after"])) if measured else None
+        last = facts["recovery"].get("perplexity") if "recovery" in facts else measured
+        now = (float(last["after"]), str(last["sha256_of_ids"])) if last else None
         granularity, layers = str(facts["options"]["granularity"]), range(*facts["layers"])
-        everything, text = facts.get("kept"), str(measured["sha256_of_ids"]) if measured else ""
+        everything = facts.get("kept")
         stay = {int(layer) for layer in everything or ()}
         n_layers = max([*stay, layers.stop - 1]) + 1
         if everything is None:
@@ -100,7 +104,7 @@ def read_output(directory: Path) -> PrunedOutput:
             }
             for _, kind in kept:
                 KINDS_IN_WORDS[kind]  # a KeyError is another version's kind
-        return PrunedOutput(directory, facts, granularity, layers, n_layers, perplexity, text, kept)
+        return PrunedOutput(directory, facts, granularity, layers, n_layers, perplexity, now, kept)
 
     return _as_written(file, read)
 

@@ -60,6 +60,7 @@ def report_page(output: PrunedOutput, tasks: TaskTable) -> str:
         page.heading(name, 1),
         page.paragraph(f"{what_was_done(facts)} with streamprune {facts['versions']['streamprune']}."),
         *sections.result_section(output),
+        *sections.recovery_section(facts),
         *task_section(tasks),
         *sections.speed_section(facts),
         page.heading("What every layer keeps"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamprune.figures import human
-from streamprune.output.card import perplexity_cells, sizes
+from streamprune.output.card import perplexity_cells, recovery_rows, sizes
 from streamprune.reports import charts, page
 from streamprune.reports.outputs import KINDS_IN_WORDS, PrunedOutput
 from streamprune.reports.speed import ratio_lines, speed_rows
@@ -43,6 +43,18 @@ def result_section(output: PrunedOutput) -> list[str]:
         parts.append(page.paragraph(f"Perplexity is of {n:,} × {seq} tokens: {facts['perplexity']['text']}."))
     else:
         parts.append(page.paragraph("Perplexity was not measured (--no-evaluate)."))
+    return parts
+
+
+def recovery_section(facts: Facts) -> list[str]:
+    """Say what a training after pruning has changed; nothing where there was none."""
+    if "recovery" not in facts:
+        return []
+    recovery, rows = facts["recovery"], recovery_rows(facts["recovery"])
+    said = [f"{name} {value}" for name, value in recovery["recipe"].items()]
+    parts = [page.heading("Trained further"), page.paragraph(f"{recovery['done']}: {', '.join(said)}.")]
+    if len(rows) > 1:
+        parts.append(page.cells(rows, "loss and perplexity before and after the training"))
     return parts
 
 
