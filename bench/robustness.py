@@ -12,8 +12,8 @@ of wikitext2-test.txt where only one layer loses 20 % (its Figure 3). Another dr
 compare with.
 
 All but what a row's name says is computed in float32. `--half` adds float16 beside bfloat16, each computed in itself as
-in the paper; it is there by default on a GPU, since CPUs without AVX512-FP16 take minutes for a sweep in float16. What
-is stored here came from bfloat16, which float16 holds but for the smallest: the noise of 0.2 % is as large as what
+in the paper; it is there by default on a GPU, since CPUs without AVX512-FP16 take minutes for a sweep in float16, and
+those without AVX512-BF16 as long in bfloat16 (`--row` leaves that out). What is stored here came from bfloat16, which float16 holds but for the smallest: the noise of 0.2 % is as large as what
 bfloat16 rounds off a float16 weight, as the paper's models have them.
 
 Scores are kept in DIR (2.2 GB with the copies): what is there is not made again. smoothgrad takes 100 sweeps for each
@@ -188,12 +188,12 @@ def shown(results: Mapping[str, Any]) -> str:
     rows = list(results["methods"][names[0]])
     for row in rows:
         for ratio in (f"{each:.0%}" for each in RATIOS):
-            cells = [results["methods"][name][row]["others"][ratio] for name in names]
-            lines.append([row, ratio, *(f"{count / of:.1%}" for count, of in cells)])
+            found = [results["methods"][name].get(row, {"others": {ratio: None}})["others"][ratio] for name in names]
+            lines.append([row, ratio, *("-" if each is None else f"{each[0] / each[1]:.1%}" for each in found)])
     parts = [table(lines, markdown=True), "", *(f"- {each}" for each in verdicts(results)), ""]
     ranks = [["changed", "method", "lowest correlation", "in layer", "median"]]
     for row in rows:
-        for name in names:
+        for name in (each for each in names if row in results["methods"][each]):
             found = results["methods"][name][row]["ranks"]
             layer = min(found, key=found.get)
             ranks.append([row, name, f"{found[layer]:.4f}", layer, f"{statistics.median(found.values()):.4f}"])
@@ -230,7 +230,7 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
     for row in next(iter(methods.values())):
         for ours in ("moreau", "moreau-gs"):
             for other in ("taylor", "smoothgrad"):
-                if ours in methods and other in methods:
+                if row in methods.get(ours, ()) and row in methods.get(other, ()):
                     fewer = sum(share(ours, row, ratio) < share(other, row, ratio) for ratio in RATIOS)
                     lines.append(f"{row}: {ours} changes fewer than {other} at {fewer} of {len(RATIOS)} ratios")
     return lines
@@ -243,10 +243,19 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
 @click.option("--method", "names", multiple=True, default=NAMES, type=click.Choice(NAMES))
 @click.option("--draws", default=100, help="Of smoothgrad.")
 @click.option("--samples", default=10, help="Sequences.")
+@click.option("--row", "only", multiple=True, type=click.Choice(list(ROWS)), help="Only this one; repeatable.")
 @click.option("--half/--no-half", default=torch.cuda.is_available(), help="Compute in float16 too.")
 @click.option("--alone/--no-alone", default=True, help="Figure 3, a pass of the model for each layer and method.")
 def main(
-    work: Path, data: Path, json_file: Path, names: Sequence[str], draws: int, samples: int, half: bool, alone: bool
+    work: Path,
+    data: Path,
+    json_file: Path,
+    names: Sequence[str],
+    draws: int,
+    samples: int,
+    only: Sequence[str],
+    half: bool,
+    alone: bool,
 ) -> None:
     """Score, compare, print the tables, and write JSON."""
     model = Path(demo.fetch(default_cache(), Progress()))
@@ -255,7 +264,7 @@ def main(
     if any(results[name] != value for name, value in given.items()):
         raise click.UsageError(f"{json_file} has figures of other --draws or --samples; name another file")
     scored = partial(scores_of, model=model, work=work, data=data, draws=draws, samples=samples)
-    rows = {row: runs for row, runs in ROWS.items() if half or row != OWN}
+    rows = {row: runs for row, runs in ROWS.items() if (row in only if only else half or row != OWN)}
     for name in names:
         if name in results["methods"]:
             continue
