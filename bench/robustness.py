@@ -1,7 +1,7 @@
 """How many channels that go are others after a rounding or a little noise of the weights: MoreauPruner's claim.
 
     python bench/robustness.py --work DIR --data DIR --json FILE [--method NAME]... [--draws N] [--samples N]
-        [--half] [--no-alone]
+        [--half] [--no-alone] [--row NAME]...
 
 Copies of the demo's 135M Llama: as stored (bfloat16), in float16, with matrices rounded to int8 by row, and with
 Gaussian noise of 0.2 % and 1 % of each weight. Each is scored by taylor, smoothgrad, moreau and moreau-gs with their
@@ -13,8 +13,9 @@ compare with.
 
 All but what a row's name says is computed in float32. `--half` adds float16 beside bfloat16, each computed in itself as
 in the paper; it is there by default on a GPU, since CPUs without AVX512-FP16 take minutes for a sweep in float16, and
-those without AVX512-BF16 as long in bfloat16 (`--row` leaves that out). What is stored here came from bfloat16, which float16 holds but for the smallest: the noise of 0.2 % is as large as what
-bfloat16 rounds off a float16 weight, as the paper's models have them.
+those without AVX512-BF16 as long in bfloat16 (`--row` leaves that out). What is stored here came from bfloat16, which
+float16 holds but for the smallest: the noise of 0.2 % is as large as what bfloat16 rounds off a float16 weight, as the
+paper's models have them.
 
 Scores are kept in DIR (2.2 GB with the copies): what is there is not made again. smoothgrad takes 100 sweeps for each
 of seven sets of scores, a quarter of an hour each on two idle cores: `--draws` and `--samples` make less of it, and are
