@@ -18,7 +18,7 @@ demo: .venv/ready
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-# What takes longest: kills at every commit, kernels for every card, the real model, the wheel.
+# What takes longest: kills at many commits, kernels for every card, the real model, the wheel.
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
 

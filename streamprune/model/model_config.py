@@ -102,7 +102,7 @@ def meta_model(config: Any) -> Any:
 
 def _build(config: Any, dtype: torch.dtype, trust_remote_code: bool) -> Any:
     # Buffers are real: those that are not persistent, such as rotary frequencies, are in no checkpoint. To draw weights
-    # takes two seconds of a model of 80 layers, though none are there.
+    # takes seconds of a model of many layers, though none are there.
     with init_empty_weights(include_buffers=False), no_init_weights():
         # Experts one after another: the grouped product that transformers prefers has no float64, and takes only
         # widths of whole 16 bytes. Other families do not look at it.

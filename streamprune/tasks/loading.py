@@ -77,10 +77,11 @@ def load_tasks(
 
 def _folder(root: Path, name: str) -> Path | None:
     """Find where a task is likely to be: of mmlu_abstract_algebra in mmlu, of arc_easy in arc; None where nowhere."""
-    parts = name.split("_")
-    likely = [FOLDERS.get(name, ""), *("_".join(parts[:end]) for end in range(len(parts), 0, -1))]
-    inside = set(os.listdir(root))  # what is typed must not lead elsewhere
-    return next((root / each for each in likely if each in inside or each in FOLDERS.values()), None)
+    if name in FOLDERS:
+        return root / FOLDERS[name]
+    parts, inside = name.split("_"), set(os.listdir(root))  # what is typed must not lead elsewhere
+    likely = ("_".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((root / each for each in likely if each in inside), None)
 
 
 def _index(names: Sequence[str], say: Callable[[str], None]) -> dict[str, Any]:
