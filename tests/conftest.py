@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "llama"
     save_tiny(path, "llama", dtype=torch.float32, num_hidden_layers=8)
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Take Ctrl-C, which a shell lets its background jobs, and all that they start, ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # The command line.
