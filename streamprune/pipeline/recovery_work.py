@@ -26,7 +26,7 @@ from streamprune.pipeline import resume
 from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
-from streamprune.planning.training_memory import OF_ADAPTERS, place_training
+from streamprune.planning.training_memory import OF_ADAPTERS, TrainingSizes, place_training
 from streamprune.recovery.course import Course, padded
 from streamprune.recovery.distillation import TeacherLogits
 from streamprune.recovery.lora import Adapter, new_adapter, peft_tensors, read_adapter
@@ -34,6 +34,7 @@ from streamprune.recovery.options import CUTOFF, RecoverConfig
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import byte_view, read_config, read_json, resolve_model
 from streamprune.storage.directory import OWN_FILE, check_apart, check_directory, check_space
+from streamprune.streaming.costs import Shape
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 from streamprune.texts.corpus import open_corpus
 from streamprune.texts.documents import embedded
@@ -139,7 +140,13 @@ def prepare_recovery(
     )
     progress.say(f"{data.describe()}; {len(held_out):,} are held out")
     progress.say(f"{course.steps:,} steps of {course.batch} sequences, LoRA of rank {len(adapter.parameters[0])}")
-    _check_memory(config, sweeper, data, adapter_bytes, progress)
+    longest = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)[0].shape[1]
+    if config.streamed:
+        measured = _measured(segments, held_out, longest)
+        training = TrainingSizes((config.batch, longest), measured, adapter_bytes, merged=not config.adapter)
+        _place(config, sweeper, training, progress)
+    else:
+        _check_memory(config, sweeper, longest, adapter_bytes)
     if config.distill is not None:
         _check_teacher(config, skeleton)
         scratch = scratch_of(config)
@@ -196,23 +203,31 @@ def _split(config: RecoverConfig, data: Examples) -> tuple[list[Example], list[E
     return [data.found[i] for i in range(n) if i not in held_out], [data.found[i] for i in sorted(held_out)]
 
 
-def _check_memory(
-    config: RecoverConfig, sweeper: Sweeper, data: Examples, adapter_bytes: int, progress: Progress
-) -> None:
-    """Refuse a training that does not fit; place the hidden states of a streamed one."""
-    skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
-    gpu, free = is_gpu(skeleton.device), psutil.virtual_memory().available
-    longest = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)[0].shape[1]
-    if config.streamed:
-        shape = config.batch, longest
-        resident = 0 if gpu else skeleton.resident_bytes
-        said = place_training(sweeper, config, shape, adapter_bytes, baseline=process - resident, memory=free + process)
-        progress.say(said)
-        return
+def _measured(segments: Tensor | None, held_out: Sequence[Example], longest: int) -> dict[str, Shape]:
+    """List the sequences of what is measured before and after, and tokens of each at the most."""
+    found: dict[str, Shape] = {}
+    if segments is not None:
+        found["the perplexity"] = len(segments), segments.shape[1]
+    if held_out:
+        found["the held-out loss"] = len(held_out), longest
+    return found
+
+
+def _place(config: RecoverConfig, sweeper: Sweeper, given: TrainingSizes, progress: Progress) -> None:
+    """Refuse a streamed training that does not fit; place its hidden states."""
+    process = psutil.Process().memory_info().rss
+    resident = 0 if is_gpu(sweeper.skeleton.device) else sweeper.skeleton.resident_bytes
+    free = psutil.virtual_memory().available
+    progress.say(place_training(sweeper, config, given, baseline=process - resident, memory=free + process))
+
+
+def _check_memory(config: RecoverConfig, sweeper: Sweeper, longest: int, adapter_bytes: int) -> None:
+    """Refuse a training in memory that does not fit."""
+    skeleton, gpu = sweeper.skeleton, is_gpu(sweeper.skeleton.device)
     weights = skeleton.parameters * skeleton.dtype.itemsize
     logits = sweeper.micro_batch * longest * skeleton.config.vocab_size * 4
     needed = weights + OF_LOGITS * logits + OF_ADAPTERS * adapter_bytes
-    room = free_memory(skeleton.device) if gpu else free
+    room = free_memory(skeleton.device) if gpu else psutil.virtual_memory().available
     budget = config.gpu_memory if gpu else config.host_memory
     room = room if budget is None else min(room, budget)
     if needed > room:

@@ -44,7 +44,7 @@ def stages(
     """
     found, n_layers = list[Stage](), sizes.sweeper.n_layers
     if work.evaluation is not None:
-        found.append(_evaluation(sizes, work.evaluation, where))
+        found.append(evaluation(sizes, work.evaluation, where))
     found.append(scoring(sizes, config, plan, work.calibration, where, state, micro_batch, held))
     fitted: Sequence[int] = ()
     if work.repair is not None:
@@ -52,12 +52,12 @@ def stages(
         fitted = passes[-1]
         found.append(_repair(sizes, config, plan, work.repair, where, passes))
     written = set(plan.layers) if config.target == "weights" else set(fitted)
-    found.append(_writing(sizes, [layer for layer in range(n_layers) if layer not in written], plan.form.nbytes))
+    found.append(writing(sizes, [layer for layer in range(n_layers) if layer not in written], plan.form.nbytes))
     return found
 
 
-def _evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
-    """Stage of forward sweeps over groups of segments, as `perplexity` makes them."""
+def evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
+    """Return the stage of forward sweeps over groups of segments, as `perplexity` makes them."""
     count = sweeps_needed(sizes.sweeper, torch.empty(shape, device="meta"))
     whole = Task(sizes, shape)
     group = Task(sizes, (-(-shape[0] // count), shape[1]), default_micro_batch(shape[1]), where)
@@ -247,8 +247,8 @@ def _widest_input(layer: LayerSizes) -> int:
     return max(shape[1] for shape in layer.matrices)
 
 
-def _writing(sizes: Sizes, rest: Sequence[int], nbytes: int) -> Stage:
-    """Stage that writes the layers that were not written on the way, embeddings and head: `nbytes` with what was."""
+def writing(sizes: Sizes, rest: Sequence[int], nbytes: int) -> Stage:
+    """Return the stage that writes embeddings, head and the layers not yet written: `nbytes` with those that were."""
     # Embeddings and head are read once more and written as a whole, the tensors of a layer some at a time.
     largest = max(entry.nbytes for entry in sizes.sweeper.skeleton.checkpoint.tensors.values())
     together = sizes.most(lambda layer: sum(layer.stored[:WRITERS]), range(sizes.sweeper.n_layers))

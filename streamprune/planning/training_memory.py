@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +12,43 @@ from streamprune.figures import human
 from streamprune.methods.needs import GRADIENTS
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import Place
+from streamprune.planning.footprint import evaluation, writing
 from streamprune.planning.placement import MARGIN, memory_limits, places
-from streamprune.streaming.costs import Sizes, Task
+from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task
 from streamprune.streaming.sweeper import Sweeper
 
 OF_ADAPTERS = 4  # numbers of each of an adapter's: itself, its gradient, and Adam's two moments
 OF_SAVED = 2  # where they are saved after each step, a third of them in turn: put together, and as a file's bytes
 
+REMEDIES = {  # where a stage does not fit
+    "a step": "lower --batch",
+    "the perplexity": "leave it out with --no-evaluate",
+    "the held-out loss": "leave it out with --validation 0",
+    "merging": "keep the adapter apart with --adapter",
+}
 
-def place_training(
-    sweeper: Sweeper, config: Any, shape: tuple[int, int], adapter_bytes: int, *, baseline: int, memory: int
-) -> str:
-    """Place the hidden states of forward and backward sweeps over a batch within the budget; say what was chosen.
 
-    What is held is counted as for a method that takes gradients of whole matrices: what the adapters' graphs hold of a
-    layer is less than its gradients.
+@dataclass(frozen=True)
+class TrainingSizes:
+    """Sizes that decide what a streamed training takes, beside the model's.
+
+    Attributes:
+        batch: sequences of a step, and tokens of each. measured: the same of the perplexity, and of the loss of what is
+            held out, by these names in REMEDIES.
+        adapter_bytes: of the adapter. merged: it is added to the weights in the end.
+    """
+
+    batch: Shape
+    measured: Mapping[str, Shape] = field(default_factory=dict)
+    adapter_bytes: int = 0
+    merged: bool = False
+
+
+def place_training(sweeper: Sweeper, config: Any, given: TrainingSizes, *, baseline: int, memory: int) -> str:
+    """Place the hidden states of a training's sweeps, and of what is measured, in the budget; say what was chosen.
 
     Args:
         config: has `gpu_memory`, `host_memory`, `scratch` and `resume`.
-        shape: sequences of a batch, and tokens of each.
         baseline: bytes of the process without any tensors. memory: bytes that it may have.
 
     Raises:
@@ -36,11 +56,10 @@ def place_training(
     """
     gpu = is_gpu(sweeper.skeleton.device)
     limits, room = memory_limits(config, sweeper, baseline, memory)
-    sizes, needed = Sizes(sweeper), list[tuple[int, int]]()
+    sizes, needed = Sizes(sweeper), list[dict[str, tuple[int, int]]]()
     for place in places(config, gpu):
-        device, host = _held(sizes, shape, place, gpu)
-        host += (OF_ADAPTERS + OF_SAVED * config.resume) * adapter_bytes
-        needed.append((device, host))
+        needed.append(_held(sizes, given, place, config.resume))
+        device, host = _most(needed[-1])
         if device <= room[0] and host <= room[1]:
             sweeper.place, sweeper.scratch = place, config.scratch
             if gpu or config.host_memory is not None:
@@ -52,24 +71,51 @@ def place_training(
     raise StreampruneError(_refusal(needed, limits, baseline, gpu, config.scratch))
 
 
-def _held(sizes: Sizes, shape: tuple[int, int], place: Place, gpu: bool) -> tuple[int, int]:
-    """Count the bytes of a sweep there and back, on the device and in the process."""
-    task = Task(sizes, shape, sizes.sweeper.micro_batch, place, range(sizes.sweeper.n_layers))
-    cost = GRADIENTS.cost(task)
-    device, host = sum(cost.device.values()), sum(cost.host.values()) + sizes.sweeper.pager.chunk_bytes
-    return (device, host) if gpu else (0, device + host)
+def _held(sizes: Sizes, given: TrainingSizes, place: Place, resume: bool) -> dict[str, tuple[int, int]]:
+    """Count the bytes on the device and in the process of each stage.
+
+    What is held of a step is counted as for a method that takes gradients of whole matrices: what the adapters' graphs
+    hold of a layer is less than its gradients.
+    """
+    sweeper = sizes.sweeper
+    task = Task(sizes, given.batch, sweeper.micro_batch, place, range(sweeper.n_layers))
+    stages: dict[str, tuple[Cost, int, int]] = {"a step": (GRADIENTS.cost(task), 0, OF_ADAPTERS + OF_SAVED * resume)}
+    for name, shape in given.measured.items():
+        stages[name] = evaluation(sizes, shape, place), 0, 1
+    if given.merged:
+        stages["merging"] = writing(sizes, task.whole, 0), sizes.most(_added_to, task.whole), 1
+    found = {}
+    for name, (cost, more, adapters) in stages.items():
+        device, host = sum(cost.device.values()) + more, sum(cost.host.values()) + adapters * given.adapter_bytes
+        host += sweeper.pager.chunk_bytes
+        found[name] = (device, host) if task.gpu else (0, device + host)
+    return found
+
+
+def _added_to(layer: LayerSizes) -> int:
+    """Count the bytes of a layer to which an adapter is added: all of it, and a matrix, what is added, and the sum."""
+    return sum(layer.stored) + 3 * 4 * layer.largest
+
+
+def _most(stages: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    """Return the most that any stage holds, on the device and in the process."""
+    device, host = zip(*stages.values(), strict=True)
+    return max(device), max(host)
 
 
 def _refusal(
-    needed: list[tuple[int, int]], limits: tuple[int, int], baseline: int, gpu: bool, scratch: Path | None
+    needed: list[dict[str, tuple[int, int]]], limits: tuple[int, int], baseline: int, gpu: bool, scratch: Path | None
 ) -> str:
-    device, host = min(needed, key=sum)
+    stages = min(needed, key=lambda each: sum(_most(each)))
+    device, host = _most(stages)
     budgets = [f"--host-memory {_mebibytes((host / (1 - MARGIN)) + baseline)}"]
     if gpu:
         budgets.insert(0, f"--gpu-memory {_mebibytes(device / (1 - MARGIN))}")
     have = f"{human(limits[0])} on the GPU and {human(limits[1])} of memory" if gpu else f"{human(limits[1])} of memory"
-    spill = "" if scratch is not None else ", give --scratch for hidden states"
-    return f"a step of --streamed does not fit into {have}: it takes {' and '.join(budgets)}; lower --batch{spill}"
+    stage = max(stages, key=lambda name: sum(stages[name]))
+    spill = "" if scratch is not None or stage == "merging" else ", give --scratch for hidden states"
+    takes = f"--streamed does not fit into {have}: {stage} takes {' and '.join(budgets)}"
+    return f"{takes}; {REMEDIES[stage]}{spill}"
 
 
 def _mebibytes(nbytes: float) -> str:

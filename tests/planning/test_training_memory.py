@@ -9,7 +9,7 @@ from tiny_models import make_sweeper
 
 from streamprune.errors import StreampruneError
 from streamprune.paging.hidden_states import Spilled
-from streamprune.planning.training_memory import place_training
+from streamprune.planning.training_memory import REMEDIES, TrainingSizes, place_training
 from streamprune.recovery.course import Course
 from streamprune.recovery.lora import new_adapter
 from streamprune.recovery.streamed import train_streamed
@@ -23,7 +23,7 @@ def sweeper_in(model: Path, budget: int, scratch: Path | None) -> Sweeper:
     """A sweeper that was placed within so many bytes."""
     sweeper = make_sweeper(model, dtype=torch.float32, micro_batch=2)
     config = SimpleNamespace(gpu_memory=None, host_memory=budget, scratch=scratch, resume=False)
-    place_training(sweeper, config, SHAPE, 0, baseline=0, memory=budget)
+    place_training(sweeper, config, TrainingSizes(SHAPE), baseline=0, memory=budget)
     return sweeper
 
 
@@ -56,3 +56,16 @@ def test_spilled_hidden_states_change_nothing_that_is_learnt(tiny_llama: Path, t
         sweeper.close()
     for one, other in zip(*(each.parameters for each in adapters), strict=True):
         assert one.equal(other)
+
+
+@pytest.mark.parametrize("name", ["the perplexity", "the held-out loss", "merging"])
+def test_what_is_measured_and_merged_is_planned_too(name: str, tiny_llama: Path) -> None:
+    """Each is refused by its name, with its own remedy, where it takes more than a step of few tokens."""
+    sweeper = make_sweeper(tiny_llama, dtype=torch.float32, micro_batch=2)
+    measured = {} if name == "merging" else {name: (64, 128)}
+    given = TrainingSizes((1, 2), measured, merged=name == "merging")
+    config = SimpleNamespace(gpu_memory=None, host_memory=1000, scratch=None, resume=False)
+    with pytest.raises(StreampruneError) as refused:
+        place_training(sweeper, config, given, baseline=0, memory=1000)
+    assert f"{name} takes" in str(refused.value) and REMEDIES[name] in str(refused.value)
+    assert ("--scratch" in str(refused.value)) == (name != "merging")
