@@ -12,6 +12,7 @@ from typing import Any
 from streamprune.config import PruneConfig
 from streamprune.output.card import loading_lines, what_was_done
 from streamprune.planning.decision import written_form
+from streamprune.recovery.options import RecoverConfig
 from streamprune.reports import page, sections
 from streamprune.reports.outputs import PrunedOutput, read_output
 from streamprune.reports.tasks import TaskTable, task_section
@@ -72,7 +73,7 @@ def report_page(output: PrunedOutput, tasks: TaskTable) -> str:
         page.heading("Memory and traffic"),
         *sections.over_time_section(facts),
         page.heading("To repeat it"),
-        page.code(repeat_line(facts)),
+        page.code("\n".join([repeat_line(facts), *training_lines(facts)])),
         page.cells(_versions(facts), "versions"),
         page.heading("To load it"),
         page.code("\n".join(loading_lines(written_form(facts)))),
@@ -81,25 +82,37 @@ def report_page(output: PrunedOutput, tasks: TaskTable) -> str:
 
 
 def repeat_line(facts: Mapping[str, Any]) -> str:
-    """Write the command that gives the same output: options that are not the default, as they were decided."""
-    words = ["streamprune"]
-    for each in fields(PruneConfig):
-        value = facts["options"].get(each.name)
-        if value is None or value == default_of(each) or each.name in NEVER_REPEATED:
-            continue
-        words += _option(each.name, value, facts)
-    return shlex.join(words)
+    """Write the command that prunes to the same: options that are not the default, as they were decided."""
+    return shlex.join(["streamprune", *_options(PruneConfig, facts["options"])])
 
 
-def _option(name: str, value: Any, facts: Mapping[str, Any]) -> Sequence[str]:
+def training_lines(facts: Mapping[str, Any]) -> list[str]:
+    """Write the commands of the trainings that followed, the earliest first."""
+    training, lines = facts.get("recovery"), list[str]()
+    while training is not None:
+        lines.insert(0, shlex.join(["streamprune", "recover", *_options(RecoverConfig, training["options"])]))
+        training = training.get("earlier")
+    return lines
+
+
+def _options(config: type[PruneConfig | RecoverConfig], options: Mapping[str, Any]) -> list[str]:
+    words = list[str]()
+    for each in fields(config):
+        value = options.get(each.name)
+        if value is not None and value != default_of(each) and each.name not in NEVER_REPEATED:
+            words += _option(each.name, value, options)
+    return words
+
+
+def _option(name: str, value: Any, options: Mapping[str, Any]) -> Sequence[str]:
     """Write an option as the command line takes it."""
     if name == "settings":
         return [word for key, of in value.items() if of is not None for word in ("--set", f"{key}={of}")]
     if name == "evaluate" and value is False:
         return ["--no-evaluate"]
-    if name == "allocation" and facts["options"]["granularity"] != "units":
+    if name == "allocation" and options["granularity"] != "units":
         return []
-    if name == "compensate_target" and not facts["options"].get("compensate"):
+    if name == "compensate_target" and not options.get("compensate"):
         return []
     if name == "layers":
         return [flag_of(name), "{}:{}".format(*value)]

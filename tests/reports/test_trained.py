@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from streamprune import PruneConfig, RecoverConfig, compare, prune, recover, report
+from streamprune.commands.recover import recover_command
+from streamprune.reports.report import training_lines
 
 pytest.importorskip("peft")
 
@@ -56,3 +60,18 @@ def test_the_report_has_both(outputs: Path, tmp_path: Path) -> None:
     for figure in (pruned["before"], pruned["after"], trained["after"]):
         assert f"{figure:.2f}" in page
     assert "Trained further" not in report(outputs / "pruned", tmp_path / "pruned.html").read_text()
+
+
+def test_the_report_says_how_to_repeat_it(outputs: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data": str(outputs / "text.txt"), "steps": 1, "batch": 2, "cutoff": 16, "evaluate": False}
+    recover(RecoverConfig(model=str(outputs / "trained"), output=tmp_path / "again", **given))
+    first, second = training_lines(facts(tmp_path / "again"))
+    assert not training_lines(facts(outputs / "pruned"))
+    for line, output in ((first, outputs / "trained"), (second, tmp_path / "again")):
+        program, command, *arguments = shlex.split(line)
+        assert (program, command) == ("streamprune", "recover")
+        parsed = recover_command.make_context("recover", arguments).params
+        known = facts(output)["recovery"]["options"]
+        assert all(str(parsed[name]) == str(known[name]) for name in ("model", "data", "output", "steps", "batch"))
+        assert parsed["no_evaluate"] == (known["evaluate"] is False)
+    assert html.escape(second) in report(tmp_path / "again", tmp_path / "report.html").read_text()
