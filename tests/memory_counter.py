@@ -214,6 +214,7 @@ def count(
         sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1])
         work = Work(shape if row.needs_text else None, repair, evaluation)
         counted = Counted(choose_placement(sweeper, config, plan, work, baseline=0, memory=1 << 40))
+        counter.begin()  # what a plan counts, it counts on meta tensors too
         job = _ready(config, plan, sweeper, work, counted.placement)
         if evaluation is not None:
             perplexity(sweeper, torch.zeros(evaluation, dtype=torch.int64))

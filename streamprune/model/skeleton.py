@@ -174,6 +174,19 @@ class Skeleton:
 
     def record(self, input_ids: Tensor) -> list[LayerCall]:
         """Record how transformers calls each layer for sequences as long as `input_ids` [1, seq]: a call per layer."""
+        # One sequence: there is no padding, so masks and positions are the same for every other.
+        return self._record(lambda: self.model.base_model(input_ids[:1].to(self.device), use_cache=False))
+
+    def record_without_weights(self, seq: int) -> list[LayerCall]:
+        """Record the same on a CPU, for sequences of `seq` tokens, with zeros for what is not loaded."""
+        model = self.model.base_model
+        empty = (each for each in (*model.named_parameters(), *model.named_buffers()) if each[1].is_meta)
+        zeros = {name: torch.zeros((), dtype=each.dtype).expand(each.shape) for name, each in empty}
+        where = self.device if self.loaded else torch.device("cpu")
+        ids = torch.zeros(1, seq, dtype=torch.int64, device=where)
+        return self._record(lambda: functional_call(model, zeros, (ids,), {"use_cache": False}))
+
+    def _record(self, run: Callable[[], Any]) -> list[LayerCall]:
         calls: dict[int, LayerCall] = {}
 
         def keep(index: int, hidden_states: Tensor, call: LayerCall) -> Tensor:
@@ -181,8 +194,7 @@ class Skeleton:
             return hidden_states
 
         with torch.no_grad(), self._through(keep):
-            # One sequence: there is no padding, so masks and positions are the same for every other.
-            self.model.base_model(input_ids[:1].to(self.device), use_cache=False)
+            run()
         return [calls[index] for index in range(len(self.layers))]
 
     @torch.no_grad()

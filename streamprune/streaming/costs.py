@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from streamprune.model.masking import output_matrices
+from streamprune.model.saved import saved_bytes
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import PARTS, Place
@@ -166,6 +167,16 @@ class Sizes:
         """Return the sum of `of` over `layers`: for what is done in each."""
         kinds, numbers = self._kinds
         return sum(times * of(kinds[number]) for number, times in Counter(numbers[layer] for layer in layers).items())
+
+    @lru_cache  # noqa: B019  it goes with the run
+    def saved(self, n: int, seq: int) -> int | None:
+        """Count the bytes that a layer's graph holds of a micro-batch [n, seq]; None where that depends on numbers."""
+        kinds, numbers = self._kinds
+        layers = [numbers.index(number) for number in range(len(kinds))]
+        try:
+            return max(saved_bytes(self.sweeper.skeleton, layer, n, seq) for layer in layers)
+        except NotImplementedError:
+            return None
 
     @property
     def commonest(self) -> int:
