@@ -54,7 +54,6 @@ def saved_bytes(skeleton: Skeleton, layer: int, n: int, seq: int) -> int:
         if storage._cdata not in own:
             found[storage._cdata] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda noted: noted):
-        with _Fused():
-            skeleton.run_layer(layer, weights, call, hidden)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda noted: noted), _Fused():
+        skeleton.run_layer(layer, weights, call, hidden)
     return sum(each.nbytes() for each in found.values())
