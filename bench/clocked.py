@@ -161,7 +161,8 @@ def _opened(config: PruneConfig) -> Iterator[tuple[Sweeper, Plan, tuple[int, int
 
 def _settle(sweeper: Sweeper, config: PruneConfig, plan: Plan, shape: tuple[int, int] | None) -> Placement:
     sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1] if shape else 128)
-    found = choose_placement(sweeper, config, plan, Work(shape, None, None), baseline=0, memory=HOST_MEMORY)
+    with _disable_current_modes():  # a plan runs a layer too, for what is saved of it, which takes none of the time
+        found = choose_placement(sweeper, config, plan, Work(shape, None, None), baseline=0, memory=HOST_MEMORY)
     sweeper.micro_batch, sweeper.place, sweeper.scratch = found.micro_batch, found.place, found.scratch
     sweeper.pager.page_cache = found.page_cache
     return found

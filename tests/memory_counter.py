@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from streamprune.config import PruneConfig
@@ -213,8 +213,8 @@ def count(
         plan = make_plan(config, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(shape[1])
         work = Work(shape if row.needs_text else None, repair, evaluation)
-        counted = Counted(choose_placement(sweeper, config, plan, work, baseline=0, memory=1 << 40))
-        counter.begin()  # what a plan counts, it counts on meta tensors too
+        with _disable_current_modes():  # a plan runs a layer too, for what is saved of it
+            counted = Counted(choose_placement(sweeper, config, plan, work, baseline=0, memory=1 << 40))
         job = _ready(config, plan, sweeper, work, counted.placement)
         if evaluation is not None:
             perplexity(sweeper, torch.zeros(evaluation, dtype=torch.int64))

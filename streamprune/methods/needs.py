@@ -131,15 +131,15 @@ def _saved(task: Task, layer: LayerSizes) -> int:
 
 
 def _graph(task: Task) -> int:
-    """Count the bytes of a layer's graph over all sequences, with its output, and with weights of its own.
-
-    Where experts are chosen by numbers there are none without weights: norms, rotations and activations then save
-    1.4 of the ends of matrices at the most.
-    """
+    """Count the bytes of a layer's graph over all sequences, with its output, and with weights of its own."""
     n = min(task.micro_batch, task.shape[0])
     saved = task.sizes.saved(n, task.shape[1])
-    if saved is None:
-        saved = int(1.4 * task.sizes.most(partial(_saved, task), task.whole)) * n * task.shape[1] * task.itemsize
+    if saved is None:  # numbers choose experts; norms, rotations and activations save more than the ends of matrices
+
+        def each(layer: LayerSizes) -> int:
+            return _saved(task, layer) + layer.widest if task.sums_halves else int(1.4 * _saved(task, layer))
+
+        saved = task.sizes.most(each, task.whole) * n * task.shape[1] * task.itemsize
     return -(-task.shape[0] // n) * saved + task.hidden_bytes + task.sweeper.binder.buffer_bytes
 
 

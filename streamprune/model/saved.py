@@ -1,4 +1,4 @@
-"""What autograd saves of a layer's forward pass, counted by running it on tensors without memory."""
+"""Bytes that autograd saves of a layer's forward pass, counted by running it on tensors without memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streamprune.model.skeleton import LayerCall, Skeleton
 
 
 class _Attention(torch.autograd.Function):
-    """What FlashAttention, and a CPU's, saves: q, k, v, what comes out, and a float32 sum for each row."""
+    """Attention that saves what FlashAttention and a CPU's do: q, k, v, what comes out, a float32 sum for each row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

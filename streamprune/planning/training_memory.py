@@ -20,7 +20,7 @@ from streamprune.streaming.sweeper import Sweeper
 OF_ADAPTERS = 4  # numbers of each of an adapter's: itself, its gradient, and Adam's two moments
 OF_SAVED = 2  # where they are saved after each step, a third of them in turn: put together, and as a file's bytes
 
-REMEDIES = {  # where a stage does not fit
+WHERE_IT_DOES_NOT_FIT = {  # where a stage does not fit
     "a step": "lower --batch",
     "the perplexity": "leave it out with --no-evaluate",
     "the held-out loss": "leave it out with --validation 0",
@@ -34,7 +34,7 @@ class TrainingSizes:
 
     Attributes:
         batch: sequences of a step, and tokens of each. measured: the same of the perplexity, and of the loss of what is
-            held out, by these names in REMEDIES.
+            held out, by these names in WHERE_IT_DOES_NOT_FIT.
         adapter_bytes: of the adapter. merged: it is added to the weights in the end.
     """
 
@@ -115,7 +115,7 @@ def _refusal(
     stage = max(stages, key=lambda name: sum(stages[name]))
     spill = "" if scratch is not None or stage == "merging" else ", give --scratch for hidden states"
     takes = f"--streamed does not fit into {have}: {stage} takes {' and '.join(budgets)}"
-    return f"{takes}; {REMEDIES[stage]}{spill}"
+    return f"{takes}; {WHERE_IT_DOES_NOT_FIT[stage]}{spill}"
 
 
 def _mebibytes(nbytes: float) -> str:

@@ -152,6 +152,23 @@ def test_weights_state_and_graphs_that_are_kept_are_planned(method, held, placed
     check(placed(checkpoint(), method, place="device", held=held, settings=settings, **LONG))
 
 
+OTHERS = {  # but mixtral: here no tokens choose experts; tests/output/test_experts.py has what it really saves
+    "opt": {"ffn_dim": 16384, "word_embed_proj_dim": 4096, "vocab_size": 50272},
+    "gpt_neox": {"intermediate_size": 16384, "vocab_size": 50432},
+    "phi3": {"pad_token_id": 0},
+    "gemma2": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},  # its attention keeps scores
+}
+
+
+@pytest.mark.parametrize("graphs", [0, 2])
+@pytest.mark.parametrize("family", ["opt", *(slow(name) for name in OTHERS if name != "opt")])
+def test_graphs_of_other_families_are_planned(family, graphs, placed, bench, tmp_path):
+    fields = {"model_type": family, "num_hidden_layers": N_LAYERS, "max_position_embeddings": 4096} | OTHERS[family]
+    bench.write_headers(tmp_path / family, fields)
+    held = Kept(slots=4, graphs=graphs)
+    check(placed(tmp_path / family, "taylor", place="device", held=held, stock=True, layers=None, **LONG))
+
+
 @pytest.mark.parametrize("model", ["llama-2-7b", slow("llama-3-70b")])
 @pytest.mark.parametrize("method", [*STATEFUL, "taylor", "wanda"])
 @pytest.mark.slow

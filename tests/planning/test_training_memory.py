@@ -9,7 +9,7 @@ from tiny_models import make_sweeper
 
 from streamprune.errors import StreampruneError
 from streamprune.paging.hidden_states import Spilled
-from streamprune.planning.training_memory import REMEDIES, TrainingSizes, place_training
+from streamprune.planning.training_memory import WHERE_IT_DOES_NOT_FIT, TrainingSizes, place_training
 from streamprune.recovery.course import Course
 from streamprune.recovery.lora import new_adapter
 from streamprune.recovery.streamed import train_streamed
@@ -67,5 +67,5 @@ def test_what_is_measured_and_merged_is_planned_too(name: str, tiny_llama: Path)
     config = SimpleNamespace(gpu_memory=None, host_memory=1000, scratch=None, resume=False)
     with pytest.raises(StreampruneError) as refused:
         place_training(sweeper, config, given, baseline=0, memory=1000)
-    assert f"{name} takes" in str(refused.value) and REMEDIES[name] in str(refused.value)
+    assert f"{name} takes" in str(refused.value) and WHERE_IT_DOES_NOT_FIT[name] in str(refused.value)
     assert ("--scratch" in str(refused.value)) == (name != "merging")
