@@ -29,7 +29,7 @@ GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
 UNITS_AS = {"": {}, " compensated": {"compensate": True}, " global": {"allocation": "global"}}
 MIDDLE = {"layers": [4, 28]}
-STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "taylor", "random-progressive")}
+STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "taylor", "random-progressive")}
 MORE = {"2400 steps": {"steps": 2400}, "repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
 STARTS |= {f"wanda-sp, {what}": STARTS["wanda-sp"] | more for what, more in MORE.items()}
 # Table -> methods and their settings; settings of one method share its scores where layers and granularity agree.
