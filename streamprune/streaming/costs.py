@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import torch
 
@@ -149,6 +149,7 @@ class Sizes:
 
     def __init__(self, sweeper: Sweeper) -> None:
         self.sweeper = sweeper
+        self._saved: dict[Shape, int | None] = {}
 
     @cached_property
     def _kinds(self) -> tuple[list[LayerSizes], list[int]]:
@@ -168,15 +169,16 @@ class Sizes:
         kinds, numbers = self._kinds
         return sum(times * of(kinds[number]) for number, times in Counter(numbers[layer] for layer in layers).items())
 
-    @lru_cache  # noqa: B019  it goes with the run
     def saved(self, n: int, seq: int) -> int | None:
         """Count the bytes that a layer's graph holds of a micro-batch [n, seq]; None where that depends on numbers."""
-        kinds, numbers = self._kinds
-        layers = [numbers.index(number) for number in range(len(kinds))]
-        try:
-            return max(saved_bytes(self.sweeper.skeleton, layer, n, seq) for layer in layers)
-        except NotImplementedError:
-            return None
+        if (n, seq) not in self._saved:
+            kinds, numbers = self._kinds
+            firsts = map(numbers.index, range(len(kinds)))
+            try:
+                self._saved[n, seq] = max(saved_bytes(self.sweeper.skeleton, layer, n, seq) for layer in firsts)
+            except NotImplementedError:
+                self._saved[n, seq] = None
+        return self._saved[n, seq]
 
     @property
     def commonest(self) -> int:
