@@ -28,7 +28,7 @@ import click
 GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
 UNITS_AS = {"": {}, " compensated": {"compensate": True}, " global": {"allocation": "global"}}
-MIDDLE = {"layers": [4, 28]}
+MIDDLE, EVERYWHERE = {"layers": [4, 28]}, [0, 30]
 STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "taylor", "random-progressive")}
 MORE = {"2400 steps": {"steps": 2400}, "repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
 STARTS |= {f"wanda-sp, {what}": STARTS["wanda-sp"] | more for what, more in MORE.items()}
@@ -56,7 +56,7 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
         {
             f"{ratio:.0%} {start}{', all layers' if everywhere else ''}{', compensated' if repaired else ''}": {
                 "ratio": ratio,
-                **({} if everywhere else MIDDLE),
+                "layers": EVERYWHERE if everywhere else MIDDLE["layers"],
                 "compensate": repaired,
                 "samples": 128 if settings["init"] == "random-progressive" else 512,  # or its budget falls too late
                 "settings": settings,

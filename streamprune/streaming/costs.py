@@ -172,8 +172,7 @@ class Sizes:
     def saved(self, n: int, seq: int) -> int | None:
         """Count the bytes that a layer's graph holds of a micro-batch [n, seq]; None where that depends on numbers."""
         if (n, seq) not in self._saved:
-            kinds, numbers = self._kinds
-            firsts = map(numbers.index, range(len(kinds)))
+            firsts = map(self._kinds[1].index, range(len(self._kinds[0])))
             try:
                 self._saved[n, seq] = max(saved_bytes(self.sweeper.skeleton, layer, n, seq) for layer in firsts)
             except NotImplementedError:
