@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -135,9 +135,8 @@ def prune(
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts |= peaks() | timeline.facts()
         write_json(directory / OWN_FILE, facts)
-        (directory / "README.md").write_text(
-            model_card(facts, written.form, type(config)), encoding="utf-8", errors="backslashreplace"
-        )
+        text = model_card(facts, written.form, type(config))
+        (directory / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
     if journal_directory is not None:
         remove_journal(journal_directory)
     return PruneResult(config.output, facts["layout"], written.kept, facts, written.form.read_by)
@@ -157,12 +156,7 @@ def _score_and_write(
     """
     with _source(config, progress) as sweeper:
         skeleton = sweeper.skeleton
-        check_apart(config.output, skeleton.checkpoint.path, config.calibration, config.evaluate)
-        _refuse_without_kernels(config, skeleton.device)
-        plan = make_plan(config, skeleton, form)
-        _check_output_space(config, plan, skeleton, journal_directory)
-        progress.say(describe(config, skeleton, plan))
-        config = _as_decided(config, skeleton, plan)
+        config, plan = _decide(config, skeleton, form, journal_directory, progress)
         beside = _prepare_companions(config, plan, progress)
         tokens = batches.open_texts(config, skeleton, progress.say).tokens(config, skeleton)
         ids, repair_ids, segments = tokens.calibration, tokens.repair, tokens.evaluation
@@ -176,15 +170,7 @@ def _score_and_write(
             output.push(partial(resume.say_what_stays, journal_directory, progress))
         saved = {} if journal is None else journal.facts
         work = Work(*(None if given is None else (len(given), given.shape[1]) for given in (ids, repair_ids, segments)))
-        # The micro-batch is part of the arithmetic: the one that the first run was planned with.
-        planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
-        plan, placement = _settle(planned, plan, sweeper, work, per_pass=saved.get("per_pass"))
-        if config.resume:
-            carried = max(stage.carried for stage in placement.stages)
-            _check_output_space(config, plan, skeleton, journal_directory, carried)
-        progress.say(placement_line(placement, sweeper))
-        if passes := passes_line(config, plan):
-            progress.say(passes)
+        plan, placement = _settle_and_say(config, plan, sweeper, work, saved, journal_directory, progress)
         limit_memory(skeleton.device, config.gpu_memory)
         output.callback(limit_memory, skeleton.device, None)
         compile_ahead(sweeper, config, plan, work)
@@ -198,13 +184,8 @@ def _score_and_write(
         job = Job(config, plan, sweeper, progress, ids, repair_ids, beside, journal=journal, predicted=predicted)
         job.state_slots = placement.held.state_slots
         job.state_scratch = config.scratch if placement.state == "scratch" else None
-        directory = output.enter_context(
-            atomic_directory(
-                config.output,
-                overwrite=config.overwrite,
-                temporary=None if journal is None else journal.directory / "output",
-            )
-        )
+        begun = None if journal is None else journal.directory / "output"
+        directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite, temporary=begun))
         done = job.prune_weights(directory) if config.target == "weights" else job.cut(job.score(), directory)
         facts = run_facts(job, placement, done, tokens)
         if segments is not None:
@@ -212,10 +193,44 @@ def _score_and_write(
     return directory, facts, _Written(type(done.form), done.form.kept), segments
 
 
-def _as_decided(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> PruneConfig:
-    """Put the dtypes that "auto" came to in its place: they are recorded, and a journal goes on with no others."""
+def _decide(
+    config: PruneConfig,
+    skeleton: Skeleton,
+    form: type[OutputForm] | None,
+    journal_directory: Path | None,
+    progress: Progress,
+) -> tuple[PruneConfig, Plan]:
+    """Plan what goes, refuse what cannot be done, say what will be, and return the options as they were decided."""
+    check_apart(config.output, skeleton.checkpoint.path, config.calibration, config.evaluate)
+    _refuse_without_kernels(config, skeleton.device)
+    plan = make_plan(config, skeleton, form)
+    _check_output_space(config, plan, skeleton, journal_directory)
+    progress.say(describe(config, skeleton, plan))
+    # The dtypes that "auto" came to are recorded, and a journal goes on with no others.
     kept_in = plan.state_dtype if plan.state else config.state_dtype
-    return replace(config, dtype=dtype_name(skeleton.dtype), state_dtype=kept_in)
+    return replace(config, dtype=dtype_name(skeleton.dtype), state_dtype=kept_in), plan
+
+
+def _settle_and_say(
+    config: PruneConfig,
+    plan: Plan,
+    sweeper: Sweeper,
+    work: Work,
+    saved: Mapping[str, Any],
+    journal_directory: Path | None,
+    progress: Progress,
+) -> tuple[Plan, Placement]:
+    """Settle where things stay, as a journal's first run did, and say it; refuse a disk too small for its commits."""
+    # The micro-batch is part of the arithmetic: the one that the first run was planned with.
+    planned = replace(config, micro_batch=saved.get("micro_batch", config.micro_batch))
+    plan, placement = _settle(planned, plan, sweeper, work, per_pass=saved.get("per_pass"))
+    if config.resume:
+        carried = max(stage.carried for stage in placement.stages)
+        _check_output_space(config, plan, sweeper.skeleton, journal_directory, carried)
+    progress.say(placement_line(placement, sweeper))
+    if passes := passes_line(config, plan):
+        progress.say(passes)
+    return plan, placement
 
 
 def _check_output_space(
