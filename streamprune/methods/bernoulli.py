@@ -28,6 +28,7 @@ from streamprune.streaming.statistics import Statistics
 
 PROGRESSIVE, EPOCH_STAGES = "random-progressive", 3  # a random start whose budget falls, by so many steps an epoch
 NO_SCORES = ("score-const", "random", PROGRESSIVE)
+AT_THE_START = {"flap": {"bias": "no"}}  # masks are tried without one, and so they are written
 CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to the budget
 
 
@@ -36,7 +37,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
     start, space = settings["init"], _space(statistics, sink)
     stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
-        METHODS[start].score(statistics, resolve_settings(start, {}), sink)
+        METHODS[start].score(statistics, resolve_settings(start, AT_THE_START.get(start, {})), sink)
     inverses = _inverses(statistics) if settings["repaired"] == "yes" else {}
     begin = _start(space, sink, statistics, start)
     steps, each = settings["steps"], settings["per_pass"] or 1

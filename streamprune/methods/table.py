@@ -85,7 +85,7 @@ _SUM_OF_SMOOTHGRAD = KeptState(
 _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", "terms=gradient")
 
 # Scores that a policy can begin with: of methods that keep nothing between sweeps.
-_STARTS = ("magnitude", "taylor", "wanda", "wanda-sp", "layer-ppl", "block-influence")
+_STARTS = ("magnitude", "taylor", "wanda", "wanda-sp", "flap", "layer-ppl", "block-influence")
 _OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, LOSSES, HIDDEN)
 
 
