@@ -90,7 +90,8 @@ def _gradients(task: Task, *, moved: bool = False) -> Cost:
     passed = len(task.whole) + (task.sweeps - 1) * len(above)
     kept, unscored = above[max(0, len(above) - task.graphs) :], task.whole[-1] - task.layers[-1]
     # Those above the prunable layers have gone before there are weight gradients.
-    graphs, scored = ({"graphs of layers": max(0, len(kept) - gone) * _graph(task)} for gone in (0, unscored))
+    each = _graph(task) if kept else 0
+    graphs, scored = ({"graphs of layers": max(0, len(kept) - gone) * each} for gone in (0, unscored))
     backward = {"gradients of activations": 3 * widest * tokens * task.itemsize}
     summed = {"gradients, and what is made of them": sizes.most(partial(_weight_gradients, task, moved), task.layers)}
     again = {

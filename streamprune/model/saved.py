@@ -37,7 +37,7 @@ def saved_bytes(skeleton: Skeleton, layer: int, n: int, seq: int) -> int:
     """Count the bytes that a layer's graph holds of a micro-batch [n, seq], beside its weights and its input.
 
     Raises:
-        NotImplementedError: what it computes depends on numbers, as which expert a token goes to.
+        RuntimeError: what it computes depends on numbers, as which expert a token goes to.
     """
     weights = {
         name: torch.empty_like(each, dtype=skeleton.dtype, device="meta", requires_grad=each.ndim > 1)
