@@ -135,13 +135,14 @@ def _graph(task: Task) -> int:
     """Count the bytes of a layer's graph over all sequences, with its output, and with weights of its own."""
     n = min(task.micro_batch, task.shape[0])
     saved = task.sizes.saved(n, task.shape[1])
-    if saved is None:  # numbers choose experts; norms, rotations and activations save more than the ends of matrices
+    if saved is None:  # norms, rotations and activations save more than the ends of matrices
 
         def each(layer: LayerSizes) -> int:
             return _saved(task, layer) + layer.widest if task.sums_halves else int(1.4 * _saved(task, layer))
 
-        saved = task.sizes.most(each, task.whole) * n * task.shape[1] * task.itemsize
-    return -(-task.shape[0] // n) * saved + task.hidden_bytes + task.sweeper.binder.buffer_bytes
+        numbers = task.sizes.most(each, task.whole) + (4 * task.attention_columns if task.eager else 0)
+        saved = numbers * n * task.shape[1] * task.itemsize
+    return -(-task.shape[0] * saved // n) + task.hidden_bytes + task.sweeper.binder.buffer_bytes
 
 
 def _weight_gradients(task: Task, moved: bool, layer: LayerSizes) -> int:

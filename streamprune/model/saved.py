@@ -37,7 +37,7 @@ def saved_bytes(skeleton: Skeleton, layer: int, n: int, seq: int) -> int:
     """Count the bytes that a layer's graph holds of a micro-batch [n, seq], beside its weights and its input.
 
     Raises:
-        RuntimeError: what it computes depends on numbers, as which expert a token goes to.
+        Exception: what it computes depends on numbers, as which expert a token goes to, or runs on a GPU alone.
     """
     weights = {
         name: torch.empty_like(each, dtype=skeleton.dtype, device="meta", requires_grad=each.ndim > 1)
@@ -54,6 +54,6 @@ def saved_bytes(skeleton: Skeleton, layer: int, n: int, seq: int) -> int:
         if storage._cdata not in own:
             found[storage._cdata] = storage
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda noted: noted), _Fused():
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda noted: noted), _Fused():
         skeleton.run_layer(layer, weights, call, hidden)
     return sum(each.nbytes() for each in found.values())

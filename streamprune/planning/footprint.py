@@ -24,7 +24,7 @@ from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery import least_squares
 from streamprune.recovery.panels import PANEL_COLUMNS
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task, one_after_another
-from streamprune.streaming.perplexity import default_micro_batch, sweeps_needed
+from streamprune.streaming.perplexity import default_micro_batch, most_together, sweeps_needed
 from streamprune.streaming.sweeper import Sweeper
 
 
@@ -60,7 +60,9 @@ def evaluation(sizes: Sizes, shape: Shape, where: Place) -> Stage:
     """Return the stage of forward sweeps over groups of segments, as `perplexity` makes them."""
     count = sweeps_needed(sizes.sweeper, torch.empty(shape, device="meta"))
     whole = Task(sizes, shape)
-    group = Task(sizes, (-(-shape[0] // count), shape[1]), default_micro_batch(shape[1]), where)
+    group = Task(
+        sizes, (min(shape[0], most_together(sizes.sweeper, shape[1])), shape[1]), default_micro_batch(shape[1]), where
+    )
     cost = group.cost(
         states=1,
         brought=len(whole.whole) * count,

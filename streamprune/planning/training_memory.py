@@ -15,12 +15,13 @@ from streamprune.paging.hidden_states import Place
 from streamprune.planning.footprint import evaluation, writing
 from streamprune.planning.placement import MARGIN, memory_limits, places
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task
-from streamprune.streaming.sweeper import Sweeper
+from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 OF_ADAPTERS = 4  # numbers of each of an adapter's: itself, its gradient, and Adam's two moments
 OF_SAVED = 2  # where they are saved after each step, a third of them in turn: put together, and as a file's bytes
 
-WHERE_IT_DOES_NOT_FIT = {  # where a stage does not fit
+OF_BRANCH = 4 * 4  # bytes of a matrix's input, product, scaled product and sum in float32, where an adapter is attached
+WHERE_IT_DOES_NOT_FIT = {
     "a step": "lower --batch",
     "the perplexity": "leave it out with --no-evaluate",
     "the held-out loss": "leave it out with --validation 0",
@@ -68,7 +69,7 @@ def place_training(sweeper: Sweeper, config: Any, given: TrainingSizes, *, basel
             where = {"device": "in memory", "host": "in the host's memory", "scratch": "on scratch"}[place]
             on_gpu = f"{human(device)} on the GPU and " if gpu else ""
             return f"planned: {on_gpu}{human(baseline + host)} of memory at the most; hidden states stay {where}"
-    raise StreampruneError(_refusal(needed, limits, baseline, gpu, config.scratch))
+    raise StreampruneError(_refusal(needed, (room[0], room[1]), limits, baseline, gpu, config.scratch))
 
 
 def _held(sizes: Sizes, given: TrainingSizes, place: Place, resume: bool) -> dict[str, tuple[int, int]]:
@@ -80,8 +81,11 @@ def _held(sizes: Sizes, given: TrainingSizes, place: Place, resume: bool) -> dic
     sweeper = sizes.sweeper
     task = Task(sizes, given.batch, sweeper.micro_batch, place, range(sweeper.n_layers))
     stages: dict[str, tuple[Cost, int, int]] = {"a step": (GRADIENTS.cost(task), 0, OF_ADAPTERS + OF_SAVED * resume)}
+    widest = sizes.most(lambda layer: layer.widest, task.whole)
     for name, shape in given.measured.items():
-        stages[name] = evaluation(sizes, shape, place), 0, 1
+        together = Task(sizes, shape, default_micro_batch(shape[1])).tokens_at_once
+        branch = 0 if given.merged else OF_BRANCH * widest * together
+        stages[name] = evaluation(sizes, shape, place), branch, 1
     if given.merged:
         stages["merging"] = writing(sizes, task.whole, 0), sizes.most(_added_to, task.whole), 1
     found = {}
@@ -104,18 +108,26 @@ def _most(stages: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
 
 
 def _refusal(
-    needed: list[dict[str, tuple[int, int]]], limits: tuple[int, int], baseline: int, gpu: bool, scratch: Path | None
+    needed: list[dict[str, tuple[int, int]]],
+    room: tuple[int, int],
+    limits: tuple[int, int],
+    baseline: int,
+    gpu: bool,
+    scratch: Path | None,
 ) -> str:
-    stages = min(needed, key=lambda each: sum(_most(each)))
+    def lacks(held: tuple[int, int]) -> tuple[int, int]:
+        return max(0, held[0] - room[0]) + max(0, held[1] - room[1]), sum(held)
+
+    stages = min(needed, key=lambda each: lacks(_most(each)))
     device, host = _most(stages)
     budgets = [f"--host-memory {_mebibytes((host / (1 - MARGIN)) + baseline)}"]
     if gpu:
         budgets.insert(0, f"--gpu-memory {_mebibytes(device / (1 - MARGIN))}")
     have = f"{human(limits[0])} on the GPU and {human(limits[1])} of memory" if gpu else f"{human(limits[1])} of memory"
-    stage = max(stages, key=lambda name: sum(stages[name]))
-    spill = "" if scratch is not None or stage == "merging" else ", give --scratch for hidden states"
-    takes = f"--streamed does not fit into {have}: {stage} takes {' and '.join(budgets)}"
-    return f"{takes}; {WHERE_IT_DOES_NOT_FIT[stage]}{spill}"
+    stage = max(stages, key=lambda name: lacks(stages[name]))
+    spill = "" if scratch is not None or stage == "merging" else ", or give --scratch for hidden states"
+    remedies = f"give {' and '.join(budgets)}, or {WHERE_IT_DOES_NOT_FIT[stage]}{spill}"
+    return f"{stage} of --streamed does not fit into {have}; {remedies}"
 
 
 def _mebibytes(nbytes: float) -> str:

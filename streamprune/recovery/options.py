@@ -139,6 +139,8 @@ class RecoverConfig:
             return
         refuse_idle(self, "", "")
         self._check_training()
+        if self.init_adapter is not None:  # which has its own
+            return
         rank, alpha = LIKE[self.like]
         object.__setattr__(self, "rank", self.rank or rank)
         object.__setattr__(self, "alpha", alpha if self.alpha is None else self.alpha)

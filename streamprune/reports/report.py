@@ -114,6 +114,8 @@ def _option(name: str, value: Any, options: Mapping[str, Any]) -> Sequence[str]:
         return []
     if name == "compensate_target" and not options.get("compensate"):
         return []
+    if name in ("rank", "alpha") and options.get("init_adapter") is not None:  # which has its own
+        return []
     if name == "layers":
         return [flag_of(name), "{}:{}".format(*value)]
     if value is True:

@@ -30,12 +30,12 @@ class Perplexity:
 
 def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
     """Count the forward sweeps that `perplexity` will take."""
-    return -(-len(segments) // _group(sweeper, segments.shape[1]))
+    return -(-len(segments) // most_together(sweeper, segments.shape[1]))
 
 
 def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
     """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
-    group = _group(sweeper, segments.shape[1])
+    group = most_together(sweeper, segments.shape[1])
     micro_batch = default_micro_batch(segments.shape[1])
     total = 0.0
     for start in range(0, len(segments), group):
@@ -49,6 +49,7 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
     return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))
 
 
-def _group(sweeper: Sweeper, seq_len: int) -> int:
+def most_together(sweeper: Sweeper, seq_len: int) -> int:
+    """Return how many segments a sweep takes at the most."""
     per_sequence = seq_len * sweeper.skeleton.config.hidden_size * sweeper.skeleton.dtype.itemsize
     return max(1, HIDDEN_BYTES // per_sequence)

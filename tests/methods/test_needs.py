@@ -12,7 +12,7 @@ from tiny_models import make_sweeper, save_tiny, token_ids
 
 import streamprune.methods.needs
 from streamprune import PruneConfig, prune
-from streamprune.methods.needs import GRADIENTS, GRAMS, LOSSES, MOVED_GRADIENTS, STORED_WEIGHTS, KeptState, Need
+from streamprune.methods.needs import GRADIENTS, GRAMS, LOSSES, MOVED_GRADIENTS, STORED_WEIGHTS, KeptState, Need, _graph
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS, Method, resolve_settings
 from streamprune.pipeline.batches import expected_work, open_texts
@@ -301,3 +301,10 @@ def test_the_sequences_of_a_run_are_those_of_its_plan(characters, wanted, tiny_l
     assert tokens.evaluation.shape == planned.evaluation == (100, 64)
     assert planned.repair == (wanted // 64, 64)
     assert tokens.repair.shape == (min(wanted, characters) // 64, 64)
+
+
+def test_a_graph_grows_with_the_sequences_whatever_the_micro_batch(ragged):
+    sweeper, _ = ragged
+    sizes = Sizes(sweeper)
+    one, two, more = (_graph(Task(sizes, (n, 64), 8)) - sweeper.binder.buffer_bytes for n in (8, 16, 9))
+    assert two == 2 * one and more == pytest.approx(9 / 8 * one, rel=1e-6)

@@ -9,10 +9,13 @@ from tiny_models import make_sweeper
 
 from streamprune.errors import StreampruneError
 from streamprune.paging.hidden_states import Spilled
-from streamprune.planning.training_memory import WHERE_IT_DOES_NOT_FIT, TrainingSizes, place_training
+from streamprune.pipeline.source import Source
+from streamprune.planning.placement import MARGIN
+from streamprune.planning.training_memory import WHERE_IT_DOES_NOT_FIT, TrainingSizes, _held, place_training
 from streamprune.recovery.course import Course
 from streamprune.recovery.lora import new_adapter
 from streamprune.recovery.streamed import train_streamed
+from streamprune.streaming.costs import Sizes
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.texts.instructions import Example
 
@@ -32,7 +35,7 @@ def smallest(model: Path, scratch: Path | None) -> int:
     with pytest.raises(StreampruneError, match="--host-memory") as refused:
         sweeper_in(model, 1000, scratch)
     assert "--batch" in str(refused.value) and ("--scratch" in str(refused.value)) == (scratch is None)
-    (named,) = (word for word in str(refused.value).replace(";", "").split() if word.endswith("MiB"))
+    (named,) = (word for word in str(refused.value).replace(",", "").split() if word.endswith("MiB"))
     return int(named.removesuffix("MiB")) << 20
 
 
@@ -67,5 +70,18 @@ def test_what_is_measured_and_merged_is_planned_too(name: str, tiny_llama: Path)
     config = SimpleNamespace(gpu_memory=None, host_memory=1000, scratch=None, resume=False)
     with pytest.raises(StreampruneError) as refused:
         place_training(sweeper, config, given, baseline=0, memory=1000)
-    assert f"{name} takes" in str(refused.value) and WHERE_IT_DOES_NOT_FIT[name] in str(refused.value)
+    assert str(refused.value).startswith(f"{name} of --streamed") and WHERE_IT_DOES_NOT_FIT[name] in str(refused.value)
     assert ("--scratch" in str(refused.value)) == (name != "merging")
+
+
+def test_the_stage_that_does_not_fit_on_a_gpu_is_named(tiny_llama: Path) -> None:
+    """An adapter on the host is much more than what a GPU lacks; it is not what does not fit."""
+    given = TrainingSizes((1, 8), {}, 30 << 20, merged=True)
+    with Source(str(tiny_llama), planned=torch.device("cuda"), dtype="bfloat16", scope="matrices").open() as sweeper:
+        held = _held(Sizes(sweeper), given, "device", resume=False)
+        step, merging = held["a step"], held["merging"]
+        assert step[0] < merging[0] and step[1] > merging[1]
+        budget = int((step[0] + merging[0]) / 2 / (1 - MARGIN))
+        config = SimpleNamespace(gpu_memory=budget, host_memory=1 << 40, scratch=None, resume=False)
+        with pytest.raises(StreampruneError, match=r"^merging of --streamed does not fit.*--gpu-memory.*--adapter$"):
+            place_training(sweeper, config, given, baseline=0, memory=1 << 40)

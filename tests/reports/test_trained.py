@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +63,22 @@ def test_the_report_has_both(outputs: Path, tmp_path: Path) -> None:
     assert "Trained further" not in report(outputs / "pruned", tmp_path / "pruned.html").read_text()
 
 
-def test_the_report_says_how_to_repeat_it(outputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_report_says_how_to_repeat_it(adapter: bool, outputs: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"data": str(outputs / "text.txt"), "steps": 1, "batch": 2, "cutoff": 16, "evaluate": False}
+    if adapter:
+        recover(RecoverConfig(model=str(outputs / "trained"), output=tmp_path / "first", adapter=True, rank=2, **given))
+        given["init_adapter"] = tmp_path / "first"
     recover(RecoverConfig(model=str(outputs / "trained"), output=tmp_path / "again", **given))
     first, second = training_lines(facts(tmp_path / "again"))
     assert not training_lines(facts(outputs / "pruned"))
     for line, output in ((first, outputs / "trained"), (second, tmp_path / "again")):
         program, command, *arguments = shlex.split(line)
         assert (program, command) == ("streamprune", "recover")
-        parsed = recover_command.make_context("recover", arguments).params
+        taken = recover_command.make_context("recover", arguments).params
+        if taken.pop("no_evaluate"):
+            taken["evaluate"] = False
         known = facts(output)["recovery"]["options"]
-        assert all(str(parsed[name]) == str(known[name]) for name in ("model", "data", "output", "steps", "batch"))
-        assert parsed["no_evaluate"] == (known["evaluate"] is False)
-    assert html.escape(second) in report(tmp_path / "again", tmp_path / "report.html").read_text()
+        repeated = RecoverConfig(**{name: value for name, value in taken.items() if name in known})
+        assert {name: str(value) for name, value in asdict(repeated).items()} == {k: str(v) for k, v in known.items()}
+    assert html.escape(second, quote=False) in report(tmp_path / "again", tmp_path / "report.html").read_text()
