@@ -160,8 +160,9 @@ OTHERS = {  # but mixtral: here no tokens choose experts; tests/output/test_expe
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", [0, 2])
-@pytest.mark.parametrize("family", ["opt", *(slow(name) for name in OTHERS if name != "opt")])
+@pytest.mark.parametrize("family", OTHERS)
 def test_graphs_of_other_families_are_planned(family, graphs, placed, bench, tmp_path):
     fields = {"model_type": family, "num_hidden_layers": N_LAYERS, "max_position_embeddings": 4096} | OTHERS[family]
     bench.write_headers(tmp_path / family, fields)
