@@ -178,7 +178,7 @@ class Skeleton:
         return self._record(lambda: self.model.base_model(input_ids[:1].to(self.device), use_cache=False))
 
     def record_without_weights(self, seq: int) -> list[LayerCall]:
-        """Record the same on a CPU, for sequences of `seq` tokens, with zeros for what is not loaded."""
+        """Record the same for sequences of `seq` tokens; where nothing is loaded, on a CPU, with zeros in its place."""
         model = self.model.base_model
         empty = (each for each in (*model.named_parameters(), *model.named_buffers()) if each[1].is_meta)
         zeros = {name: torch.zeros((), dtype=each.dtype).expand(each.shape) for name, each in empty}

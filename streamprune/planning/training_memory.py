@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 OF_ADAPTERS = 4  # numbers of each of an adapter's: itself, its gradient, and Adam's two moments
 OF_SAVED = 2  # where they are saved after each step, a third of them in turn: put together, and as a file's bytes
-
 OF_BRANCH = 4 * 4  # bytes of a matrix's input, product, scaled product and sum in float32, where an adapter is attached
 WHERE_IT_DOES_NOT_FIT = {
     "a step": "lower --batch",
@@ -69,7 +68,7 @@ def place_training(sweeper: Sweeper, config: Any, given: TrainingSizes, *, basel
             where = {"device": "in memory", "host": "in the host's memory", "scratch": "on scratch"}[place]
             on_gpu = f"{human(device)} on the GPU and " if gpu else ""
             return f"planned: {on_gpu}{human(baseline + host)} of memory at the most; hidden states stay {where}"
-    raise StreampruneError(_refusal(needed, (room[0], room[1]), limits, baseline, gpu, config.scratch))
+    raise StreampruneError(_refusal(needed, room, limits, baseline, gpu, config.scratch))
 
 
 def _held(sizes: Sizes, given: TrainingSizes, place: Place, resume: bool) -> dict[str, tuple[int, int]]:
@@ -109,7 +108,7 @@ def _most(stages: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
 
 def _refusal(
     needed: list[dict[str, tuple[int, int]]],
-    room: tuple[int, int],
+    room: Sequence[int],
     limits: tuple[int, int],
     baseline: int,
     gpu: bool,

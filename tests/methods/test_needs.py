@@ -308,3 +308,14 @@ def test_a_graph_grows_with_the_sequences_whatever_the_micro_batch(ragged):
     sizes = Sizes(sweeper)
     one, two, more = (_graph(Task(sizes, (n, 64), 8)) - sweeper.binder.buffer_bytes for n in (8, 16, 9))
     assert two == 2 * one and more == pytest.approx(9 / 8 * one, rel=1e-6)
+
+
+def test_a_graph_is_planned_where_no_layer_runs_without_weights(tmp_path):
+    """Experts are chosen by numbers: then by the ends of matrices, with the scores of an attention that keeps them."""
+    save_tiny(tmp_path, "mixtral", dtype=torch.float32)
+    sweeper = make_sweeper(tmp_path, dtype=torch.float32)
+    task, config = Task(Sizes(sweeper), (4, 32), 4), sweeper.skeleton.config
+    assert task.sizes.saved(4, 32) is None and not task.eager
+    fused = _graph(task)
+    config._attn_implementation = "eager"
+    assert _graph(task) == fused + 4 * 4 * config.num_attention_heads * 4 * 32**2

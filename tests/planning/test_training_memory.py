@@ -9,6 +9,7 @@ from tiny_models import make_sweeper
 
 from streamprune.errors import StreampruneError
 from streamprune.paging.hidden_states import Spilled
+from streamprune.pipeline.recovery_work import _measured
 from streamprune.pipeline.source import Source
 from streamprune.planning.placement import MARGIN
 from streamprune.planning.training_memory import WHERE_IT_DOES_NOT_FIT, TrainingSizes, _held, place_training
@@ -72,6 +73,13 @@ def test_what_is_measured_and_merged_is_planned_too(name: str, tiny_llama: Path)
         place_training(sweeper, config, given, baseline=0, memory=1000)
     assert str(refused.value).startswith(f"{name} of --streamed") and WHERE_IT_DOES_NOT_FIT[name] in str(refused.value)
     assert ("--scratch" in str(refused.value)) == (name != "merging")
+
+
+def test_all_that_a_recovery_measures_has_a_remedy() -> None:
+    example = Example(torch.zeros(8, dtype=torch.int64), torch.zeros(8, dtype=torch.int64))
+    found = _measured(torch.zeros(3, 16), [example] * 2, 8)
+    assert sorted(found.values()) == [(2, 8), (3, 16)] and set(found) < set(WHERE_IT_DOES_NOT_FIT)
+    assert not _measured(None, [], 8)
 
 
 def test_the_stage_that_does_not_fit_on_a_gpu_is_named(tiny_llama: Path) -> None:
