@@ -2,7 +2,7 @@
 
     python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N] [--dtype D]
 
-TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, repaired, and by global allocation), `policy`
+TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, repaired, global, of all layers), `policy`
 (the same of bernoulli, of layers 4:28 and of all, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9
 of 30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds
 wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not made
@@ -27,8 +27,9 @@ import click
 
 GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
-UNITS_AS = {"": {}, " compensated": {"compensate": True}, " global": {"allocation": "global"}}
 MIDDLE, EVERYWHERE = {"layers": [4, 28]}, [0, 30]
+UNITS_AS = {"": {}, " compensated": {"compensate": True}, " global": {"allocation": "global"}}
+UNITS_AS |= {" all layers": {"layers": EVERYWHERE}}
 STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "taylor", "random-progressive")}
 MORE = {"2400 steps": {"steps": 2400}, "repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
 STARTS |= {f"wanda-sp, {what}": STARTS["wanda-sp"] | more for what, more in MORE.items()}
