@@ -3,11 +3,11 @@
     python bench/quality.py TABLE --data DIR --json FILE [--method NAME] [--only SETTING] [--seeds N] [--dtype D]
 
 TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, repaired, global, of all layers), `policy`
-(the same of bernoulli, of layers 4:28 and of all, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9
-of 30), `compensate` (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds
-wikitext2-valid.txt (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE already has is not made
-again. Settings that share scores are scored for once, in a process; checkpoints are loaded back and measured in
-float32, whatever `--dtype` they were made in. Needs 2 GB of temporary space.
+(the same of bernoulli, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9 of 30), `compensate`
+(tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds wikitext2-valid.txt
+(calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE has is not made again. Settings that share
+scores are scored once, in a process; checkpoints are loaded back and measured in float32, whatever `--dtype` they were
+made in. Needs 2 GB of temporary space.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import click
 GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "gblm")
 MIDDLE, EVERYWHERE = {"layers": [4, 28]}, [0, 30]
-UNITS_AS = {"": {}, " compensated": {"compensate": True}, " global": {"allocation": "global"}}
-UNITS_AS |= {" all layers": {"layers": EVERYWHERE}}
+UNITS_AS: dict[str, dict[str, Any]] = {"": {}, " all layers": {"layers": EVERYWHERE}}
+UNITS_AS |= {" compensated": {"compensate": True}, " global": {"allocation": "global"}}
 STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "taylor", "random-progressive")}
 MORE = {"2400 steps": {"steps": 2400}, "repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
 STARTS |= {f"wanda-sp, {what}": STARTS["wanda-sp"] | more for what, more in MORE.items()}
-# Table -> methods and their settings; settings of one method share its scores where layers and granularity agree.
+# Table -> methods and their settings; those of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "main": (
         ("random", "magnitude", *GRADIENT),

@@ -319,7 +319,7 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None, share=
         ("llama-2-7b", "rtx3090", None, 1.0),
         ("llama-2-13b", "rtx4090", None, 1.0),
         # As large a share of fewer layers stays in as much less memory; bench/clocked.py has all 80.
-        ("llama-3-70b", "a100", 32, 0.45),
+        ("llama-3-70b", "a100", 20, 0.3),
     ],
 )
 @pytest.mark.parametrize("method,run", SWEEPS)
