@@ -6,8 +6,7 @@ TABLE is `main` (the settings that papers compare), `units` (20 to 50 %, repaire
 (the same of bernoulli, by what it begins with), `weights` (50 %, 2:4, 4:8), `layers` (1 to 9 of 30), `compensate`
 (tokens, λ, target) or `dtypes` (float32 beside bfloat16, on fewer tokens). DIR holds wikitext2-valid.txt
 (calibration), wikitext2-test.txt and ptb-valid.txt (perplexity). What FILE has is not made again. Settings that share
-scores are scored once, in a process; checkpoints are loaded back and measured in float32, whatever `--dtype` they were
-made in. Needs 2 GB of temporary space.
+scores are scored once; checkpoints are measured in float32, whatever `--dtype` made them. Takes 2 GB of disk.
 """
 
 from __future__ import annotations
