@@ -89,8 +89,8 @@ def test_exactly_n_of_every_m_stay(n, m, dtype, terms, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_real_scores_lose_the_lowest(backend):
-    weight, x_norm = normal((65, 1537), 1, dtype=F32).to(DEVICE), normal(1537, 2).abs().float().to(DEVICE)
-    grad = (normal((65, 1537), 3).abs() * 1e-3).float().to(DEVICE)
+    weight, x_norm = normal((17, 1537), 1, dtype=F32).to(DEVICE), normal(1537, 2).abs().float().to(DEVICE)
+    grad = (normal((17, 1537), 3).abs() * 1e-3).float().to(DEVICE)
     scores = plain_scores(weight, x_norm, grad, 100.0)
     pruned = prune_rows(weight.clone(), 700, x_norm, grad, 100.0, backend=backend).cpu()
     gone = pruned == 0
@@ -103,19 +103,19 @@ def test_real_scores_lose_the_lowest(backend):
 
 @needs_triton
 def test_strided_weights_are_pruned_where_they_lie():
-    whole = normal((40, 150), 1, dtype=F32).to(DEVICE)
-    grad = normal((64, 38), 2).abs().float().to(DEVICE).T
+    whole = normal((12, 150), 1, dtype=F32).to(DEVICE)
+    grad = normal((64, 10), 2).abs().float().to(DEVICE).T
     for run in (
         lambda w: prune_rows(w, 30, None, grad, 1.0, backend="triton"),
         lambda w: prune_n_of_m(w, 2, 4, None, grad, 1.0, backend="triton"),
     ):
         around = whole.clone()
-        part = around[1:39, 2:130:2]
+        part = around[1:11, 2:130:2]
         expected = run(part.contiguous())
         run(part)
         assert torch.equal(part, expected)
         untouched = torch.ones_like(whole, dtype=torch.bool)
-        untouched[1:39, 2:130:2] = False
+        untouched[1:11, 2:130:2] = False
         assert torch.equal(around[untouched], whole[untouched])
 
 
