@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.errors import UsageError
+from streamprune.errors import StreampruneError, UsageError
 from streamprune.kernels import noise_seed
 from streamprune.methods.budget import FEW_UNITS, Space, start_from_scores
 from streamprune.methods.policy import RAMP, Policy
@@ -66,7 +66,13 @@ def _inverses(statistics: Statistics) -> Mapping[Key, Tensor]:
     store = statistics.store("inverse")
 
     def keep(ref: TensorRef, weight: Tensor, sums: Gram) -> None:
-        store[ref.key] = inverse_gram(sums.total)
+        try:
+            store[ref.key] = inverse_gram(sums.total)
+        except torch.linalg.LinAlgError as error:
+            raise StreampruneError(
+                f"layer {ref.layer}, {ref.tensor}: the Gram matrix of its inputs cannot be inverted; "
+                "try --dtype float32, raise --samples, or pass --set repaired=no"
+            ) from error
 
     statistics.inputs(Gram, keep, of=lambda ref: ref.cut_by_inputs)
     return store
@@ -195,13 +201,13 @@ def _trials(space: Space, masks: Mapping[int, Tensor], rows: Mapping[int, list[i
         sequences = slice(begin, begin + len(rows[step]))
         begin = sequences.stop
         for mask in drawn:
-            kept: dict[int, dict[Kind, list[int]]] = {}
+            kept: dict[int, dict[Kind, Tensor]] = {}
             gone = set()
             for (layer, kind), part in space.split(mask).items():
                 if kind == "layer":
                     gone |= set() if bool(part) else {layer}
                 else:
-                    kept.setdefault(layer, {})[kind] = part.nonzero().flatten().tolist()  # type: ignore[index]
+                    kept.setdefault(layer, {})[kind] = part  # type: ignore[index]
             yield Trial(kept, frozenset(gone), sequences)
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from streamprune.methods.sinks import check_scores
 from streamprune.storage.journal import Key
 
 BISECTIONS = 70  # by then the two ends are neighbours
@@ -101,9 +102,14 @@ def shifted(logits: Tensor, costs: Tensor, budget: float) -> Tensor:
 
 
 def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
-    """Return σ(z + μ) [n] of another method's scores, z-scores within each layer and kind: `sigmoid-norm` (§3.3)."""
+    """Return σ(z + μ) [n] of another method's scores, z-scores within each layer and kind: `sigmoid-norm` (§3.3).
+
+    Raises:
+        StreampruneError: a score is not finite.
+    """
     parts = []
     for values in scores.values():
+        check_scores(values)
         deviation = values.std() if len(values) > 1 else torch.zeros(())
         parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
     return space.shifted(torch.cat(parts))

@@ -21,6 +21,12 @@ from streamprune.model.units import FLOOR_SLACK, KeptUnits, Kind, TensorRef, fol
 from streamprune.storage.journal import Key
 
 
+def check_scores(scores: Tensor) -> None:
+    """Raise a StreampruneError if a score is not finite: nothing can be compared with it."""
+    if not torch.isfinite(scores).all():
+        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
+
+
 class _Sums:
     """Base of sinks that add up scores: everything becomes scores of a matrix's lines."""
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamprune.errors import CheckpointError, OutputError, UsageError
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.storage.directory import check_directory, check_space
+from streamprune.storage.directory import check_directory, check_space, sync_path
 from streamprune.texts.gguf_vocabulary import read_vocabulary
 from streamprune.values import AUTO
 
@@ -141,7 +141,9 @@ def write_gguf(
             _add_config(writer, config, outline, type_name)
             vocabulary.add_to(writer)
             nbytes = _write_tensors(gguf, writer, checkpoint, outline, type_name, partial)
+            sync_path(partial)  # before it has the name, which can outlive a power cut that the contents did not
             os.replace(partial, file)
+            sync_path(file.absolute().parent)
         except OSError as error:
             raise OutputError(f"{file}: {error.strerror or error}") from error
         finally:

@@ -23,7 +23,8 @@ class OutputWriter:
     """Writer of the pruned tensors, in any order, that hashes the source's on the way. A context manager.
 
     Args:
-        digests: SHA-256 of each source tensor that an earlier run has put there; filled in as tensors are put.
+        digests: SHA-256 of each source tensor that an earlier run has put there, or left out; filled in as tensors are
+            put.
 
     Raises:
         CheckpointError: NaN or infinite weights in the source.
@@ -36,7 +37,7 @@ class OutputWriter:
         self.form, self.skeleton, self._slicer = form, form.skeleton, form.slicer
         self._digests: dict[str, str] = {} if digests is None else digests
         written = [spec.name for name in self._digests for spec in form.specs_of(name)]
-        self._writer = ShardedWriter(directory, form.specs, max_shard_size, written)
+        self._writer = ShardedWriter(directory, form.specs, max_shard_size, written if self._digests else None)
 
     def __enter__(self) -> OutputWriter:
         return self

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.errors import StreampruneError, UsageError
+from streamprune.errors import UsageError
+from streamprune.methods.sinks import check_scores
 from streamprune.model.families import Family, stock_takes
 from streamprune.model.units import FLOOR_SLACK, KIND_NAMES, Geometry, KeptUnits, Kind
 
@@ -96,7 +97,7 @@ def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, gro
     if ratios.round_to > geometry.channels:
         raise UsageError(f"--round-to {ratios.round_to}: a layer has {geometry.channels} channels; lower it")
     kept = geometry.channels - max(0, math.floor(wanted + 0.5))
-    if ratios.round_to > 1 and kept != geometry.channels:
+    if ratios.round_to > 1 and 0 < kept < geometry.channels:
         kept = min(geometry.channels, max(1, math.floor(kept / ratios.round_to + 0.5)) * ratios.round_to)
     if kept < 1:
         raise UsageError(
@@ -118,14 +119,9 @@ def keep_highest(scores: Tensor, removed: int) -> list[int]:
 
     Of equal scores the lowest index goes first.
     """
-    _check_finite(scores)
+    check_scores(scores)
     # By rank, not by a threshold: equal scores on its wrong side would change the count.
     return torch.argsort(scores, stable=True)[removed:].sort().values.tolist()
-
-
-def _check_finite(scores: Tensor) -> None:
-    if not torch.isfinite(scores).all():
-        raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
 
 
 def select(
@@ -257,7 +253,7 @@ def _lowest(
 
 def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> tuple[Tensor, Tensor]:
     """Return mean normalised scores and sizes of the blocks of one layer and kind that may go, lowest first."""
-    _check_finite(values)
+    check_scores(values)
     ordered = values.double().sort().values
     if rule.normalize == "raw":
         ordered /= cost
@@ -293,7 +289,7 @@ def select_layers(scores: Mapping[int, float], count: int, everything: KeptUnits
     prunable = list(scores)
     values = torch.tensor([scores[layer] for layer in prunable], dtype=torch.float64)
     if contiguous and count:
-        _check_finite(values)
+        check_scores(values)
         first = int(values.unfold(0, count, 1).sum(dim=1).argmin())  # of equal ones the first
         gone = set(prunable[first : first + count])
     else:

@@ -90,6 +90,7 @@ def write_whole(file: Path, content: bytes) -> None:
     try:
         file.absolute().parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
+        sync_path(partial)
         os.replace(partial, file)
     except OSError as error:
         raise OutputError(f"{file}: {error.strerror or error}; choose another place") from error
@@ -202,6 +203,6 @@ def _replace(output: Path, temporary: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Put the files of a directory on the disk, and their names."""
-    for path in (*directory.iterdir(), directory):
+    """Put the files of a directory and of those in it on the disk, and their names."""
+    for path in (*directory.rglob("*"), directory):
         sync_path(path)

@@ -42,19 +42,20 @@ class ShardedWriter:
         directory: exists already.
         specs: the tensors, in the order in which the headers list them.
         max_shard_size: bytes; a tensor larger than that gets a shard of its own.
-        written: names that an earlier writer of the same specs has written there; its files are taken over.
+        written: names that an earlier writer of the same specs has written there, whose files are taken over, though
+            it may have come to none; None where there was no such writer.
 
     Raises:
         OutputError: the disk is full, or a tensor is missing or not as announced.
     """
 
     def __init__(
-        self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int, written: Iterable[str] = ()
+        self, directory: Path, specs: Sequence[TensorSpec], max_shard_size: int, written: Iterable[str] | None = None
     ) -> None:
         self.directory = directory
         self.entries: dict[str, TensorEntry] = {}
-        self._pending = {spec.name for spec in specs}.difference(written)
-        self._taken_over = len(self._pending) < len(specs)
+        self._pending = {spec.name for spec in specs}.difference(written or ())
+        self._taken_over = written is not None
         self.files: list[str] = []
         shards = _split(specs, max_shard_size)
         for number, shard in enumerate(shards):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from streamprune.model.masking import mask_layer
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits, Kind, kept_lines, module_of
+from streamprune.model.units import Kind, kept_lines, module_of
 from streamprune.paging.hidden_states import States
 from streamprune.storage.journal import Key
 from streamprune.streaming.filling import fillings
@@ -26,12 +26,12 @@ class Trial:
     """Mask that is tried on some sequences.
 
     Attributes:
-        kept: the units that stay, ascending, by layer and kind; layers that are not in it are whole.
+        kept: which units stay, bool [units], by layer and kind; layers that are not in it are whole.
         gone: layers whose residual branches are left out.
         sequences: the first of its sequences among those of the pass, and the one behind the last.
     """
 
-    kept: KeptUnits
+    kept: Mapping[int, Mapping[Kind, Tensor]]
     gone: frozenset[int]
     sequences: slice
 
@@ -64,7 +64,8 @@ def masked_losses(
         given = [trial.sequences.start for trial in trials] if each.layer == first else starts
         output, turned = sweeper.states_like(each.hidden, count=len(ids)), dict[str, Tensor]()
         for trial, begin, end in zip(trials, given, starts, strict=True):
-            kept = trial.kept.get(each.layer, {})
+            # Listed as they are needed: of all layers and trials a list takes 40 times a mask's memory.
+            kept = {kind: mask.nonzero().flatten().tolist() for kind, mask in trial.kept.get(each.layer, {}).items()}
             filled = fillings(skeleton, each.layer, kept, inverses)
             weights = masked_weights(skeleton, each.layer, each.weights, kept, turned, filled)
             for part in sweeper.micro_batches(trial.sequences.stop - trial.sequences.start):

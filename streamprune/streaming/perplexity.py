@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from streamprune.errors import StreampruneError
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 # Hidden states that are in memory at a time; longer texts take several sweeps.
@@ -34,7 +35,11 @@ def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
 
 
 def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
-    """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone."""
+    """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone.
+
+    Raises:
+        StreampruneError: the loss is not finite.
+    """
     group = most_together(sweeper, segments.shape[1])
     micro_batch = default_micro_batch(segments.shape[1])
     total = 0.0
@@ -45,8 +50,9 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
         total += loss * len(part)
         del hidden  # before there are the next ones
     loss = total / len(segments)
-    value = math.exp(loss) if loss < 700 else math.inf  # beyond 709 there is no float64
-    return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))
+    if not loss < 700:  # beyond 709 there is no float64; NaN is not below anything
+        raise StreampruneError(f"the loss of the text is {loss:.4g}, so it has no perplexity; try another --dtype")
+    return Perplexity(math.exp(loss), loss, len(segments), len(segments) * (segments.shape[1] - 1))
 
 
 def most_together(sweeper: Sweeper, seq_len: int) -> int:

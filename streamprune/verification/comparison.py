@@ -108,7 +108,10 @@ def complaint(directory: Path, checks: Sequence[Check]) -> str | None:
 
 
 def _refuse_foreign_code(directory: Path) -> None:
-    """The modelling file will be run: it must be the one that streamprune writes, and the only one."""
+    """The modelling file will be run: it must be the one that streamprune writes, and no other code be there.
+
+    transformers also runs files that no config names, as custom_generate/generate.py.
+    """
     config = read_config(directory)
     dense_type = str(config.get("model_type")).removeprefix(RAGGED_PREFIX)
     fields = ragged_config_fields(dense_type)
@@ -120,6 +123,11 @@ def _refuse_foreign_code(directory: Path) -> None:
     file = directory / f"modeling_{fields['model_type']}.py"
     if not file.is_file() or file.read_text(encoding="utf-8") != modeling_source(dense_type):
         raise CheckpointError(f"{file} is not as this streamprune writes it; read it, then pass --trust-remote-code")
+    others = sorted(each for each in directory.rglob("*.py") if each != file)
+    if others:
+        raise CheckpointError(
+            f"{others[0]} is other code than this streamprune writes; read it, then pass --trust-remote-code"
+        )
 
 
 @dataclass(frozen=True)
@@ -178,12 +186,33 @@ def _masked(
         model, device="cpu", dtype="float32", micro_batch=SEQUENCES, trust_remote_code=trust_remote_code
     ).open() as sweeper:
         skeleton = sweeper.skeleton
-        if change.kept is not None and max(change.kept, default=0) >= len(skeleton.layers):
-            raise CheckpointError(f"{model} has {len(skeleton.layers)} layers, the pruned model came from more")
         with Checkpoint(directory) as output, torch.no_grad():
+            _check_source(model, skeleton, output, change.kept)
             masking = _Masking(skeleton, output, change)
             logits = skeleton.head(whole(walk(sweeper, ids, masking.visit))).float()
         return logits, masking.checks()
+
+
+def _check_source(model: str, skeleton: Skeleton, output: Checkpoint, kept: KeptUnits | None) -> None:
+    """Refuse a dense model that has not all that stayed in the pruned one, and rows that are not all there."""
+    if kept is not None:
+        there = skeleton.all_units(layer for layer in kept if layer < len(skeleton.layers))
+        misfit = any(
+            layer not in there or units.keys() != there[layer].keys() or not set(units[kind]) <= set(there[layer][kind])
+            for layer, units in kept.items()
+            for kind in units
+        )
+    else:  # single weights are 0, and each matrix as large as it was
+        shapes = {
+            skeleton.layer_prefix(layer) + name: tuple(skeleton.shapes(layer)[name])
+            for layer in range(len(skeleton.layers))
+            for name in skeleton.matrices(layer)
+        }
+        if missing := sorted(shapes.keys() - output.tensors.keys()):
+            raise CheckpointError(f"{output.path} has no {missing[0]}; download or copy it again, or prune again")
+        misfit = any(output.tensors[name].shape != shape for name, shape in shapes.items())
+    if misfit:
+        raise CheckpointError(f"{model} is not the model that was pruned; say where that is with --source")
 
 
 def _checks(found: dict[str, Any], tokens: list[list[int]], expected: Tensor) -> list[Check]:

@@ -9,7 +9,7 @@ from killed_runs import config as killed_config
 from tiny_models import make_sweeper, save_tiny
 
 from streamprune import PruneConfig, prune
-from streamprune.errors import UsageError
+from streamprune.errors import StreampruneError, UsageError
 from streamprune.pipeline.run import foretell
 from streamprune.storage.directory import OWN_FILE
 from streamprune.storage.scores import SCORES_FILE, read_scores
@@ -41,6 +41,18 @@ def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama
 
 
 SHORT = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}
+
+
+@pytest.mark.parametrize("settings,names", [({}, "a score is NaN"), ({"repaired": "yes"}, "layer 2, mlp.down_proj")])
+def test_numbers_that_overflow_are_refused(settings, names, tmp_path):
+    model = save_tiny(tmp_path / "model", "llama", dtype=torch.float32)
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):
+            model.model.layers[2].mlp.get_submodule(name).weight.mul_(3000)
+    model.save_pretrained(tmp_path / "model")
+    options = SHORT | {"layers": (1, 3), "dtype": "float16", "device": "cpu"}
+    with pytest.raises(StreampruneError, match=rf"{names}.*--dtype float32"):
+        prune(PruneConfig(str(tmp_path / "model"), tmp_path / "out", "bernoulli", {"steps": 1} | settings, **options))
 
 
 @pytest.mark.parametrize("granularity,init", [("units", "wanda-sp"), ("units", "taylor"), ("layers", "taylor")])
@@ -180,7 +192,10 @@ def test_every_mask_that_is_tried_is_one_that_a_run_could_end_with(options, with
     end = {layer: kinds for layer, kinds in end.items() if layer in layers}
     assert len(tried) == 12
     for trial in tried:
-        kept = {layer: trial.kept.get(layer, {}) for layer in layers if layer not in trial.gone}
+        masks = {layer: trial.kept.get(layer, {}) for layer in layers if layer not in trial.gone}
+        kept = {
+            layer: {kind: mask.nonzero().flatten().tolist() for kind, mask in of.items()} for layer, of in masks.items()
+        }
         assert shape(kept) == shape(end)
 
 

@@ -107,6 +107,13 @@ def test_a_run_killed_again_and_again_gets_there(tiny_llama, tmp_path, killing):
     assert attempts > 5 and weights(result.output) == expected
 
 
+def test_a_run_killed_behind_layers_that_go_altogether_ends_with_the_same_bytes(tiny_llama, tmp_path, killing):
+    """Nothing of the first layer is written; that it was passed counts."""
+    what = ("random", "layers", {}, {"layers": (0, 3), "ratio": 0.34, "seed": 2})
+    assert 0 not in prune(config(tiny_llama, tmp_path / "there", *what)).kept
+    kill_at_commits(what, tiny_llama, tmp_path, killing, every=True)
+
+
 def test_layers_that_are_through_are_not_computed_again(tiny_llama, tmp_path, killing):
     what = ("moreau", "units", {"steps": 4}, {})
     whole = prune(config(tiny_llama, tmp_path / "whole", *what)).facts["scoring"]["bytes_read"]

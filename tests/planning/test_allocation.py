@@ -116,6 +116,11 @@ def test_stock_lands_on_a_head_count_that_divides_and_channels_take_the_rest(fam
     assert free["kv_group"] == 5
 
 
+def test_rounding_does_not_hide_that_the_mlp_would_be_empty():
+    with pytest.raises(UsageError, match="leaves the MLP empty"):
+        smollm(Ratios(0.9, attention=0.0, round_to=64))
+
+
 def test_kept_widths_are_multiples_of_round_to():
     removed = smollm(Ratios(0.23, round_to=64))
     assert (1536 - removed["channel"]) % 64 == 0

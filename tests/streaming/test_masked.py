@@ -14,14 +14,14 @@ FIRST, SEQ = 1, 12
 
 
 def drawn(sweeper, seed, least=1):
-    """Random units of the layers from FIRST up; every mask has a layer that keeps all."""
+    """Masks of random units of the layers from FIRST up; every one has a layer that keeps all."""
     generator, kept = torch.Generator().manual_seed(seed), {}
     for layer in range(FIRST, N_LAYERS):
         kept[layer] = {}
         for kind in sweeper.skeleton.family.kinds:
             n = sweeper.skeleton.geometries[layer].units(kind)
             count = n if layer == N_LAYERS - 1 else int(torch.randint(least, n + 1, (), generator=generator))
-            kept[layer][kind] = sorted(torch.randperm(n, generator=generator)[:count].tolist())
+            kept[layer][kind] = torch.randperm(n, generator=generator) < count
     return kept
 
 
@@ -41,7 +41,7 @@ def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, tmp_pa
         for layer, kinds in trial.kept.items():
             for kind, units in kinds.items():
                 if layer not in trial.gone:
-                    mask_unit_kind(model, layer, kind, units)
+                    mask_unit_kind(model, layer, kind, units.nonzero().flatten().tolist())
         expected = mean_loss(skip_layers(model, trial.gone), ids[trial.sequences])
         # OLMo 2's norm adds its ε to a mean over all heads: what is masked here is not told of that.
         assert loss == pytest.approx(expected, abs=1e-5 if family == "olmo2" else 1e-11), trial
@@ -69,7 +69,8 @@ def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_
         model = load(tmp_path)
         for (layer, name), kind in modules.items():
             weight = matrix(stack(model)[layer].get_submodule(out_name(model, kind))).clone()
-            lines, gram = mask_unit_kind(model, layer, kind, trial.kept[layer][kind]), grams[layer, name]
+            units = trial.kept[layer][kind].nonzero().flatten().tolist()
+            lines, gram = mask_unit_kind(model, layer, kind, units), grams[layer, name]
             fitted = torch.linalg.solve(gram[lines][:, lines], gram[lines] @ weight.T).T
             matrix(stack(model)[layer].get_submodule(out_name(model, kind)))[:, lines] = fitted
         expected = mean_loss(model, ids[trial.sequences])
@@ -79,7 +80,8 @@ def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_
 def test_a_layer_can_lose_all_of_a_kind(tmp_path):
     save_tiny(tmp_path, "llama")
     sweeper, ids = make_sweeper(tmp_path), token_ids(2, SEQ)
-    trial = Trial({2: {"kv_group": [], "channel": []}}, frozenset(), slice(0, 2))
+    none = {kind: torch.zeros(sweeper.skeleton.geometries[2].units(kind)).bool() for kind in ("kv_group", "channel")}
+    trial = Trial({2: none}, frozenset(), slice(0, 2))
     (loss,) = masked_losses(sweeper, ids, [trial], FIRST)
     assert loss == pytest.approx(mean_loss(skip_layers(load(tmp_path), [2]), ids), abs=1e-11)
 

@@ -142,8 +142,20 @@ def test_code_of_the_output_s_tokenizer_runs_only_where_it_is_trusted(
     options = ("--method", "random", "--no-evaluate", "--quiet", "--layers", "1:3", "--trust-remote-code")
     assert streamprune("--model", model, "--output", output, *options).code == 0
     assert streamprune("verify", output, "--trust-remote-code").code == 0
-    refused = streamprune("verify", output)
-    assert refused.code == 1 and "contains custom code" in refused.err
+    check_refusal(streamprune("verify", output), 1, ("tokenization_own.py", "other code"), "--trust-remote-code")
+
+
+def test_code_that_no_config_names_is_not_run_unasked(
+    streamprune: Any, model: Path, output: Path, tmp_path: Path
+) -> None:
+    """transformers runs custom_generate/generate.py of every model whose code is trusted, as ours has to be."""
+    options = ("--method", "random", "--no-evaluate", "--quiet", "--layers", "1:3")
+    assert streamprune("--model", model, "--output", output, *options).code == 0
+    (output / "custom_generate").mkdir()
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n\n\ndef generate(model, *args, **kwargs): ...\n"
+    (output / "custom_generate" / "generate.py").write_text(code)
+    check_refusal(streamprune("verify", output), 1, ("generate.py", "other code"), "--trust-remote-code")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("auto", ["AutoConfig", "AutoModelForCausalLM"])
@@ -201,6 +213,18 @@ def test_the_fresh_process_ends_with_a_failed_comparison(
     save_tiny(tmp_path / "smaller", "llama", num_hidden_layers=2)
     before = subprocess.run(["pgrep", "-fc", "_verify_child.py"], capture_output=True, check=False).stdout
     result = streamprune("verify", pruned, "--source", tmp_path / "smaller")
-    assert result.code == 1 and "has 2 layers, the pruned model came from more" in result.err
+    check_refusal(result, 1, ("smaller", "is not the model that was pruned"), "--source")
     after = subprocess.run(["pgrep", "-fc", "_verify_child.py"], capture_output=True, check=False).stdout
     assert int(after) <= int(before)
+
+
+@pytest.mark.parametrize("granularity", ["units", "weights"])
+@pytest.mark.parametrize("family,fields", [("llama", {"intermediate_size": 20}), ("gpt2", {})])
+def test_a_source_of_other_widths_or_of_another_family_is_refused(
+    family: str, fields: dict[str, int], granularity: str, streamprune: Any, model: Path, output: Path, tmp_path: Path
+) -> None:
+    options = ("--granularity", granularity, "--method", "magnitude", "--no-evaluate", "--quiet")
+    assert streamprune("--model", model, "--output", output, *options).code == 0
+    save_tiny(tmp_path / "other", family, dtype=torch.float32, **{"num_hidden_layers": 8} | fields)
+    result = streamprune("verify", output, "--source", tmp_path / "other")
+    check_refusal(result, 1, ("other",), "prune again" if (family, granularity) == ("gpt2", "weights") else "--source")
