@@ -6,6 +6,7 @@ and help and the refusal of an option none.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command in this process: one line for an error, exit code 0 done, 1 could not be done, 2 usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug, as_json = "--debug" in arguments, "--json-progress" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be text
     if not debug:
         # transformers' and torch's notes on their own future are not about the user's run.
         warnings.filterwarnings("ignore")

@@ -285,7 +285,7 @@ def _masked(task: Task) -> Cost:
         taken=(len(task.whole) + 1) * passes,
         device=task.in_turn({**activations, **masked, **filling}, {"logits": carried.logits(backwards=False)}),
         # A byte for each unit, of which there are no more than lines.
-        host={"masks": trials * task.sizes.total(lambda layer: sum(_cut_inputs(layer)), task.layers)},
+        host={"masks": trials * int(task.sizes.total(lambda layer: sum(_cut_inputs(layer)), task.layers))},
         forward=(carried.flops(task.whole) + carried.head_flops + filled) * passes,
         factors=trials * factors * passes,
     )

@@ -180,13 +180,15 @@ def _advice(config: Mapping[str, Any], where: object) -> str:
     """Say what to do about a family that is not known: use its part that is, or the family that may be meant."""
     model_type, part = str(config.get("model_type") or ""), config.get("text_config")
     text = part.get("model_type", TEXT_FAMILIES.get(model_type)) if isinstance(part, Mapping) else None
-    if text in FAMILIES:
+    if isinstance(text, str) and text in FAMILIES:
         return (
             f"its text model is of the family {text}: copy {where} and write the text_config of its config.json there "
             f'as the whole config.json, with "model_type": "{text}"; its other tensors are left out then; '
         )
     if not model_type:
-        written = [name for name in FAMILIES if CAUSAL_NAMES.get(name) in (config.get("architectures") or ())]
+        named = config.get("architectures")
+        named = named if isinstance(named, list) else []
+        written = [name for name in FAMILIES if CAUSAL_NAMES.get(name) in named]
         return f'write "model_type": "{written[0]}" into it; ' if written else "write its family there; "
     nearest, known = _nearest(model_type), model_type in CONFIG_MAPPING_NAMES
     if nearest is None:

@@ -223,10 +223,10 @@ def compute_device(name: str | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"--device {name}: not a device; use cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UsageError(
-            f"--device {name} is not available here; use cpu" + (", or cuda" if torch.cuda.is_available() else "")
-        )
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= there):
+        gpus = f", or cuda:0 to cuda:{there - 1}" if there > 1 else ", or cuda" if there else ""
+        raise UsageError(f"--device {name} is not available here; use cpu{gpus}")
     return device
 
 

@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import psutil
 from torch import Tensor
 
 from streamprune.paging.device import READ_THREADS, Device
+from streamprune.paging.host_memory import available_memory
 from streamprune.storage.checkpoint import Checkpoint, TensorEntry, byte_view
 from streamprune.storage.reader import DISK_BLOCK
 
@@ -162,7 +162,7 @@ class Pager:
         self._starts, self.slot_bytes = [starts for starts, _ in layouts], max(end for _, end in layouts)
         self._slots: list[_Slot] = []
         self._chunks: queue.Queue[tuple[Tensor, Any]] | None = None
-        self.page_cache = psutil.virtual_memory().available // 2
+        self.page_cache = available_memory() // 2
         self._passing: int | None = None
 
     @property

@@ -16,6 +16,7 @@ from streamprune.figures import human
 from streamprune.methods.table import METHODS
 from streamprune.model.skeleton import Skeleton
 from streamprune.planning.stage import Work
+from streamprune.schema import flag_of
 from streamprune.texts import documents, sources
 from streamprune.texts.corpus import WHOLE_CHARACTERS, Corpus
 from streamprune.texts.tokenizer import beginning, chat_renderer, load_tokenizer
@@ -128,6 +129,9 @@ def open_texts(
         CalibrationError: a text is missing, or not of a kind that is read.
     """
     calibrated = METHODS[config.method].needs_text or config.compensate
+    unused = [flag_of(name) for name in ("calibration", "samples") if getattr(config, name) is not None]
+    if unused and not calibrated:
+        say(f"{config.method} is not calibrated: {' and '.join(unused)} mean nothing to it")
     if not calibrated and config.evaluate is False:
         return Texts()
     tokenizer = load_tokenizer(skeleton.checkpoint.path, trust_remote_code=config.trust_remote_code)

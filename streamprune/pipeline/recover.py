@@ -81,8 +81,8 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
     started = time.perf_counter()
     progress = Progress.of(progress)
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
-    if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
-        resume.remove_finished(journal_directory)
+    if journal_directory is not None and not config.overwrite:
+        resume.remove_finished(journal_directory, config.output)
     check_output(config.output, overwrite=config.overwrite)
     check_packages(config)
     own = check_source(config)
@@ -368,6 +368,8 @@ def _figures(config: RecoverConfig, work: RecoveryWork, measured: list[dict[str,
 
 def _write_card(config: RecoverConfig, work: RecoveryWork, facts: dict[str, Any], directory: Path) -> None:
     previous = resolve_model(config.model, trust_remote_code=config.trust_remote_code) / "README.md"
-    text = previous.read_text(encoding="utf-8") if work.own and previous.is_file() and not config.adapter else None
+    text = None
+    if work.own and previous.is_file() and not config.adapter:
+        text = previous.read_text(encoding="utf-8", errors="replace")  # somebody may have edited it
     card = recovered_card(facts, type(work.form), text)
     (directory / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")

@@ -22,6 +22,7 @@ from streamprune.output.ragged_form import unchanged_form
 from streamprune.output.sparse24 import is_compressed
 from streamprune.paging.device import compute_device, device_name, free_memory, is_gpu
 from streamprune.paging.hidden_states import Place
+from streamprune.paging.host_memory import available_memory
 from streamprune.pipeline import resume
 from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
@@ -217,8 +218,8 @@ def _place(config: RecoverConfig, sweeper: Sweeper, given: TrainingSizes, progre
     """Refuse a streamed training that does not fit; place its hidden states."""
     process = psutil.Process().memory_info().rss
     resident = 0 if is_gpu(sweeper.skeleton.device) else sweeper.skeleton.resident_bytes
-    free = psutil.virtual_memory().available
-    progress.say(place_training(sweeper, config, given, baseline=process - resident, memory=free + process))
+    memory = available_memory() + process
+    progress.say(place_training(sweeper, config, given, baseline=process - resident, memory=memory))
 
 
 def _check_memory(config: RecoverConfig, sweeper: Sweeper, longest: int, adapter_bytes: int) -> None:
@@ -227,7 +228,7 @@ def _check_memory(config: RecoverConfig, sweeper: Sweeper, longest: int, adapter
     weights = skeleton.parameters * skeleton.dtype.itemsize
     logits = sweeper.micro_batch * longest * skeleton.config.vocab_size * 4
     needed = weights + OF_LOGITS * logits + OF_ADAPTERS * adapter_bytes
-    room = free_memory(skeleton.device) if gpu else psutil.virtual_memory().available
+    room = free_memory(skeleton.device) if gpu else available_memory()
     budget = config.gpu_memory if gpu else config.host_memory
     room = room if budget is None else min(room, budget)
     if needed > room:

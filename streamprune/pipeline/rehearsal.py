@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import product
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamprune.config import PruneConfig
+from streamprune.errors import KernelError
 from streamprune.kernels import gram
-from streamprune.kernels.launch import compiling
+from streamprune.kernels.launch import KernelFailure, compiling, has_triton
 from streamprune.methods.sinks import LayerScores, Sink, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS
 from streamprune.model.masking import output_matrices
@@ -34,6 +35,26 @@ from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 aten = torch.ops.aten
 META = torch.device("meta")
+REFERENCE = "use --kernels torch, which is slower and draws other noise"
+
+
+def refuse_without_kernels(config: PruneConfig, device: torch.device) -> None:
+    """Refuse a GPU where nothing compiles kernels: the reference takes their place only where it is asked for.
+
+    Raises:
+        KernelError: Triton is not installed.
+    """
+    if config.kernels != "torch" and is_gpu(device) and not has_triton():
+        raise KernelError(f"Triton is not installed, so {device} has no kernels: pip install triton, or {REFERENCE}")
+
+
+@contextmanager
+def naming_the_reference() -> Iterator[None]:
+    """Turn the failure of a kernel into an error that names what does without it."""
+    try:
+        yield
+    except KernelFailure as failure:
+        raise KernelError(f"{failure}; {REFERENCE}") from failure
 
 
 def compile_ahead(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work) -> None:

@@ -19,6 +19,7 @@ from streamprune.paging.device import device_name
 from streamprune.pipeline.progress import Progress
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import Checkpoint, byte_view
+from streamprune.storage.directory import OWN_FILE
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
 
 
@@ -105,9 +106,15 @@ def already_there(journal_directory: Path | None) -> int:
     return sum(file.stat().st_size for file in journal_directory.rglob("*") if file.is_file())
 
 
-def remove_finished(directory: Path) -> None:
-    """Remove the journal of a run that was killed when its output was there already: nothing in it is under way."""
-    if (directory / JOURNAL).is_file() and not (directory / "output").exists() and not in_use(directory):
+def remove_finished(directory: Path, output: Path) -> None:
+    """Remove the journal of a run that was killed when its output was there already: nothing in it is under way.
+
+    Where the output is older than the journal it is of another run, which this one was to replace.
+    """
+    journal, own = directory / JOURNAL, output / OWN_FILE
+    if not (journal.is_file() and own.is_file()) or (directory / "output").exists() or in_use(directory):
+        return
+    if own.stat().st_mtime_ns >= journal.stat().st_mtime_ns:
         remove_journal(directory)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from streamprune.config import PruneConfig
-from streamprune.errors import KernelError, StreampruneError
-from streamprune.kernels.launch import KernelFailure, has_triton
+from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits
@@ -25,11 +24,12 @@ from streamprune.output import companions
 from streamprune.output.card import model_card
 from streamprune.output.form import OutputForm
 from streamprune.paging.device import card, compute_device, is_gpu, limit_memory, peaks
+from streamprune.paging.host_memory import available_memory
 from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
 from streamprune.pipeline.job import Job
 from streamprune.pipeline.progress import Progress
-from streamprune.pipeline.rehearsal import compile_ahead
+from streamprune.pipeline.rehearsal import compile_ahead, naming_the_reference, refuse_without_kernels
 from streamprune.pipeline.source import Source
 from streamprune.planning import rates
 from streamprune.planning.cards import CARDS
@@ -60,7 +60,6 @@ from streamprune.values import dtype_name
 # What a run holds that a plan does not: tokens, and what tokenising them leaves behind (1 to 3 MB of texts of 23 kB and
 # 1.1 MB, 9 MB more for a moment). The tokenizer itself, 50 to 340 MB, a plan loads too.
 TEXT_BYTES = 12_000_000
-REFERENCE = "use --kernels torch, which is slower and draws other noise"
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,11 @@ def prune(
     timeline = progress.begin_timeline()
     resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
     journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
-    if journal_directory is not None and not config.overwrite and (config.output / OWN_FILE).is_file():
-        resume.remove_finished(journal_directory)
+    if journal_directory is not None and not config.overwrite:
+        resume.remove_finished(journal_directory, config.output)
     check_output(config.output, overwrite=config.overwrite)
     form_class(config, form).check_machine()
-    with _naming_the_reference(), ExitStack() as output:
+    with naming_the_reference(), ExitStack() as output:
         # In a function of its own: what the source keeps in memory is gone before the result is measured.
         directory, facts, written, segments = _score_and_write(config, output, progress, journal_directory, form)
         if segments is not None:
@@ -202,7 +201,7 @@ def _decide(
 ) -> tuple[PruneConfig, Plan]:
     """Plan what goes, refuse what cannot be done, say what will be, and return the options as they were decided."""
     check_apart(config.output, skeleton.checkpoint.path, config.calibration, config.evaluate)
-    _refuse_without_kernels(config, skeleton.device)
+    refuse_without_kernels(config, skeleton.device)
     plan = make_plan(config, skeleton, form)
     _check_output_space(config, plan, skeleton, journal_directory)
     progress.say(describe(config, skeleton, plan))
@@ -289,7 +288,7 @@ def _settle(
     """
     skeleton, process = sweeper.skeleton, psutil.Process().memory_info().rss
     loaded = skeleton.resident_bytes if skeleton.loaded and not is_gpu(skeleton.device) else 0
-    memory = psutil.virtual_memory().available + process if memory is None else memory
+    memory = available_memory() + process if memory is None else memory
     place = partial(choose_placement, sweeper, config, work=work, baseline=process - loaded + to_come, memory=memory)
     placement = place(plan)
     if plan.settings.get("per_pass", 1) is None:
@@ -332,10 +331,13 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         StreampruneError: as `prune` before its work begins.
     """
     resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
-    planned = None if measure else compute_device(config.device)
     if assume is not None:
-        planned = card()
+        if config.device is not None and not config.device.startswith("cuda"):
+            raise UsageError(f"--device {config.device} is no {assume}; leave it or --assume {assume} out")
+        planned: torch.device | None = card()  # which need not be here
         config = replace(config, gpu_memory=config.gpu_memory or CARDS[assume].gib << 30)
+    else:
+        planned = None if measure else compute_device(config.device)
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held
@@ -378,22 +380,3 @@ def _perplexity_after(
         ).open(progress) as pruned,
     ):
         return _perplexity(pruned, segments, "after", progress)
-
-
-def _refuse_without_kernels(config: PruneConfig, device: torch.device) -> None:
-    """Refuse a GPU where nothing compiles kernels: the reference takes their place only where it is asked for.
-
-    Raises:
-        KernelError: Triton is not installed.
-    """
-    if config.kernels != "torch" and is_gpu(device) and not has_triton():
-        raise KernelError(f"Triton is not installed, so {device} has no kernels: pip install triton, or {REFERENCE}")
-
-
-@contextmanager
-def _naming_the_reference() -> Iterator[None]:
-    """Turn the failure of a kernel into an error that names what does without it."""
-    try:
-        yield
-    except KernelFailure as failure:
-        raise KernelError(f"{failure}; {REFERENCE}") from failure

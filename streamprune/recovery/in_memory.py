@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from streamprune.errors import JournalError
+from streamprune.errors import CheckpointError, JournalError
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
@@ -152,11 +152,20 @@ def train_in_memory(
         micro_batch: sequences computed at once, a divisor of the batch.
         directory: of the Trainer's checkpoints, from the last of which it goes on; by default none are kept.
         note: is told each step.
+
+    Raises:
+        CheckpointError: transformers does not find all weights, whose names the streamed training understands.
     """
     set_seed(course.seed)  # of dropout
-    model = AutoModelForCausalLM.from_pretrained(
-        skeleton.checkpoint.path, dtype=skeleton.dtype, trust_remote_code=trust_remote_code
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        skeleton.checkpoint.path,
+        dtype=skeleton.dtype,
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(f"{skeleton.checkpoint.path}: transformers finds no {missing[0]} in it; pass --streamed")
     config = peft_config(skeleton, adapter, None, dropout)
     config.inference_mode = False
     with warnings.catch_warnings():
@@ -175,10 +184,10 @@ def train_in_memory(
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = True  # so that it counts the tokens of a batch
         trainer.train(resume_from_checkpoint=None if directory is None else _last_checkpoint(directory))
-    found = get_peft_model_state_dict(model)
+    trained = get_peft_model_state_dict(model)
     names = {key: f"{peft_name(skeleton, key)}.lora_" for key in adapter.pairs}
     pairs = {
-        key: (found[f"{name}A.weight"].detach().cpu(), found[f"{name}B.weight"].detach().cpu())
+        key: (trained[f"{name}A.weight"].detach().cpu(), trained[f"{name}B.weight"].detach().cpu())
         for key, name in names.items()
     }
     steps = [_step(logs["step"], logs) for logs in trainer.state.log_history if "loss" in logs]

@@ -241,7 +241,7 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise CheckpointError(f"{model} is not a directory; give a model directory or a hub id such as org/name")
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model*", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes"]
     patterns += ["README.md", "*LICENSE*", "*NOTICE*", "*USE_POLICY*"]
@@ -251,7 +251,7 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
         # Some repositories hold the same weights again in their authors' own format.
         ignored = ["consolidated*", "original/*"]
         return Path(huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{model} is neither a directory nor a hub model that can be fetched ({reason})"

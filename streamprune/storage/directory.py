@@ -12,9 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from streamprune.errors import OutputError
 
 PARTIAL = ".partial-"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 OWN_FILE = "streamprune.json"  # in every output, and the only thing that --overwrite takes for one
@@ -33,6 +36,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if (output.exists() or output.is_symlink()) and not output.is_dir():
         what = "a file" if output.exists() else "a link to nothing"
         raise OutputError(f"{output} is {what}; choose another --output")
+    if os.path.ismount(output):
+        raise OutputError(f"{output} is where a disk is mounted and cannot be replaced; choose a directory inside it")
     if overwrite and output.is_dir() and any(output.iterdir()) and not (output / OWN_FILE).is_file():
         raise OutputError(f"{output} has no {OWN_FILE}, so it is not streamprune's; --overwrite will not remove it")
     check_directory(output.absolute().parent, "--output")
@@ -47,9 +52,10 @@ def check_apart(output: Path, model: Path, *others: object) -> None:
     Raises:
         OutputError: it names what is read.
     """
-    whole = output.resolve()
+    whole = os.path.realpath(output)  # a link that leads back to itself is none of both
     for read in (model, *(Path(str(each)) for each in others if each)):
-        if whole in (read.resolve(), *read.resolve().parents):
+        there = Path(os.path.realpath(read))
+        if Path(whole) in (there, *there.parents):
             what = "the model itself" if read == model else str(read)
             raise OutputError(f"{output} is or holds {what}; choose another --output")
 
@@ -126,11 +132,13 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
         check_output(output, overwrite=overwrite)  # somebody may have made it in the meantime
         _replace(output, temporary)
         sync_path(output.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        # safetensors writes a code into its message.
+        codes = [code for code in FULL if getattr(error, "errno", None) == code or f"os error {code})" in str(error)]
+        if codes:
             left = f"{temporary.parent} stays to go on from" if keep else "nothing was left behind"
             raise OutputError(
-                f"{output.parent}: {error.strerror} while writing; {left}, make room and repeat"
+                f"{output.parent}: {os.strerror(codes[0])} while writing; {left}, make room and repeat"
             ) from error
         raise
     finally:
@@ -153,6 +161,8 @@ def _existing(directory: Path) -> Path:
     """Return the directory, or the nearest of its parents that is there."""
     directory = directory.absolute()
     while not directory.exists():
+        if directory.is_symlink():
+            raise OutputError(f"{directory} is a link to nothing; choose another place")
         directory = directory.parent
     return directory
 

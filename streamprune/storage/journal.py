@@ -96,6 +96,10 @@ class Journal:
             raise OutputError(
                 f"{directory} is in use by another run; wait for it, or choose another --output"
             ) from None
+        except OSError as error:  # some network filesystems have no locks
+            os.close(self._lock)
+            reason = f"{directory} cannot be kept to one run ({error.strerror})"
+            raise OutputError(f"{reason}; choose an --output on another disk, or leave --resume out") from error
         except BaseException:
             os.close(self._lock)
             raise

@@ -221,6 +221,13 @@ def test_a_config_without_a_family_is_refused_with_the_one_of_its_architecture(a
     refused(model, code=1, names=(str(model), "has no model_type", advice))
 
 
+@pytest.mark.parametrize("fields", [{"architectures": 5}, {"text_config": {"model_type": ["llama"]}}])
+def test_a_config_without_a_family_whose_other_fields_are_no_names_is_refused(fields, refused, model):
+    edit_json(model / "config.json", lambda config: config.pop("model_type"))
+    edit_json(model / "config.json", lambda config: config.update(fields))
+    refused(model, code=1, names=(str(model), "has no model_type"), remedy="write its family there")
+
+
 def test_missing_tokenizer_is_refused(refused, model):
     for file in model.glob("tokenizer*"):
         file.unlink()

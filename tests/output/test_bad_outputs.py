@@ -7,11 +7,13 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from cli_runner import SHORT, check_refusal, edit_tensors, snapshot
+from cli_runner import COMMAND, SHORT, check_refusal, edit_tensors, environment, snapshot
+from safetensors import SafetensorError
 
 
 def test_output_that_exists_is_refused(refused, model, earlier):
@@ -121,6 +123,36 @@ def test_disk_that_is_full_in_the_middle_leaves_nothing(writes, refused, model, 
 def test_disk_that_is_full_when_the_tokenizer_is_copied_leaves_nothing(refused, model, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", full)
     refused(model, "--method", "random", code=1, names=("No space left on device",), remedy="make room")
+
+
+def test_disk_that_is_full_when_safetensors_writes_leaves_nothing(refused, model, monkeypatch):
+    def save(*arguments, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("streamprune.storage.scores.save_file", save)
+    refused(model, "--method", "random", code=1, names=("No space left on device",), remedy="make room")
+
+
+def test_an_output_where_a_disk_is_mounted_is_refused_before_any_work(refused, model, output, monkeypatch):
+    output.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == output)
+    refused(model, "--overwrite", code=1, names=(str(output), "mounted"), remedy="choose a directory inside it")
+
+
+@pytest.mark.parametrize("target", ["loop", "gone"])
+def test_a_link_to_nothing_above_the_output_is_refused_before_any_work(target, streamprune, model, tmp_path):
+    (tmp_path / "loop").symlink_to(target)
+    result = streamprune("--model", model, "--output", tmp_path / "loop" / "x", "--method", "random", "--quiet")
+    check_refusal(result, 1, ("loop", "a link to nothing"), "choose another place")
+
+
+def test_a_path_that_is_no_text_can_be_printed(streamprune, model, output):
+    """As bash gives it from a disk in another encoding; the run is done by then."""
+    command = [*COMMAND, "--model", str(model), "--output", os.fsdecode(bytes(output) + b"caf\xe9")]
+    options = ("--method", "random", "--no-evaluate", "--quiet")
+    done = subprocess.run([*command, *options], capture_output=True, env=environment() | {"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    assert b"caf\\udce9" in done.stdout
 
 
 def test_a_real_limit_on_file_sizes_leaves_nothing(refused, model):

@@ -9,7 +9,7 @@ from tiny_models import save_tiny
 
 from streamprune import KernelError, PruneConfig, prune
 from streamprune.kernels.launch import Launch
-from streamprune.pipeline import run
+from streamprune.pipeline import rehearsal
 
 pytestmark = needs_triton
 RUNS = [
@@ -89,9 +89,11 @@ def test_a_kernel_that_does_not_compile_ends_the_run_in_one_line(model, output, 
 
 
 def test_a_gpu_without_triton_is_refused_unless_the_reference_is_asked_for(model, output, monkeypatch):
-    monkeypatch.setattr(run, "has_triton", lambda: False)
-    monkeypatch.setattr(run, "is_gpu", lambda device: True)
+    monkeypatch.setattr(rehearsal, "has_triton", lambda: False)
+    monkeypatch.setattr(rehearsal, "is_gpu", lambda device: True)
     config = PruneConfig(str(model), output, "magnitude")
     with pytest.raises(KernelError, match="Triton is not installed, so cuda:0 has no kernels: pip install triton, or"):
-        run._refuse_without_kernels(config, torch.device("cuda:0"))
-    run._refuse_without_kernels(PruneConfig(str(model), output, "magnitude", kernels="torch"), torch.device("cuda:0"))
+        rehearsal.refuse_without_kernels(config, torch.device("cuda:0"))
+    rehearsal.refuse_without_kernels(
+        PruneConfig(str(model), output, "magnitude", kernels="torch"), torch.device("cuda:0")
+    )

@@ -173,6 +173,49 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+def test_an_output_that_is_to_be_replaced_does_not_end_the_training_that_does(
+    way: tuple[str, ...],
+    streamprune: Streamprune,
+    model: Path,
+    data: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 2, "--resume", *way)
+    assert streamprune(*options, "--output", output).code == 0
+    with monkeypatch.context() as context:
+        interrupted(context, 1)
+        assert streamprune(*options, "--output", output, "--overwrite").code == 1
+    check_refusal(streamprune(*options, "--output", output), 1, (str(output), "exists"), "--overwrite")
+    assert output.with_name(f".{output.name}.resume").is_dir()
+    assert streamprune(*options, "--output", output, "--overwrite").code == 0
+
+
+def test_a_model_whose_weights_transformers_does_not_find_is_trained_streamed_alone(
+    streamprune: Streamprune, model: Path, data: Path, output: Path
+) -> None:
+    """Tensors of a wrapped model: transformers would draw them at random."""
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        named = {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(named)
+
+    edit_tensors(model, wrap)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 1)
+    check_refusal(streamprune(*options, "--output", output), 1, (str(model), "transformers finds no"), "--streamed")
+    assert streamprune(*options, "--output", output, "--streamed").code == 0
+
+
+def test_a_card_in_another_encoding_does_not_end_a_training(
+    streamprune: Streamprune, ragged: Path, data: Path, output: Path
+) -> None:
+    (ragged / "README.md").write_bytes((ragged / "README.md").read_bytes() + "café".encode("latin-1"))
+    options = ("recover", "--model", ragged, "--data", data, *FAST, "--field", "output", "--steps", 1)
+    assert streamprune(*options, "--output", output).code == 0
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
 def test_a_run_that_has_all_steps_does_not_ask_its_teacher_again(
     way: tuple[str, ...],
     streamprune: Streamprune,

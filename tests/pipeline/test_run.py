@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
@@ -58,9 +58,10 @@ def test_a_hub_id_is_fetched_without_pickles_or_code(tmp_path, monkeypatch):
     assert "*.py" in asked["allow_patterns"]
 
 
-def test_a_hub_id_that_cannot_be_fetched_is_one_error(monkeypatch):
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), HTTPError("the connection was cut")])
+def test_a_hub_id_that_cannot_be_fetched_is_one_error(error, monkeypatch):
     def fetch(model, **options):
-        raise LocalEntryNotFoundError("offline")
+        raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(CheckpointError, match="org/name"):

@@ -134,6 +134,7 @@ def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune
     "arguments,message",
     [
         (["--measure", "--assume", "l4"], "exclude each other"),
+        (["--assume", "l4", "--device", "cpu"], "--device cpu is no l4; leave it or --assume l4 out"),
         (["--read-threads", "1"], "--read-threads 1: must be 2 to 8"),
         (["--reader", "mmap"], "--reader mmap: choose buffered or direct"),
         (["--host-memory", "0"], "--host-memory 0: must be at least 1"),
@@ -142,6 +143,12 @@ def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune
 def test_options_that_cannot_be_meant_are_refused(arguments, message, streamprune, tiny_llama):
     result = streamprune("plan", "--model", tiny_llama, *arguments)
     assert result.code == 2 and message in result.err
+
+
+def test_a_card_that_is_assumed_need_not_be_here(streamprune, tiny_llama):
+    plan = ("plan", "--model", tiny_llama, "--no-evaluate", "--assume", "l4", "--layers", "1:7")
+    result = streamprune(*plan, "--device", "cuda")
+    assert result.code == 0 and " on the GPU and " in result.out
 
 
 def test_a_scratch_that_is_a_file_or_full_is_refused_before_any_sweep(tiny_llama, tmp_path, monkeypatch):
