@@ -225,7 +225,7 @@ def test_a_config_without_a_family_is_refused_with_the_one_of_its_architecture(a
 def test_a_config_without_a_family_whose_other_fields_are_no_names_is_refused(fields, refused, model):
     edit_json(model / "config.json", lambda config: config.pop("model_type"))
     edit_json(model / "config.json", lambda config: config.update(fields))
-    refused(model, code=1, names=(str(model), "has no model_type"), remedy="write its family there")
+    refused(model, code=1, names=(str(model), "has no model_type"), remedy="known are")
 
 
 def test_missing_tokenizer_is_refused(refused, model):
