@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from streamprune.errors import CheckpointError, JournalError
+from streamprune.errors import CheckpointError, JournalError, OutputError
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
@@ -105,6 +105,18 @@ def _only_errors() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+@contextmanager
+def _naming_the_disk(directory: Path | None) -> Iterator[None]:
+    """Turn a checkpoint that cannot be written, of which torch tells with a plain error, into one that says where."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if directory is None or not any(sign in str(error) for sign in ("inline_container", "os error ")):
+            raise
+        reason = f"{directory}: a checkpoint cannot be written ({' '.join(str(error).split())[:100]})"
+        raise OutputError(f"{reason}; make room, and repeat the command to go on from the one before") from error
+
+
 def _drop_in_adapters_only(model: Any) -> None:
     """Let the model compute as where it is streamed, which drops nothing of its own: the Trainer turns all of it on."""
     model.eval()
@@ -183,7 +195,8 @@ def train_in_memory(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.model_accepts_loss_kwargs = True  # so that it counts the tokens of a batch
-        trainer.train(resume_from_checkpoint=None if directory is None else _last_checkpoint(directory))
+        with _naming_the_disk(directory):
+            trainer.train(resume_from_checkpoint=None if directory is None else _last_checkpoint(directory))
     trained = get_peft_model_state_dict(model)
     names = {key: f"{peft_name(skeleton, key)}.lora_" for key in adapter.pairs}
     pairs = {

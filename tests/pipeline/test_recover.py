@@ -11,6 +11,7 @@ import pytest
 import torch
 from cli_runner import Streamprune, check_refusal, edit_tensors, snapshot
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,6 +171,29 @@ def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
     for name in ("model.safetensors", "recovery.jsonl"):
         assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not journal.exists()
+
+
+@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
+def test_a_full_disk_is_named_and_what_was_saved_stays(
+    way: tuple[str, ...],
+    streamprune: Streamprune,
+    model: Path,
+    data: Path,
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        if way:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # as torch has it
+
+    monkeypatch.setattr(in_memory, "SAVED_EVERY", 1)
+    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 2, "--resume", *way)
+    with monkeypatch.context() as context:
+        context.setattr("streamprune.storage.journal.save_file" if way else "torch.save", full)
+        stopped = streamprune(*options, "--output", output)
+    assert stopped.code == 1 and ".pruned.resume" in stopped.err and "make room, and repeat the command" in stopped.err
+    assert streamprune(*options, "--output", output).code == 0
 
 
 @pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
