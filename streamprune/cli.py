@@ -77,28 +77,41 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     if not debug:
         # transformers' and torch's notes on their own future are not about the user's run.
         warnings.filterwarnings("ignore")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # what batch schedulers send is as Ctrl-C
+    interrupted = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupted.append(number)  # a library may put an error of its own in the place of this one
+        signal.default_int_handler(number, frame)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, interrupt)}  # what batch schedulers send is as Ctrl-C
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell lets its background jobs ignore it
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         code = cli.main(arguments, prog_name="streamprune", standalone_mode=False)
-    except click.ClickException as error:
-        if as_json:
-            _fail(error.format_message(), 2, debug, as_json)
-        else:
-            error.show()
-        code = 2
-    except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; no output was written", 1, debug, as_json)
-    except StreampruneError as error:
-        code = _fail(str(error), error.exit_code, debug, as_json)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        code = _fail(_out_of_memory(error), 1, debug, as_json)
-    except OSError as error:
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug, as_json)
+    except (Exception, KeyboardInterrupt) as error:
+        code = _answer(error, bool(interrupted), debug, as_json)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _answer(error: BaseException, interrupted: bool, debug: bool, as_json: bool) -> int:
+    """Say in a line what ended a command, and return the exit code; what nobody has foreseen is raised again."""
+    if interrupted or isinstance(error, KeyboardInterrupt | click.Abort):
+        return _fail("interrupted; no output was written", 1, debug, as_json)
+    if isinstance(error, click.ClickException) and not as_json:
+        error.show()
+        return 2
+    if isinstance(error, click.ClickException):
+        return _fail(error.format_message(), 2, debug, as_json)
+    if isinstance(error, StreampruneError):
+        return _fail(str(error), error.exit_code, debug, as_json)
+    if isinstance(error, MemoryError | RuntimeError) and _is_out_of_memory(error):
+        return _fail(_out_of_memory(error), 1, debug, as_json)
+    if isinstance(error, OSError):
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}", 1, debug, as_json)
+    raise error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -383,3 +383,13 @@ class PruneConfig:
             raise UsageError("--compress stores weights of --granularity 2:4 only; leave it out")
         if self.stock and self.allocation == "global":
             raise UsageError("--allocation global gives every layer its own width: leave --stock out")
+
+
+def as_options(**given: Any) -> tuple[Any, ...]:
+    """Return values as a `PruneConfig` takes them for its options of these names, in their order.
+
+    Raises:
+        UsageError: a value of another type, none of the choices, or out of range.
+    """
+    options = {each.name: each for each in fields(PruneConfig)}
+    return tuple(taken(options[name], value) for name, value in given.items())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import click
 
 from streamprune.figures import table
-from streamprune.methods.table import METHODS
+from streamprune.methods.method import Method
+from streamprune.methods.needs import Need
+from streamprune.methods.table import METHODS, resolve_settings
 
 
 @click.command(name="methods")
@@ -19,7 +21,7 @@ def methods_command(debug: bool) -> None:
             [
                 method.name,
                 *matrix,
-                " + ".join(need.label for need in method.needs) or "nothing",
+                " + ".join(dict.fromkeys(need.label for need in _needs(method))) or "nothing",
                 method.summary,
                 method.paper,
             ]
@@ -31,3 +33,9 @@ def methods_command(debug: bool) -> None:
             default = "-" if setting.default is None else str(setting.default)
             settings.append([method.name, name, default, meaning])
     click.echo(f"{table(rows)}\n\n{table(settings)}")
+
+
+def _needs(method: Method) -> tuple[Need, ...]:
+    """List what a method asks for by its defaults."""
+    target = next(iter(method.targets))
+    return method.needs_for(target, resolve_settings(method.name, {}, target))

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from streamprune.errors import UsageError
+from streamprune.config import as_options
 from streamprune.values import AUTO, dtype_name, source
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def evaluate(
     Raises:
         StreampruneError: as `prune`, of the model and the text.
     """
-    if seq_len < 2 or (samples is not None and samples < 1) or (micro_batch is not None and micro_batch < 1):
-        raise UsageError("--seq-len must be at least 2, --samples and --micro-batch at least 1")
+    seq_len, samples, micro_batch = as_options(seq_len=seq_len, samples=samples, micro_batch=micro_batch)
+    device, dtype, bos = as_options(device=device, dtype=dtype, bos=bos)
     # Only now, so that a command with a wrong number is answered at once.
     from streamprune.pipeline.batches import check_length, check_tokens
     from streamprune.pipeline.progress import Progress
@@ -78,5 +78,5 @@ def evaluate(
         check_tokens(segments, sweeper.skeleton)
         sweeps = sweeps_needed(sweeper, segments)
         with progress.stage("perplexity", sweeps * sweeper.pager.layer_bytes()):
-            found = perplexity(sweeper, segments)
+            found = perplexity(sweeper, segments, micro_batch)
     return replace(found, text=corpus.describe(segments), dtype=dtype_name(sweeper.skeleton.dtype))

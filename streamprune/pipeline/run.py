@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -35,6 +36,7 @@ from streamprune.planning import rates
 from streamprune.planning.cards import CARDS
 from streamprune.planning.decision import Plan, describe, form_class, make_plan
 from streamprune.planning.placement import (
+    GPU_SHARE,
     Placement,
     choose_placement,
     forecast_table,
@@ -335,7 +337,8 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         if config.device is not None and not config.device.startswith("cuda"):
             raise UsageError(f"--device {config.device} is no {assume}; leave it or --assume {assume} out")
         planned: torch.device | None = card()  # which need not be here
-        config = replace(config, gpu_memory=config.gpu_memory or CARDS[assume].gib << 30)
+        # Without a budget a run takes as large a share of what is free.
+        config = replace(config, gpu_memory=config.gpu_memory or int(GPU_SHARE * (CARDS[assume].gib << 30)))
     else:
         planned = None if measure else compute_device(config.device)
     with _source(config, planned=planned) as sweeper:
@@ -343,6 +346,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held
         work = batches.expected_work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
+        batches.check_length(seq_len if work.calibration else 0, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
         # Memory that is given for a card that need not be here need not be here either.
         memory = config.host_memory if assume else None
@@ -363,7 +367,13 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
 def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progress) -> float:
     total = sweeper.pager.layer_bytes() * sweeps_needed(sweeper, segments)
     with progress.stage(f"perplexity {when}", total):
-        return perplexity(sweeper, segments).perplexity
+        found = perplexity(sweeper, segments)
+    if not math.isfinite(found.perplexity):
+        said = f"the loss {when} pruning is {found.loss:.4g}, which has no perplexity"
+        if when == "before":
+            raise StreampruneError(f"{said}; try another --dtype, or pass --no-evaluate")
+        progress.say(f"{said}: the output is written, and is of no use in {dtype_name(sweeper.skeleton.dtype)}")
+    return found.perplexity
 
 
 def _perplexity_after(

@@ -310,6 +310,8 @@ def prunable_layers(given: tuple[int, int] | None, n_layers: int, *, stock: bool
             raise UsageError(f"the default --layers 4:{n_layers - 2} is empty in a model of {n_layers} layers; give it")
         return range(start, stop)
     start, stop = given
+    if start == stop:
+        raise UsageError(f"--layers {start}:{stop} is empty: the second number is the first layer behind them")
     if not 0 <= start < stop <= n_layers:
         raise UsageError(f"--layers {start}:{stop} is not within the model's 0:{n_layers}")
     if stock and (start, stop) != (0, n_layers):

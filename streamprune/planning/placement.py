@@ -110,8 +110,8 @@ def choose_placement(
         return max(0, device - room[0]) + max(0, host - room[1]), device + host
 
     smallest, made_of = min(needed, key=lacks)
-    parts = _largest_parts(made_of, gpu=gpu and smallest[0] > room[0])
-    raise StreampruneError(_refusal(config, plan, baseline, smallest, limits, parts))
+    largest, parts = _largest(made_of, gpu, on_device=smallest[0] > room[0])
+    raise StreampruneError(_refusal(config, plan, baseline, smallest, limits, largest, parts))
 
 
 def updates_per_pass(placement: Placement, steps: int, gpu: bool) -> int:
@@ -276,20 +276,31 @@ def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int, cache: i
     return result
 
 
-def _largest_parts(found: Sequence[Stage], *, gpu: bool) -> str:
-    """Name what the stage that holds most is made of: on the GPU, or in memory."""
+def _largest(found: Sequence[Stage], gpu: bool, *, on_device: bool) -> tuple[str, str]:
+    """Name the stage that holds most, on a GPU or in memory, and what that is made of."""
 
     def held(stage: Stage) -> Mapping[str, int]:
-        return stage.device if gpu else {**stage.device, **stage.host}
+        return {**stage.device, **stage.host} if not gpu else stage.device if on_device else stage.host
 
-    parts = sorted(max(map(held, found), key=lambda each: sum(each.values())).items(), key=lambda part: -part[1])
-    return ", ".join(f"{human(size)} of {name}" for name, size in parts[:3] if size)
+    stage = max(found, key=lambda each: sum(held(each).values()))
+    parts = sorted(held(stage).items(), key=lambda part: -part[1])
+    return stage.name, ", ".join(f"{human(size)} of {name}" for name, size in parts[:3] if size)
 
 
 def _refusal(
-    config: PruneConfig, plan: Plan, baseline: int, needed: tuple[int, int], limits: tuple[int, int], parts: str
+    config: PruneConfig,
+    plan: Plan,
+    baseline: int,
+    needed: tuple[int, int],
+    limits: tuple[int, int],
+    largest: str,
+    parts: str,
 ) -> str:
-    """Say in one line what budget is lacking, the smallest that would do, its parts, and what to try instead."""
+    """Say in one line what budget is lacking, the smallest that would do, its parts, and what to try instead.
+
+    Args:
+        largest: the stage that holds most. parts: what that is.
+    """
     device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in needed)
     host += baseline + DRIFT
     lacking = []
@@ -299,19 +310,22 @@ def _refusal(
     if host > limits[1]:
         lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
     method = METHODS[config.method]
-    remedies = ["lower --samples or --seq-len"] if method.needs_text else []
-    if config.scratch is None and method.needs_text:
+    if measured := largest.startswith("perplexity"):
+        remedies = ["pass --no-evaluate"]
+    else:
+        remedies = ["lower --samples or --seq-len"] if method.needs_text else []
+    if config.scratch is None and method.needs_text and not measured:
         remedies.append("give --scratch DIR")
     if config.micro_batch is not None and not config.resume:  # a journal wants the one that it was begun with
         remedies.append("lower --micro-batch")
     if not remedies:
         remedies.append("raise it")
-    if plan.state_bytes > sum(needed) / 10 and (limits[0] > 0 or not config.resume):
+    if not measured and plan.state_bytes > sum(needed) / 10 and (limits[0] > 0 or not config.resume):
         without = " or ".join(dict.fromkeys(state.without for state in plan.state))
         remedies.append(
             f"for its {human(plan.state_bytes)} of state use --method {method.stateless}, or --set {without}"
         )
-    return f"{config.method} needs at least {', and '.join(lacking)} ({parts}); {', or '.join(remedies)}"
+    return f"{config.method} needs at least {', and '.join(lacking)} ({largest}: {parts}); {', or '.join(remedies)}"
 
 
 def _mib(nbytes: int) -> str:

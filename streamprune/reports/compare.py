@@ -105,7 +105,9 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
         rows = tuple(_overlaps(one, other, _common_sizes(one, other)))
     kinds = dict.fromkeys(row.kind for row in rows)
     by_kind = {kind: [row for row in rows if row.kind == kind] for kind in kinds}
-    chances = {kind: _by_chance(of_kind) for kind, of_kind in by_kind.items()}
+    totals = {kind: _total(of_kind, one, other) for kind, of_kind in by_kind.items()}
+    # Units are chosen within a layer, layers among all of them.
+    chances = {kind: _by_chance([totals[kind]] if kind == "layer" else of_kind) for kind, of_kind in by_kind.items()}
     measured = None
     if one.now and other.now:
         measured = one.now[0], other.now[0]
@@ -113,7 +115,7 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Comparison:
         (one.path, other.path),
         one.granularity,
         rows,
-        tuple(_total(of_kind, one, other) for of_kind in by_kind.values()),
+        tuple(totals.values()),
         {kind: chance for kind, chance in chances.items() if chance is not None},
         measured,
         one.now is not None and other.now is not None and one.now[1] == other.now[1],

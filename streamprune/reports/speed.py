@@ -5,21 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from streamprune.config import PruneConfig
+from streamprune.config import as_options
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.figures import human, table
-from streamprune.schema import taken
 from streamprune.values import AUTO, dtype_name
 
 SEED = 0  # of the prompt's tokens
@@ -93,8 +93,7 @@ def speed(
     """
     if prompt < 2 or new < 1 or runs < 1:
         raise UsageError("--prompt must be at least 2, --new and --runs at least 1")
-    options = {each.name: each for each in fields(PruneConfig)}
-    dtype, device = (taken(options[name], value) for name, value in (("dtype", dtype), ("device", device)))
+    dtype, device = as_options(dtype=dtype, device=device)
     from streamprune.paging.device import compute_device, compute_dtype
     from streamprune.storage.checkpoint import Checkpoint, resolve_model
 
@@ -220,6 +219,9 @@ class _Child:
         if not line:
             self._process.wait()
             self._said.seek(0)
+            if self._process.returncode == -signal.SIGKILL:
+                where = f"{self._model} could not be measured with {self._engine}"
+                raise StreampruneError(f"{where}: its process was killed, probably for memory; free some")
             last = (self._said.read().strip().splitlines() or ["no message"])[-1]
             raise StreampruneError(
                 f"{self._model} cannot be measured with {self._engine}: {last}; streamprune verify says if it loads"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from streamprune.errors import StreampruneError
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
 # Hidden states that are in memory at a time; longer texts take several sweeps.
@@ -34,14 +33,14 @@ def sweeps_needed(sweeper: Sweeper, segments: Tensor) -> int:
     return -(-len(segments) // most_together(sweeper, segments.shape[1]))
 
 
-def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
-    """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone.
+def perplexity(sweeper: Sweeper, segments: Tensor, micro_batch: int | None = None) -> Perplexity:
+    """Measure the perplexity of `segments` [n, seq], each predicted from its own tokens alone: infinite if it is NaN.
 
-    Raises:
-        StreampruneError: the loss is not finite.
+    Args:
+        micro_batch: segments computed at once; by default as many as a run has by default.
     """
     group = most_together(sweeper, segments.shape[1])
-    micro_batch = default_micro_batch(segments.shape[1])
+    micro_batch = micro_batch or default_micro_batch(segments.shape[1])
     total = 0.0
     for start in range(0, len(segments), group):
         part = segments[start : start + group]
@@ -50,9 +49,8 @@ def perplexity(sweeper: Sweeper, segments: Tensor) -> Perplexity:
         total += loss * len(part)
         del hidden  # before there are the next ones
     loss = total / len(segments)
-    if not loss < 700:  # beyond 709 there is no float64; NaN is not below anything
-        raise StreampruneError(f"the loss of the text is {loss:.4g}, so it has no perplexity; try another --dtype")
-    return Perplexity(math.exp(loss), loss, len(segments), len(segments) * (segments.shape[1] - 1))
+    value = math.exp(loss) if loss < 700 else math.inf  # beyond 709 there is no float64
+    return Perplexity(value, loss, len(segments), len(segments) * (segments.shape[1] - 1))
 
 
 def most_together(sweeper: Sweeper, seq_len: int) -> int:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from streamprune.config import as_options
 from streamprune.errors import TaskError, UsageError
 from streamprune.tasks.suites import tasks_of
-from streamprune.values import AUTO, dtype_name, source
+from streamprune.values import AUTO, dtype_name, source, whole_number
 
 # Of a task's metrics the one that stands for it in the mean: the first that it has. Others are no shares.
 SHARES = ("acc_norm", "acc", "exact_match", "em", "f1")
@@ -87,9 +88,10 @@ def evaluate_tasks(
     Raises:
         StreampruneError: as `prune`, of the model; a task that is not known or has no data.
     """
-    for flag, value, least in (("limit", limit, 1), ("num-fewshot", num_fewshot, 0), ("micro-batch", micro_batch, 1)):
-        if value is not None and value < least:
+    for flag, value, least in (("limit", limit, 1), ("num-fewshot", num_fewshot, 0)):
+        if value is not None and whole_number(f"--{flag}", value) < least:
             raise UsageError(f"--{flag} {value}: give at least {least}")
+    device, dtype, bos, micro_batch = as_options(device=device, dtype=dtype, bos=bos, micro_batch=micro_batch)
     names = tasks_of(tasks)
     # Only now, so that a command with a wrong number is answered at once.
     try:

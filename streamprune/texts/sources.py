@@ -38,11 +38,10 @@ def open_documents(source: str | Path, field: str | None = "text", render: Rende
         raise CalibrationError(f"{name[:100]} cannot be read ({error.strerror}); give a text file") from error
     if directory is not None:
         return _from_directory(directory, split, field, render)
-    if name.startswith((".", "/", "~")) or path.suffix.lower() in (
-        *filter(None, records.KIND_OF_SUFFIX),
-        *records.COMPRESSIONS,
-    ):
-        raise CalibrationError(f"{path} does not exist; give a text file, or leave the option out")
+    known = path.suffix.lower() in (*filter(None, records.KIND_OF_SUFFIX), *records.COMPRESSIONS)
+    # A data set of the hub is ORGANISATION/NAME.
+    if name.startswith((".", "/", "~")) or known or (path.suffix and "/" not in name):
+        raise CalibrationError(f"{path} does not exist; give a text file, or a data set of the hub")
     return data_sets.from_hub(name, field, render)
 
 

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.errors import CheckpointError
+from streamprune.errors import CheckpointError, StreampruneError
+from streamprune.figures import human
 from streamprune.model.families import RAGGED_PREFIX
 from streamprune.model.masking import bias_of, mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import KeptUnits, kept_lines, module_of
 from streamprune.output.ragged import modeling_source, ragged_config_fields
 from streamprune.paging.hidden_states import States, whole
+from streamprune.paging.host_memory import available_memory
 from streamprune.pipeline.source import Source
 from streamprune.planning.decision import written_form
 from streamprune.storage.checkpoint import Checkpoint, read_config, resolve_model
@@ -69,6 +71,7 @@ def compare_with_masked(
     if source is None and model.startswith("/") and not Path(model).is_dir():
         raise CheckpointError(f"the dense model {model} is gone; say where it is with --source")
     with form.readable(directory) as dense:
+        _check_memory(dense)
         process.load(dense, model_code=form.own_code or trust_remote_code, tokenizer_code=trust_remote_code)
         text, tokens = _held_out_tokens(model, trust_remote_code)
         ids = torch.tensor(tokens[0][: SEQUENCES * SEQ_LEN]).view(SEQUENCES, SEQ_LEN)
@@ -81,6 +84,17 @@ def compare_with_masked(
             detail = f"by {packages}; transformers loads that copy"
             checks.insert(0, Check("weights decompressed", True, detail))
         return checks
+
+
+def _check_memory(directory: Path) -> None:
+    """Refuse a model that plain transformers, which loads it as a whole, has no memory for."""
+    with Checkpoint(directory) as checkpoint:
+        needed = sum(torch.Size(entry.shape).numel() for entry in checkpoint.tensors.values()) * torch.float32.itemsize
+    if needed > (there := available_memory()):
+        raise StreampruneError(
+            f"{directory} takes {human(needed)} in float32, which plain transformers loads as a whole, and there are "
+            f"{human(there)}; verify it on a machine that has them"
+        )
 
 
 @contextmanager
@@ -103,7 +117,8 @@ def complaint(directory: Path, checks: Sequence[Check]) -> str | None:
         if name in failed:
             return f"{directory}: {name}: {failed[name]}; download or copy it again, or prune again"
     return (
-        f"{directory} does not behave as the masked dense model ({', '.join(failed)}); prune it again and report this"
+        f"{directory} does not behave as the masked dense model ({', '.join(failed)}): if --source is the one that was "
+        "pruned, prune it again and report this"
     )
 
 

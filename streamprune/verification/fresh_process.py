@@ -7,6 +7,7 @@ of what it does.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,9 @@ class FreshProcess:
         from safetensors.torch import load_file
 
         if self._process.wait() != 0:
+            if self._process.returncode == -signal.SIGKILL:
+                killed = "its process was killed, probably for memory; free some"
+                raise StreampruneError(f"{self._directory} could not be loaded: {killed}")
             lines = (self.path / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise StreampruneError(
                 f"{self._directory} does not load in plain transformers: {(lines or ['no message'])[-1]}"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -43,6 +44,35 @@ def test_ctrl_c_while_writing_leaves_nothing(writes, streamprune, model, output,
     assert writes <= len(done) <= writes + 9  # the tensors of a layer are written together
     assert len(seen) >= 1, "there was a temporary directory to remove"
     assert snapshot(tmp_path) == before
+
+
+def test_an_error_that_a_library_puts_in_the_place_of_ctrl_c_is_ctrl_c(streamprune, model, output, monkeypatch):
+    from streamprune.storage.shards import ShardedWriter
+
+    def write(self, name, tensor):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr(ShardedWriter, "write", write)
+    monkeypatch.setattr("streamprune.output.writer.WRITERS", 1)
+    monkeypatch.setattr("streamprune.output.writer.ThreadPoolExecutor", AtOnce)
+    check_interrupted(streamprune("--model", model, "--output", output, "--method", "random", "--quiet"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class AtOnce:
+    """An executor that computes in the main thread, where signals come."""
+
+    def __init__(self, *arguments, **options): ...
+
+    def submit(self, function, *arguments):
+        done = Future()
+        done.set_result(function(*arguments))
+        return done
+
+    def shutdown(self, **options): ...
 
 
 def test_ctrl_c_while_the_reader_is_waited_for_leaves_nothing(streamprune, model, output, tmp_path, monkeypatch):

@@ -7,15 +7,18 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from cli_runner import check_refusal, edit_tensors
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
-from streamprune import PruneConfig, prune
+from streamprune import PruneConfig, evaluate, evaluate_tasks, prune
 from streamprune.errors import CheckpointError, UsageError
+from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import CudaDevice, compute_dtype, limit_memory
 from streamprune.paging.pager import Pager
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
+from streamprune.streaming.perplexity import Perplexity
 
 
 def test_the_compute_dtype_of_a_gpu_is_that_of_most_bytes(tmp_path):
@@ -138,3 +141,49 @@ def test_cuda_waits_are_on_the_streams_that_the_rules_name():
     waited = []
     device.chunk_free(SimpleNamespace(synchronize=lambda: waited.append(True)))
     assert waited == [True]
+
+
+def unmeasurable(path):
+    """Make the model say one token with a certainty that has no perplexity for any other."""
+    edit_tensors(path, lambda tensors: tensors["model.norm.weight"].mul_(1e5))
+
+
+def test_a_model_without_a_perplexity_is_refused_before_the_work(streamprune, model, output):
+    unmeasurable(model)
+    result = streamprune("--model", model, "--output", output, "--method", "random", "--quiet")
+    check_refusal(result, 1, ("the loss before pruning is", "no perplexity"), "pass --no-evaluate")
+
+
+def test_an_output_without_a_perplexity_is_written_all_the_same(streamprune, model, output, monkeypatch):
+    """What took hours is not thrown away for a figure."""
+    measured = iter([Perplexity(10.0, 2.3, 1, 127), Perplexity(float("inf"), 707.3, 1, 127)])
+    monkeypatch.setattr("streamprune.pipeline.run.perplexity", lambda sweeper, segments: next(measured))
+    result = streamprune("--model", model, "--output", output, "--method", "random")
+    assert result.code == 0 and "the loss after pruning is 707.3" in result.err + result.out
+    assert json.loads((output / "streamprune.json").read_text())["perplexity"]["after"] == float("inf")
+    assert streamprune("report", output).code == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"bos": "Never"}, {"dtype": "foo"}, {"seq_len": 1}, {"seq_len": "a"}, {"samples": 2.5}, {"micro_batch": 0}],
+    ids=str,
+)
+def test_what_is_evaluated_takes_options_as_a_run_does(given, tiny_llama):
+    with pytest.raises(UsageError, match=f"--{next(iter(given)).replace('_', '-')} "):
+        evaluate(tiny_llama, **given)
+    if not given.keys() & {"seq_len", "samples"}:
+        with pytest.raises(UsageError, match=f"--{next(iter(given)).replace('_', '-')} "):
+            evaluate_tasks(tiny_llama, "piqa", **given)
+
+
+def test_a_text_is_evaluated_by_as_many_segments_at_once_as_is_said(tiny_llama, monkeypatch):
+    original, counts = Skeleton.run_layer, set()
+
+    def counted(self, index, weights, call, hidden):
+        counts.add(len(hidden))
+        return original(self, index, weights, call, hidden)
+
+    monkeypatch.setattr(Skeleton, "run_layer", counted)
+    evaluate(tiny_llama, dtype=torch.float32, samples=4, seq_len=32, micro_batch=2)
+    assert counts == {2}

@@ -10,6 +10,7 @@ import pytest
 from streamprune import PruneConfig, prune
 from streamprune.figures import peak_rss
 from streamprune.paging.pager import Pager
+from streamprune.pipeline import run
 from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
 from streamprune.planning.placement import CACHE_SHARE
@@ -138,6 +139,8 @@ def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune
         (["--read-threads", "1"], "--read-threads 1: must be 2 to 8"),
         (["--reader", "mmap"], "--reader mmap: choose buffered or direct"),
         (["--host-memory", "0"], "--host-memory 0: must be at least 1"),
+        (["--seq-len", "65"], "--seq-len 65: the model takes at most 64 positions"),
+        (["--layers", "4:4"], "--layers 4:4 is empty"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused(arguments, message, streamprune, tiny_llama):
@@ -149,6 +152,21 @@ def test_a_card_that_is_assumed_need_not_be_here(streamprune, tiny_llama):
     plan = ("plan", "--model", tiny_llama, "--no-evaluate", "--assume", "l4", "--layers", "1:7")
     result = streamprune(*plan, "--device", "cuda")
     assert result.code == 0 and " on the GPU and " in result.out
+
+
+def test_a_card_has_as_much_for_a_plan_as_a_run_takes_of_it(streamprune, tiny_llama, monkeypatch):
+    """A run without a budget takes nine tenths of what is free."""
+    plan = ("plan", "--model", tiny_llama, "--no-evaluate", "--layers", "1:7", "--host-memory", "1GiB")
+    monkeypatch.setattr(run, "GPU_SHARE", 1e-6)
+    refused = streamprune(*plan, "--assume", "l4")
+    needed = re.search(r"needs at least (\d+)MiB of GPU memory .*\(scoring moreau-gs: ", refused.err)
+    assert refused.code == 1 and needed
+    for part, code in ((0.9, 1), (1.0, 0)):
+        monkeypatch.setattr(run, "GPU_SHARE", part * int(needed[1]) / (24 << 10))
+        assert streamprune(*plan, "--assume", "l4").code == code
+    monkeypatch.undo()
+    assert run.GPU_SHARE == 0.9
+    assert streamprune(*plan, "--assume", "l4", "--gpu-memory", f"{needed[1]}MiB").code == 0
 
 
 def test_a_scratch_that_is_a_file_or_full_is_refused_before_any_sweep(tiny_llama, tmp_path, monkeypatch):

@@ -101,6 +101,15 @@ def test_random_choices_overlap_as_much_as_is_said(outputs: Path, tiny_llama: Pa
     assert mean == pytest.approx(pairs[0].by_chance["channel"], abs=0.08)
 
 
+def test_layers_are_chosen_among_all_of_them(tiny_llama: Path, tmp_path: Path) -> None:
+    for seed in range(2):
+        config = {"granularity": "layers", "method": "random", "seed": seed, "ratio": 0.34, "layers": (1, 7)}
+        prune(PruneConfig(model=tiny_llama, output=tmp_path / str(seed), evaluate=False, **config))
+    chance = compare(tmp_path / "0", tmp_path / "1").by_chance["layer"]
+    common = 4 * 4 / 6  # of two choices of 4 of 6
+    assert chance == pytest.approx(common / (8 - common))
+
+
 def test_recipes_and_perplexities_differ_as_recorded(outputs: Path) -> None:
     found = compare(outputs / "taylor", outputs / "magnitude")
     assert found.recipe["method"] == ("taylor", "magnitude")
