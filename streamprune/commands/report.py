@@ -10,7 +10,7 @@ import click
 @click.command(name="report")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="File to write; by default DIRECTORY/report.html.")
-@click.option("--tasks", type=click.Path(path_type=Path), help="Scores that `eval --tasks --json` wrote of it.")
+@click.option("--tasks", type=click.Path(path_type=Path), help="Scores on tasks, as eval writes them with --json.")
 @click.option("--tasks-before", type=click.Path(path_type=Path), help="The same of the dense model.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output if it exists.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

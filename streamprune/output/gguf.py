@@ -257,8 +257,8 @@ def _refuse(config: Mapping[str, Any], model_type: str) -> None:
     """Refuse what llama.cpp computes in another way, or not at all."""
     if model_type not in ARCHITECTURES:
         raise UsageError(
-            f"{model_type} models are not written as GGUF here, but {', '.join(ARCHITECTURES)}; one that has its stock "
-            "class convert_hf_to_gguf.py of llama.cpp converts"
+            f"{model_type} models are not written as GGUF, only {', '.join(ARCHITECTURES)}; where all layers have one "
+            "width (--stock), use llama.cpp's convert_hf_to_gguf.py"
         )
     if config.get("quantization_config"):
         raise UsageError("the checkpoint is compressed; prune again without --compress")

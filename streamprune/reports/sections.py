@@ -37,7 +37,8 @@ def result_section(output: PrunedOutput) -> list[str]:
         shares.append(("perplexity", after / before, f"{after / before:.1%}"))
     words = ", ".join(f"{name} {said}" for name, _, said in shares)
     svg = charts.bars("The pruned model beside the dense one", words, shares)
-    parts.append(page.figure(svg, "What is left, in per cent of the dense model; a lower perplexity is better."))
+    lower = "; a lower perplexity is better" * bool(output.perplexity)
+    parts.append(page.figure(svg, f"What is left, in per cent of the dense model{lower}."))
     if output.perplexity:
         n, seq = facts["perplexity"]["segments"]
         parts.append(page.paragraph(f"Perplexity is of {n:,} × {seq} tokens: {facts['perplexity']['text']}."))

@@ -172,7 +172,7 @@ def test_what_llama_cpp_cannot_hold_is_refused_and_nothing_is_left(tmp_path):
         assert not list(tmp_path.glob("*model.gguf*"))
 
     for family, said in (
-        ("gemma2", "gemma2 models are not written as GGUF here, but llama, mistral"),
+        ("gemma2", "gemma2 models are not written as GGUF, only llama, mistral"),
         ("gpt2", "gpt2 models are not written"),
     ):
         save_tiny(tmp_path / family, family)
