@@ -217,9 +217,9 @@ class _Child:
         assert self._process.stdout is not None, "it is a pipe"
         line = self._process.stdout.readline()
         if not line:
-            self._process.wait()
+            status = self._process.wait()
             self._said.seek(0)
-            if self._process.returncode == -signal.SIGKILL:
+            if status == -signal.SIGKILL:
                 where = f"{self._model} could not be measured with {self._engine}"
                 raise StreampruneError(f"{where}: its process was killed, probably for memory; free some")
             last = (self._said.read().strip().splitlines() or ["no message"])[-1]

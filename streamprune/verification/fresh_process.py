@@ -63,8 +63,8 @@ class FreshProcess:
         """The findings, with the "logits" [n, seq, vocabulary], float32."""
         from safetensors.torch import load_file
 
-        if self._process.wait() != 0:
-            if self._process.returncode == -signal.SIGKILL:
+        if (status := self._process.wait()) != 0:
+            if status == -signal.SIGKILL:
                 killed = "its process was killed, probably for memory; free some"
                 raise StreampruneError(f"{self._directory} could not be loaded: {killed}")
             lines = (self.path / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,32 +11,19 @@ import pytest
 import torch
 from cli_runner import Streamprune, check_refusal, edit_tensors, snapshot
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny, token_ids
+from trainings import FAST, IN_MEMORY, STREAMED, interrupted
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import streamprune as package
-from streamprune.pipeline import recover, recovery_work
-from streamprune.pipeline.progress import Progress
+from streamprune.pipeline import recovery_work
 from streamprune.pipeline.source import Source
-from streamprune.recovery import in_memory
 from streamprune.storage.directory import OWN_FILE
 from streamprune.streaming.sweeper import Sweeper
 
 # transformers 5.23 renames this; peft has the old name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-FAST = ("--cutoff", 32, "--batch", 8, "--learning-rate", 0.01, "--quiet", "--no-evaluate")
-IN_MEMORY, STREAMED = (), ("--streamed",)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Instructions with short answers."""
-    file = tmp_path / "data.jsonl"
-    records = ({"instruction": f"{n}?", "output": "the boats lay still " * 2} for n in range(24))
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
 
 
 @pytest.fixture
@@ -134,87 +121,6 @@ def test_training_goes_on_from_an_adapter(streamprune: Streamprune, model: Path,
     assert begins < ends - 1
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Let the training be stopped behind a step."""
-    note = Progress.note
-
-    def stop(self: Progress, step: int, steps: int, **figures: float) -> None:
-        note(self, step, steps, **figures)
-        if step == at:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Progress, "note", stop)
-
-
-@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED, ("--streamed", "--distill", "model")])
-def test_a_run_that_was_cut_short_goes_on_to_the_same_bytes(
-    way: tuple[str, ...],
-    streamprune: Streamprune,
-    model: Path,
-    data: Path,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
-    way = tuple(str(model) if each == "model" else each for each in way)
-    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 6, "--resume", *way)
-    assert streamprune(*options, "--output", tmp_path / "whole").code == 0
-    with monkeypatch.context() as context:
-        interrupted(context, 5)
-        stopped = streamprune(*options, "--output", output)
-    assert stopped.code == 1 and "interrupted" in stopped.err and not output.exists()
-    journal = output.with_name(f".{output.name}.resume")
-    other = streamprune(*options, "--output", output, "--seed", 3)
-    assert other.code == 2 and "--seed" in other.err
-    assert streamprune(*options, "--output", output).code == 0
-    for name in ("model.safetensors", "recovery.jsonl"):
-        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert not journal.exists()
-
-
-@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
-def test_a_full_disk_is_named_and_what_was_saved_stays(
-    way: tuple[str, ...],
-    streamprune: Streamprune,
-    model: Path,
-    data: Path,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def full(*arguments: Any, **options: Any) -> None:
-        if way:
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # as torch has it
-
-    monkeypatch.setattr(in_memory, "SAVED_EVERY", 1)
-    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 2, "--resume", *way)
-    with monkeypatch.context() as context:
-        context.setattr("streamprune.storage.journal.save_file" if way else "torch.save", full)
-        stopped = streamprune(*options, "--output", output)
-    assert stopped.code == 1 and ".pruned.resume" in stopped.err and "make room, and repeat the command" in stopped.err
-    assert streamprune(*options, "--output", output).code == 0
-
-
-@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
-def test_an_output_that_is_to_be_replaced_does_not_end_the_training_that_does(
-    way: tuple[str, ...],
-    streamprune: Streamprune,
-    model: Path,
-    data: Path,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 2, "--resume", *way)
-    assert streamprune(*options, "--output", output).code == 0
-    with monkeypatch.context() as context:
-        interrupted(context, 1)
-        assert streamprune(*options, "--output", output, "--overwrite").code == 1
-    check_refusal(streamprune(*options, "--output", output), 1, (str(output), "exists"), "--overwrite")
-    assert output.with_name(f".{output.name}.resume").is_dir()
-    assert streamprune(*options, "--output", output, "--overwrite").code == 0
-
-
 def test_a_model_whose_weights_transformers_does_not_find_is_trained_streamed_alone(
     streamprune: Streamprune, model: Path, data: Path, output: Path
 ) -> None:
@@ -237,29 +143,6 @@ def test_a_card_in_another_encoding_does_not_end_a_training(
     (ragged / "README.md").write_bytes((ragged / "README.md").read_bytes() + "café".encode("latin-1"))
     options = ("recover", "--model", ragged, "--data", data, *FAST, "--field", "output", "--steps", 1)
     assert streamprune(*options, "--output", output).code == 0
-
-
-@pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])
-def test_a_run_that_has_all_steps_does_not_ask_its_teacher_again(
-    way: tuple[str, ...],
-    streamprune: Streamprune,
-    model: Path,
-    data: Path,
-    output: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    options = (*FAST, "--field", "output", "--steps", 2, "--resume", "--distill", model, *way)
-    run = ("recover", "--model", model, "--data", data, "--output", output, *options)
-
-    def stop(*anything: object, **more: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as context:
-        context.setattr(recover, "_write", stop)
-        assert streamprune(*run).code == 1
-    monkeypatch.setattr(recover, "keep_logits", stop)
-    assert streamprune(*run).code == 0
-    assert len((output / "recovery.jsonl").read_text().splitlines()) == 2
 
 
 def test_models_are_opened_one_at_a_time_and_their_hidden_states_stay_where_they_fit(
@@ -327,42 +210,6 @@ def test_an_adapter_that_overflows_when_it_is_merged_is_refused(
     assert not list(output.parent.iterdir())
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "scheduler.pt", "adapter_model.safetensors"])
-def test_a_journal_whose_files_were_cut_off_is_refused(
-    name: str, streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
-    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 4, "--resume")
-    with monkeypatch.context() as context:
-        interrupted(context, 3)
-        assert streamprune(*options, "--output", output).code == 1
-    trainer = output.with_name(f".{output.name}.resume") / "trainer"
-    file = trainer / "checkpoint-2" / name
-    file.write_bytes(file.read_bytes()[:-200])
-    refused = streamprune(*options, "--output", output)
-    assert refused.code == 1 and f"{trainer} is damaged" in refused.err and refused.err.count("\n") == 1
-    shutil.rmtree(trainer)
-    assert streamprune(*options, "--output", output).code == 0
-
-
-def test_what_a_removed_journal_has_left_is_not_gone_on_from(
-    streamprune: Streamprune, model: Path, data: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(in_memory, "SAVED_EVERY", 2)
-    options = ("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--steps", 4, "--resume")
-    journal = output.with_name(f".{output.name}.resume")
-    with monkeypatch.context() as context:
-        interrupted(context, 3)
-        assert streamprune(*options, "--output", output).code == 1
-    (journal / "journal.json").unlink()
-    assert list((journal / "trainer").iterdir())
-    other = (*options, "--seed", 3)
-    assert streamprune(*other, "--output", output).code == 0
-    assert streamprune(*other, "--output", tmp_path / "whole").code == 0
-    assert (output / "recovery.jsonl").read_bytes() == (tmp_path / "whole" / "recovery.jsonl").read_bytes()
-
-
-Change = Callable[[Path], object]
 MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
     "no data": ((), 2, ("--data", "--merge")),
     "no such data": (("--data", "nowhere.jsonl"), 1, ("nowhere.jsonl", "does not exist")),

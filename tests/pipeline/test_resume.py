@@ -172,31 +172,6 @@ def test_layers_that_are_written_are_not_written_again(repaired, tiny_llama, tmp
     assert sorted(layers[8:]) == list(range(8))
 
 
-def test_an_output_that_is_to_be_replaced_does_not_end_the_run_that_does(tiny_llama, tmp_path, killing):
-    """Who forgets --overwrite when the command is repeated is told so, and loses nothing."""
-    what, output = ("taylor", "units", {}, {}), tmp_path / "out"
-    prune(config(tiny_llama, output, *what))
-    killing(1, "after")
-    with pytest.raises(Killed):
-        prune(config(tiny_llama, output, *what, resume=True, overwrite=True))
-    killing(-1, "after")
-    journal = tmp_path / ".out.resume" / JOURNAL
-    with pytest.raises(OutputError, match="exists"):
-        prune(config(tiny_llama, output, *what, resume=True))
-    assert journal.is_file()
-    prune(config(tiny_llama, output, *what, resume=True, overwrite=True))
-    assert not journal.exists()
-
-
-def test_a_disk_without_locks_is_named(tiny_llama, tmp_path, monkeypatch):
-    def flock(descriptor, operation):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr("streamprune.storage.journal.fcntl.flock", flock)
-    with pytest.raises(OutputError, match=r"out\.resume .*Function not implemented.*leave --resume out"):
-        prune(config(tiny_llama, tmp_path / "out", "taylor", "units", {}, {}, resume=True))
-
-
 def test_a_journal_of_another_run_is_refused_by_name(tiny_llama, tmp_path, killing):
     what = ("taylor", "units", {}, {})
     killing(2, "after")

@@ -116,3 +116,12 @@ def test_scores_outlive_a_lost_output_and_the_next_death(tiny_llama, tmp_path, k
         with pytest.raises(Killed):
             prune(config(tiny_llama, tmp_path / "out", *what, resume=True))
     assert weights(prune(config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == expected
+
+
+def test_a_disk_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("streamprune.storage.journal.fcntl.flock", flock)
+    with pytest.raises(OutputError, match=r"\.out\.resume .*Function not implemented.*leave --resume out"):
+        Journal(tmp_path / ".out.resume", {})
