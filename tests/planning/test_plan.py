@@ -156,7 +156,7 @@ def test_a_card_that_is_assumed_need_not_be_here(streamprune, tiny_llama):
 
 def test_a_card_has_as_much_for_a_plan_as_a_run_takes_of_it(streamprune, tiny_llama, monkeypatch):
     """A run without a budget takes nine tenths of what is free."""
-    plan = ("plan", "--model", tiny_llama, "--no-evaluate", "--layers", "1:7", "--host-memory", "1GiB")
+    plan = ("plan", "--model", tiny_llama, "--no-evaluate", "--layers", "1:7", "--host-memory", "64GiB")
     monkeypatch.setattr(run, "GPU_SHARE", 1e-6)
     refused = streamprune(*plan, "--assume", "l4")
     needed = re.search(r"needs at least (\d+)MiB of GPU memory .*\(scoring moreau-gs: ", refused.err)
