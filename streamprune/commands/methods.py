@@ -37,5 +37,5 @@ def methods_command(debug: bool) -> None:
 
 def _needs(method: Method) -> tuple[Need, ...]:
     """List what a method asks for by its defaults."""
-    target = next(iter(method.targets))
+    target = method.targets[0]
     return method.needs_for(target, resolve_settings(method.name, {}, target))

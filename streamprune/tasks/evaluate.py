@@ -88,9 +88,7 @@ def evaluate_tasks(
     Raises:
         StreampruneError: as `prune`, of the model; a task that is not known or has no data.
     """
-    for flag, value, least in (("limit", limit, 1), ("num-fewshot", num_fewshot, 0)):
-        if value is not None and whole_number(f"--{flag}", value) < least:
-            raise UsageError(f"--{flag} {value}: give at least {least}")
+    limit, num_fewshot = _at_least("--limit", limit, 1), _at_least("--num-fewshot", num_fewshot, 0)
     device, dtype, bos, micro_batch = as_options(device=device, dtype=dtype, bos=bos, micro_batch=micro_batch)
     names = tasks_of(tasks)
     # Only now, so that a command with a wrong number is answered at once.
@@ -123,6 +121,15 @@ def evaluate_tasks(
             progress.say(note)
         lm = StreamedLM(sweeper, tokenizer, bos=bos, micro_batch=micro_batch, progress=progress)
         return TaskScores(tuple(_scores(_asked(lm, loaded, limit))), dtype_name(sweeper.skeleton.dtype))
+
+
+def _at_least(flag: str, value: Any, least: int) -> int | None:
+    if value is None:
+        return None
+    number = whole_number(flag, value)
+    if number < least:
+        raise UsageError(f"{flag} {value}: give at least {least}")
+    return number
 
 
 def _asked(lm: Any, tasks: Mapping[str, Any], limit: int | None) -> dict[str, Any]:

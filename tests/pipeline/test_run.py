@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from streamprune import PruneConfig, evaluate, evaluate_tasks, prune
-from streamprune.errors import CheckpointError, UsageError
+from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import CudaDevice, compute_dtype, limit_memory
 from streamprune.paging.pager import Pager
@@ -187,3 +187,26 @@ def test_a_text_is_evaluated_by_as_many_segments_at_once_as_is_said(tiny_llama, 
     monkeypatch.setattr(Skeleton, "run_layer", counted)
     evaluate(tiny_llama, dtype=torch.float32, samples=4, seq_len=32, micro_batch=2)
     assert counts == {2}
+
+
+def test_what_a_method_without_a_text_does_not_use_is_said(streamprune, tiny_llama, tmp_path):
+    options = ("--method", "magnitude", "--no-evaluate", "--calibration", "none.txt", "--samples", 3)
+    result = streamprune("--model", tiny_llama, "--output", tmp_path / "out", *options)
+    assert result.code == 0
+    assert "magnitude is not calibrated: --calibration and --samples mean nothing to it" in result.err
+
+
+def test_a_text_that_is_not_there_is_not_looked_for_on_the_hub(tiny_llama, monkeypatch):
+    monkeypatch.setattr("streamprune.texts.data_sets.from_hub", lambda *given: pytest.fail("it was"))
+    with pytest.raises(CalibrationError, match=r"novel\.pdf does not exist"):
+        evaluate(tiny_llama, "novel.pdf", seq_len=32)
+
+
+def test_memory_that_perplexity_lacks_is_remedied_by_leaving_it_out(streamprune, tiny_llama, monkeypatch):
+    """On a card the host's memory is what lies there, not what lies on the card."""
+    plan = ("plan", "--model", tiny_llama, "--assume", "l4", "--layers", "1:7", "--seq-len", 32)
+    refused = streamprune(*plan, "--host-memory", "1MiB")
+    assert refused.code == 1 and "of slots" not in refused.err and "of embeddings and head" not in refused.err
+    monkeypatch.setattr("streamprune.planning.placement._largest", lambda *given, **more: ("perplexity before", "all"))
+    refused = streamprune(*plan, "--host-memory", "1MiB")
+    assert "(perplexity before: all); pass --no-evaluate" in refused.err and "--samples" not in refused.err

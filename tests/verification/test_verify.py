@@ -228,3 +228,18 @@ def test_a_source_of_other_widths_or_of_another_family_is_refused(
     save_tiny(tmp_path / "other", family, dtype=torch.float32, **{"num_hidden_layers": 8} | fields)
     result = streamprune("verify", output, "--source", tmp_path / "other")
     check_refusal(result, 1, ("other",), "prune again" if (family, granularity) == ("gpt2", "weights") else "--source")
+
+
+def test_a_model_that_there_is_no_memory_for_is_refused_before_it_is_loaded(
+    streamprune: Any, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamprune.verification.comparison.available_memory", lambda: 1000)
+    monkeypatch.setattr(CalledProcess, "wait", lambda self: pytest.fail("it was loaded"))
+    check_refusal(streamprune("verify", pruned), 1, (str(pruned), "in float32", "1 kB"), "on a machine that has them")
+
+
+def test_a_process_that_is_killed_is_said_to_be(
+    streamprune: Any, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CalledProcess, "wait", lambda self: -9)
+    check_refusal(streamprune("verify", pruned), 1, (str(pruned), "was killed"), "free some")
