@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter
 
-SIZE = (64, 256)  # hidden and intermediate: whole blocks of every kernel, so that nothing is added at edges
+# Hidden and intermediate size: whole blocks of every kernel, so that nothing is added at edges.
+SIZE, DRY_SIZE = (256, 512), (64, 256)
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def eager_bytes(run: Any) -> int:
     return mode.moved
 
 
-def traffic() -> tuple[list[list[str]], list[dict[str, Any]]]:
+def traffic(*, dry: bool = False) -> tuple[list[list[str]], list[dict[str, Any]]]:
     """A row per kernel: least bytes per element, counted bytes, their ratio, and those of eager torch.
 
     What is not of the matrix's shape (‖X‖, and X and dY of a product) is read by many programs, from the cache but for
@@ -81,7 +82,7 @@ def traffic() -> tuple[list[list[str]], list[dict[str, Any]]]:
     rows = [["kernel", "least B/element", "counted", "ratio", "again, from the cache", "eager torch"]]
     figures = []
     for case in cases():
-        operands = case.operands(SIZE, "cpu")
+        operands = case.operands(DRY_SIZE if dry else SIZE, "cpu")
         elements = case.elements(operands)
         made = case.make(operands)
         # An operand that a form does not use is given as another one; each is counted under its first name.

@@ -58,7 +58,7 @@ def main_table(mode: str, options: dict[str, Any]) -> tuple[list[list[str]], Any
         os.environ["TRITON_INTERPRET"] = "1"
         from kernel_traffic import traffic
 
-        return traffic()
+        return traffic(dry=options["dry"])
     if mode == "gpu" and options["dry"]:
         os.environ["TRITON_INTERPRET"] = "1"
     import kernel_times
@@ -74,7 +74,7 @@ def main_table(mode: str, options: dict[str, Any]) -> tuple[list[list[str]], Any
 @click.option("--gpu", "mode", flag_value="gpu")
 @click.option("--model", default="1.7B", show_default=True, help="Size of the matrices: 135M, 1.7B, 13B or 70B.")
 @click.option("--target", "targets", multiple=True, help="With --static: sm_80, sm_86, sm_89, sm_90, gfx942; or all.")
-@click.option("--dry", is_flag=True, help="Tiny shapes and two repetitions; with --gpu, on the CPU.")
+@click.option("--dry", is_flag=True, help="Small matrices, two repetitions; with --gpu, on the CPU.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the figures here.")
 def main(mode: str | None, model: str, targets: tuple[str, ...], dry: bool, json_file: Path | None) -> None:
     """Measure, print a table, write JSON."""
