@@ -30,7 +30,7 @@ MIDDLE, EVERYWHERE = {"layers": [4, 28]}, [0, 30]
 UNITS_AS: dict[str, dict[str, Any]] = {"": {}, " all layers": {"layers": EVERYWHERE}}
 UNITS_AS |= {" compensated": {"compensate": True}, " global": {"allocation": "global"}}
 STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "taylor", "random-progressive")}
-MORE = {"2400 steps": {"steps": 2400}, "repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
+MORE = {f"{n} steps": {"steps": n} for n in (1200, 2400)} | {"repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
 STARTS |= {f"wanda-sp, {what}": STARTS["wanda-sp"] | more for what, more in MORE.items()}
 # Table -> methods and their settings; those of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
