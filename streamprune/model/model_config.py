@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from streamprune.errors import CheckpointError
+from streamprune.logs import quiet
 
 # By transformers' names; a family may have others in config.json.
 COUNTS = (
@@ -179,7 +180,7 @@ def _blame(
     what = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     reason = _short(" ".join(what.split()) if " " in what else f"{type(error).__name__}: {what}", SHOWN_REASON)
     suspects = _suspects(fields, what)
-    with _quiet():
+    with quiet("transformers", logging.CRITICAL):
         for name, spoken_of in suspects.items():
             rest = {key: value for key, value in fields.items() if key != name}
             if spoken_of if again is None else _succeeds(again, rest):
@@ -209,18 +210,6 @@ def _succeeds(attempt: Callable[[Mapping[str, Any]], object], fields: Mapping[st
     except Exception:  # of whichever kind: something else is wrong, or this as well
         return False
     return True
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' log inside the block, in which configs are tried."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _short(text: str, length: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -31,8 +32,7 @@ def model_card(facts: Mapping[str, Any], form: type[OutputForm], config: type[Pr
     lines = [
         f"# {facts['base_model']}, pruned",
         "",
-        f"{what_was_done(facts)} with [streamprune](https://pypi.org/project/streamprune/) "
-        f"{facts['versions']['streamprune']}.{_storage(facts, form)}",
+        f"{what_was_done(facts)} with streamprune {facts['versions']['streamprune']}.{_storage(facts, form)}",
         "",
         table(_card_rows(facts), markdown=True),
         "",
@@ -124,7 +124,8 @@ def _card_rows(facts: Mapping[str, Any]) -> list[list[str]]:
 
 def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
     """Write perplexity before and after, with two decimals."""
-    return [f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"]
+    values = (perplexity["before"], perplexity["after"])
+    return ["not measured" if math.isnan(value) else f"{value:.2f}" for value in values]
 
 
 def _recipe(facts: Mapping[str, Any], config: type[PruneConfig]) -> dict[str, Any]:

@@ -132,7 +132,12 @@ def prune(
         directory, facts, written, segments = _score_and_write(config, output, progress, journal_directory, form)
         if segments is not None:
             same = replace(config, dtype=facts["options"]["dtype"])
-            facts["perplexity"]["after"] = _perplexity_after(same, directory, written.form, segments, progress)
+            try:
+                after = _perplexity_after(same, directory, written.form, segments, progress)
+            except (MemoryError, torch.OutOfMemoryError):  # an output of hours is worth more than its figure
+                after = math.nan
+                progress.say("out of memory while the result is measured: it is written; try `streamprune eval` on it")
+            facts["perplexity"]["after"] = after
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts |= peaks() | timeline.facts()
         write_json(directory / OWN_FILE, facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,9 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging as transformers_logging
 
 from streamprune.errors import CheckpointError, JournalError, OutputError
+from streamprune.logs import quiet
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.recovery.course import MAX_NORM, Course, Note, Trained, TrainingStep, check_step, objective_of, padded
@@ -92,17 +93,6 @@ class _Trainer(Trainer):
         except (OSError, EOFError, RuntimeError, ValueError, LookupError, UnpicklingError, SafetensorError) as error:
             reason, directory = str(error).partition("\n")[0], self.args.output_dir
             raise JournalError(f"{directory} is damaged ({reason}); remove it and start again") from error
-
-
-@contextmanager
-def _only_errors() -> Iterator[None]:
-    """Let transformers log errors alone: what it warns of, such as the dates of checkpoints, decides nothing here."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 @contextmanager
@@ -184,7 +174,8 @@ def train_in_memory(
         warnings.simplefilter("ignore", FutureWarning)  # of names that transformers changes, which PEFT still uses
         model = get_peft_model(model, config)
     set_peft_model_state_dict(model, peft_tensors(skeleton, adapter))
-    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary, _only_errors():
+    # What it warns of, such as the dates of checkpoints, decides nothing here.
+    with tempfile.TemporaryDirectory(prefix="streamprune-trainer-") as temporary, quiet("transformers", logging.ERROR):
         arguments = _arguments(skeleton, course, micro_batch, directory, Path(temporary))
         trainer = _Trainer(
             model=model,

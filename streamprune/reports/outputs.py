@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,6 +86,8 @@ def read_output(directory: Path) -> PrunedOutput:
 
     def read() -> PrunedOutput:
         measured = facts.get("perplexity")
+        if measured and math.isnan(measured["after"]):  # there was no memory left for it
+            measured = None
         perplexity = (float(measured["before"]), float(measured["after"])) if measured else None
         last = facts["recovery"].get("perplexity") if "recovery" in facts else measured
         now = (float(last["after"]), str(last["sha256_of_ids"])) if last else None

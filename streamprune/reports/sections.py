@@ -43,7 +43,7 @@ def result_section(output: PrunedOutput) -> list[str]:
         n, seq = facts["perplexity"]["segments"]
         parts.append(page.paragraph(f"Perplexity is of {n:,} × {seq} tokens: {facts['perplexity']['text']}."))
     else:
-        parts.append(page.paragraph("Perplexity was not measured (--no-evaluate)."))
+        parts.append(page.paragraph("Perplexity was not measured."))
     return parts
 
 

@@ -94,7 +94,7 @@ def speed(
     if prompt < 2 or new < 1 or runs < 1:
         raise UsageError("--prompt must be at least 2, --new and --runs at least 1")
     dtype, device = as_options(dtype=dtype, device=device)
-    from streamprune.paging.device import compute_device, compute_dtype
+    from streamprune.paging.device import compute_device, compute_dtype, is_gpu
     from streamprune.storage.checkpoint import Checkpoint, resolve_model
 
     models = [
@@ -106,12 +106,16 @@ def speed(
     with ExitStack() as opened:
         checkpoints = [opened.enter_context(Checkpoint(model)) for model in models]
         configs = [checkpoint.config for checkpoint in checkpoints]
-        computed_in = dtype_name(compute_dtype(dtype, chosen, checkpoints[0]))
+        computed_in = compute_dtype(dtype, chosen, checkpoints[0])
+        weights = sum(checkpoint.nbytes_in(computed_in) for checkpoint in checkpoints)
+    name = dtype_name(computed_in)
     vocabulary = _check_context(models, configs, prompt + new)
+    if not is_gpu(chosen):  # which says itself what it lacks
+        _check_memory(models, weights)
     task = {"ids": _prompt(prompt, vocabulary), "new": new, "remote_code": trust_remote_code}
     found, notes = list[Speed](), list[str]()
-    tasks = [task | {"engine": "transformers", "path": str(model), "dtype": computed_in} for model in models]
-    found += _in_turn([each | {"device": str(chosen)} for each in tasks], models, [computed_in] * len(models), runs)
+    tasks = [task | {"engine": "transformers", "path": str(model), "dtype": name} for model in models]
+    found += _in_turn([each | {"device": str(chosen)} for each in tasks], models, [name] * len(models), runs)
     if llama_cpp:
         with tempfile.TemporaryDirectory(prefix="streamprune-speed-") as scratch:
             files = _exported(models, Path(scratch), notes)
@@ -127,6 +131,18 @@ def _check_context(models: Sequence[Path], configs: Sequence[Mapping[str, Any]],
         if tokens > longest:
             raise UsageError(f"{model} takes {longest} tokens at the most: lower --prompt or --new, {tokens} together")
     return min(int(config.get("vocab_size", 256)) for config in configs)
+
+
+def _check_memory(models: Sequence[Path], needed: int) -> None:
+    """Refuse models that there is no memory for: all of them are loaded, since they are measured in turn."""
+    from streamprune.paging.host_memory import available_memory
+
+    if needed > (there := available_memory()):
+        alone = ", or without --against" if len(models) > 1 else ""
+        raise StreampruneError(
+            f"{' and '.join(map(str, models))}: {human(needed)} of weights are loaded as a whole, and there are "
+            f"{human(there)}; measure on a machine that has them{alone}"
+        )
 
 
 def _prompt(length: int, vocabulary: int) -> list[int]:

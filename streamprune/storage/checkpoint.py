@@ -200,6 +200,10 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    def nbytes_in(self, dtype: torch.dtype) -> int:
+        """Count the bytes that all tensors take in a dtype."""
+        return sum(torch.Size(entry.shape).numel() for entry in self.tensors.values()) * dtype.itemsize
+
 
 def is_finite(tensor: Tensor, at_once: int = FINITE_BLOCK) -> bool:
     """Tell whether a tensor holds no NaN and no infinity. A finite sum proves it without a mask of the tensor's size.

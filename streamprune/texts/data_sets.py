@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from streamprune.errors import CalibrationError
+from streamprune.logs import quiet
 from streamprune.texts.documents import BLANK_LINE, Beginning, Documents
 from streamprune.texts.records import Render, text_of
 
@@ -68,7 +68,7 @@ def from_hub(source: str, field: str | None, render: Render) -> Documents:
     for repository, configuration in _hub_names(name):
         try:
             arguments = [repository, *([configuration] if configuration else [])]
-            with _quiet_hub():
+            with quiet("huggingface_hub", logging.ERROR):  # it warns of each attempt; what came of them is said
                 data = datasets.load_dataset(*arguments, split=split or "train", streaming=True)
             break
         except Exception as error:  # the hub client raises many kinds
@@ -94,18 +94,6 @@ def from_hub(source: str, field: str | None, render: Render) -> Documents:
                     yield draw.random(), chain([text], rest)
 
     return Documents(where, BLANK_LINE, lambda: _texts(data, field, where, render), places, shuffled)
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Let the hub's client log errors alone: of each attempt it warns, and what came of them is said."""
-    logger = logging.getLogger("huggingface_hub")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _texts(rows: Iterable[Any], field: str, where: str, render: Render) -> Iterator[str]:

@@ -89,7 +89,7 @@ def compare_with_masked(
 def _check_memory(directory: Path) -> None:
     """Refuse a model that plain transformers, which loads it as a whole, has no memory for."""
     with Checkpoint(directory) as checkpoint:
-        needed = sum(torch.Size(entry.shape).numel() for entry in checkpoint.tensors.values()) * torch.float32.itemsize
+        needed = checkpoint.nbytes_in(torch.float32)
     if needed > (there := available_memory()):
         raise StreampruneError(
             f"{directory} takes {human(needed)} in float32, which plain transformers loads as a whole, and there are "

@@ -11,6 +11,7 @@ from cli_runner import check_refusal, edit_tensors
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
+from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, evaluate, evaluate_tasks, prune
 from streamprune.errors import CalibrationError, CheckpointError, UsageError
@@ -162,6 +163,21 @@ def test_an_output_without_a_perplexity_is_written_all_the_same(streamprune, mod
     assert result.code == 0 and "the loss after pruning is 707.3" in result.err + result.out
     assert json.loads((output / "streamprune.json").read_text())["perplexity"]["after"] == float("inf")
     assert streamprune("report", output).code == 0
+
+
+def test_an_output_that_there_is_no_memory_to_measure_is_written_all_the_same(streamprune, model, output, monkeypatch):
+    def measured(sweeper, segments):
+        if sweeper.skeleton.checkpoint.path != model:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return Perplexity(10.0, 2.3, 1, 127)
+
+    monkeypatch.setattr("streamprune.pipeline.run.perplexity", measured)
+    result = streamprune("--model", model, "--output", output, "--method", "random")
+    assert result.code == 0 and "out of memory while the result is measured: it is written" in result.err
+    assert "not measured" in result.out and "not measured" in (output / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(output, trust_remote_code=True)
+    for command in (["report", output], ["compare", output, output]):
+        assert streamprune(*command).code == 0
 
 
 @pytest.mark.parametrize(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_runner import check_refusal, snapshot
 from tiny_models import merge_once
 
 from streamprune import PruneConfig, Speeds, prune, report, speed
 from streamprune.reports.recorded import record_speed
 from streamprune.reports.speed import Speed
+from streamprune.storage.checkpoint import Checkpoint
 
 SMALL = ("--prompt", 8, "--new", 3, "--runs", 3)
 
@@ -139,3 +142,27 @@ def test_a_model_that_does_not_load_is_named(pruned: Path, streamprune: Any) -> 
     )
     result = streamprune("speed", pruned, *SMALL, "--no-llama-cpp")
     check_refusal(result, 1, ("pruned cannot be measured with transformers", "verify"), remedy="verify")
+
+
+def test_models_that_there_is_no_memory_for_are_refused_before_they_are_loaded(
+    pruned: Path, tiny_llama: Path, streamprune: Any, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoint(pruned) as one, Checkpoint(tiny_llama) as other:
+        both = one.nbytes_in(torch.float32) + other.nbytes_in(torch.float32)
+    monkeypatch.setattr("streamprune.paging.host_memory.available_memory", lambda: both - 1)
+    options = (*SMALL, "--dtype", "float32", "--device", "cpu", "--no-llama-cpp")
+    refused = streamprune("speed", pruned, "--against", tiny_llama, *options)
+    check_refusal(refused, 1, (str(pruned), str(tiny_llama), "of weights"), "without --against")
+    assert not asked
+    assert streamprune("speed", pruned, *options).code == 0
+    assert "pruned" in asked
+
+
+def test_a_process_that_is_killed_is_said_to_be(
+    pruned: Path, streamprune: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = "import os, signal; input(); os.kill(os.getpid(), signal.SIGKILL)"
+    started = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda command, **given: started([command[0], "-c", child], **given))
+    result = streamprune("speed", pruned, *SMALL, "--no-llama-cpp")
+    check_refusal(result, 1, (str(pruned), "transformers", "was killed"), "free some")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from streamprune.errors import CalibrationError
+from streamprune.logs import quiet
 from streamprune.texts.sources import open_documents
 
 
@@ -130,3 +132,13 @@ def test_a_split_of_a_directory_of_files_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("words")
     with pytest.raises(CalibrationError, match="leave :test out"):
         opened(Path(f"{tmp_path}:test"))
+
+
+def test_a_log_is_quiet_inside_the_block_alone(caplog):
+    log = logging.getLogger("some_library.part")
+    with pytest.raises(RuntimeError), quiet("some_library", logging.ERROR):
+        log.warning("inside")
+        log.error("told")
+        raise RuntimeError
+    log.warning("outside")
+    assert caplog.messages == ["told", "outside"]
