@@ -56,7 +56,8 @@ class Operands:
 
     def normal(self, dtype: torch.dtype, *shape: int) -> Tensor:
         """Standard normals, of the matrix's shape by default."""
-        return torch.empty(shape or (self.rows, self.columns), dtype=F32, device=self.device).normal_().to(dtype)
+        matrix = torch.empty(shape or (self.rows, self.columns), dtype=F32, device=self.device)
+        return (matrix if matrix.is_meta else matrix.normal_()).to(dtype)
 
     def zeros(self, *shape: int, dtype: torch.dtype = F32) -> Tensor:
         """Something to write to, of the matrix's shape by default."""

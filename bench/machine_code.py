@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Any:
 def nvidia(launch: Launch, capability: int) -> MachineCode:
     """Machine code of a launch for a compute capability such as 86."""
     compiled = compile_launch(launch, GPUTarget("cuda", capability, 32))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+    usage, sass = _disassembled(compiled.asm["cubin"])
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     threads = 32 * compiled.metadata.num_warps
     return MachineCode(
@@ -138,6 +135,15 @@ def amd(launch: Launch, architecture: str) -> MachineCode:
         async_copies=0,
         local_accesses=len(re.findall(r"\bscratch_(?:load|store)", text)),
     )
+
+
+@cache
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """Resources and instructions; of most kernels all models' matrices have the same."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _tool("cuobjdump", "--dump-resource-usage", file.name), _tool("nvdisasm", "-c", file.name)
 
 
 def _tool(name: str, *arguments: str) -> str:
