@@ -80,8 +80,8 @@ def _reference(
     threshold: float | None,
     backend: Backend | None,
 ) -> MoreauStep:
-    # δ of a narrower dtype is rounded once, when the step is through.
-    wide = target.to(torch.promote_types(target.dtype, grad.dtype))
+    # In float32 at least, as in the kernel: δ of a narrower dtype is rounded once, when the step is through.
+    wide = target.to(torch.promote_types(torch.promote_types(target.dtype, grad.dtype), torch.float32))
     if has_delta:
         wide.mul_(1 - gamma / rho).add_(grad, alpha=-gamma)
     else:
@@ -89,8 +89,7 @@ def _reference(
     norms = None
     if threshold is not None:
         # In blocks: torch's own norm of columns takes four times as long, and of bfloat16 it makes a copy.
-        norms = unit_score(wide, None, dim, "square", backend=backend).sqrt_()
-        norms = norms.to(torch.promote_types(wide.dtype, torch.float32))
+        norms = unit_score(wide, None, dim, "square", backend=backend).sqrt_().to(wide.dtype)
         soft_threshold(wide, dim, threshold, norms)
     if wide is not target:
         target.copy_(wide)

@@ -89,10 +89,10 @@ def prune_n_of_m(
     """Keep the `n` highest-scored of every `m` consecutive weights of a row, in place; returns `weight`.
 
     Raises:
-        ValueError: `m` does not divide the row, or `n` is not in 0 … m.
+        ValueError: `m` does not divide the row or is above 256, or `n` is not in 0 … m.
     """
     columns = weight.shape[1]
-    if m < 1 or columns % m or not 0 <= n <= m:
+    if not 1 <= m <= 256 or columns % m or not 0 <= n <= m:  # ranks are of 8 bits
         raise ValueError(f"{n} of {m} cannot be kept in rows of {columns}")
     if weight.numel() == 0 or n == m:
         return weight

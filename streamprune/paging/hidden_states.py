@@ -55,6 +55,7 @@ class Activations:
         self._writes: deque[Future[None]] = deque()
         self._descriptor, self._end, self._live = -1, 0, 0
         self._free: dict[int, list[Room]] = {}  # of hidden states that are gone, by bytes
+        self._leaving: deque[list[Future[Tensor]]] = deque()  # memory to give back, in the order of that
         self._registrar: ThreadPoolExecutor | None = None
         self._staging = torch.empty(0, dtype=torch.uint8)
         self._staged, self._say_staged = False, say_staged
@@ -78,6 +79,8 @@ class Activations:
         if self._worker is not None:
             self._worker.shutdown(cancel_futures=True)
             self._worker = None
+        while self._leaving:  # what of that was called off
+            self._give_back()
         if self._registrar is not None:
             self._let_go([room for rooms in self._free.values() for room in rooms])
             self._free.clear()
@@ -133,15 +136,17 @@ class Activations:
     def _let_go(self, rooms: list[Room]) -> None:
         """Give back memory, after all that was queued on it."""
         arenas = [room for room in rooms if isinstance(room, Future)]
-
-        def work() -> None:
-            for arena in arenas:
-                self.transfers.release(arena.result())
-
-        if arenas and self._worker is not None:
-            self._worker.submit(work)
+        if not arenas:
+            return
+        self._leaving.append(arenas)
+        if self._worker is not None:
+            self._worker.submit(self._give_back)
         else:
-            work()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for arena in self._leaving.popleft():
+            self.transfers.release(arena.result())
 
     def bring(self, place: Room, offset: int, buffer: Tensor) -> Future[None]:
         """Start to fill a new tensor on the device; the future is done when its values are there."""

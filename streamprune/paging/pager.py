@@ -218,9 +218,10 @@ class Pager:
         """
         steps = schedule(order, self._held(), then)
         if self._chunks is None:
-            self._chunks = queue.Queue()
+            chunks: queue.Queue[Any] = queue.Queue()
             for _ in range(self._chunk_count):
-                self._chunks.put((self.device.chunk(CHUNK_BYTES), None))
+                chunks.put((self.device.chunk(CHUNK_BYTES), None))
+            self._chunks = chunks  # all of them: readers would wait for those that there was no memory for
         while len(self._slots) <= max((step.slot for step in steps), default=-1):
             # Fresh memory may still be in use by compute that was queued before it was freed.
             self._slots.append(_Slot(self.device.buffer(self.slot_bytes), None, None, self.device.record_consumed()))

@@ -70,7 +70,8 @@ class Choice:
     """Choice of what goes.
 
     Attributes:
-        widths: kept units of some choice of the same size, from which sizes are known before there are scores.
+        widths: kept units of some choice of the same size, from which sizes are known before there are scores; of whole
+            layers that go the lightest, since others may have other sizes.
         keep: gives the kept units by the values of scores, and the part of what is to go that does.
         what: the choice in words.
         allocation: that of units: "uniform" or "global".
@@ -173,7 +174,8 @@ def _choose_layers(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, la
     def keep(values: Mapping[int, float], part: float = 1.0) -> KeptUnits:
         return allocation.select_layers(values, round(part * count), everything, contiguous=config.contiguous)
 
-    widths = {layer: units for layer, units in everything.items() if layer not in layers[:count]}
+    # The lightest: where layers have different widths, no others leave more to write and to hold.
+    widths = keep({layer: float(_layer_parameters(skeleton, layer)) for layer in layers})
     return Choice(widths, keep, f"lose {count} of {len(layers)} layers{' in one run' if config.contiguous else ''}")
 
 
@@ -313,7 +315,9 @@ def describe(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> str:
     if config.target != "weights":
         prunable = prunable_parameters(skeleton, plan.costs, plan.layers)
         share = f"{gone / max(1, prunable):.1%} of what is prunable there, " if config.target == "units" else ""
-        what += f": {gone:,} parameters, {share}{gone / total:.1%} of the model"
+        sizes = {_layer_parameters(skeleton, layer) for layer in plan.layers}
+        least = "at least " if config.target == "layers" and len(sizes) > 1 else ""
+        what += f": {least}{gone:,} parameters, {share}{gone / total:.1%} of the model"
     lines = [
         f"{config.model}: {skeleton.family.model_type}, {len(skeleton.layers)} layers, {total:,} parameters, "
         f"computed in {dtype_name(skeleton.dtype)}",
@@ -340,7 +344,7 @@ def goal(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> Goal:
     """Return what a method may be told of what will stay."""
     if config.target == "layers":
         gone = removed_parameters(skeleton, plan.costs, plan.choice.widths)
-        total = sum(shape.numel() for layer in plan.layers for shape in skeleton.shapes(layer).values())
+        total = sum(_layer_parameters(skeleton, layer) for layer in plan.layers)
         return Goal(plan.choice.keep, {("layer",): 1 - gone / total})
     kinds = skeleton.family.kinds
     shares = dict[tuple[str, ...], float]()
@@ -367,5 +371,9 @@ def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) ->
                 costs[layer][kind] * (len(units) - len(kept[layer][kind])) for kind, units in everything.items()
             )
         else:
-            gone += sum(shape.numel() for shape in skeleton.shapes(layer).values())
+            gone += _layer_parameters(skeleton, layer)
     return gone
+
+
+def _layer_parameters(skeleton: Skeleton, layer: int) -> int:
+    return sum(shape.numel() for shape in skeleton.shapes(layer).values())

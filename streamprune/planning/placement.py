@@ -44,7 +44,7 @@ class Placement:
 
     Attributes:
         held: what stays beyond what has to. place: where hidden states stay. state: what the method keeps does.
-        micro_batch: sequences per layer call.
+        scratch: directory of what goes to a disk. micro_batch: sequences per layer call. stages: what each takes.
         device_bytes, host_bytes: the peaks; beside a CPU the first is 0.
         page_cache: bytes of the page cache that layers may take.
         halved: the micro-batch is smaller than by default, so sums differ in their last bits.
@@ -97,10 +97,8 @@ def choose_placement(
             if device > room[0] or host > room[1]:
                 continue
             make = partial(stages, sizes, config, plan, work, where, state, micro_batch)
-            held, found = _keep(sweeper, config, plan, make, room[0] if gpu else room[1], left(host))
-            device, host = _peaks(found, gpu)
-            grown = (held.slots - 2) * sweeper.pager.slot_bytes
-            device, host = (device + grown, host) if gpu else (0, host + grown)
+            held, found = _keep(sweeper, config, plan, make, room[0] if gpu else room[1], left)
+            device, host = _with_slots(sweeper, found, held)
             halved = config.micro_batch is None and micro_batch < sweeper.micro_batch
             peaks = (device, baseline + host, left(host))
             return Placement(held, where, state, config.scratch, micro_batch, found, *peaks, halved)
@@ -207,20 +205,32 @@ def _peaks(found: Sequence[Stage], gpu: bool) -> tuple[int, int]:
     return 0, max(sum(stage.device.values()) + sum(stage.host.values()) for stage in found)
 
 
+def _with_slots(sweeper: Sweeper, found: Sequence[Stage], held: Kept) -> tuple[int, int]:
+    """Return the peak bytes as `_peaks` does, with the slots that are kept beside the two that have to be."""
+    gpu, slots = is_gpu(sweeper.skeleton.device), (held.slots - 2) * sweeper.pager.slot_bytes
+    device, host = _peaks(found, gpu)
+    return (device + slots, host) if gpu else (0, host + slots)
+
+
 def _keep(
-    sweeper: Sweeper, config: PruneConfig, plan: Plan, make: Callable[[Kept], list[Stage]], room: int, cache: int
+    sweeper: Sweeper,
+    config: PruneConfig,
+    plan: Plan,
+    make: Callable[[Kept], list[Stage]],
+    room: int,
+    left: Callable[[int], int],
 ) -> tuple[Kept, list[Stage]]:
     """Choose what is kept within `room` bytes of what computes, and give the stages with that.
 
     Weights and state save as much by the byte at each turn of a sweep, but all of either saves more than parts of both:
-    of either first, what waits less for the link, and for the disk where `cache` bytes do not hold the layers. Graphs
-    save arithmetic, and get what is left then. On a CPU without a budget nothing is kept, since the page cache keeps
-    layers too.
+    of either first, what waits less for the link, and for the disk where what is `left` for the page cache does not
+    hold the layers. Graphs save arithmetic, and get what is left then. On a CPU without a budget nothing is kept.
     """
     gpu = is_gpu(sweeper.skeleton.device)
     least = _least(gpu)
     if not gpu and config.host_memory is None:
-        return least, _with_reading(sweeper, make(least), least.slots, cache)
+        found = make(least)
+        return least, _with_reading(sweeper, found, least.slots, left(_with_slots(sweeper, found, least)[1]))
     nothing = make(least)
     scoring, with_graph = (
         next(stage for stage in stages if stage.name.startswith("scoring"))
@@ -249,7 +259,8 @@ def _keep(
         # The most that fit: the more there are, the more is held.
         some = range(1, sweeper.n_layers - plan.layers[0] + 1) if saves else ()
         held = replace(held, graphs=bisect.bisect_left(some, True, key=lambda graphs: not fits(graphs)))
-        found = _with_reading(sweeper, make(held), held.slots, cache)
+        found = make(held)
+        found = _with_reading(sweeper, found, held.slots, left(_with_slots(sweeper, found, held)[1]))
         # Added up, not the longest: a sweep in which one of them is uneven waits for each in turn.
         waits = sum(stage.disk / DISK + (stage.up + stage.down) / LINK for stage in found)
         options.append((waits, held, found))

@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -84,13 +85,16 @@ def seconds(stage: Stage, rates: Rates) -> float:
 
 def default_cache() -> Path:
     """Return the directory $XDG_CACHE_HOME/streamprune, or ~/.cache/streamprune."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamprune"
+    # Not Path.home, which raises where a container's user has no home.
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~"), ".cache")) / "streamprune"
 
 
 def known(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates | None:
     """Return the rates that were measured here before for layers of these sizes, if there are any."""
-    rates = _saved(cache).get(_key(sweeper, seq_len))
-    return None if rates is None else Rates(**rates)
+    try:
+        return Rates(**_saved(cache)[_key(sweeper, seq_len)])
+    except (KeyError, TypeError):  # not there, or another version's
+        return None
 
 
 def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
@@ -107,19 +111,21 @@ def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:
             staging=_staging(sweeper.skeleton.device) if gpu else math.inf,
             start=PROCESS_START + GPU_START * gpu,
         )
-        cache.mkdir(parents=True, exist_ok=True)
         # A file of this process's own, renamed when it is whole: several processes may measure at the same time.
         new = cache / f"{FILE}.{os.getpid()}"
-        new.write_text(json.dumps(_saved(cache) | {_key(sweeper, seq_len): asdict(rates)}, indent=1))
-        new.rename(cache / FILE)
+        with suppress(OSError):  # measured again next time
+            cache.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(_saved(cache) | {_key(sweeper, seq_len): asdict(rates)}, indent=1))
+            new.rename(cache / FILE)
     return rates
 
 
 def _saved(cache: Path) -> dict[str, Any]:
     try:
-        return json.loads((cache / FILE).read_text())
+        found = json.loads((cache / FILE).read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _key(sweeper: Sweeper, seq_len: int) -> str:

@@ -13,7 +13,7 @@ from streamprune.methods.needs import GRADIENTS
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import Place
 from streamprune.planning.footprint import evaluation, writing
-from streamprune.planning.placement import MARGIN, memory_limits, places
+from streamprune.planning.placement import DRIFT, MARGIN, memory_limits, places
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -119,7 +119,7 @@ def _refusal(
 
     stages = min(needed, key=lambda each: lacks(_most(each)))
     device, host = _most(stages)
-    budgets = [f"--host-memory {_mebibytes((host / (1 - MARGIN)) + baseline)}"]
+    budgets = [f"--host-memory {_mebibytes((host / (1 - MARGIN)) + baseline + DRIFT)}"]
     if gpu:
         budgets.insert(0, f"--gpu-memory {_mebibytes(device / (1 - MARGIN))}")
     have = f"{human(limits[0])} on the GPU and {human(limits[1])} of memory" if gpu else f"{human(limits[1])} of memory"

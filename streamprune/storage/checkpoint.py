@@ -258,7 +258,7 @@ def resolve_model(model: str, *, trust_remote_code: bool = False) -> Path:
     except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{model} is neither a directory nor a hub model that can be fetched ({reason})"
+            f"{model} is neither a directory nor a hub model that can be fetched ({reason}); give another --model"
         ) from error
 
 
@@ -392,7 +392,7 @@ def _entry(file: Path, number: int, base: int, size: int, name: str, fields: Any
     nbytes = math.prod(shape) * bits // 8
     if begin < 0 or min(shape, default=1) < 0 or end - begin != nbytes:
         raise CheckpointError(
-            f"{file}: {name} {list(shape)} {dtype_name} needs {nbytes} bytes, its header gives {end - begin}"
+            f"{file}: {name} {shape} {dtype_name} has {nbytes} bytes, by its header {end - begin}; download it again"
         )
     if dtype_name in OTHER_DTYPES:
         return OtherEntry(name, dtype_name, number, nbytes)

@@ -9,14 +9,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from streamprune.errors import OutputError
 
-PARTIAL = ".partial-"
+PARTIAL, REPLACED = ".partial-", ".replaced-"  # names beside an output: what is written, what it replaces
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -101,7 +101,8 @@ def write_whole(file: Path, content: bytes) -> None:
     except OSError as error:
         raise OutputError(f"{file}: {error.strerror or error}; choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 @contextmanager
@@ -124,8 +125,7 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
         temporary = output.with_name(f".{output.name}{PARTIAL}{secrets.token_hex(4)}")
     lock = None
     try:
-        temporary.mkdir(exist_ok=keep)
-        lock = _hold(temporary)
+        lock = _make_and_hold(temporary, exist_ok=keep)
         yield temporary
         # On the disk before it has the name: a rename can outlive a power cut that the contents did not.
         sync_directory(temporary)
@@ -168,11 +168,31 @@ def _existing(directory: Path) -> Path:
 
 
 def _remove_dead(output: Path) -> None:
-    """Remove what earlier runs for this output were writing when they were killed: directories that nobody holds."""
-    for partial in output.parent.iterdir():
-        if partial.name.startswith(f".{output.name}{PARTIAL}") and (lock := _hold(partial)) is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+    """Remove what earlier runs for this output left when they were killed: directories that nobody holds.
+
+    They were writing them, or removing what they had replaced; the latter stays where the output is not there, since it
+    is all that is left of it then.
+    """
+    kinds = [PARTIAL, *([REPLACED] if output.exists() else [])]
+    for each in output.parent.iterdir():
+        if any(each.name.startswith(f".{output.name}{kind}") for kind in kinds) and (lock := _hold(each)) is not None:
+            shutil.rmtree(each, ignore_errors=True)
             os.close(lock)
+
+
+def _make_and_hold(directory: Path, *, exist_ok: bool) -> int | None:
+    """Make a directory and lock it, as `_hold` does, before anybody finds it and takes it for a dead one."""
+    if exist_ok and directory.exists():
+        return _hold(directory)
+    unseen = directory.with_name(f".{secrets.token_hex(8)}")
+    try:
+        unseen.mkdir()
+        lock = _hold(unseen)
+        unseen.rename(directory)  # the lock goes with it
+    except BaseException:
+        shutil.rmtree(unseen, ignore_errors=True)
+        raise
+    return lock
 
 
 def _hold(directory: Path) -> int | None:
@@ -197,7 +217,7 @@ def _replace(output: Path, temporary: Path) -> None:
     if not output.exists():
         temporary.rename(output)
         return
-    replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
+    replaced = output.with_name(f".{output.name}{REPLACED}{secrets.token_hex(4)}")
     try:
         output.rename(replaced)
         temporary.rename(output)

@@ -32,6 +32,8 @@ STEP_CASES = [
     ("torch", F64, F64, 1e-14, 1e-16),
     ("torch", F64, F32, 1e-14, 1e-16),
     ("torch", BF16, F32, BF16_STEP, 1e-6),
+    ("torch", BF16, BF16, BF16_STEP, 1e-6),
+    ("torch", F16, F16, 2**-10.9, 1e-6),
     *(
         pytest.param("triton", *case, marks=needs_triton)
         for case in (

@@ -1,6 +1,8 @@
 """Hidden states come back as they were, wherever they stay, and however late the device's copies finish."""
 
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -206,3 +208,33 @@ def test_a_full_or_missing_scratch_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="No space left"):
         states[slice(0, 2)]
     owner.close()
+
+
+def test_memory_is_given_back_also_where_what_was_before_it_is_called_off():
+    """A sweep that fails leaves work in the queue, and registered memory behind it."""
+    given, held, closing = [], threading.Event(), threading.Event()
+
+    class Slow(FakeDevice):
+        def copy(self, target, source):
+            assert held.wait(10)
+            return super().copy(target, source)
+
+        def release(self, arena):
+            given.append(arena.nbytes)
+
+    owner = Activations(torch.device("cpu"), "host", Slow(), None)
+    (states,) = owner.several(1, (2, 5, 7), torch.float32)
+    for row in range(2):  # the first is copied when the second is called off
+        states[slice(row, row + 1)] = torch.ones(1, 5, 7)
+    nbytes = states.nbytes
+    del states
+    assert not given
+    shutdown = owner._worker.shutdown
+    owner._worker.shutdown = lambda **options: (closing.set(), shutdown(**options))
+    thread = threading.Thread(target=owner.close)
+    thread.start()
+    assert closing.wait(10)
+    time.sleep(0.05)  # until what waits is called off
+    held.set()
+    thread.join(10)
+    assert given == [nbytes]

@@ -254,3 +254,21 @@ def test_where_memory_is_short_the_same_layers_stay_in_the_page_cache(checkpoint
     begin = {layer: {(e.file, e.offset) for e in entries.values()} for layer, entries in enumerate(skeleton.entries)}
     first = {(file, offset): stays for file, offset, stays in read}
     assert [{first[entry] for entry in begin[layer]} for layer in range(8)] == [{True}] * 3 + [{False}] * 5
+
+
+def test_a_sweep_after_one_that_had_no_memory_does_not_wait_for_it(checkpoint):
+    class Short(FakeDevice):
+        left = 1
+
+        def chunk(self, nbytes):
+            Short.left -= 1
+            if Short.left < 0:
+                raise RuntimeError("out of memory")
+            return super().chunk(nbytes)
+
+    again = Pager(checkpoint.checkpoint, checkpoint.entries, Short())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sums_of(again, checkpoint, again.device, 1)
+    Short.left = 1000
+    seen, expected = sums_of(again, checkpoint, again.device, 1)
+    assert seen == expected

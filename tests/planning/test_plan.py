@@ -1,7 +1,10 @@
 """`streamprune plan` says what the run then does, from headers alone, also for a card that is not there."""
 
 import json
+import math
 import re
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -12,7 +15,7 @@ from streamprune.figures import peak_rss
 from streamprune.paging.pager import Pager
 from streamprune.pipeline import run
 from streamprune.pipeline.run import foretell
-from streamprune.planning import rates
+from streamprune.planning import placement, rates
 from streamprune.planning.placement import CACHE_SHARE
 from streamprune.storage.checkpoint import Checkpoint
 from streamprune.storage.reader import DISK_BLOCK
@@ -117,13 +120,15 @@ def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune
     arguments = ("plan", "--model", tiny_llama, "--measure", "--no-evaluate", "--layers", "1:7")
     kept = tmp_path / "streamprune" / "rates.json"
     outputs = []
-    for damage in (False, False, True):
-        if damage:
-            kept.write_text("{")
+    for damage in ("", "", "{", "[]", "other fields"):
+        if damage == "other fields":
+            kept.write_text(json.dumps({key: {"speed": 1} for key in json.loads(kept.read_text())}))
+        elif damage:
+            kept.write_text(damage)
         result = streamprune(*arguments)
         assert result.code == 0, result.err
         outputs.append(next(iter(json.loads(kept.read_text()).values())))
-    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0] == outputs[1] and outputs[1] not in outputs[2:]
     assert all(outputs[0][name] > 0 for name in ("read", "forward", "backward"))
     # A run with the same layers, threads and lengths then says when it expects to end.
     run = ("--model", tiny_llama, "--output", tmp_path / "out", "--no-evaluate", "--layers", "1:7", "--json-progress")
@@ -188,3 +193,57 @@ def test_a_plan_that_measures_counts_the_texts_too(tiny_llama, tmp_path, monkeyp
         for measure in (False, True)
     )
     assert abs(plain - measuring) < 40_000_000
+
+
+@pytest.mark.parametrize("cache", ["file/cache", "a home that is not known"])
+def test_rates_that_cannot_be_kept_are_of_use_all_the_same(cache, streamprune, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "MEASURE_SECONDS", 0.01)
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    if cache == "file/cache":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+        monkeypatch.setattr(Path, "home", lambda: pytest.fail("it raises where there is none"))
+    result = streamprune("plan", "--model", tiny_llama, "--measure", "--no-evaluate", "--layers", "1:7")
+    assert result.code == 0 and "measured here" in result.out
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("thin", [(0, 3), (5, 8)], ids=str)
+def test_layers_that_go_are_planned_as_the_lightest(thin, contiguous, tiny_llama, tmp_path):
+    """Where widths differ, nothing that goes leaves more to write."""
+    prune(config(tiny_llama, tmp_path / "ragged", "magnitude", ratio=0.5, **{"layers": thin}))
+    whole = {"layers": (0, 8), "ratio": 3 / 8, "contiguous": contiguous}
+    options = config(tmp_path / "ragged", tmp_path / "out", "layer-ppl", "layers", **whole)
+    planned = foretell(options)
+    (lightest,) = re.findall(r"at least ([\d,]+) parameters", planned.text)
+    with Checkpoint(tmp_path / "ragged") as checkpoint:
+        sizes = Counter()
+        for name, entry in checkpoint.tensors.items():
+            if ".layers." in name:
+                sizes[int(name.split(".")[2])] += math.prod(entry.shape)
+    assert int(lightest.replace(",", "")) == sum(sorted(sizes.values())[:3])
+    parameters = prune(options).facts["parameters"]
+    assert parameters["before"] - parameters["after"] >= int(lightest.replace(",", ""))
+
+
+def test_what_is_read_is_planned_with_the_page_cache_that_is_left(tiny_llama, tmp_path, monkeypatch):
+    """What is kept in memory takes room from the page cache."""
+    process = psutil.Process().memory_info().rss
+    for spare in range(0, 400_000, 40_000):
+        there = 60_000_000 + spare
+        monkeypatch.setattr("streamprune.pipeline.run.available_memory", lambda there=there: there)
+        seen = []
+        original = placement._with_reading
+
+        def spied(sweeper, found, slots, cache, original=original, seen=seen):
+            seen.append((slots, cache))
+            return original(sweeper, found, slots, cache)
+
+        monkeypatch.setattr(placement, "_with_reading", spied)
+        budget = process + 50_000_000 + spare
+        found = foretell(config(tiny_llama, tmp_path / "out", host_memory=budget)).placement
+        monkeypatch.setattr(placement, "_with_reading", original)
+        assert (found.held.slots, found.page_cache) in seen

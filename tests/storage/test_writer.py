@@ -16,7 +16,7 @@ from stored_tensors import EVERY_DTYPE, random_tensor, same_bytes, save
 
 from streamprune.errors import OutputError
 from streamprune.storage.checkpoint import STORED_DTYPES, Checkpoint, read_header
-from streamprune.storage.directory import atomic_directory, check_space
+from streamprune.storage.directory import atomic_directory, check_space, write_whole
 from streamprune.storage.shards import ShardedWriter, TensorSpec
 
 
@@ -278,6 +278,40 @@ def test_what_a_killed_run_left_goes_and_what_another_run_writes_stays(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "out"]
 
 
+def test_a_run_that_begins_at_the_same_moment_is_not_taken_for_a_dead_one(tmp_path, monkeypatch):
+    original = Path.mkdir
+
+    def mkdir(self, *arguments, **options):
+        original(self, *arguments, **options)
+        if self.parent == tmp_path:  # made and not yet locked: now the other one looks for the dead
+            monkeypatch.setattr(Path, "mkdir", original)
+            with pytest.raises(ZeroDivisionError), atomic_directory(tmp_path / "out", overwrite=False):
+                raise ZeroDivisionError
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with atomic_directory(tmp_path / "out", overwrite=False) as directory:
+        (directory / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_killed_run_had_replaced_goes_where_the_new_one_has_its_name(old, tmp_path):
+    replaced = tmp_path / ".out.replaced-0123abcd"
+    replaced.mkdir()
+    with atomic_directory(old, overwrite=True):
+        assert not replaced.exists()
+    old.rename(tmp_path / "elsewhere")
+    replaced.mkdir()  # and where there is none, it is all that is left
+    with atomic_directory(tmp_path / "out", overwrite=False):
+        assert replaced.exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 240, "file/x"])
+def test_a_file_that_cannot_be_written_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OutputError, match="choose another place"):
+        write_whole(tmp_path / name, b"content")
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OSError(28, "full")])
 def test_overwriting_keeps_the_old_directory_if_the_block_fails(error, old, tmp_path):
     with pytest.raises(BaseException), atomic_directory(old, overwrite=True):  # noqa: B017
@@ -322,8 +356,8 @@ def test_an_interrupt_at_any_step_of_replacing_loses_neither_directory(after, ol
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), atomic_directory(old, overwrite=True) as directory:
+        monkeypatch.setattr(Path, "rename", interrupted)
         (directory / "config.json").write_text("new")
     assert (old / "config.json").read_text() == ("old" if after == 1 else "new")
 
