@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from streamprune.config import Target
@@ -27,11 +26,12 @@ class Setting:
     choices: tuple[str, ...] = ()
     whole: bool = False  # an integer, also where the default is none
     path: bool = False  # the path of an earlier run is taken beside the choices
+    beside: tuple[str, tuple[Any, ...]] | None = None  # another one, and its values with which this one does something
 
     def parse(self, name: str, value: Any) -> Any:
         """`value` (a string from the command line, or already typed) checked, or a UsageError."""
         if self.choices:
-            if value in self.choices or (self.path and (os.sep in str(value) or Path(str(value)).exists())):
+            if value in self.choices or (self.path and (os.sep in str(value) or os.path.exists(str(value)))):
                 return str(value)
             more = ", or give the path of an earlier run's output" if self.path else ""
             raise UsageError(f"--set {name}={value}: choose one of {', '.join(self.choices)}{more}")

@@ -129,6 +129,7 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "published": {**_PAPER, "baseline": "published"},
     "logits": {**_OWN, "baseline": "others", "learner": "logits", "batch": 8, "steps": 300},
 }
+_UNIT_BY_UNIT = ("learner", ("projection", "logits"))
 _POLICY = {
     "variant": Setting("best", "what else is not set", choices=tuple(_VARIANTS)),
     "init": Setting(
@@ -144,17 +145,29 @@ _POLICY = {
         None, "updates that one pass over the layers serves, K; by default the plan's", minimum=1, whole=True
     ),
     "lr": Setting(None, f"step size{_CHOSEN}", minimum=0, exclusive=True),
-    "window": Setting(5, "steps of the moving baseline", minimum=1),
-    "baseline": Setting(None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published")),
+    "window": Setting(5, "steps of the moving baseline", minimum=1, beside=_UNIT_BY_UNIT),
+    "baseline": Setting(
+        None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published"), beside=_UNIT_BY_UNIT
+    ),
     "antithetic": Setting(None, f"masks come in opposite pairs{_CHOSEN}", choices=("yes", "no")),
     "learner": Setting(None, f"what moves{_CHOSEN}", choices=("projection", "logits", "explore")),
-    "spread": Setting(0.5, "deviation σ of what explore tries, in those of scores", minimum=0, exclusive=True),
-    "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no")),
+    "spread": Setting(
+        0.5,
+        "deviation σ of what explore tries, in those of scores",
+        minimum=0,
+        exclusive=True,
+        beside=("learner", ("explore",)),
+    ),
+    "natural": Setting(
+        "no", "times s(1 - s), in projection", choices=("yes", "no"), beside=("learner", ("projection",))
+    ),
     "repaired": Setting(
         None, "masks are tried with o and down fitted: by default of units with --compensate", choices=("yes", "no")
     ),
     "patience": Setting(None, "steps after which it ends if no unit changed side", minimum=1, whole=True),
-    "floor": Setting(1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5),
+    "floor": Setting(
+        1e-3, "least probability that is drawn from", minimum=0, exclusive=True, maximum=0.5, beside=_UNIT_BY_UNIT
+    ),
 }
 
 _ROWS = (
@@ -205,7 +218,7 @@ _ROWS = (
         "MoreauPruner-GS, arXiv 2406.07017",
         {
             **_moreau_settings(rho=0.2, gamma=2e-4),
-            "eta": Setting(5e-6, "threshold of the group norms", minimum=0),
+            "eta": Setting(5e-6, "threshold of the group norms", minimum=0, beside=("eta_quantile", (None,))),
             "eta_quantile": Setting(None, "eta from this quantile of them at step 0", minimum=0, maximum=1),
         },
         sweeps=_moreau_sweeps,
@@ -252,7 +265,7 @@ _ROWS = (
         "GBLM-Pruner, arXiv 2311.04902",
         {
             "p": Setting(1, "norm over the samples' gradients", minimum=1, maximum=2),
-            "alpha": Setting(100.0, "weight of the gradient term", minimum=0),
+            "alpha": Setting(100.0, "weight of the gradient term", minimum=0, beside=("terms", ("both",))),
             "terms": Setting("both", "what counts", choices=("both", "gradient")),
             "norm": Setting("mean", "per sample, or as the published code has it", choices=("mean", "published")),
         },
@@ -327,6 +340,18 @@ def _check_masks(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_idle(method: Method, settings: Mapping[str, Any]) -> None:
+    """Refuse a setting that is not as it is by itself, and does nothing beside another one."""
+    own = method.variants[settings["variant"]] if method.variants else {}
+    for name, setting in method.settings.items():
+        other, values = setting.beside or (name, (settings[name],))
+        if settings[other] not in values and settings[name] != own.get(name, setting.default):
+            instead = "" if values[0] is None else f", or pass --set {other}={values[0]}"
+            raise UsageError(
+                f"--set {name}={settings[name]} does nothing with {other}={settings[other]}; leave it out{instead}"
+            )
+
+
 def resolve_settings(
     method: str, given: Mapping[str, Any], target: Target | None = None, *, repairs: bool = False
 ) -> dict[str, Any]:
@@ -357,6 +382,9 @@ def resolve_settings(
         if settings["init"] in METHODS:
             resolve_settings(settings["init"], {}, target)
         settings["repaired"] = settings["repaired"] or ("yes" if repairs and target == "units" else "no")
+    if repairs and "bias" in settings:  # the fit takes their place
+        settings["bias"] = "no"
+    _refuse_idle(METHODS[method], settings)
     if target == "weights" and settings.get("order") == "vectorize":
         raise UsageError("--set order=vectorize sums over rows and columns, so it has no scores for weights; use first")
     return settings

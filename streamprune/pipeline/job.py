@@ -27,13 +27,13 @@ from streamprune.paging.state import STATE_SLOTS, StateStream
 from streamprune.pipeline.progress import Progress
 from streamprune.planning.decision import Plan, goal
 from streamprune.planning.footprint import state_blocks
-from streamprune.recovery.least_squares import compensate, passes
+from streamprune.recovery.least_squares import compensate, passes, repair_micro_batch
 from streamprune.storage.journal import Journal
 from streamprune.storage.scores import write_scores
 from streamprune.storage.tensor_store import MakeStore, make_store
 from streamprune.streaming.costs import Sizes, Task
 from streamprune.streaming.statistics import Statistics
-from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+from streamprune.streaming.sweeper import Sweeper
 
 STEPS_FILE = "policy.jsonl"
 
@@ -222,7 +222,7 @@ class Job:
 
     def _repair(self, kept: KeptUnits, writer: OutputWriter) -> None:
         assert self.repair_ids is not None and self.plan.repair is not None
-        config = self.config
+        config, seq_len = self.config, None if self.ids is None else self.ids.shape[1]
         with self._stage("repairing", passes(self.sweeper, kept)):
             compensate(
                 self.sweeper,
@@ -230,7 +230,7 @@ class Job:
                 kept,
                 ridge=config.compensate_ridge,
                 goal=self.plan.repair,
-                micro_batch=config.micro_batch or default_micro_batch(self.repair_ids.shape[1]),
+                micro_batch=repair_micro_batch(self.sweeper.micro_batch, seq_len, self.repair_ids.shape[1]),
                 write=writer.put_layer,
                 journal=self.journal,
             )

@@ -27,11 +27,12 @@ from streamprune.model.units import TensorRef, kept_lines
 from streamprune.paging.device import is_gpu
 from streamprune.planning.decision import Plan
 from streamprune.planning.stage import Work
+from streamprune.recovery.least_squares import repair_micro_batch
 from streamprune.streaming.binder import Perturbation
 from streamprune.streaming.gradients import Consumer, PowerCollector, PowersConsumer
 from streamprune.streaming.inputs import Sums
 from streamprune.streaming.statistics import Statistics
-from streamprune.streaming.sweeper import Sweeper, default_micro_batch
+from streamprune.streaming.sweeper import Sweeper
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -78,7 +79,8 @@ def rehearse(sweeper: Sweeper, config: PruneConfig, plan: Plan, work: Work) -> N
     with _Answers():
         METHODS[config.method].score(statistics, plan.settings, _sink(sweeper, config, plan, layers))
     if work.repair is not None and plan.repair == "stream":
-        _rehearse_repair(sweeper, plan, config.micro_batch or default_micro_batch(work.repair[1]), work.repair)
+        seq_len = None if work.calibration is None else work.calibration[1]
+        _rehearse_repair(sweeper, plan, repair_micro_batch(sweeper.micro_batch, seq_len, work.repair[1]), work.repair)
 
 
 def _rehearse_repair(sweeper: Sweeper, plan: Plan, micro_batch: int, shape: tuple[int, int]) -> None:

@@ -117,7 +117,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         # Whole layers leave nothing of their own to fit: the layer before them takes their place in the stream.
         repair = repair_goal(skeleton, "stream" if config.target == "layers" else config.compensate_target)
     something_goes = choice.widths != skeleton.all_units()
-    biases = settings.get("bias") == "yes" and repair is None and something_goes
+    biases = settings.get("bias") == "yes" and something_goes
     # By `keep`, which chooses the family's own class where it takes these widths.
     planned = form_class(config, form)(skeleton, choice.widths, layers, biases).keep(choice.widths)
     if planned.added_biases and (config.stock or not skeleton.family.ragged):

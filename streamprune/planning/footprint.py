@@ -50,7 +50,9 @@ def stages(
     if work.repair is not None:
         passes = least_squares.passes(sizes.sweeper, plan.choice.widths)
         fitted = passes[-1]
-        found.append(_repair(sizes, config, plan, work.repair, where, passes))
+        seq_len = None if work.calibration is None else work.calibration[1]
+        together = least_squares.repair_micro_batch(micro_batch, seq_len, work.repair[1])
+        found.append(_repair(sizes, config, plan, work.repair, where, passes, together))
     written = set(plan.layers) if config.target == "weights" else set(fitted)
     found.append(writing(sizes, [layer for layer in range(n_layers) if layer not in written], plan.form.nbytes))
     return found
@@ -182,12 +184,13 @@ def _repair(
     shape: Shape,
     where: Place,
     passes: Sequence[Sequence[int]],
+    micro_batch: int,
 ) -> Stage:
     """Stage of the repair: hidden states of both models before and after a layer and after gaps, least squares.
 
     With a goal in the residual stream down's inputs are kept too, for the repaired layer's output.
     """
-    task, fitted = Task(sizes, shape, config.micro_batch or default_micro_batch(shape[1]), where), passes[-1]
+    task, fitted = Task(sizes, shape, micro_batch, where), passes[-1]
     gaps, stream = sizes.sweeper.n_layers - len(plan.choice.widths), plan.repair == "stream"
     inputs, hidden_size = sizes.most(_widest_input, fitted), sizes.sweeper.skeleton.config.hidden_size
     apart = where == "device" and task.gpu  # those after gaps go to the host

@@ -119,6 +119,15 @@ def compensate(
     journalled_walk(sweeper, journal, input_ids, visit, stop, resume=resume, micro_batch=micro_batch)
 
 
+def repair_micro_batch(micro_batch: int, seq_len: int | None, repair_len: int) -> int:
+    """Count the sequences of `repair_len` tokens that are computed at once: as many tokens as while scoring.
+
+    Args:
+        micro_batch, seq_len: of scoring; without a text the micro-batch is of sequences of 128 tokens.
+    """
+    return max(1, micro_batch * (seq_len or 128) // repair_len)
+
+
 def passes(sweeper: Sweeper, kept: KeptUnits) -> list[range]:
     """List the passes of `compensate`: up to the last gap, then up to the last layer that is fitted."""
     gone = _gone(sweeper, kept)

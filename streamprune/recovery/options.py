@@ -92,9 +92,7 @@ class RecoverConfig:
         1e-4, values.number, "Learning rate after the warmup; it then falls to 0.", _TRAINING, minimum=0, below=1e38
     )
     batch: int = option(64, values.whole_number, "Sequences of a step.", _TRAINING, minimum=1)
-    epochs: float = option(
-        2.0, values.number, "Times that the data are gone through.", _TRAINING, minimum=0, below=math.inf
-    )
+    epochs: float = option(2.0, values.number, "Times that the data are gone through.", _TRAINING, minimum=0, below=1e6)
     steps: int | None = option(
         None, values.whole_number, "Steps, whatever --epochs says.", _TRAINING, shown="those of --epochs", minimum=1
     )
@@ -156,12 +154,12 @@ class RecoverConfig:
     def _check_training(self) -> None:
         if self.data is None:
             raise UsageError("--data is missing: give instructions, conversations or a text (or --merge an adapter)")
-        if not self.epochs:
+        if not self.epochs and self.steps is None:
             raise UsageError("--epochs 0: nothing would be learnt; give more, or --merge an adapter")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise UsageError(f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}; choose another")
-        if self.init_adapter is not None and (self.rank or self.alpha is not None):
-            raise UsageError("--init-adapter has a rank and alpha of its own; leave --rank and --alpha out")
+        if self.init_adapter is not None and (self.rank or self.alpha is not None or self.like != "llm-pruner"):
+            raise UsageError("--init-adapter has a rank and alpha of its own; leave --rank, --alpha and --like out")
         if self.top_k != 64 and self.distill is None:
             raise UsageError("--top-k means something with --distill only; add that, or leave it out")
 

@@ -62,7 +62,7 @@ def logarithmic_y(low: float, high: float) -> Axis:
     factors = range(1, 10) if high - low < 1 else (1, 2, 5) if high - low < 3 else (1,)
     marks = [math.log10(factor) + power for power in powers for factor in factors]
     inside = tuple(mark for mark in marks if low <= mark <= high)
-    return Axis(low, high, HEIGHT - BOTTOM, TOP, lambda value: f"{10**value:.0e}", inside)
+    return Axis(low, high, HEIGHT - BOTTOM, TOP, lambda value: f"{10**value:.2g}", inside)
 
 
 def picture(height: float, title: str, words: str, parts: Sequence[str]) -> str:

@@ -120,5 +120,5 @@ def _as_written(file: Path, read: Callable[[], Result]) -> Result:
     """
     try:
         return read()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file} is not as streamprune writes it ({error!r}); prune again") from error

@@ -46,7 +46,7 @@ def _scores(file: Path) -> dict[tuple[str, str], str]:
         }
         mean = {} if found["mean"] is None else {("mean", ""): _said(found["mean"], found["mean_stderr"])}
         return scores | mean  # perplexities have none
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UsageError(
             f"{file} is not as streamprune eval --tasks --json writes it ({error!r}); give such a file"
         ) from error

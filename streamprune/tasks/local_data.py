@@ -15,12 +15,14 @@ from streamprune.errors import TaskError
 
 def _json_lines(path: Path) -> datasets.Dataset:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             raise TaskError(f"{path}, line {number} is no JSON ({error}); write a JSON object per line") from error
-    return datasets.Dataset.from_list(rows)
+    # `from_list` takes the columns of the first row alone.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
 def _parquet(path: Path) -> datasets.Dataset:
@@ -131,7 +133,8 @@ def local_dataset(
     folder = next(iter(splits.values()))[0].parent
     measured, examples = config.test_split or config.validation_split, config.fewshot_config.split
     examples = examples or (None if config.fewshot_config.samples else config.training_split)
-    if (config.num_fewshot if num_fewshot is None else num_fewshot) and examples and examples not in splits:
+    own = config.num_fewshot  # a task with 0 stays at it
+    if (own if num_fewshot is None or own == 0 else num_fewshot) and examples and examples not in splits:
         raise TaskError(
             f"{folder} holds {', '.join(splits)}; the examples of {config.task} come from {examples}: put that there, "
             "or ask for none with --num-fewshot 0"

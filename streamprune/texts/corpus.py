@@ -130,7 +130,7 @@ class Corpus:
         tokens = without_marks(tokens, self.beginning)
         n = samples or min(len(tokens) // length, most or len(tokens))
         if len(tokens) < max(1, n) * length:
-            remedy = "give a longer text" + (", or lower --samples or --seq-len" if samples else "")
+            remedy = "give a longer text, or " + ("lower --samples or --seq-len" if samples else "shorter segments")
             raise CalibrationError(
                 f"{self.documents.where} has {len(tokens):,} tokens, {max(1, n)} segments of {length} need "
                 f"{max(1, n) * length:,}; {remedy}"

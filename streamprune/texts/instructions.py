@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from streamprune.errors import CalibrationError
+from streamprune.errors import CalibrationError, UsageError
 from streamprune.texts.corpus import Corpus
 from streamprune.texts.documents import BLANK_LINE, Documents
-from streamprune.texts.records import INSTRUCTION, MOST_FIELDS, messages_of, repaired, text_of
+from streamprune.texts.records import INSTRUCTION, MOST_FIELDS, messages_of, rendered, repaired, text_of
 from streamprune.texts.sources import open_documents
 from streamprune.texts.tokenizer import beginning, chat_renderer, load_tokenizer
 
@@ -105,6 +105,7 @@ def open_examples(
 
     Raises:
         CalibrationError: no such data, no fields that are known, or nothing in it that the loss counts.
+        UsageError: `bos` beside conversations.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     begins = beginning(tokenizer, bos)
@@ -117,7 +118,9 @@ def open_examples(
     if layout == "instructions":
         marked = (_instruction(record, where, tokenizer.eos_token or "") for where, record in documents.rows())
     else:
-        begins = ()  # the template says what a conversation begins with
+        if bos != "auto":
+            raise UsageError(f"--bos {bos}: the chat template says what a conversation begins with; leave it out")
+        begins = ()
         marked = (_conversation(record, field, where, tokenizer) for where, record in documents.rows())
     made = Examples(documents.where, layout, [])
     made = _gather(made, _encoded(marked, tokenizer, torch.tensor(begins, dtype=torch.int64)), cutoff)
@@ -153,15 +156,15 @@ def _texts_of(documents: Documents, field: str) -> Documents:
         return documents
 
     def texts() -> Iterator[str]:
-        found = (text_of(record, field, where, _no_conversation(where, field)) for where, record in rows())
+        found = (text_of(record, field, where, _no_conversation(field)) for where, record in rows())
         return (text for text in found if text)
 
     return replace(documents, separator=BLANK_LINE, records=texts)
 
 
-def _no_conversation(where: str, field: str) -> Callable[[Any], str]:
+def _no_conversation(field: str) -> Callable[[Any], str]:
     def refuse(messages: Any) -> str:
-        raise CalibrationError(f"{where}: {field!r} holds messages, where the first record has a text; use one kind")
+        raise CalibrationError(f"{field!r} holds messages, where the first record has a text; use one kind")
 
     return refuse
 
@@ -186,13 +189,14 @@ def _string(record: Any, name: str, where: str) -> str:
 
 
 def _conversation(record: Any, field: str, where: str, tokenizer: Any) -> Marked:
-    """Write a conversation out by the chat template; the loss counts what the assistant says."""
+    """Write a conversation out by the chat template; the loss counts what the assistant answers."""
     messages = messages_of(record, field, where)
     render, prompt = chat_renderer(tokenizer), chat_renderer(tokenizer, prompt=True)
-    full, marks = render(messages), list[str]()
+    full, marks = rendered(render, messages, where), list[str]()
     for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            marks += [prompt(messages[:number]), render(messages[: number + 1])]
+        if message["role"] == "assistant" and number:  # no template takes none before it
+            before, until = messages[:number], messages[: number + 1]
+            marks += [rendered(prompt, before, where), rendered(render, until, where)]
     if not all(full.startswith(mark) for mark in marks):
         raise CalibrationError(
             f"{where}: the chat template writes a turn otherwise when others follow, so answers cannot be told; "

@@ -234,12 +234,20 @@ def text_of(record: Any, field: str, where: str, render: Render) -> str:
             raise CalibrationError(f"{where} has no text under {field!r}; it has {there}: name one with --field")
         record = record[field]
     if isinstance(record, list) and record and all(isinstance(message, Mapping) for message in record):
-        return repaired(render(messages_of(record, field, where)))
+        return repaired(rendered(render, messages_of(record, field, where), where))
     if record is None or record == []:
         return ""
     if not isinstance(record, str):
         raise CalibrationError(f"{where}: {field!r} holds no text; name the field of the text with --field")
     return repaired(record)
+
+
+def rendered(render: Render, messages: Messages, where: str) -> str:
+    """Return the text of a conversation; what refuses it is told where it stands."""
+    try:
+        return render(messages)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from error
 
 
 def messages_of(record: Any, field: str, where: str) -> Messages:

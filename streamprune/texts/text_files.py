@@ -16,6 +16,7 @@ from streamprune.texts import records
 from streamprune.texts.documents import BLANK_LINE, Beginning, Documents
 from streamprune.texts.records import RecordKind, Render, text_of
 
+LINE_ENDS = (b"\n", b"\r")
 LINE_BLOCK = 1 << 16  # bytes that are read at a time to find where a line begins
 PARQUET_ROWS = 256  # of a parquet file that are in memory at a time
 
@@ -106,13 +107,15 @@ class TextFile:
             while start > 0:
                 begin = max(0, start - LINE_BLOCK)
                 stream.seek(begin)
-                newline = stream.read(start - begin).rfind(b"\n")
+                block = stream.read(start - begin)
+                newline = max(block.rfind(end) for end in LINE_ENDS)
                 start = begin if newline < 0 else begin + newline + 1
                 if newline >= 0:
                     break
             while stop < size:
                 stream.seek(stop)
-                newline = stream.read(LINE_BLOCK).find(b"\n")
+                block = stream.read(LINE_BLOCK)
+                newline = min((at for end in LINE_ENDS if (at := block.find(end)) >= 0), default=-1)
                 stop = min(size, stop + LINE_BLOCK) if newline < 0 else stop + newline
                 if newline >= 0:
                     break

@@ -20,6 +20,9 @@ BLOCK_CHARACTERS = 1 << 17
 LINE_END = re.compile(r"\n(?= \S)|(?<=\S)\n(?=\S)")
 BEFORE_WORD = re.compile(r"(?<=\S) (?=\S)")
 ANYWHERE = re.compile("")
+# Some templates write today's date, by a function: sequences would be others on another day.
+DATE = "strftime_now"
+SAME_DAY = "{%- macro " + DATE + "(format) -%}01 January 2025{%- endmacro %}"
 PROBES = ("a", "A", "1", ".")  # texts that show what a tokenizer adds, if it has a token for them
 
 
@@ -71,11 +74,16 @@ def chat_renderer(tokenizer: Any, *, prompt: bool = False) -> Callable[[Messages
 
     def render(messages: Messages) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            template = tokenizer.get_chat_template()
+            if DATE in template:
+                template = SAME_DAY + template
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, chat_template=template
+            )
         except Exception as error:  # the template's own, and those of the engine that runs it
             reason = " ".join(str(error).split())[:200]
             raise CalibrationError(
-                f"the chat template cannot take a conversation ({reason}); name a field of plain text with --field"
+                f"the chat template cannot take it ({reason}); mend it, or name a field of plain text with --field"
             ) from error
 
     return render

@@ -71,3 +71,39 @@ def test_an_infinite_setting_is_refused(name, value):
 def test_a_fractional_count_is_refused_whatever_its_type():
     with pytest.raises(UsageError):
         resolve_settings("moreau", {"steps": 2.5})
+
+
+@pytest.mark.parametrize(
+    "method,given,remedy",
+    [
+        ("bernoulli", {"natural": "yes"}, "pass --set learner=projection"),
+        ("bernoulli", {"window": 9}, "pass --set learner=projection"),
+        ("bernoulli", {"baseline": "others"}, "pass --set learner=projection"),
+        ("bernoulli", {"floor": 0.2}, "pass --set learner=projection"),
+        ("bernoulli", {"variant": "exact", "spread": 1.0}, "pass --set learner=explore"),
+        ("bernoulli", {"variant": "logits", "natural": "yes"}, "pass --set learner=projection"),
+        ("moreau-gs", {"eta": 7, "eta_quantile": 0.3}, "leave it out"),
+        ("gblm", {"terms": "gradient", "alpha": 7}, "pass --set terms=both"),
+    ],
+)
+def test_a_setting_that_does_nothing_beside_another_is_refused(method, given, remedy):
+    with pytest.raises(UsageError, match=f"does nothing with .*{remedy}"):
+        resolve_settings(method, given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_settings_as_they_were_resolved_can_be_given_again(method):
+    for variant in METHODS[method].variants or ("",):
+        settings = resolve_settings(method, {"variant": variant} if variant else {})
+        given = {name: value for name, value in settings.items() if value is not None}
+        assert resolve_settings(method, given) == settings
+
+
+def test_a_repair_takes_the_place_of_biases():
+    assert resolve_settings("flap", {}, "units")["bias"] == "yes"
+    assert resolve_settings("flap", {}, "units", repairs=True)["bias"] == "no"
+
+
+def test_a_path_that_is_too_long_is_none_of_the_choices():
+    with pytest.raises(UsageError, match="choose one of"):
+        resolve_settings("bernoulli", {"init": "x" * 300})

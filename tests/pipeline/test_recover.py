@@ -228,6 +228,12 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
         2,
         ("--init-adapter", "--rank"),
     ),
+    "a paper's rank beside an adapter": (
+        ("--data", "DATA", "--init-adapter", "x", "--like", "bernoulli"),
+        2,
+        ("--init-adapter", "--like"),
+    ),
+    "no end": (("--data", "DATA", "--epochs", "1e308"), 2, ("--epochs",)),
     "another vocabulary": (("--data", "DATA", "--field", "output", "--distill", "OTHER"), 2, ("270", "260", "teacher")),
     "gpu memory": (
         ("--data", "DATA", "--field", "output", "--streamed", "--gpu-memory", "1GB", "--device", "cpu"),

@@ -28,8 +28,8 @@ from streamprune.streaming.statistics import Statistics
 SAMPLES, SEQ, LAYERS, N_LAYERS = 4, 32, (1, 7), 8
 
 
-def keep_nothing(sweeper, config, plan, make, room, cache):
-    return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots, cache)
+def keep_nothing(sweeper, config, plan, make, room, left):
+    return Kept(), _with_reading(sweeper, make(Kept()), Kept().slots, left(0))
 
 
 def scoring(tiny_llama, tmp_path, monkeypatch, method, place="device", keep=False, **more):

@@ -90,8 +90,8 @@ def test_a_row_is_ended_in_time_and_what_it_has_said_is_kept(seconds, says, kept
     command = [sys.executable, "-c", f"import os, time; {says}"]
     monkeypatch.setattr(script.subprocess, "Popen", lambda _, **given: popen(command, **given))
     results = script.Results("cpu", file)
-    script.Bench(tmp_path, results, time.monotonic() + seconds, dry=True).measure_all(["gblm"])
-    row = json.loads(file.read_text())["rows"]["gblm"]
+    script.Bench(tmp_path, results, time.monotonic() + seconds, dry=True).measure_all(["rates"])
+    row = json.loads(file.read_text())["rows"]["rates"]
     assert row.pop("error").startswith("ended by signal ") and row.pop("process") < 60 and row == kept
 
 

@@ -69,9 +69,9 @@ def placed(monkeypatch, tmp_path):
             monkeypatch.setattr(
                 placement,
                 "_keep",
-                lambda sweeper, config, plan, make, room, cache: (
+                lambda sweeper, config, plan, make, room, left: (
                     held,
-                    _with_reading(sweeper, make(held), held.slots, cache),
+                    _with_reading(sweeper, make(held), held.slots, left(0)),
                 ),
             )
         options = {"gpu_memory": BUDGET, "scratch": tmp_path, **TEXTS[method], **options}

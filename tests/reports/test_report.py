@@ -20,6 +20,7 @@ from tiny_models import save_tiny
 from streamprune import PruneConfig, prune, report
 from streamprune.cli import cli
 from streamprune.commands.prune import config_of_options
+from streamprune.errors import CheckpointError, UsageError
 from streamprune.reports.report import repeat_line
 
 NAME = '<b>llama & "co"</b>'.replace("/", "-")
@@ -61,7 +62,8 @@ class Page(HTMLParser):
 
 RUNS: dict[str, dict[str, Any]] = {
     "units": {"method": "taylor", "ratio": 0.4},
-    "repaired": {"method": "wanda-sp", "allocation": "global", "compensate": True, "compensate_tokens": 256},
+    "repaired": {"method": "wanda-sp", "allocation": "global", "compensate": True, "compensate_tokens": 4096},
+    "repaired, without biases": {"method": "flap", "compensate": True, "compensate_tokens": 256},
     "layers": {"method": "block-influence", "granularity": "layers", "ratio": 0.4},
     "weights": {"method": "wanda", "granularity": "weights"},
     "not measured": {"method": "random", "stock": True, "evaluate": False},
@@ -255,3 +257,17 @@ def test_a_browser_shows_it_without_a_sideways_scroll(name: str, width: int, out
     assert found is not None and int(found[1]) == width
     assert int(found[2]) == width, "the page is as wide as the window"
     assert "CONSOLE" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [0, 10**400], ids=["zero", "huge"])
+def test_numbers_that_cannot_be_are_refused(number: int, outputs: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(outputs / "units", tmp_path / "copy"))
+    known = facts(copy)
+    known["parameters"]["before"] = number
+    (copy / "streamprune.json").write_text(json.dumps(known))
+    with pytest.raises(CheckpointError, match="is not as streamprune writes it"):
+        report(copy)
+    score = {"task": "arc_easy", "metric": "acc", "value": 10**400, "stderr": None, "n": 1, "main": True}
+    (tmp_path / "tasks.json").write_text(json.dumps({"scores": [score], "dtype": "float32", "mean": None}))
+    with pytest.raises(UsageError, match="is not as streamprune eval"):
+        report(outputs / "units", tmp_path / "page.html", tasks={"pruned": tmp_path / "tasks.json"})

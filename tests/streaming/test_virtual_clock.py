@@ -209,8 +209,8 @@ LINKED = [
 
 @pytest.mark.parametrize("method,place,run", LINKED)
 def test_bytes_over_the_link_are_those_of_the_plan(method, place, run, bench, checkpoint, monkeypatch):
-    def nothing(sweeper, config, plan, make, room, cache):
-        return Kept(), placement._with_reading(sweeper, make(Kept()), 2, cache)
+    def nothing(sweeper, config, plan, make, room, left):
+        return Kept(), placement._with_reading(sweeper, make(Kept()), 2, left(0))
 
     monkeypatch.setattr(placement, "places", lambda config, gpu: [place])
     monkeypatch.setattr(placement, "_keep", nothing)  # as if nothing were left of the budget

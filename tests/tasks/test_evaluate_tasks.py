@@ -7,6 +7,7 @@ import random
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,8 +23,10 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 
 from streamprune import UsageError, evaluate_tasks
+from streamprune.errors import TaskError
 from streamprune.tasks import loading
 from streamprune.tasks.loading import load_tasks
+from streamprune.tasks.local_data import local_dataset, read_split
 from streamprune.tasks.suites import SUITES, tasks_of
 from streamprune.texts.tokenizer import load_tokenizer
 
@@ -192,6 +195,26 @@ def test_damaged_data_are_named(content, names, data, streamprune, tiny_llama):
     (data / "piqa" / "validation.jsonl").write_text(content)
     result = streamprune("eval", "--model", tiny_llama, "--tasks", "piqa", "--task-data", data, "--quiet")
     check_refusal(result, 1, names, remedy=r"\b(write|name|fetch|look)\b")
+
+
+def test_lines_may_begin_with_a_mark_and_have_fields_that_the_first_has_not(tmp_path):
+    file = tmp_path / "validation.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2, "b": "x"}\n')
+    split = read_split([file])
+    assert split.column_names == ["a", "b"] and split.to_list() == [{"a": 1, "b": None}, {"a": 2, "b": "x"}]
+
+
+def test_a_task_that_takes_no_examples_needs_no_split_of_them(data, tmp_path):
+    """A task whose own number is 0 stays at it."""
+    config = SimpleNamespace(task="piqa", dataset_path="piqa", dataset_name=None, num_fewshot=0, process_docs=None)
+    config.training_split, config.validation_split, config.test_split = "train", "validation", None
+    config.fewshot_config = SimpleNamespace(split=None, samples=None)
+    config.doc_to_text = config.doc_to_target = None
+    (data / "piqa" / "train.jsonl").unlink()
+    assert list(local_dataset(data, config, 5, print)) == ["validation"]
+    config.training_split, config.num_fewshot = "train", None
+    with pytest.raises(TaskError, match="the examples of piqa come from train"):
+        local_dataset(data, config, 5, print)
 
 
 def test_a_damaged_table_is_named(data, streamprune, tiny_llama):

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from cli_runner import parquet
 from transformers import AutoTokenizer
 
-from streamprune.errors import CalibrationError
+from streamprune.errors import CalibrationError, UsageError
 from streamprune.texts.instructions import IGNORED, Examples, open_examples
+from streamprune.texts.sources import open_documents
+from streamprune.texts.tokenizer import chat_renderer
 
 RECORDS = [
     {"instruction": "Say yes.", "input": "", "output": "Yes."},
@@ -89,6 +92,56 @@ def test_of_conversations_the_assistant_s_turns_are_counted(read: Any, model: Pa
                 "Yes.</s>So long.</s>",
             )
         ]
+
+
+def test_of_conversations_what_nobody_asked_for_is_not_counted(model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    # As templates are: of no messages they make nothing, which transformers refuses before.
+    tokenizer.chat_template = "{{ messages[0]['role'] }}: " + TEMPLATE
+    tokenizer.save_pretrained(model)
+    found = open_examples(model, lines(tmp_path / "chat.jsonl", [{"messages": MESSAGES[1:]}]), cutoff=1000)
+    (example,) = said(model, found)
+    assert example == ("assistant: <assistant>Yes.</s><user>Bye.</s><assistant>So long.</s>", "So long.</s>")
+
+
+def test_a_template_that_writes_the_date_gives_the_same_on_another_day(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "Today: {{ strftime_now('%d %B %Y') }}\n" + TEMPLATE
+    tokenizer.save_pretrained(model)
+    file, days = lines(tmp_path / "chat.jsonl", [{"messages": MESSAGES}]), set()
+    for day in (1, 2):
+
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz: Any = None, day: int = day) -> datetime:
+                return datetime(2026, 1, day)
+
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Clock)
+        days.add(tokenizer.apply_chat_template(MESSAGES, tokenize=False))
+        ((text, _),) = said(model, open_examples(model, file, cutoff=1000))
+        assert text.startswith("Today: 01 January 2025\n<user>Hello?</s>")
+        calibration = open_documents(file, "messages", chat_renderer(tokenizer))
+        assert next(iter(calibration.records())) == text
+    assert len(days) == 2, "the day is the template's otherwise"
+
+
+def test_a_conversation_that_the_template_refuses_is_found(model: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'x' %}{{ raise_exception('role') }}{% endif %}{% endfor %}"
+        + TEMPLATE
+    )
+    tokenizer.save_pretrained(model)
+    bad = [{"role": "x", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = lines(tmp_path / "chat.jsonl", [{"messages": MESSAGES}, {"messages": bad}])
+    with pytest.raises(CalibrationError, match=r"chat\.jsonl:2: the chat template cannot take it \(role\)"):
+        open_examples(model, file)
+    with pytest.raises(CalibrationError, match=r"chat\.jsonl:2: the chat template cannot take it \(role\)"):
+        list(open_documents(file, "messages", chat_renderer(tokenizer)).records())
+    with pytest.raises(UsageError, match="--bos never: the chat template says"):
+        open_examples(model, file, bos="never")
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(model: Path, tmp_path: Path) -> None:

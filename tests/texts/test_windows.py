@@ -199,6 +199,18 @@ def test_records_count_by_the_length_of_their_text_alone(name, tmp_path, monkeyp
     assert abs(float(with_meta.double().mean()) - 0.5) < 4 * math.sqrt(0.25 / len(small))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=repr)
+def test_every_record_is_found_whatever_lines_end_with(end, tmp_path, monkeypatch):
+    monkeypatch.setattr("streamprune.texts.corpus.WHOLE_CHARACTERS", 1000)
+    records = [
+        json.dumps({"text": " ".join(str(number) for number in range(at, at + 50))}) for at in range(0, 2000, 50)
+    ]
+    (tmp_path / "a.jsonl").write_bytes(end.join([*records, ""]).encode())
+    corpus = Corpus(open_documents(tmp_path / "a.jsonl"), Numbers())
+    starts = corpus.sequences(100, 8, "random", seed=1)[:, 0]
+    assert len({int(start) // 50 for start in starts}) > 30
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "long"])
 def test_each_record_that_is_long_enough_is_as_likely(whole, tmp_path, monkeypatch):
     """χ² over eight records of very different length, each of 200 seeds drawing two of them."""
