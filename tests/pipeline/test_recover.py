@@ -233,7 +233,6 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
         2,
         ("--init-adapter", "--like"),
     ),
-    "no end": (("--data", "DATA", "--epochs", "1e308"), 2, ("--epochs",)),
     "another vocabulary": (("--data", "DATA", "--field", "output", "--distill", "OTHER"), 2, ("270", "260", "teacher")),
     "gpu memory": (
         ("--data", "DATA", "--field", "output", "--streamed", "--gpu-memory", "1GB", "--device", "cpu"),
@@ -304,3 +303,11 @@ def test_recover_from_python_returns_what_it_wrote(tiny_llama: Path, text: Path,
     assert result.output == output and result.layout == "same"
     assert result.facts == json.loads((output / OWN_FILE).read_text())
     assert (config.rank, config.alpha) == (8, 16.0)
+
+
+def test_steps_hold_whatever_the_epochs_are(tmp_path):
+    given = {"model": "model", "output": tmp_path / "out", "data": "data.jsonl"}
+    assert package.RecoverConfig(**given, epochs=0, steps=5).steps == 5
+    for epochs in (0, 1e308):
+        with pytest.raises(package.UsageError, match="--epochs"):
+            package.RecoverConfig(**given, epochs=epochs)

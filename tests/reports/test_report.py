@@ -263,11 +263,14 @@ def test_a_browser_shows_it_without_a_sideways_scroll(name: str, width: int, out
 def test_numbers_that_cannot_be_are_refused(number: int, outputs: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(outputs / "units", tmp_path / "copy"))
     known = facts(copy)
-    known["parameters"]["before"] = number
+    if number:
+        known["stages"][0]["bytes_read"] = number
+    else:
+        known["parameters"]["before"] = number
     (copy / "streamprune.json").write_text(json.dumps(known))
     with pytest.raises(CheckpointError, match="is not as streamprune writes it"):
         report(copy)
     score = {"task": "arc_easy", "metric": "acc", "value": 10**400, "stderr": None, "n": 1, "main": True}
     (tmp_path / "tasks.json").write_text(json.dumps({"scores": [score], "dtype": "float32", "mean": None}))
     with pytest.raises(UsageError, match="is not as streamprune eval"):
-        report(outputs / "units", tmp_path / "page.html", tasks={"pruned": tmp_path / "tasks.json"})
+        report(outputs / "units", tmp_path / "page.html", tasks=tmp_path / "tasks.json")

@@ -315,10 +315,10 @@ def late_sweeps(bench, checkpoint, model, card, method, run, layers=None, share=
 @pytest.mark.parametrize(
     "model,card,layers,share",
     [
-        ("llama-2-7b", "h100", None, 1.0),
-        ("llama-2-7b", "rtx3090", None, 1.0),
-        ("llama-2-13b", "rtx4090", None, 1.0),
-        # As large a share of fewer layers stays in as much less memory; bench/clocked.py has all 80.
+        # As large a share of fewer layers stays in as much less memory; bench/clocked.py has all of them.
+        ("llama-2-7b", "h100", 16, 0.5),
+        ("llama-2-7b", "rtx3090", 16, 0.5),
+        ("llama-2-13b", "rtx4090", 20, 0.5),
         ("llama-3-70b", "a100", 20, 0.3),
     ],
 )

@@ -178,7 +178,7 @@ def test_a_window_that_begins_with_a_conversation_has_one_bos_too():
 
 def test_a_tokenizer_without_a_template_refuses_conversations(tmp_path):
     save_marked(tmp_path, None)
-    with pytest.raises(CalibrationError, match=r"chat template cannot take a conversation .*--field"):
+    with pytest.raises(CalibrationError, match=r"chat template cannot take it .*--field"):
         chat_renderer(load_tokenizer(tmp_path))([{"role": "user", "content": "Hello"}])
 
 
