@@ -14,13 +14,14 @@ JOBS ?= 2
 demo: .venv/ready
 	$(BIN)/streamprune demo
 
-# A thread per process: two processes that each start two would wait for each other.
+# A thread per process: two processes that each start two would wait for each other. Work is stolen, not dealt out, so that
+# the tests of a module stay together and share what it makes once.
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 # What takes longest: kills at many commits, kernels for every card, the real model, the wheel.
 test-slow: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m slow
 
 # Lint, format and types.
 check: .venv/ready
