@@ -153,7 +153,13 @@ def test_weights_state_and_graphs_that_are_kept_are_planned(method, held, placed
 
 
 OTHERS = {  # but mixtral: here no tokens choose experts; tests/output/test_experts.py has what it really saves
-    "opt": {"ffn_dim": 16384, "word_embed_proj_dim": 4096, "vocab_size": 50272},
+    "opt": {
+        "hidden_size": 4096,
+        "word_embed_proj_dim": 4096,
+        "num_attention_heads": 32,
+        "ffn_dim": 16384,
+        "vocab_size": 50272,
+    },
     "gpt_neox": {"intermediate_size": 16384, "vocab_size": 50432},
     "phi3": {"pad_token_id": 0},
     "gemma2": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256},  # its attention keeps scores
