@@ -344,7 +344,9 @@ def _refuse_idle(method: Method, settings: Mapping[str, Any]) -> None:
     """Refuse a setting that is not as it is by itself, and does nothing beside another one."""
     own = method.variants[settings["variant"]] if method.variants else {}
     for name, setting in method.settings.items():
-        other, values = setting.beside or (name, (settings[name],))
+        if setting.beside is None:
+            continue
+        other, values = setting.beside
         if settings[other] not in values and settings[name] != own.get(name, setting.default):
             instead = "" if values[0] is None else f", or pass --set {other}={values[0]}"
             raise UsageError(
