@@ -1,4 +1,4 @@
-"""Methods that score by activations: Wanda, Wanda-sp, FLAP, and GBLM-Pruner, which adds gradient norms.
+"""Methods that score by activations: Wanda, Wanda-sp, FLAP, ThiNet, and GBLM-Pruner, which adds gradient norms.
 
 Where weights are pruned, a layer is pruned and run again before the next layer's inputs are taken, as published; scores
 of units and layers are those of the dense model.
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.kernels import unit_score
-from streamprune.methods.sinks import Sink, UnitScores, WeightPruner
-from streamprune.model.units import TensorRef
-from streamprune.streaming.inputs import Moments
+from streamprune.kernels import gram, mirror, unit_score
+from streamprune.methods.sinks import Sink, UnitScores, WeightPruner, check_scores
+from streamprune.model.units import TensorRef, fold_lines
+from streamprune.streaming.inputs import Gram, Moments
 from streamprune.streaming.statistics import Statistics
 
+STEP = 2.0**-40  # of the largest error, between units that would have the same
 PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α = 100 is for gradient norms over so many
 
 
@@ -56,6 +57,55 @@ def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> 
             sink.means[ref.key] = inputs.mean.cpu()
 
     statistics.inputs(Moments, consume, lambda ref: ref.cut_by_inputs)
+
+
+def thinet(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
+    """Score units of o and down by what each adds to the output's error as they go, one after another (1707.06342).
+
+    Without the units of a set T the output of W is off by W_T x_T; over all tokens that is Σ‖W_T x_T‖² = Σ_ij∈T Q_ij with
+    Q = (Σ x xᵀ) ⊙ (WᵀW), so that errors which cancel count less than their sum (Eq. 6, there of a sample of outputs).
+    """
+
+    def consume(ref: TensorRef, weight: Tensor, inputs: Gram) -> None:
+        matrix, q = ref.matrix(weight), inputs.total
+        products = torch.zeros_like(q)
+        gram(products, matrix, backend=statistics.backend)
+        mirror(products)
+        q.mul_(products).div_(inputs.count)
+        del products
+        assert ref.member is not None, "units cut it"
+        if len(q) > ref.geometry.units(ref.member.kind):
+            for _ in range(2):  # its rows, and its columns
+                q = fold_lines(ref.member, ref.geometry, q).T
+        sink.units(ref, removal_errors(q))
+
+    statistics.inputs(Gram, consume, lambda ref: ref.cut_by_inputs)
+
+
+def removal_errors(q: Tensor) -> Tensor:
+    """Return the rise of Σ_ij∈T q_ij with which each unit joins T, least first (1707.06342, Algorithm 1).
+
+    A rise below an earlier one is taken up to just above it, so that the order of the result is the order of joining.
+
+    Args:
+        q: symmetric and positive semi-definite [units, units].
+
+    Returns:
+        float64 [units], on the device of `q`.
+    """
+    rises = q.diagonal().to(torch.float64, copy=True)
+    order, found = list[Tensor](), list[Tensor]()
+    for _ in range(len(q)):
+        unit = rises.argmin(keepdim=True)  # of one element, and never looked at here: a GPU need not be waited for
+        order.append(unit)
+        found.append(rises.index_select(0, unit))
+        rises.add_(q.index_select(0, unit)[0], alpha=2)
+        rises.index_fill_(0, unit, torch.inf)
+    errors = torch.cat(found)
+    check_scores(errors)
+    errors = errors.cummax(0).values.clamp_(min=0)
+    errors += torch.arange(len(q), device=q.device) * (errors[-1] * STEP)
+    return torch.empty_like(errors).index_copy_(0, torch.cat(order), errors)
 
 
 def gblm(statistics: Statistics, settings: dict[str, Any], sink: Sink) -> None:

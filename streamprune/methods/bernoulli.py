@@ -39,7 +39,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
         METHODS[start].score(statistics, resolve_settings(start, AT_THE_START.get(start, {})), sink)
     inverses = _inverses(statistics) if settings["repaired"] == "yes" else {}
-    begin = _start(space, sink, statistics, start)
+    begin = _start(space, sink, statistics, settings)
     steps, each = settings["steps"], settings["per_pass"] or 1
     policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"), stage)
     for first in range(0, steps, each):
@@ -112,8 +112,9 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
     return Space(parts, row, budgets, choose)
 
 
-def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics, start: str) -> Tensor:
+def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics, settings: Mapping[str, Any]) -> Tensor:
     """Return the keep probabilities to begin with [n]."""
+    start, explores = settings["init"], settings["learner"] == "explore"
     n = len(space.costs)
     generator = torch.Generator().manual_seed(noise_seed(statistics.seed, "start"))
     if start == "random":
@@ -129,7 +130,7 @@ def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics,
         return torch.sigmoid(learnt) if facts.get("learner") == "explore" else learnt
     if isinstance(sink, LayerScores):  # compared with each other, not within a layer
         return start_from_scores({(0, "layer"): torch.cat([scores[key] for key in space.parts])}, space)
-    return start_from_scores({key: scores[key] for key in space.parts}, space)
+    return start_from_scores({key: scores[key] for key in space.parts}, space, by_order=explores)
 
 
 def check(settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int], uniform: bool) -> None:

@@ -101,8 +101,11 @@ def shifted(logits: Tensor, costs: Tensor, budget: float) -> Tensor:
     return torch.sigmoid(logits + low)
 
 
-def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
+def start_from_scores(scores: Mapping[Key, Tensor], space: Space, *, by_order: bool = False) -> Tensor:
     """Return σ(z + μ) [n] of another method's scores, z-scores within each layer and kind: `sigmoid-norm` (§3.3).
+
+    `by_order`: where many units move together, what z-scores of as many normally distributed scores would be. One
+    score far above the others leaves these no distance from each other, and to move them would be all or nothing.
 
     Raises:
         StreampruneError: a score is not finite.
@@ -110,6 +113,10 @@ def start_from_scores(scores: Mapping[Key, Tensor], space: Space) -> Tensor:
     parts = []
     for values in scores.values():
         check_scores(values)
+        if by_order and len(values) > FEW_UNITS:
+            ranks = values.argsort(stable=True).argsort()
+            parts.append(torch.special.ndtri((ranks.double() + 0.5) / len(values)))
+            continue
         deviation = values.std() if len(values) > 1 else torch.zeros(())
         parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
     return space.shifted(torch.cat(parts))

@@ -116,6 +116,23 @@ class Method:
         unneeded = self.unneeded(settings)
         return tuple(need for need in self.needs if need not in unneeded)
 
+    def refuse_idle(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a setting that is not as it is by itself, and does nothing beside another one.
+
+        Raises:
+            UsageError: there is one.
+        """
+        own = self.variants[settings["variant"]] if self.variants else {}
+        for name, setting in self.settings.items():
+            if setting.beside is None:
+                continue
+            other, values = setting.beside
+            if settings[other] not in values and settings[name] != own.get(name, setting.default):
+                instead = "" if values[0] is None else f", or pass --set {other}={values[0]}"
+                raise UsageError(
+                    f"--set {name}={settings[name]} does nothing with {other}={settings[other]}; leave it out{instead}"
+                )
+
 
 def _imported(function: str | Callable[..., None]) -> Callable[..., None]:
     if callable(function):

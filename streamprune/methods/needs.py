@@ -308,24 +308,34 @@ def _fillings(task: Task) -> tuple[Mapping[str, int], float, float]:
     return {"fillings": sizes.most(held, layers) * task.sum_itemsize}, products * task.tokens, factors
 
 
-def _inverses(task: Task) -> Cost:
-    """Cost of a forward sweep that makes inverses of Gram matrices of the inputs that units cut: of o and down."""
+def _cut_grams(task: Task, *, inverted: bool) -> Cost:
+    """Cost of a forward sweep that makes Gram matrices of the inputs that units cut: of o and down.
+
+    `inverted`: and their inverses; otherwise each is multiplied by the Gram matrix of the columns that its input meets.
+    """
     sizes, (passed,), size = task.sizes, _up_to_the_last(task), task.sum_itemsize
-    sums = {"sums over inputs": size * sizes.most(lambda layer: sum(w**2 for w in _cut_inputs(layer)), task.layers)}
-    factors = {"factors": 2 * size * sizes.most(lambda layer: max(_cut_inputs(layer)) ** 2, task.layers)}
+    sums = {"sums over inputs": size * sizes.most(_cut_squares, task.layers)}
+    widest = size * sizes.most(lambda layer: max(_cut_inputs(layer)) ** 2, task.layers)
+    beside = {"factors": 2 * widest} if inverted else {"products of columns": widest}
+    rows = task.tokens + (0 if inverted else task.sweeper.skeleton.config.hidden_size)
     return task.cost(
         states=2,
         brought=len(passed),
         taken=len(passed),
-        device=task.in_turn({"activations": sizes.most(partial(_running, task, 3), passed)} | sums, sums | factors),
-        forward=task.flops(passed) + sizes.total(lambda layer: task.gram_flops(_cut_inputs(layer)), task.layers),
-        factors=sizes.total(lambda layer: sum(w**3 for w in _cut_inputs(layer)), task.layers),
+        device=task.in_turn({"activations": sizes.most(partial(_running, task, 3), passed)} | sums, sums | beside),
+        forward=task.flops(passed) + 2 * rows * sizes.total(_cut_squares, task.layers),
+        factors=sizes.total(lambda layer: sum(w**3 for w in _cut_inputs(layer)), task.layers) if inverted else 0,
     )
 
 
 def _cut_inputs(layer: LayerSizes) -> tuple[int, ...]:
     """Widths of the inputs that units cut."""
     return layer.inputs[: len(layer.inputs) // 2]
+
+
+def _cut_squares(layer: LayerSizes) -> int:
+    """Number of elements of their Gram matrices."""
+    return sum(width**2 for width in _cut_inputs(layer))
 
 
 def _inputs_of(layer: LayerSizes) -> set[int]:
@@ -345,6 +355,7 @@ SAMPLE_POWERS = Need("gradients", _there_and_back, _gradients)
 MOMENTS = Need("inputs", _up_to_the_last, partial(_inputs, gram=False))
 GRAMS = Need("inputs", _up_to_the_last, partial(_inputs, gram=True))
 HIDDEN = Need("hidden", _up_to_the_last, _hidden)
-INVERSES = Need("inputs", _up_to_the_last, _inverses)
+COLUMN_GRAMS = Need("inputs", _up_to_the_last, partial(_cut_grams, inverted=False))
+INVERSES = Need("inputs", _up_to_the_last, partial(_cut_grams, inverted=True))
 MASKED = Need("losses", _for_trials, _masked)
 LOSSES = Need("losses", _from_what_is_left_out, partial(_hidden, left_out=True))

@@ -101,8 +101,12 @@ class UnitScores(_Sums):
     def lines(self, ref: TensorRef, lines: Tensor) -> None:
         """Add the scores of one matrix's lines to its units, in the order of the calls."""
         assert ref.member is not None, "with units, only matrices that units cut are scored"
+        self.units(ref, fold_lines(ref.member, ref.geometry, lines).double())
+
+    def units(self, ref: TensorRef, scores: Tensor) -> None:
+        """Add scores [units], float64, to those of the units that cut a matrix."""
+        assert ref.member is not None, "with units, only matrices that units cut are scored"
         values, kind = self._values[ref.layer], ref.member.kind
-        scores = fold_lines(ref.member, ref.geometry, lines).double()
         values[kind] = scores.add_(values[kind].to(scores.device)) if kind in values else scores
 
     def layer_state(self, layer: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from streamprune.config import Target
 from streamprune.errors import UsageError
 from streamprune.methods.method import Method, Setting
 from streamprune.methods.needs import (
+    COLUMN_GRAMS,
     GRADIENTS,
     GRAMS,
     HIDDEN,
@@ -85,8 +86,8 @@ _SUM_OF_SMOOTHGRAD = KeptState(
 _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", "terms=gradient")
 
 # Scores that a policy can begin with: of methods that keep nothing between sweeps.
-_STARTS = ("magnitude", "taylor", "wanda", "wanda-sp", "flap", "layer-ppl", "block-influence")
-_OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, LOSSES, HIDDEN)
+_STARTS = ("magnitude", "taylor", "wanda", "wanda-sp", "flap", "thinet", "layer-ppl", "block-influence")
+_OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, COLUMN_GRAMS, LOSSES, HIDDEN)
 
 
 def _not_of_the_start(settings: Mapping[str, Any]) -> tuple[Need, ...]:
@@ -257,6 +258,16 @@ _ROWS = (
         allocation="global",
     ),
     Method(
+        "thinet",
+        "activation:thinet",
+        ("units",),
+        (COLUMN_GRAMS,),
+        "what a unit adds to the error of o and down as units go one by one",
+        "ThiNet, arXiv 1707.06342",
+        {},
+        _LONG,
+    ),
+    Method(
         "gblm",
         "activation:gblm",
         _ALL,
@@ -340,20 +351,6 @@ def _check_masks(settings: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_idle(method: Method, settings: Mapping[str, Any]) -> None:
-    """Refuse a setting that is not as it is by itself, and does nothing beside another one."""
-    own = method.variants[settings["variant"]] if method.variants else {}
-    for name, setting in method.settings.items():
-        if setting.beside is None:
-            continue
-        other, values = setting.beside
-        if settings[other] not in values and settings[name] != own.get(name, setting.default):
-            instead = "" if values[0] is None else f", or pass --set {other}={values[0]}"
-            raise UsageError(
-                f"--set {name}={settings[name]} does nothing with {other}={settings[other]}; leave it out{instead}"
-            )
-
-
 def resolve_settings(
     method: str, given: Mapping[str, Any], target: Target | None = None, *, repairs: bool = False
 ) -> dict[str, Any]:
@@ -386,7 +383,7 @@ def resolve_settings(
         settings["repaired"] = settings["repaired"] or ("yes" if repairs and target == "units" else "no")
     if repairs and "bias" in settings:  # the fit takes their place
         settings["bias"] = "no"
-    _refuse_idle(METHODS[method], settings)
+    METHODS[method].refuse_idle(settings)
     if target == "weights" and settings.get("order") == "vectorize":
         raise UsageError("--set order=vectorize sums over rows and columns, so it has no scores for weights; use first")
     return settings

@@ -84,11 +84,11 @@ def kept_lines(member: Member, geometry: Geometry, kept: Sequence[int]) -> Tenso
 
 
 def fold_lines(member: Member, geometry: Geometry, lines: Tensor) -> Tensor:
-    """Sum a value per line [lines] of `member` into a value per unit [units]."""
+    """Sum a value, or a row, per line [lines, ...] of `member` into one per unit [units, ...]."""
     widths = [units * width for units, width in map(geometry.part_shape, member.parts)]
-    total = torch.zeros(geometry.units(member.kind), dtype=lines.dtype, device=lines.device)
+    total = torch.zeros((geometry.units(member.kind), *lines.shape[1:]), dtype=lines.dtype, device=lines.device)
     for part, values in zip(member.parts, lines.split(widths), strict=True):
-        total += values.view(geometry.part_shape(part)).sum(dim=1)
+        total += values.unflatten(0, geometry.part_shape(part)).sum(dim=1)
     return total
 
 
