@@ -9,7 +9,9 @@ UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "thinet"
 MIDDLE, EVERYWHERE = {"layers": [4, 28]}, [0, 30]
 UNITS_AS: dict[str, dict[str, Any]] = {"": {}, " all layers": {"layers": EVERYWHERE}}
 UNITS_AS |= {" compensated": {"compensate": True}, " global": {"allocation": "global"}}
-STARTS = {name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "thinet", "taylor", "random-progressive")}
+STARTS = {
+    name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "thinet", "taylor", "random-progressive")
+}
 MORE = {f"{n} steps": {"steps": n} for n in (1200, 2400)}
 MORE |= {"repaired": {"repaired": "yes"}, "16 a pass": {"per_pass": 16}}
 STARTS |= {f"wanda-sp, {what}": STARTS["wanda-sp"] | more for what, more in MORE.items()}

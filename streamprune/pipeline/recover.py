@@ -87,12 +87,15 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
     check_packages(config)
     own = check_source(config)
     with ExitStack() as output:
-        work, measured, trained = _train(config, own, output, progress, journal_directory)
+        work, before, trained = _train(config, own, output, progress, journal_directory)
         trained.check()
         directory = output.enter_context(atomic_directory(config.output, overwrite=config.overwrite))
         facts = _write(config, work, trained, directory, progress)
-        measured.append(_measure_after(config, work, trained.adapter, directory, progress))
-        facts["recovery"] |= _figures(config, work, measured)
+        try:
+            after = _measure_after(config, work, trained.adapter, directory, progress)
+            facts["recovery"] |= _figures(config, work, before, after)
+        except (MemoryError, torch.OutOfMemoryError):  # a training of hours is worth more than its figures
+            progress.say("out of memory while the result is measured: it is written; try `streamprune eval` on it")
         facts["recovery"] |= {"seconds": time.perf_counter() - started, "peak_rss": peak_rss()}
         write_json(directory / OWN_FILE, facts)
         _write_card(config, work, facts, directory)
@@ -103,7 +106,7 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
 
 def _train(
     config: RecoverConfig, own: dict[str, Any], output: ExitStack, progress: Progress, journal_directory: Path | None
-) -> tuple[RecoveryWork, list[dict[str, float]], Trained]:
+) -> tuple[RecoveryWork, dict[str, float], Trained]:
     """Do all that comes before the output: check, measure, ask the teacher, and train."""
     journal = None
     with source_of(config).open(progress) as sweeper:
@@ -124,7 +127,7 @@ def _train(
             saved["before"] = [evaluated, _measure(sweeper, work, "before", progress)]
         if journal is not None:
             journal.save()
-        measured = [saved["before"][1]]
+        measured = saved["before"][1]
         if work.course is None:
             return work, measured, Trained(work.adapter, ())
     # Here the source's embeddings and head are gone: a teacher has the memory alone, and so has a model that comes as a
@@ -349,9 +352,10 @@ def _recipe(config: RecoverConfig) -> dict[str, Any]:
     return recipe if config.data is not None else {"merge": recipe["merge"]}
 
 
-def _figures(config: RecoverConfig, work: RecoveryWork, measured: list[dict[str, float]]) -> dict[str, Any]:
+def _figures(
+    config: RecoverConfig, work: RecoveryWork, before: dict[str, float], after: dict[str, float]
+) -> dict[str, Any]:
     """Put what was measured before and after side by side."""
-    before, after = measured
     found: dict[str, Any] = {}
     if work.segments is not None:
         found["perplexity"] = {

@@ -92,9 +92,11 @@ def default_cache() -> Path:
 def known(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates | None:
     """Return the rates that were measured here before for layers of these sizes, if there are any."""
     try:
-        return Rates(**_saved(cache)[_key(sweeper, seq_len)])
+        rates = Rates(**_saved(cache)[_key(sweeper, seq_len)])
     except (KeyError, TypeError):  # not there, or another version's
         return None
+    numbers = [value for name, value in asdict(rates).items() if name != "source"]
+    return rates if all(isinstance(number, int | float) and number > 0 for number in numbers) else None
 
 
 def measured(sweeper: Sweeper, seq_len: int, cache: Path) -> Rates:

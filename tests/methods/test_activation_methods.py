@@ -111,6 +111,40 @@ def test_flap_is_the_sample_variance_over_all_tokens_times_squared_columns(bias,
     assert_scores(run("flap", case.statistics(), bias=bias), column_totals(case, of))
 
 
+def units_of(case, key, columns):
+    """The columns [d_in] of o or down by their unit: equal runs."""
+    kind = "kv_group" if "attn" in key[1] else "channel"
+    geometry = case.statistics().sweeper.skeleton.geometries[key[0]]
+    counts = geometry.units(kind)
+    return torch.arange(columns) // (columns // counts), kind
+
+
+def test_thinet_adds_the_unit_that_raises_the_outputs_error_least(case):
+    scores = run("thinet", case.statistics())
+    for key, x in case_inputs(case).items():
+        if not cut_by_inputs(key):
+            continue
+        weight = case.weights[key].T if case.family == "gpt2" else case.weights[key]
+        x = x.flatten(0, 1)
+        of, kind = units_of(case, key, x.shape[1])
+
+        def error(gone, weight=weight, x=x, of=of):
+            at = torch.isin(of, torch.tensor(gone))
+            return float((x[:, at] @ weight[:, at].T).square().sum() / len(x))
+
+        left, gone, before, least = set(of.tolist()), [], 0.0, 0.0
+        found = scores[key[0], kind]
+        for unit in found.argsort().tolist():
+            rises = {other: error([*gone, other]) - before for other in left}
+            assert rises[unit] == pytest.approx(min(rises.values()), rel=1e-9, abs=1e-12 * error([*of.tolist()]))
+            least = max(least, rises[unit])
+            assert float(found[unit]) == pytest.approx(least, rel=1e-6)
+            before += rises[unit]
+            gone.append(unit)
+            left.remove(unit)
+        assert found.unique().numel() == len(found)
+
+
 def gblm_factor(grads, squares, *, p=1, alpha=100.0, terms="both", norm="mean"):
     """‖X_j‖ + α‖G_ij‖ as §3 has it: grads [samples, …] of one matrix, squares (1/N) Σ‖X_n‖² beside it."""
     samples = len(grads)

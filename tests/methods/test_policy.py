@@ -1,6 +1,7 @@
 """The policy's projection, estimate and learning, against enumeration and quadratic programs solved by hand."""
 
 from itertools import pairwise, product
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -191,6 +192,23 @@ def test_scores_become_probabilities_that_meet_the_budget_in_their_order():
         assert float(costs[:3] @ each[:3]) == pytest.approx(60.0, rel=1e-12)
         assert float(costs[3:] @ each[3:]) == pytest.approx(5.0, rel=1e-12)
     assert apart.eased(0.5).budgets == {("kv_group",): 90.0, ("channel",): 12.5}
+
+
+def test_many_units_begin_by_their_order_alone_and_few_by_their_scores():
+    parts, costs = {(0, "kv_group"): slice(0, 3), (0, "channel"): slice(3, 43)}, torch.ones(43, dtype=F64)
+    costs[:3] = 40
+    space, few, many = made(parts, costs, 100.0), random(3, 3), random(4, 40)
+    scores, far = ({(0, "kv_group"): few, (0, "channel"): each} for each in (many, many.exp().pow(9)))
+    s = start_from_scores(scores, space, by_order=True)
+    assert s.equal(start_from_scores(far, space, by_order=True)) and float(costs @ s) == pytest.approx(100.0)
+    logits = torch.logit(s)
+    of_few, of_many = logits[:3], logits[3:].sort()
+    assert of_many.indices.equal(many.argsort())
+    quantiles = torch.tensor([NormalDist().inv_cdf((rank + 0.5) / 40) for rank in range(40)], dtype=F64)
+    torch.testing.assert_close(of_many.values - of_many.values.mean(), quantiles, atol=1e-9, rtol=0)
+    torch.testing.assert_close(of_few - of_few.mean(), (few - few.mean()) / few.std(), atol=1e-9, rtol=0)
+    equal = {(0, "kv_group"): few, (0, "channel"): torch.ones(40)}
+    assert start_from_scores(equal, space, by_order=True)[3:].diff().min() > 0  # the first go first
 
 
 # Learning.

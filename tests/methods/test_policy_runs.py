@@ -33,7 +33,9 @@ def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.parametrize("init", ["magnitude", "taylor", "wanda", "wanda-sp", "flap", "score-const", "random"])
+@pytest.mark.parametrize(
+    "init", ["magnitude", "taylor", "wanda", "wanda-sp", "flap", "thinet", "score-const", "random"]
+)
 def test_it_begins_with_scores_of_any_method_that_keeps_nothing(init, tiny_llama, tmp_path):
     given = {"init": init, "steps": 1, "batch": 2, "lr": 1e-9}
     options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "ratio": 0.3, "evaluate": False}

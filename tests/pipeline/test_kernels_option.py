@@ -18,6 +18,7 @@ RUNS = [
     ("moreau", "2:4", {"steps": 2}),
     ("moreau-gs", "units", {"steps": 2}),
     ("flap", "units", {"bias": "no"}),
+    ("thinet", "units", {}),
     ("gblm", "units", {}),
     ("sparsegpt", "weights", {}),
 ]

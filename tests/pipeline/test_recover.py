@@ -20,6 +20,7 @@ import streamprune as package
 from streamprune.pipeline import recovery_work
 from streamprune.pipeline.source import Source
 from streamprune.storage.directory import OWN_FILE
+from streamprune.streaming.perplexity import Perplexity
 from streamprune.streaming.sweeper import Sweeper
 
 # transformers 5.23 renames this; peft has the old name.
@@ -179,6 +180,24 @@ def test_a_failure_leaves_nothing_at_the_output(
     done = streamprune("recover", "--model", model, "--data", data, *FAST, "--field", "output", "--output", output)
     assert done.code == 1
     assert not list(output.parent.iterdir())
+
+
+def test_a_result_that_there_is_no_memory_to_measure_is_written_all_the_same(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(sweeper: Any, segments: Any) -> Any:
+        if sweeper.skeleton.checkpoint.path != model:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return Perplexity(10.0, 2.3, 1, 127)
+
+    monkeypatch.setattr("streamprune.pipeline.recover.perplexity", measured)
+    options = ("--field", "output", *FAST[:6], "--steps", 1)
+    result = streamprune("recover", "--model", model, "--data", data, "--output", output, *options)
+    assert result.code == 0 and "out of memory while the result is measured: it is written" in result.err
+    recovery = json.loads((output / "streamprune.json").read_text())["recovery"]
+    assert "perplexity" not in recovery and recovery["seconds"] > 0
+    assert "perplexity" not in (output / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(output)
 
 
 @pytest.mark.parametrize("way", [IN_MEMORY, STREAMED])

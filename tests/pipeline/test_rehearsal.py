@@ -47,6 +47,7 @@ RUNS = [
     ("wanda", "units", {}),
     ("wanda", "weights", {}),
     ("wanda-sp", "units", {}),
+    ("thinet", "units", {}),
     ("flap", "units", {}),
     ("gblm", "units", {"p": 2}),
     ("gblm", "2:4", {}),

@@ -120,9 +120,10 @@ def test_measured_rates_are_kept_and_a_damaged_file_is_measured_anew(streamprune
     arguments = ("plan", "--model", tiny_llama, "--measure", "--no-evaluate", "--layers", "1:7")
     kept = tmp_path / "streamprune" / "rates.json"
     outputs = []
-    for damage in ("", "", "{", "[]", "other fields"):
-        if damage == "other fields":
-            kept.write_text(json.dumps({key: {"speed": 1} for key in json.loads(kept.read_text())}))
+    for damage in ("", "", "{", "[]", {"speed": 1}, {"read": "fast"}, {"forward": 0.0}):
+        if isinstance(damage, dict):
+            rows = json.loads(kept.read_text()).items()
+            kept.write_text(json.dumps({key: (row if "speed" not in damage else {}) | damage for key, row in rows}))
         elif damage:
             kept.write_text(damage)
         result = streamprune(*arguments)

@@ -38,6 +38,7 @@ RUNS = [
     ("moreau-gs", "units", QUIET | {"steps": 3, "eta_quantile": 0.2}, {}),
     ("wanda", "units", {}, {}),
     ("wanda-sp", "units", {}, {}),
+    ("thinet", "units", {}, {}),
     ("flap", "units", {}, {}),
     ("gblm", "units", {}, {}),
     ("gblm", "units", {"p": 2}, {}),

@@ -290,6 +290,7 @@ SWEEPS = [
     ("wanda", LONGER),
     ("wanda", {**LONGER, "granularity": "weights"}),
     ("wanda-sp", LONGER),
+    ("thinet", LONGER),
     ("flap", {"samples": 128}),
     ("moreau", {"settings": {"steps": 3}}),
     ("moreau-gs", {"settings": {"steps": 3}}),
