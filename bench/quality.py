@@ -137,8 +137,9 @@ def jobs(method: str, settings: dict[str, dict[str, Any]]) -> list[dict[str, dic
 
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for name, options in settings.items():
-        # A policy learns for one budget.
-        shared = SHARED if METHODS[method].trials is None else (*SHARED, "ratio")
+        # A policy learns for one budget; errors may be those behind the repair.
+        row = METHODS[method]
+        shared = SHARED + ("ratio",) * (row.trials is not None) + ("compensate",) * ("refit" in row.settings)
         key = json.dumps([options.get(each) for each in shared])
         if options.get("granularity", "units") not in ("units", "layers"):
             key = name

@@ -15,7 +15,7 @@ RUNS = [
     ("smoothgrad", "units", {"draws": 3, "mean": "score"}, {}),
     ("gblm", "units", {}, {}),
     ("flap", "units", {}, {}),
-    ("thinet", "units", {}, {}),
+    ("thinet", "units", {"refit": "yes"}, {}),
     ("magnitude", "units", {}, {}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 4096, "micro_batch": None}),

@@ -6,6 +6,7 @@ of units and layers are those of the dense model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from streamprune.kernels import gram, mirror, unit_score
 from streamprune.methods.sinks import Sink, UnitScores, WeightPruner, check_scores
 from streamprune.model.units import TensorRef, fold_lines
+from streamprune.streaming.filling import inverse_gram
 from streamprune.streaming.inputs import Gram, Moments
 from streamprune.streaming.statistics import Statistics
 
+LOOKS = 128  # times at most that units of a matrix are compared while they go, one after another
 STEP = 2.0**-40  # of the largest error, between units that would have the same
 PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α = 100 is for gradient norms over so many
 
@@ -60,21 +63,25 @@ def flap(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> 
 
 
 def thinet(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -> None:
-    """Score units of o and down by what each adds to the output's error as they go, one after another (1707.06342).
+    """Score units of o and down by what each adds to the output's error as units go, the least harmful first.
 
-    Without the units of a set T the output of W is off by W_T x_T; over all tokens that is Σ‖W_T x_T‖² = Σ_ij∈T Q_ij with
-    Q = (Σ x xᵀ) ⊙ (WᵀW), so that errors which cancel count less than their sum (Eq. 6, there of a sample of outputs).
+    Without the lines T of its input x the output of W is off by W_T x_T, over all tokens by Σ_ij∈T Q_ij with
+    Q = (Σ x xᵀ) ⊙ (WᵀW): errors that cancel count less than their sum (ThiNet, 1707.06342, Eq. 6, there of a sample of
+    outputs). With `refit` the error is what a least-squares fit of the rest leaves, tr(P_TT⁻¹ W_TᵀW_T) with
+    P = (Σ x xᵀ + λI)⁻¹ (ZipLM, 2302.04089, Eq. 2 and 3).
     """
 
     def consume(ref: TensorRef, weight: Tensor, inputs: Gram) -> None:
-        matrix, q = ref.matrix(weight), inputs.total
-        products = torch.zeros_like(q)
-        gram(products, matrix, backend=statistics.backend)
-        mirror(products)
-        q.mul_(products).div_(inputs.count)
-        del products
         assert ref.member is not None, "units cut it"
-        if len(q) > ref.geometry.units(ref.member.kind):
+        matrix, total = ref.matrix(weight), inputs.total.div_(inputs.count)
+        units = ref.geometry.units(ref.member.kind)
+        if settings["refit"] == "yes":
+            inverse = inverse_gram(total, ref, "refit=no")
+            products = mirror(gram(torch.zeros_like(inverse), matrix, backend=statistics.backend))
+            sink.units(ref, refit_errors(inverse, products, units))
+            return
+        q = total.mul_(mirror(gram(torch.zeros_like(total), matrix, backend=statistics.backend)))
+        if units < len(q):
             for _ in range(2):  # its rows, and its columns
                 q = fold_lines(ref.member, ref.geometry, q).T
         sink.units(ref, removal_errors(q))
@@ -83,9 +90,9 @@ def thinet(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -
 
 
 def removal_errors(q: Tensor) -> Tensor:
-    """Return the rise of Σ_ij∈T q_ij with which each unit joins T, least first (1707.06342, Algorithm 1).
+    """Return the rise of Σ_ij∈T q_ij with which each unit joins T, the least rise first (ThiNet, Algorithm 1).
 
-    A rise below an earlier one is taken up to just above it, so that the order of the result is the order of joining.
+    Many units join a few at a time (LOOKS), by the rise that each would be alone.
 
     Args:
         q: symmetric and positive semi-definite [units, units].
@@ -94,17 +101,69 @@ def removal_errors(q: Tensor) -> Tensor:
         float64 [units], on the device of `q`.
     """
     rises = q.diagonal().to(torch.float64, copy=True)
-    order, found = list[Tensor](), list[Tensor]()
-    for _ in range(len(q)):
-        unit = rises.argmin(keepdim=True)  # of one element, and never looked at here: a GPU need not be waited for
+
+    def join(units: Tensor) -> None:
+        rises.add_(q.index_select(0, units).sum(dim=0), alpha=2)
+
+    return _rises_in_order(len(q), lambda: rises, join)
+
+
+def refit_errors(inverse: Tensor, products: Tensor, units: int) -> Tensor:
+    """Return the rise of tr(P_TT⁻¹ (WᵀW)_TT) with which each unit joins T, the least rise first (ZipLM, Algorithm 1).
+
+    When units go, the rest of W is fitted, W − W_T P_TT⁻¹ P_T, and P is that of the rest: P − P_Tᵀ P_TT⁻¹ P_T.
+
+    Args:
+        inverse: P [width, width]. products: WᵀW [width, width]; both are overwritten.
+        units: their number; each has as many lines, one beside the other.
+
+    Returns:
+        float64 [units], on the device of `inverse`.
+    """
+    size = len(inverse) // units
+    lines = torch.arange(len(inverse), device=inverse.device).view(units, size)
+
+    def blocks(matrix: Tensor) -> Tensor:
+        return matrix.view(units, size, units, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+    def rises() -> Tensor:
+        if size == 1:
+            return products.diagonal().double() / inverse.diagonal()
+        return torch.linalg.solve_ex(blocks(inverse), blocks(products))[0].diagonal(dim1=1, dim2=2).sum(dim=1).double()
+
+    def join(gone: Tensor) -> None:
+        at = lines[gone].flatten()
+        rows = inverse.index_select(0, at)
+        fit = torch.linalg.solve_ex(rows.index_select(1, at), rows)[0]  # P_TT⁻¹ P_T
+        lost = products.index_select(0, at)
+        lost -= lost.index_select(1, at) @ fit / 2
+        products.addmm_(torch.cat([fit, lost]).T, torch.cat([lost, fit]), alpha=-1)
+        inverse.addmm_(rows.T, fit, alpha=-1)
+        inverse.diagonal().index_fill_(0, at, 1)  # what is gone is left alone
+
+    return _rises_in_order(units, rises, join)
+
+
+def _rises_in_order(units: int, rises: Callable[[], Tensor], join: Callable[[Tensor], None]) -> Tensor:
+    """Let all units go, the least of `rises()` [units] first, and return the rises at which they went, float64 [units].
+
+    A rise below an earlier one is taken up to just above it, so that the order of the result is that of going.
+
+    Raises:
+        StreampruneError: a rise is not finite.
+    """
+    order, found, gone = list[Tensor](), list[Tensor](), None
+    for count in (len(part) for part in torch.arange(units).chunk(LOOKS)):
+        left = rises() if gone is None else rises().index_fill(0, gone, torch.inf)
+        least, unit = left.topk(count, largest=False)  # never looked at here: a GPU need not be waited for
         order.append(unit)
-        found.append(rises.index_select(0, unit))
-        rises.add_(q.index_select(0, unit)[0], alpha=2)
-        rises.index_fill_(0, unit, torch.inf)
+        found.append(least)
+        join(unit)
+        gone = torch.cat(order)
     errors = torch.cat(found)
     check_scores(errors)
-    errors = errors.cummax(0).values.clamp_(min=0)
-    errors += torch.arange(len(q), device=q.device) * (errors[-1] * STEP)
+    errors = errors.clamp_(min=0).cummax(0).values
+    errors += torch.arange(units, device=errors.device) * (errors[-1] * STEP)
     return torch.empty_like(errors).index_copy_(0, torch.cat(order), errors)
 
 

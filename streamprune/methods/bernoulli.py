@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamprune.errors import StreampruneError, UsageError
+from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed
 from streamprune.methods.budget import FEW_UNITS, Space, start_from_scores
 from streamprune.methods.policy import RAMP, Policy
@@ -28,7 +28,6 @@ from streamprune.streaming.statistics import Statistics
 
 PROGRESSIVE, EPOCH_STAGES = "random-progressive", 3  # a random start whose budget falls, by so many steps an epoch
 NO_SCORES = ("score-const", "random", PROGRESSIVE)
-AT_THE_START = {"flap": {"bias": "no"}}  # masks are tried without one, and so they are written
 CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to the budget
 
 
@@ -37,7 +36,10 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
     start, space = settings["init"], _space(statistics, sink)
     stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
-        METHODS[start].score(statistics, resolve_settings(start, AT_THE_START.get(start, {})), sink)
+        of_start = resolve_settings(start, {}, repairs=settings["repaired"] == "yes")
+        if "bias" in of_start:  # masks are tried without one, and so they are written
+            of_start["bias"] = "no"
+        METHODS[start].score(statistics, of_start, sink)
     inverses = _inverses(statistics) if settings["repaired"] == "yes" else {}
     begin = _start(space, sink, statistics, settings)
     steps, each = settings["steps"], settings["per_pass"] or 1
@@ -66,13 +68,7 @@ def _inverses(statistics: Statistics) -> Mapping[Key, Tensor]:
     store = statistics.store("inverse")
 
     def keep(ref: TensorRef, weight: Tensor, sums: Gram) -> None:
-        try:
-            store[ref.key] = inverse_gram(sums.total)
-        except torch.linalg.LinAlgError as error:
-            raise StreampruneError(
-                f"layer {ref.layer}, {ref.tensor}: the Gram matrix of its inputs cannot be inverted; "
-                "try --dtype float32, raise --samples, or pass --set repaired=no"
-            ) from error
+        store[ref.key] = inverse_gram(sums.total, ref, "repaired=no")
 
     statistics.inputs(Gram, keep, of=lambda ref: ref.cut_by_inputs)
     return store

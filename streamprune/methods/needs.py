@@ -308,23 +308,25 @@ def _fillings(task: Task) -> tuple[Mapping[str, int], float, float]:
     return {"fillings": sizes.most(held, layers) * task.sum_itemsize}, products * task.tokens, factors
 
 
-def _cut_grams(task: Task, *, inverted: bool) -> Cost:
+def _cut_grams(task: Task, *, inverted: bool = False, removes: bool = False) -> Cost:
     """Cost of a forward sweep that makes Gram matrices of the inputs that units cut: of o and down.
 
-    `inverted`: and their inverses; otherwise each is multiplied by the Gram matrix of the columns that its input meets.
+    `inverted`: and their inverses. `removes`: and those of the columns that the inputs meet, from which units go; of an
+    inverse each that goes changes all of both.
     """
     sizes, (passed,), size = task.sizes, _up_to_the_last(task), task.sum_itemsize
     sums = {"sums over inputs": size * sizes.most(_cut_squares, task.layers)}
     widest = size * sizes.most(lambda layer: max(_cut_inputs(layer)) ** 2, task.layers)
     beside = {"factors": 2 * widest} if inverted else {"products of columns": widest}
-    rows = task.tokens + (0 if inverted else task.sweeper.skeleton.config.hidden_size)
+    rows = task.tokens + (task.sweeper.skeleton.config.hidden_size if removes else 0)
+    cubes = inverted * (1 + 6 * removes)
     return task.cost(
         states=2,
         brought=len(passed),
         taken=len(passed),
         device=task.in_turn({"activations": sizes.most(partial(_running, task, 3), passed)} | sums, sums | beside),
         forward=task.flops(passed) + 2 * rows * sizes.total(_cut_squares, task.layers),
-        factors=sizes.total(lambda layer: sum(w**3 for w in _cut_inputs(layer)), task.layers) if inverted else 0,
+        factors=cubes * sizes.total(lambda layer: sum(w**3 for w in _cut_inputs(layer)), task.layers),
     )
 
 
@@ -355,7 +357,8 @@ SAMPLE_POWERS = Need("gradients", _there_and_back, _gradients)
 MOMENTS = Need("inputs", _up_to_the_last, partial(_inputs, gram=False))
 GRAMS = Need("inputs", _up_to_the_last, partial(_inputs, gram=True))
 HIDDEN = Need("hidden", _up_to_the_last, _hidden)
-COLUMN_GRAMS = Need("inputs", _up_to_the_last, partial(_cut_grams, inverted=False))
+REMOVALS = Need("inputs", _up_to_the_last, partial(_cut_grams, removes=True))
+REFITTED_REMOVALS = Need("inputs", _up_to_the_last, partial(_cut_grams, inverted=True, removes=True))
 INVERSES = Need("inputs", _up_to_the_last, partial(_cut_grams, inverted=True))
 MASKED = Need("losses", _for_trials, _masked)
 LOSSES = Need("losses", _from_what_is_left_out, partial(_hidden, left_out=True))

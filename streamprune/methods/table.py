@@ -13,7 +13,6 @@ from streamprune.config import Target
 from streamprune.errors import UsageError
 from streamprune.methods.method import Method, Setting
 from streamprune.methods.needs import (
-    COLUMN_GRAMS,
     GRADIENTS,
     GRAMS,
     HIDDEN,
@@ -22,6 +21,8 @@ from streamprune.methods.needs import (
     MASKED,
     MOMENTS,
     MOVED_GRADIENTS,
+    REFITTED_REMOVALS,
+    REMOVALS,
     SAMPLE_POWERS,
     STORED_WEIGHTS,
     KeptState,
@@ -87,12 +88,13 @@ _NORM = KeptState("norm", lambda settings, target: settings["terms"] == "both", 
 
 # Scores that a policy can begin with: of methods that keep nothing between sweeps.
 _STARTS = ("magnitude", "taylor", "wanda", "wanda-sp", "flap", "thinet", "layer-ppl", "block-influence")
-_OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, COLUMN_GRAMS, LOSSES, HIDDEN)
+_OF_A_START = (STORED_WEIGHTS, GRADIENTS, MOMENTS, REMOVALS, REFITTED_REMOVALS, LOSSES, HIDDEN)
 
 
 def _not_of_the_start(settings: Mapping[str, Any]) -> tuple[Need, ...]:
     start = METHODS.get(settings["init"])
-    unneeded = tuple(need for need in _OF_A_START if start is None or need not in start.needs)
+    needs = () if start is None else start.needs_for("units", {"refit": settings["repaired"]})
+    unneeded = tuple(need for need in _OF_A_START if need not in needs)
     return unneeded if settings["repaired"] == "yes" else (INVERSES, *unneeded)
 
 
@@ -261,11 +263,16 @@ _ROWS = (
         "thinet",
         "activation:thinet",
         ("units",),
-        (COLUMN_GRAMS,),
+        (REMOVALS, REFITTED_REMOVALS),
         "what a unit adds to the error of o and down as units go one by one",
-        "ThiNet, arXiv 1707.06342",
-        {},
+        "ThiNet, arXiv 1707.06342; with a fit ZipLM, 2302.04089",
+        {
+            "refit": Setting(
+                None, "errors behind a fit of the rest: by default with --compensate", choices=("yes", "no")
+            )
+        },
         _LONG,
+        unneeded=lambda settings: (REMOVALS if settings["refit"] == "yes" else REFITTED_REMOVALS,),
     ),
     Method(
         "gblm",
@@ -381,6 +388,8 @@ def resolve_settings(
         if settings["init"] in METHODS:
             resolve_settings(settings["init"], {}, target)
         settings["repaired"] = settings["repaired"] or ("yes" if repairs and target == "units" else "no")
+    if "refit" in settings:
+        settings["refit"] = settings["refit"] or ("yes" if repairs else "no")
     if repairs and "bias" in settings:  # the fit takes their place
         settings["bias"] = "no"
     METHODS[method].refuse_idle(settings)

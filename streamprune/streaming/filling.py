@@ -19,17 +19,27 @@ from torch import Tensor
 from streamprune.errors import StreampruneError
 from streamprune.model.masking import output_matrices
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import Kind, kept_lines
+from streamprune.model.units import Kind, TensorRef, kept_lines
 from streamprune.storage.journal import Key
 
 FILL_RIDGE = 0.01  # λ relative to the mean of G's diagonal: what is learnt from few tokens holds of others
 
 
-def inverse_gram(total: Tensor) -> Tensor:
-    """Return P = (G + λI)⁻¹ [width, width] of a Gram matrix, which is overwritten."""
+def inverse_gram(total: Tensor, ref: TensorRef, instead: str) -> Tensor:
+    """Return P = (G + λI)⁻¹ [width, width] of a Gram matrix of a matrix's inputs, which is overwritten.
+
+    Raises:
+        StreampruneError: there is none; the setting `instead` does without it.
+    """
     damping = FILL_RIDGE * total.diagonal().mean()
     total.diagonal().add_(damping.clamp(min=torch.finfo(total.dtype).tiny))
-    return torch.cholesky_inverse(torch.linalg.cholesky(total))
+    try:
+        return torch.cholesky_inverse(torch.linalg.cholesky(total))
+    except torch.linalg.LinAlgError as error:
+        raise StreampruneError(
+            f"layer {ref.layer}, {ref.tensor}: the Gram matrix of its inputs cannot be inverted; "
+            f"try --dtype float32, raise --samples, or pass --set {instead}"
+        ) from error
 
 
 class Filling:

@@ -16,7 +16,9 @@ from plain_weights import (
     without_lowest,
 )
 
+from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed, perturb
+from streamprune.methods.activation import refit_errors, removal_errors
 from streamprune.methods.sinks import LayerScores, Sparsity, WeightPruner
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.units import Geometry, TensorRef
@@ -111,6 +113,10 @@ def test_flap_is_the_sample_variance_over_all_tokens_times_squared_columns(bias,
     assert_scores(run("flap", case.statistics(), bias=bias), column_totals(case, of))
 
 
+def noise(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def units_of(case, key, columns):
     """The columns [d_in] of o or down by their unit: equal runs."""
     kind = "kv_group" if "attn" in key[1] else "channel"
@@ -143,6 +149,42 @@ def test_thinet_adds_the_unit_that_raises_the_outputs_error_least(case):
             gone.append(unit)
             left.remove(unit)
         assert found.unique().numel() == len(found)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_with_a_fit_the_unit_goes_that_what_is_fitted_misses_least(size):
+    width, rows = 12, 5
+    x, weight = noise(0, 40, width) @ noise(1, width, width), noise(2, rows, width)
+    gram = x.T @ x
+    found = refit_errors(torch.linalg.inv(gram), weight.T @ weight, width // size)
+
+    def error(gone):
+        stays = torch.isin(torch.arange(width) // size, torch.tensor(gone), invert=True)
+        fitted = torch.linalg.lstsq(x[:, stays], x @ weight.T).solution
+        return float((x @ weight.T - x[:, stays] @ fitted).square().sum())
+
+    left, gone, before = set(range(width // size)), [], 0.0
+    for unit in found.argsort().tolist():
+        rises = {other: error([*gone, other]) - before for other in left}
+        assert rises[unit] == pytest.approx(min(rises.values()), rel=1e-7)
+        assert float(found[unit]) == pytest.approx(rises[unit], rel=1e-7)
+        before += rises[unit]
+        gone.append(unit)
+        left.remove(unit)
+
+
+def test_many_units_go_a_few_at_a_time_and_in_the_same_order_where_they_do_not_touch():
+    q = torch.diag(noise(3, 1000).square())
+    for errors in (removal_errors(q), refit_errors(torch.eye(1000).double(), q.clone(), 1)):
+        assert errors.argsort().equal(q.diagonal().argsort())
+        torch.testing.assert_close(errors, q.diagonal(), rtol=1e-6, atol=1e-9)
+
+
+def test_equal_units_keep_an_order_and_what_is_not_finite_is_refused():
+    assert removal_errors(torch.ones(300, 300)).unique().numel() == 300
+    for damage in (float("nan"), float("inf")):
+        with pytest.raises(StreampruneError, match="a score is NaN"):
+            removal_errors(torch.full((4, 4), damage))
 
 
 def gblm_factor(grads, squares, *, p=1, alpha=100.0, terms="both", norm="mean"):

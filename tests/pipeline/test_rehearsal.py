@@ -48,6 +48,7 @@ RUNS = [
     ("wanda", "weights", {}),
     ("wanda-sp", "units", {}),
     ("thinet", "units", {}),
+    ("thinet", "units", {"refit": "yes"}),
     ("flap", "units", {}),
     ("gblm", "units", {"p": 2}),
     ("gblm", "2:4", {}),

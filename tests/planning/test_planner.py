@@ -28,7 +28,7 @@ SPILLED = [
     ("block-influence", "layers", {}, {}),
     ("gblm", "weights", {}, {}),
     ("flap", "units", {}, {}),
-    ("thinet", "units", {}, {}),
+    ("thinet", "units", {"refit": "yes"}, {}),
     ("smoothgrad", "units", {"draws": 2}, {"micro_batch": 1}),
     ("taylor", "units", {"order": "mix"}, {"micro_batch": 3}),
     ("taylor", "units", {}, {"compensate": True}),

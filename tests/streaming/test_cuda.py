@@ -39,6 +39,7 @@ RUNS = [
     ("wanda", "units", {}, {}),
     ("wanda-sp", "units", {}, {}),
     ("thinet", "units", {}, {}),
+    ("thinet", "units", {"refit": "yes"}, {}),
     ("flap", "units", {}, {}),
     ("gblm", "units", {}, {}),
     ("gblm", "units", {"p": 2}, {}),

@@ -63,7 +63,8 @@ def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_
         _, (x, _) = run(model, ids, stack(model)[layer].get_submodule(out_name(model, kind)))
         gram = x.T @ x
         grams[layer, name] = gram + FILL_RIDGE * gram.diagonal().mean() * torch.eye(len(gram)).double()
-        inverses[layer, name] = inverse_gram(gram)
+        ref = TensorRef(layer, name, sweeper.skeleton.geometries[layer], None)
+        inverses[layer, name] = inverse_gram(gram, ref, "repaired=no")
     losses = masked_losses(sweeper, ids, trials, FIRST, inverses)
     for trial, loss in zip(trials, losses, strict=True):
         model = load(tmp_path)
