@@ -77,10 +77,10 @@ def thinet(statistics: Statistics, settings: dict[str, Any], sink: UnitScores) -
         units = ref.geometry.units(ref.member.kind)
         if settings["refit"] == "yes":
             inverse = inverse_gram(total, ref, "refit=no")
-            products = mirror(gram(torch.zeros_like(inverse), matrix, backend=statistics.backend))
+            products = mirror(gram(inverse.new_zeros(inverse.shape), matrix, backend=statistics.backend))
             sink.units(ref, refit_errors(inverse, products, units))
             return
-        q = total.mul_(mirror(gram(torch.zeros_like(total), matrix, backend=statistics.backend)))
+        q = total.mul_(mirror(gram(total.new_zeros(total.shape), matrix, backend=statistics.backend)))
         if units < len(q):
             for _ in range(2):  # its rows, and its columns
                 q = fold_lines(ref.member, ref.geometry, q).T

@@ -6,6 +6,7 @@ from tiny_models import FAMILY_NAMES, N_LAYERS, make_sweeper, save_tiny, token_i
 from whole_models import load, mask_unit_kind, matrix, mean_loss, out_name, run, skip_layers, stack
 
 from streamprune.model.masking import output_matrices
+from streamprune.model.units import TensorRef
 from streamprune.paging.pager import Pager
 from streamprune.streaming.filling import FILL_RIDGE, inverse_gram
 from streamprune.streaming.masked import Trial, masked_losses
