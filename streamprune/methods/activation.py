@@ -19,7 +19,7 @@ from streamprune.streaming.filling import inverse_gram
 from streamprune.streaming.inputs import Gram, Moments
 from streamprune.streaming.statistics import Statistics
 
-LOOKS = 128  # times at most that units of a matrix are compared while they go, one after another
+LOOKS = 64  # times at most that units of a matrix are compared while they go, one after another
 STEP = 2.0**-40  # of the largest error, between units that would have the same
 PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α = 100 is for gradient norms over so many
 
@@ -152,14 +152,13 @@ def _rises_in_order(units: int, rises: Callable[[], Tensor], join: Callable[[Ten
     Raises:
         StreampruneError: a rise is not finite.
     """
-    order, found, gone = list[Tensor](), list[Tensor](), None
+    order, found, barred = list[Tensor](), list[Tensor](), torch.zeros_like(rises())
     for count in (len(part) for part in torch.arange(units).chunk(LOOKS)):
-        left = rises() if gone is None else rises().index_fill(0, gone, torch.inf)
-        least, unit = left.topk(count, largest=False)  # never looked at here: a GPU need not be waited for
-        order.append(unit)
+        least, going = (rises() + barred).topk(count, largest=False)  # never looked at: a GPU need not be waited for
+        order.append(going)
         found.append(least)
-        join(unit)
-        gone = torch.cat(order)
+        join(going)
+        barred.index_fill_(0, going, torch.inf)
     errors = torch.cat(found)
     check_scores(errors)
     errors = errors.clamp_(min=0).cummax(0).values
