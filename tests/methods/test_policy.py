@@ -8,8 +8,9 @@ import torch
 
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.methods.budget import Space, project, start_from_scores
+from streamprune.methods.needs import INVERSES, MASKED, REFITTED_REMOVALS, REMOVALS
 from streamprune.methods.policy import MOST_REFUSED, Policy, estimate
-from streamprune.methods.table import resolve_settings
+from streamprune.methods.table import METHODS, resolve_settings
 
 F64 = torch.float64
 
@@ -278,6 +279,12 @@ def test_it_finds_the_best_mask_in_nineteen_of_twenty_seeds(given, steps, costs)
 def test_without_a_floor_a_rare_draw_outweighs_all_others():
     """What docs/methods.md says of the paper's step alone: with as many steps it finds about half."""
     assert found_of(range(20), PAPER, 750, DIFFERENT) <= 12
+
+
+@pytest.mark.parametrize("repairs,needs", [(False, (REMOVALS, MASKED)), (True, (REFITTED_REMOVALS, INVERSES, MASKED))])
+def test_it_begins_with_the_errors_that_are_left_in_the_end(repairs, needs):
+    found = resolve_settings("bernoulli", {"init": "thinet"}, "units", repairs=repairs)
+    assert METHODS["bernoulli"].needs_for("units", found) == needs
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ SETTINGS = {
     "taylor": [{}, {"order": "second"}, {"order": "mix"}, {"order": "vectorize"}],
     "gblm": [{}, {"terms": "gradient"}, {"p": 2}],
     "flap": [{}, {"bias": "no"}],
+    "thinet": [{}, {"refit": "yes"}],
     "bernoulli": [{"steps": 4}, {"repaired": "yes", "steps": 2}],
 }
 GRANULARITIES = {"units": ("units",), "layers": ("layers",), "weights": ("weights", "2:4")}
