@@ -19,8 +19,8 @@ from streamprune.streaming.filling import inverse_gram
 from streamprune.streaming.inputs import Gram, Moments
 from streamprune.streaming.statistics import Statistics
 
-LOOKS = 64  # times at most that units of a matrix are compared while they go, one after another
-STEP = 2.0**-40  # of the largest error, between units that would have the same
+LOOKS = 128  # times at most that units of a matrix are compared while they go, one after another
+APART = 2.0**-40  # of the largest error, between units that would have the same
 PUBLISHED_SAMPLES = 128  # of GBLM-Pruner: its α = 100 is for gradient norms over so many
 
 
@@ -162,7 +162,7 @@ def _rises_in_order(units: int, rises: Callable[[], Tensor], join: Callable[[Ten
     errors = torch.cat(found)
     check_scores(errors)
     errors = errors.clamp_(min=0).cummax(0).values
-    errors += torch.arange(units, device=errors.device) * (errors[-1] * STEP)
+    errors += torch.arange(units, device=errors.device) * (errors[-1] * APART)
     return torch.empty_like(errors).index_copy_(0, torch.cat(order), errors)
 
 

@@ -137,7 +137,7 @@ _POLICY = {
     "variant": Setting("best", "what else is not set", choices=tuple(_VARIANTS)),
     "init": Setting(
         None,
-        "scores to begin with: by default wanda-sp, of layers layer-ppl",
+        "scores to begin with: by default thinet, of layers layer-ppl",
         choices=(*_STARTS, "score-const", "random", "random-progressive"),
         path=True,
     ),
@@ -384,7 +384,7 @@ def resolve_settings(
         chosen = METHODS[method].variants[settings["variant"]]
         settings |= {name: value for name, value in chosen.items() if settings[name] is None}
         _check_masks(settings)
-        settings["init"] = settings["init"] or ("layer-ppl" if target == "layers" else "wanda-sp")
+        settings["init"] = settings["init"] or ("layer-ppl" if target == "layers" else "thinet")
         if settings["init"] in METHODS:
             resolve_settings(settings["init"], {}, target)
         settings["repaired"] = settings["repaired"] or ("yes" if repairs and target == "units" else "no")

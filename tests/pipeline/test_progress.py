@@ -302,7 +302,6 @@ METHODS_AND_PATTERNS = [
     ("wanda", "--layers", "2:5"),
     ("sparsegpt", "--granularity", "weights", "--layers", "2:5"),
     ("flap",),
-    ("thinet",),
     ("layer-ppl", "--granularity", "layers", "--layers", "1:6"),
     ("block-influence", "--granularity", "layers", "--layers", "1:6"),
 ]

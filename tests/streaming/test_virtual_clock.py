@@ -290,7 +290,7 @@ SWEEPS = [
     ("wanda", LONGER),
     ("wanda", {**LONGER, "granularity": "weights"}),
     ("wanda-sp", LONGER),
-    ("thinet", {**LONGER, "samples": 64}),  # what it starts by itself takes as long whatever passes
+    ("thinet", {**LONGER, "samples": 128}),  # what it starts by itself takes as long whatever passes
     ("flap", {"samples": 128}),
     ("moreau", {"settings": {"steps": 3}}),
     ("moreau-gs", {"settings": {"steps": 3}}),
