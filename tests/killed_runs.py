@@ -15,7 +15,6 @@ RUNS = [
     ("smoothgrad", "units", {"draws": 3, "mean": "score"}, {}),
     ("gblm", "units", {}, {}),
     ("flap", "units", {}, {}),
-    ("thinet", "units", {"refit": "yes"}, {}),
     ("magnitude", "units", {}, {}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 64}),
     ("taylor", "units", {}, {"compensate": True, "compensate_tokens": 4096, "micro_batch": None}),
@@ -33,6 +32,7 @@ RUNS = [
     ("gblm", "weights", {}, {}),
     ("sparsegpt", "weights", {}, {}),
     ("moreau", "weights", {"steps": 2}, {}),
+    ("thinet", "units", {"refit": "yes"}, {}),
 ]
 
 

@@ -260,21 +260,6 @@ _ROWS = (
         allocation="global",
     ),
     Method(
-        "thinet",
-        "activation:thinet",
-        ("units",),
-        (REMOVALS, REFITTED_REMOVALS),
-        "what a unit adds to the error of o and down as units go one by one",
-        "ThiNet, arXiv 1707.06342; with a fit ZipLM, 2302.04089",
-        {
-            "refit": Setting(
-                None, "errors behind a fit of the rest: by default with --compensate", choices=("yes", "no")
-            )
-        },
-        _LONG,
-        unneeded=lambda settings: (REMOVALS if settings["refit"] == "yes" else REFITTED_REMOVALS,),
-    ),
-    Method(
         "gblm",
         "activation:gblm",
         _ALL,
@@ -292,6 +277,21 @@ _ROWS = (
         states=(_NORM,),
         narrows=True,
         stateless="wanda",
+    ),
+    Method(
+        "thinet",
+        "activation:thinet",
+        ("units",),
+        (REMOVALS, REFITTED_REMOVALS),
+        "what a unit adds to the error of o and down as units go one by one",
+        "ThiNet, arXiv 1707.06342; with a fit ZipLM, 2302.04089",
+        {
+            "refit": Setting(
+                None, "errors behind a fit of the rest: by default with --compensate", choices=("yes", "no")
+            )
+        },
+        _LONG,
+        unneeded=lambda settings: (REMOVALS if settings["refit"] == "yes" else REFITTED_REMOVALS,),
     ),
     Method(
         "sparsegpt",
