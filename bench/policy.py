@@ -54,7 +54,7 @@ def opened(model: Path, data: Path, ratio: float) -> Iterator[tuple[Statistics, 
         sink = UnitScores(sweeper.skeleton.all_units(plan.layers), sweeper.backend)
         METHODS["wanda-sp"].score(statistics, resolve_settings("wanda-sp", {}), sink)
         space = _space(statistics, sink)
-        start = _start(space, sink, statistics, "wanda-sp")
+        start = _start(space, sink, statistics, {"init": "wanda-sp", "learner": "logits"})
         METHODS["taylor"].score(statistics, resolve_settings("taylor", {}), sink)
         scores = torch.cat([sink.values[layer][kind].double() for layer, kind in space.parts])  # type: ignore[index]
         yield statistics, space, start, scores
