@@ -154,9 +154,10 @@ def _rises_in_order(units: int, rises: Callable[[], Tensor], join: Callable[[Ten
     """
     order, found, barred = list[Tensor](), list[Tensor](), torch.zeros_like(rises())
     for count in (len(part) for part in torch.arange(units).chunk(LOOKS)):
-        least, going = (rises() + barred).topk(count, largest=False)  # never looked at: a GPU need not be waited for
+        least, at = (rises() + barred).sort(stable=True)  # never looked at: a GPU need not be waited for
+        going = at[:count]
         order.append(going)
-        found.append(least)
+        found.append(least[:count])
         join(going)
         barred.index_fill_(0, going, torch.inf)
     errors = torch.cat(found)

@@ -290,7 +290,7 @@ SWEEPS = [
     ("wanda", LONGER),
     ("wanda", {**LONGER, "granularity": "weights"}),
     ("wanda-sp", LONGER),
-    ("thinet", {**LONGER, "samples": 128}),  # what it starts by itself takes as long whatever passes
+    ("thinet", {**LONGER, "samples": 128}),  # its default: of less text the starts of units that go show
     ("flap", {"samples": 128}),
     ("moreau", {"settings": {"steps": 3}}),
     ("moreau-gs", {"settings": {"steps": 3}}),
