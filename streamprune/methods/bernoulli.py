@@ -93,17 +93,14 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
     of_kind = {kind: sum(float(row[at].sum()) for (_, each), at in parts.items() if each == kind) for _, kind in parts}
     budgets = {kinds: share * sum(of_kind.get(kind, 0) for kind in kinds) for kinds, share in goal.shares.items()}
 
-    def choose(logits: Tensor, part: float) -> Tensor:
-        mask, units = torch.zeros(len(logits), dtype=torch.bool), dict[int, dict[Kind, Tensor]]()
-        if isinstance(sink, LayerScores):
-            kept = goal.keep({layer: float(logits[at]) for (layer, _), at in parts.items()}, part)
-            return torch.tensor([layer in kept for layer, _ in parts])
-        for (layer, kind), at in parts.items():
-            units.setdefault(layer, {})[kind] = logits[at]  # type: ignore[index]
-        for layer, kinds in goal.keep(units, part).items():
-            for kind, stay in kinds.items() if layer in units else ():
-                mask[parts[layer, kind].start + torch.tensor(stay)] = True
-        return mask
+    def choose(ordered: Mapping[Key, Tensor], part: float) -> Mapping[Key, int]:
+        if goal.count is None:
+            kept = goal.keep({layer: float(logit) for (layer, _), logit in ordered.items()}, part)
+            return {key: int(key[0] not in kept) for key in ordered}
+        units = dict[int, dict[Kind, Tensor]]()
+        for (layer, kind), values in ordered.items():
+            units.setdefault(layer, {})[kind] = values  # type: ignore[index]
+        return {(layer, kind): gone for layer, of in goal.count(units, part).items() for kind, gone in of.items()}
 
     return Space(parts, row, budgets, choose)
 

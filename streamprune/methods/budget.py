@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 from streamprune.methods.sinks import check_scores
 from streamprune.storage.journal import Key
 
-BISECTIONS = 70  # by then the two ends are neighbours
+MOST_STEPS, EXACT = 70, 1e-12  # by then the two ends of a bracket are neighbours; of a budget
 FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
 
 
@@ -24,13 +25,14 @@ class Space:
         parts: for each group of a layer and kind its key, and its place in the row.
         costs: parameters of each [n], float64.
         budgets: parameters that may stay of some kinds together, by these.
-        choose: gives the mask [n] that a run would end with by logits [n], when that part of what is to go does.
+        choose: gives, by logits of each group from the lowest up, how many of each a run would take away, when that
+            part of what is to go does.
     """
 
     parts: Mapping[Key, slice]
     costs: Tensor
     budgets: Mapping[tuple[str, ...], float]
-    choose: Callable[[Tensor, float], Tensor]
+    choose: Callable[[Mapping[Key, Tensor], float], Mapping[Key, int]]
 
     @cached_property
     def pools(self) -> list[tuple[Tensor, float]]:
@@ -87,18 +89,63 @@ class Space:
         return torch.cat(found)
 
 
+class Choices:
+    """Masks that a run would end with, by logits that the units of large groups have moved together.
+
+    These keep their order, which is found once: to sort millions of them for each mask would take longer than to try
+    it.
+
+    Args:
+        logits: before they are moved [n].
+    """
+
+    def __init__(self, space: Space, logits: Tensor) -> None:
+        self._space, self._logits, self._directions = space, logits, space.directions()
+        self._orders = {
+            key: at.start + logits[at].argsort(stable=True)
+            for key, at in space.parts.items()
+            if at.stop - at.start > FEW_UNITS
+        }
+        self._ordered = {key: logits[order] for key, order in self._orders.items()}
+
+    def kept(self, moved: Tensor, part: float) -> Tensor:
+        """Return the mask [n] of what stays when the logits are moved along each direction so far."""
+        orders, ordered = dict[Key, Tensor](), dict[Key, Tensor]()
+        for key, at in self._space.parts.items():
+            if key in self._orders:
+                orders[key] = self._orders[key]
+                ordered[key] = self._ordered[key] + moved[self._directions[at.start]]
+            else:
+                ordered[key], order = (self._logits[at] + moved[self._directions[at]]).sort(stable=True)
+                orders[key] = at.start + order
+        mask = torch.ones(len(self._logits), dtype=torch.bool)
+        for key, gone in self._space.choose(ordered, part).items():
+            mask[orders[key][:gone]] = False
+        return mask
+
+
 def shifted(logits: Tensor, costs: Tensor, budget: float) -> Tensor:
-    """Return σ(logits + μ) [n] with the μ at which the expected parameters are the budget."""
-    if budget >= float(costs.sum()):
+    """Return σ(logits + μ) [n] with the μ at which the expected parameters are the budget.
+
+    By Newton's method, and by halves where a step would leave the bracket.
+    """
+    total = float(costs.sum())
+    if budget >= total:
         return torch.ones_like(logits)
-    low, high = -float(logits.max()) - 60.0, -float(logits.min()) + 60.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        if float(costs @ torch.sigmoid(logits + middle)) > budget:
-            high = middle
-        else:
-            low = middle
-    return torch.sigmoid(logits + low)
+    middle = math.log(budget / (total - budget))  # all of them there meet the budget
+    low, high = middle - float(logits.max()), middle - float(logits.min())
+    shift = (low + high) / 2
+    for _ in range(MOST_STEPS):
+        s = torch.sigmoid(logits + shift)
+        kept = costs * s
+        excess = float(kept.sum()) - budget
+        if abs(excess) <= EXACT * budget:
+            break
+        low, high = (low, shift) if excess > 0 else (shift, high)
+        slope = float(kept.sum() - kept @ s)
+        newton = shift - excess / slope if slope > 0 else low
+        shift = newton if low < newton < high else (low + high) / 2
+    return s
 
 
 def start_from_scores(scores: Mapping[Key, Tensor], space: Space, *, by_order: bool = False) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
-from streamprune.methods.budget import Space
+from streamprune.methods.budget import Choices, Space
 from streamprune.storage.journal import Key
 
 STATE = 0  # the layer by whose number the policy's tensors are kept in a store
@@ -120,14 +121,17 @@ class Policy:
         self._part, self.space = self._at(step)
         count, p = self.settings["masks"], self.sampled_from
         if self.settings["learner"] == "explore":
-            logits = self.scores
-            ways = self.settings["spread"] * self._noise(step)[:, self._direction]
-            return torch.stack([self.space.choose(logits + sign * way, self._part) for way in ways for sign in (1, -1)])
+            moved, ways = self._get("moved"), self.settings["spread"] * self._noise(step)
+            return torch.stack([self._choices.kept(moved + sign * way, self._part) for way in ways for sign in (1, -1)])
         generator = self._generator(step)
         if self.settings["antithetic"] == "no":
             return torch.rand((count, len(p)), generator=generator, dtype=torch.float64) < p
         half = torch.rand((-(-count // 2), len(p)), generator=generator, dtype=torch.float64)
         return torch.stack([half, 1 - half], dim=1).flatten(0, 1)[:count] < p
+
+    @cached_property
+    def _choices(self) -> Choices:
+        return Choices(self._whole, self._get("logits"))
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(noise_seed(self.seed, "policy", step))

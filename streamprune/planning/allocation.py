@@ -16,6 +16,7 @@ from streamprune.model.families import Family, stock_takes
 from streamprune.model.units import FLOOR_SLACK, KIND_NAMES, Geometry, KeptUnits, Kind
 
 UnitCosts = Mapping[int, Mapping[Kind, int]]  # parameters of a unit, by layer and kind
+SORTED_AT_ONCE = 4096  # blocks at the end of a budget
 
 
 @dataclass(frozen=True)
@@ -206,13 +207,24 @@ def allocate_globally(
     costs: UnitCosts,
     everything: KeptUnits,
 ) -> KeptUnits:
-    """Choose kept units when the lowest of all layers with scores go, until the budget of parameters is met.
+    """Choose kept units when the lowest of all layers with scores go, as `count_globally` has it."""
+    ordered = {layer: {kind: values.sort().values for kind, values in kinds.items()} for layer, kinds in scores.items()}
+    return select(scores, count_globally(ordered, rule, costs), everything)
+
+
+def count_globally(
+    ordered: Mapping[int, Mapping[Kind, Tensor]], rule: GlobalRule, costs: UnitCosts
+) -> dict[int, dict[Kind, int]]:
+    """Count the units that go of each layer and kind when the lowest go, until the budget of parameters is met.
 
     Units go in blocks of `rule.step`, in the order of their mean scores (per unit); the first block of a layer is as
     small as makes the rest a multiple. A block that is too large for what is left of the budget is passed over, so
     that what goes is the budget to the nearest smallest block.
+
+    Args:
+        ordered: scores of each layer and kind, from the lowest up.
     """
-    parts = [(layer, kind, values) for layer, kinds in scores.items() for kind, values in kinds.items() if len(values)]
+    parts = [(layer, kind, values) for layer, kinds in ordered.items() for kind, values in kinds.items() if len(values)]
     total = dict[Kind, int]()
     for layer, kind, values in parts:
         total[kind] = total.get(kind, 0) + costs[layer][kind] * len(values)
@@ -223,51 +235,109 @@ def allocate_globally(
         chosen = [part for part in parts if part[1] in together]
         slack = min(costs[layer][kind] * rule.step(kind) for layer, kind, _ in chosen) / 2
         removed |= _lowest(chosen, rule, costs, budget + slack)
-    counts = {layer: {kind: removed.get((layer, kind), 0) for kind in kinds} for layer, kinds in scores.items()}
-    return select(scores, counts, everything)
+    return {layer: {kind: removed.get((layer, kind), 0) for kind in kinds} for layer, kinds in ordered.items()}
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of units of one layer and kind that may go together, the lowest first.
+
+    Attributes:
+        values: their mean normalised scores, float64.
+        first, step: units of the first, and of each other.
+        cost: parameters of a unit.
+    """
+
+    values: Tensor
+    first: int
+    step: int
+    cost: int
+
+    def units(self, count: int) -> int:
+        """Count the units of the first blocks."""
+        return self.first + (count - 1) * self.step if count else 0
+
+    def price(self, count: int) -> int:
+        """Count the parameters of the first blocks."""
+        return self.units(count) * self.cost
+
+    def prices(self, begin: int, end: int) -> Tensor:
+        """Return the parameters of each of some blocks, int64."""
+        each = torch.full((end - begin,), self.step * self.cost)
+        if begin == 0 < end:
+            each[0] = self.first * self.cost
+        return each
+
+    def fitting(self, begin: int, end: int, room: float) -> int:
+        """Return where those of some blocks end that are not larger than `room`; only the first may be smaller."""
+        sizes = self.first if begin == 0 else self.step, self.step
+        small = [size * self.cost <= room for size in sizes]
+        return begin if not small[0] else end if small[1] else min(end, begin + 1)
 
 
 def _lowest(
     parts: Sequence[tuple[int, Kind, Tensor]], rule: GlobalRule, costs: UnitCosts, room: float
 ) -> dict[tuple[int, Kind], int]:
     """Count the units that go of each layer and kind when the lowest blocks go that `room` has place for."""
-    values, sizes, prices, owners = [], [], [], []
-    for number, (layer, kind, scores) in enumerate(parts):
-        found, size = _blocks(scores, kind, rule, costs[layer][kind])
-        values.append(found)
-        sizes.append(size)
-        prices.append(size * costs[layer][kind])
-        owners.append(torch.full((len(size),), number))
-    order = torch.cat(values).argsort(stable=True)
-    size, price, owner = (torch.cat(each)[order] for each in (sizes, prices, owners))
-    left, gone = torch.arange(len(order)), torch.zeros(len(parts), dtype=torch.int64)
-    while len(left):
-        spent = price[left].cumsum(0)
+    blocks = [_blocks(scores, kind, rule, costs[layer][kind]) for layer, kind, scores in parts]
+    # Blocks of each part that go already, and those behind them that still may.
+    gone, ends = [0] * len(parts), [len(each.values) for each in blocks]
+    while any(begin < end for begin, end in zip(gone, ends, strict=True)):
+        sure, most = _bracket(blocks, gone, ends, room + sum(map(_Blocks.price, blocks, gone)))
+        room -= sum(map(_Blocks.price, blocks, sure)) - sum(map(_Blocks.price, blocks, gone))
+        between = list(zip(blocks, sure, most, strict=True))
+        order = torch.cat([each.values[begin:end] for each, begin, end in between]).argsort(stable=True)
+        spent = torch.cat([each.prices(begin, end) for each, begin, end in between])[order].cumsum(0)
         taken = int((spent <= room).sum())
-        gone.index_add_(0, owner[left[:taken]], size[left[:taken]])
         room -= int(spent[taken - 1]) if taken else 0
-        left = left[taken:]
-        left = left[price[left] <= room]
-    return {(layer, kind): count for (layer, kind, _), count in zip(parts, gone.tolist(), strict=True)}
+        owner = torch.arange(len(parts)).repeat_interleave(torch.tensor([end - begin for _, begin, end in between]))
+        gone = list(map(sum, zip(sure, owner[order[:taken]].bincount(minlength=len(parts)).tolist(), strict=True)))
+        ends = [each.fitting(begin, end, room) for each, begin, end in zip(blocks, gone, ends, strict=True)]
+    return {(layer, kind): each.units(count) for (layer, kind, _), each, count in zip(parts, blocks, gone, strict=True)}
 
 
-def _blocks(values: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> tuple[Tensor, Tensor]:
-    """Return mean normalised scores and sizes of the blocks of one layer and kind that may go, lowest first."""
-    check_scores(values)
-    ordered = values.double().sort().values
+def _bracket(
+    blocks: Sequence[_Blocks], gone: Sequence[int], ends: Sequence[int], room: float
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Return two ends of each part between which that of the lowest blocks lies that `room` has place for.
+
+    Few blocks lie between them, unless many are equal: to sort the millions of a large model for each mask that is
+    tried would take longer than to try it.
+    """
+    open_ones = [(each, begin, end) for each, begin, end in zip(blocks, gone, ends, strict=True) if begin < end]
+    least = min(float(each.values[begin]) for each, begin, _ in open_ones)
+    most = max(float(each.values[end - 1]) for each, _, end in open_ones)
+    low, high = gone, ends
+    while sum(high) - sum(low) > SORTED_AT_ONCE and least < (middle := (least + most) / 2) < most:
+        at = [
+            min(end, max(begin, int(torch.searchsorted(each.values, middle, right=True))))
+            for each, begin, end in zip(blocks, gone, ends, strict=True)
+        ]
+        if sum(map(_Blocks.price, blocks, at)) <= room:
+            low, least = at, middle
+        else:
+            high, most = at, middle
+    return low, high
+
+
+def _blocks(ordered: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> _Blocks:
+    """Make the blocks of one layer and kind, of its scores from the lowest up."""
+    check_scores(ordered[:: max(1, len(ordered) - 1)])  # what is not finite stands at an end
+    ordered = ordered.double()
     if rule.normalize == "raw":
-        ordered /= cost
+        ordered = ordered / cost
     elif rule.normalize == "zscore":
         deviation = ordered.std() if len(ordered) > 1 else torch.zeros(())
         ordered = (ordered - ordered.mean()) / (deviation if deviation > 0 else 1)
     step, most = rule.step(kind), rule.most(kind, len(ordered))
+    if step == 1:
+        return _Blocks(ordered[:most], 1, 1, cost)
     first = len(ordered) % step
-    whole = ordered[first : first + max(0, most - first) // step * step].view(-1, step).mean(dim=1)
-    sizes = torch.full((len(whole),), step)
+    values = ordered[first : first + max(0, most - first) // step * step].view(-1, step).mean(dim=1)
     if 0 < first <= most:
-        whole = torch.cat([ordered[:first].mean()[None], whole])
-        sizes = torch.cat([torch.tensor([first]), sizes])
-    return whole.cummax(0).values if len(whole) else whole, sizes  # means of equal scores differ in their last digits
+        values = torch.cat([ordered[:first].mean()[None], values])
+    # Means of equal scores differ in their last digits, and may fall then.
+    return _Blocks(values.cummax(0).values if len(values) else values, first or step, step, cost)
 
 
 def layers_to_remove(ratio: float, layers: Sequence[int], n_layers: int) -> int:

@@ -27,10 +27,8 @@ from streamprune.paging.device import state_dtype
 from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, UnitCosts
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
-from streamprune.streaming.statistics import Goal, Keep
+from streamprune.streaming.statistics import Count, Goal, Keep, UnitValues
 from streamprune.values import dtype_name
-
-UnitValues = Mapping[int, Mapping[Kind, torch.Tensor]]  # of scores, by layer and kind
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ class Choice:
             layers that go the lightest, since others may have other sizes.
         keep: gives the kept units by the values of scores, and the part of what is to go that does.
         what: the choice in words.
+        count: of units, gives the numbers that go.
         allocation: that of units: "uniform" or "global".
         apart: whether each kind of units has a budget of its own.
     """
@@ -81,6 +80,7 @@ class Choice:
     widths: KeptUnits
     keep: Keep
     what: str
+    count: Count | None = None
     allocation: str | None = None
     apart: bool = False
 
@@ -198,11 +198,11 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, lay
         for layer in layers
     }
 
+    def count(ordered: UnitValues, part: float = 1.0) -> dict[int, dict[Kind, int]]:
+        return {layer: {kind: round(part * units) for kind, units in kinds.items()} for layer, kinds in removed.items()}
+
     def keep(values: UnitValues, part: float = 1.0) -> KeptUnits:
-        eased = {
-            layer: {kind: round(part * count) for kind, count in counts.items()} for layer, counts in removed.items()
-        }
-        return allocation.select(values, eased, everything)
+        return allocation.select(values, count(values, part), everything)
 
     each = ", ".join(
         f"{_span(removed[layer][kind] for layer in layers)} of "
@@ -210,7 +210,8 @@ def _choose_units(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, lay
         for kind in reversed(skeleton.family.kinds)
     )
     apart = config.attention_ratio is not None or config.mlp_ratio is not None
-    return Choice(keep(UnitScores(skeleton.all_units(layers)).values), keep, f"lose {each} each", "uniform", apart)
+    widths = keep(UnitScores(skeleton.all_units(layers)).values)
+    return Choice(widths, keep, f"lose {each} each", count, "uniform", apart)
 
 
 def _span(counts: Iterable[int]) -> str:
@@ -239,12 +240,16 @@ def _choose_globally(config: PruneConfig, skeleton: Skeleton, costs: UnitCosts, 
     everything = skeleton.all_units()
     allocation.check_global(rule, costs, skeleton.all_units(layers))
 
+    def count(ordered: UnitValues, part: float = 1.0) -> dict[int, dict[Kind, int]]:
+        return allocation.count_globally(ordered, rule.eased(part), costs)
+
     def keep(values: UnitValues, part: float = 1.0) -> KeptUnits:
         return allocation.allocate_globally(values, rule.eased(part), costs, everything)
 
     compared = "probabilities" if own is not None else f"{rule.normalize} scores"
     what = f"are compared by {compared} and lose the lowest units{', of each kind its own share' if apart else ''}"
-    return Choice(keep(UnitScores(skeleton.all_units(layers)).values), keep, what, "global", bool(apart))
+    widths = keep(UnitScores(skeleton.all_units(layers)).values)
+    return Choice(widths, keep, what, count, "global", bool(apart))
 
 
 def _kinds_apart(config: PruneConfig, skeleton: Skeleton) -> dict[Kind, float]:
@@ -359,7 +364,7 @@ def goal(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> Goal:
             for of in (skeleton.all_units(), plan.choice.widths)
         )
         shares[together] = kept / max(1, units)
-    return Goal(plan.choice.keep, shares)
+    return Goal(plan.choice.keep, shares, plan.choice.count)
 
 
 def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from streamprune.model.units import KeptUnits, TensorRef
+from streamprune.model.units import KeptUnits, Kind, TensorRef
 from streamprune.paging.device import at_once
 from streamprune.paging.hidden_states import States, pieces
 from streamprune.storage.checkpoint import check_finite
@@ -25,6 +25,7 @@ from streamprune.streaming.masked import Trial, masked_losses
 from streamprune.streaming.sweeper import Sweeper
 from streamprune.streaming.walk import Visit, Visitor, journalled_walk, walk
 
+UnitValues = Mapping[int, Mapping[Kind, Tensor]]  # of scores, by layer and kind
 # Hidden states of left-out layers that are carried through the layers together.
 STREAM_BYTES = 2 << 30
 
@@ -46,6 +47,13 @@ class Keep(Protocol):
         """Return what stays by the values of scores, when that part of what is to go does."""
 
 
+class Count(Protocol):
+    """Rule by which a number of units of each layer and kind go, the lowest."""
+
+    def __call__(self, ordered: UnitValues, part: float = 1.0) -> Mapping[int, Mapping[Kind, int]]:
+        """Return the numbers by scores from the lowest up, when that part of what is to go does."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """Goal of a run: what will stay.
@@ -53,10 +61,12 @@ class Goal:
     Attributes:
         keep: the rule.
         shares: the fraction of their parameters that kinds of unit keep, by the kinds that share a budget.
+        count: the rule in numbers, where units go.
     """
 
     keep: Keep
     shares: Mapping[tuple[str, ...], float]
+    count: Count | None = None
 
 
 class Statistics:

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.methods.budget import Space, project, start_from_scores
+from streamprune.methods.budget import Choices, Space, project, shifted, start_from_scores
 from streamprune.methods.needs import INVERSES, MASKED, REFITTED_REMOVALS, REMOVALS
 from streamprune.methods.policy import MOST_REFUSED, Policy, estimate
 from streamprune.methods.table import METHODS, resolve_settings
+from streamprune.planning.allocation import GlobalRule, allocate_globally, count_globally
 
 F64 = torch.float64
 
@@ -108,9 +109,12 @@ def made(parts, costs, *budgets):
     """A space of one budget for all kinds, or one for each; what stays is the highest of all that have room."""
     kinds = list(dict.fromkeys(kind for _, kind in parts))
     together = [tuple(kinds)] if len(budgets) == 1 else [(kind,) for kind in kinds]
-    return Space(
-        parts, costs, dict(zip(together, budgets, strict=True)), lambda logits, part: highest(logits, costs, *budgets)
-    )
+
+    def choose(ordered, part):
+        mask = highest(torch.cat([ordered[key] for key in parts]), costs, *budgets)
+        return {key: int((~mask[at]).sum()) for key, at in parts.items()}
+
+    return Space(parts, costs, dict(zip(together, budgets, strict=True)), choose)
 
 
 def highest(values, costs, budget):
@@ -210,6 +214,49 @@ def test_many_units_begin_by_their_order_alone_and_few_by_their_scores():
     torch.testing.assert_close(of_few - of_few.mean(), (few - few.mean()) / few.std(), atol=1e-9, rtol=0)
     equal = {(0, "kv_group"): few, (0, "channel"): torch.ones(40)}
     assert start_from_scores(equal, space, by_order=True)[3:].diff().min() > 0  # the first go first
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 3.0, 700.0])
+@pytest.mark.parametrize("share", [1e-6, 0.3, 1 - 1e-6])
+def test_shifted_logits_meet_the_budget_whatever_lies_between_them(share, spread):
+    logits, costs = spread * (random(1, 500) - 0.5), 1 + 99 * random(2, 500)
+    logits[7] -= 40 * spread  # alone, far from all others
+    total = float(costs.sum())
+    s = shifted(logits, costs, share * total)
+    assert float(costs @ s) == pytest.approx(share * total, rel=2e-12)
+    between = (s > 1e-9) & (s < 1 - 1e-9)
+    moved = (torch.logit(s) - logits)[between]
+    torch.testing.assert_close(moved, moved[:1].expand_as(moved), atol=1e-5, rtol=0)
+
+
+def test_masks_of_units_that_move_together_are_those_that_a_run_would_end_with():
+    sizes = {(0, "kv_group"): 3, (0, "channel"): 60, (1, "kv_group"): 3, (1, "channel"): 44}
+    ends = torch.tensor([0, *sizes.values()]).cumsum(0).tolist()
+    parts = {key: slice(*ends[number : number + 2]) for number, key in enumerate(sizes)}
+    price = {layer: {"kv_group": 25, "channel": 4} for layer in range(2)}
+    everything = {layer: {kind: list(range(sizes[layer, kind])) for kind in price[layer]} for layer in price}
+    rule, costs = (
+        GlobalRule(0.4, "none"),
+        torch.cat([torch.full((n,), price[0][kind]) for (_, kind), n in sizes.items()]),
+    )
+
+    def by_layer(ordered):
+        return {layer: {kind: ordered[layer, kind] for kind in price[layer]} for layer in price}
+
+    def choose(ordered, part):
+        counts = count_globally(by_layer(ordered), rule.eased(part), price)
+        return {(layer, kind): gone for layer, of in counts.items() for kind, gone in of.items()}
+
+    space = Space(parts, costs.double(), {("kv_group", "channel"): 0.6 * float(costs.sum())}, choose)
+    logits = random(5, 110).round(decimals=1)  # some are equal
+    choices = Choices(space, logits)
+    for seed, part in product(range(8), (0.5, 1.0)):
+        moved = 0.25 * (random(seed, 8) - 0.5)
+        row = logits + moved[space.directions()]
+        kept = allocate_globally(by_layer(space.split(row)), rule.eased(part), price, everything)
+        mask = choices.kept(moved, part)
+        for (layer, kind), at in parts.items():
+            assert mask[at].nonzero().flatten().tolist() == kept[layer][kind]
 
 
 # Learning.

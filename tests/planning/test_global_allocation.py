@@ -18,6 +18,7 @@ from whole_models import load, matrix, out_name, run, stack
 
 from streamprune.errors import StreampruneError, UsageError
 from streamprune.model.units import Geometry, all_units
+from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, allocate_globally, check_global
 from streamprune.texts.documents import embedded_text
 
@@ -103,7 +104,9 @@ def gone_parameters(removed, costs=COSTS):
 @pytest.mark.parametrize("round_to", [1, 4, 8])
 @pytest.mark.parametrize("min_keep", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("normalize", ["zscore", "raw"])
-def test_allocation_equals_the_plain_reference(normalize, min_keep, round_to):
+@pytest.mark.parametrize("at_once", [allocation.SORTED_AT_ONCE, 1])
+def test_allocation_equals_the_plain_reference(at_once, normalize, min_keep, round_to, monkeypatch):
+    monkeypatch.setattr(allocation, "SORTED_AT_ONCE", at_once)
     for seed, ratio in itertools.product(range(4), (0.0, 0.05, 0.2, 0.33, 0.45)):
         scores = random_scores(seed, range(2, 7))
         rule = GlobalRule(ratio, normalize, min_keep, round_to)
