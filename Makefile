@@ -1,7 +1,7 @@
 # Two commands: `make demo` and `make test`. Each sets up .venv by itself. CI also runs `make test-slow`.
 PYTHON ?= python3
 BIN := .venv/bin
-JOBS ?= 2
+JOBS ?= $(shell $(PYTHON) -c "import os; print(min(8, os.cpu_count() or 2))")
 
 .PHONY: demo test test-slow check clean
 

@@ -101,11 +101,8 @@ class Choices:
 
     def __init__(self, space: Space, logits: Tensor) -> None:
         self._space, self._logits, self._directions = space, logits, space.directions()
-        self._orders = {
-            key: at.start + logits[at].argsort(stable=True)
-            for key, at in space.parts.items()
-            if at.stop - at.start > FEW_UNITS
-        }
+        many = {key: at for key, at in space.parts.items() if at.stop - at.start > FEW_UNITS}
+        self._orders = {key: at.start + logits[at].argsort(stable=True) for key, at in many.items()}
         self._ordered = {key: logits[order] for key, order in self._orders.items()}
 
     def kept(self, moved: Tensor, part: float) -> Tensor:

@@ -110,19 +110,21 @@ def made(parts, costs, *budgets):
     kinds = list(dict.fromkeys(kind for _, kind in parts))
     together = [tuple(kinds)] if len(budgets) == 1 else [(kind,) for kind in kinds]
 
+    prices = costs.tolist()
+
     def choose(ordered, part):
-        mask = highest(torch.cat([ordered[key] for key in parts]), costs, *budgets)
-        return {key: int((~mask[at]).sum()) for key, at in parts.items()}
+        mask = highest([value for key in parts for value in ordered[key].tolist()], prices, *budgets)
+        return {key: mask[at].count(False) for key, at in parts.items()}
 
     return Space(parts, costs, dict(zip(together, budgets, strict=True)), choose)
 
 
 def highest(values, costs, budget):
-    """The mask of the highest that the budget has room for."""
-    mask, left = torch.zeros(len(values), dtype=torch.bool), budget
-    for unit in values.argsort(descending=True).tolist():
-        if float(costs[unit]) <= left:
-            mask[unit], left = True, left - float(costs[unit])
+    """The mask of the highest that the budget has room for; all in lists."""
+    mask, left = [False] * len(values), budget
+    for unit in sorted(range(len(values)), key=values.__getitem__, reverse=True):
+        if costs[unit] <= left:
+            mask[unit], left = True, left - costs[unit]
     return mask
 
 
@@ -303,7 +305,8 @@ def found_of(seeds, given, steps, costs):
             p, masks = learner.sampled_from, learner.draw(step)
             learner.learn(step, steps, masks, losses(masks).tolist(), p)
             assert float(space.costs @ learner.s) <= budget + 1e-9
-        found += bool(losses(highest(learner.s, space.costs, budget)) <= losses(best) + 1e-9)
+        mask = torch.tensor(highest(learner.s.tolist(), costs, budget))
+        found += bool(losses(mask) <= losses(best) + 1e-9)
     return found
 
 
