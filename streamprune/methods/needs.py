@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streamprune.streaming.costs import Cost, LayerSizes, Task
 
 FACTORS_OF_H = 1  # FLOPs over width³: a Cholesky factor and its inverse
+POLICY_BYTES = 120  # of a unit, in the space of a policy, its state and the masks' order: fifteen numbers of 8 bytes
 
 
 @dataclass(frozen=True)
@@ -279,15 +280,18 @@ def _masked(task: Task) -> Cost:
     cut = task.sizes.most(lambda layer: layer.weights + layer.largest, task.layers)
     masked = {"masked weights": task.cuts * task.itemsize * cut}
     filling, filled, factors = _fillings(carried) if task.fills else ({}, 0.0, 0.0)
+    skeleton, units = task.sweeper.skeleton, len(task.layers)
+    if task.cuts:
+        units = sum(skeleton.geometries[layer].units(kind) for layer in task.layers for kind in skeleton.family.kinds)
     return carried.cost(
         states=2,
         brought=(len(task.whole) + 1) * passes,
         taken=(len(task.whole) + 1) * passes,
         device=task.in_turn({**activations, **masked, **filling}, {"logits": carried.logits(backwards=False)}),
-        # A byte for each unit, of which there are no more than lines.
-        host={"masks": trials * int(task.sizes.total(lambda layer: sum(_cut_inputs(layer)), task.layers))},
+        host={"masks": trials * units, "policy": POLICY_BYTES * units},
         forward=(carried.flops(task.whole) + carried.head_flops + filled) * passes,
         factors=trials * factors * passes,
+        chosen=trials * units * passes,
     )
 
 

@@ -39,6 +39,8 @@ DISK = 3e9  # bytes/s of an NVMe drive on PCIe 4.0
 WORK = ("forward", "backward", "noise", "factors", "updates")  # of a Stage, done at the Rates of the same names
 WRITE_SHARE = 0.5  # writing over reading: what is written is also cut, hashed and synced
 LINK_BYTES = 256 << 20  # of a copy that the link is measured with
+# Units of masks that one core draws and learns from in a second, of 7 to 70 billion parameters (bench/policy_steps.py).
+CHOSEN = 1.5e7
 # Seconds before work begins: the interpreter, torch and transformers (a plan in a process of its own, two cores); and
 # CUDA's first use with the compilation of kernels, by which scoring took longer than planned on an H100, the median of
 # six short runs (bench/README.md, Plan against reality).
@@ -51,7 +53,8 @@ class Rates:
     """Rates: bytes/s from the checkpoint into slots; FLOP/s of a layer forwards and backwards; where they come from.
 
     `noise`, `factors` and `updates` are how much of a Stage's work of that name is done in a second, `link` bytes/s
-    between host and GPU, each way, `staging` bytes/s within host memory, and `start` the seconds before work begins.
+    between host and GPU, each way, `staging` bytes/s within host memory, `chosen` units of masks/s, and `start` the
+    seconds before work begins.
     """
 
     read: float
@@ -63,6 +66,7 @@ class Rates:
     updates: float = math.inf
     link: float = math.inf
     staging: float = math.inf
+    chosen: float = CHOSEN
     start: float = PROCESS_START
 
 
@@ -75,12 +79,16 @@ def assumed(card: str) -> Rates:
 
 
 def seconds(stage: Stage, rates: Rates) -> float:
-    """Estimate the seconds of a stage: the longest of disk, link, staging and computing; the others hide behind it."""
+    """Estimate the seconds of a stage: the longest of disk, link, staging and computing; the others hide behind it.
+
+    What is written, and masks, which a pass waits for and is learnt from, come to that.
+    """
     computing = sum(getattr(stage, name) / getattr(rates, name) for name in WORK)
     link = max(stage.up, stage.down) / rates.link  # it goes both ways at the same time
     # The scratch disk is taken to be as fast as the checkpoint's, or the same.
     reading = (stage.disk + stage.moved) / rates.read
-    return max(reading, link, computing, stage.staged / rates.staging) + stage.written / (rates.read * WRITE_SHARE)
+    beside = stage.written / (rates.read * WRITE_SHARE) + stage.chosen / rates.chosen
+    return max(reading, link, computing, stage.staged / rates.staging) + beside
 
 
 def default_cache() -> Path:

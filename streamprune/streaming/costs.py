@@ -38,7 +38,7 @@ class Cost:
             within host memory on their way there and back.
         forward, backward: FLOPs of products of matrices.
         noise: weights that noise is drawn for. factors: FLOPs of triangular factors. updates: weights that SparseGPT
-            goes through column by column.
+            goes through column by column. chosen: units of masks that are drawn and learnt from, by the host.
         carried: bytes of hidden states that a journal takes in at a commit.
     """
 
@@ -54,6 +54,7 @@ class Cost:
     noise: float = 0
     factors: float = 0
     updates: float = 0
+    chosen: float = 0
     carried: int = 0
 
 
@@ -65,20 +66,13 @@ def most_held(each: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
 def one_after_another(costs: Sequence[Cost]) -> Cost:
     """Add up costs of works that follow one another: the largest of what each holds, and the work of all."""
 
+    added = ("moved", "up", "down", "staged", "forward", "backward", "noise", "factors", "updates", "chosen")
     return Cost(
         device=most_held(cost.device for cost in costs),
         host=most_held(cost.host for cost in costs),
         scratch=max(cost.scratch for cost in costs),
-        moved=sum(cost.moved for cost in costs),
-        up=sum(cost.up for cost in costs),
-        down=sum(cost.down for cost in costs),
-        staged=sum(cost.staged for cost in costs),
-        forward=sum(cost.forward for cost in costs),
-        backward=sum(cost.backward for cost in costs),
-        noise=sum(cost.noise for cost in costs),
-        factors=sum(cost.factors for cost in costs),
-        updates=sum(cost.updates for cost in costs),
         carried=max(cost.carried for cost in costs),
+        **{name: sum(getattr(cost, name) for cost in costs) for name in added},
     )
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -12,7 +13,18 @@ from tiny_models import make_sweeper, save_tiny, token_ids
 
 import streamprune.methods.needs
 from streamprune import PruneConfig, prune
-from streamprune.methods.needs import GRADIENTS, GRAMS, LOSSES, MOVED_GRADIENTS, STORED_WEIGHTS, KeptState, Need, _graph
+from streamprune.methods.needs import (
+    GRADIENTS,
+    GRAMS,
+    LOSSES,
+    MASKED,
+    MOVED_GRADIENTS,
+    POLICY_BYTES,
+    STORED_WEIGHTS,
+    KeptState,
+    Need,
+    _graph,
+)
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS, Method, resolve_settings
 from streamprune.pipeline.batches import expected_work, open_texts
@@ -149,6 +161,16 @@ def test_gram_matrices_are_as_wide_as_each_layers_inputs(ragged):
     # A Cholesky factor of n³/3 FLOPs, and the inverse of a triangle of twice as many.
     assert grams.factors == pytest.approx((1 / 3 + 2 / 3) * sum(width**3 for each in widths[1:] for width in each))
     assert grams.updates == sum(map(elements, matrices[1:]))
+
+
+def test_masks_are_chosen_of_all_units_of_the_layers_that_may_lose_some(ragged):
+    sweeper, _ = ragged
+    task = task_of(sweeper, trials=(5, 4, 1))
+    geometries = [sweeper.skeleton.geometries[layer] for layer in task.layers]
+    units = sum(each.kv_groups + each.channels for each in geometries)
+    cost, whole = MASKED.cost(task), MASKED.cost(replace(task, cuts=False))
+    assert (cost.chosen, whole.chosen) == (5 * 4 * units, 5 * 4 * len(geometries))
+    assert cost.host["masks"] == 4 * units and cost.host["policy"] == POLICY_BYTES * units
 
 
 def test_what_autograd_saves_of_the_widest_layer_is_counted(ragged):

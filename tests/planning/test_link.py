@@ -200,6 +200,7 @@ STAGE = Stage(name="all at once", read=200, disk=20, up=500, down=300, forward=1
         (replace(STAGE, moved=60), 8.0),
         (replace(STAGE, backward=10.0), 6.0),
         (replace(STAGE, written=10), 5.0 + 10 / (10 * rates.WRITE_SHARE)),
+        (replace(STAGE, chosen=3 * rates.CHOSEN), 5.0 + 3.0),  # a pass waits for its masks
     ],
 )
 def test_a_stage_takes_as_long_as_the_busiest_of_disk_link_and_arithmetic(stage, expected):
