@@ -63,9 +63,7 @@ def opened(model: Path, data: Path, ratio: float) -> Iterator[tuple[Statistics, 
 def losses_of(statistics: Statistics, space: Space, masks: Tensor, rows: list[list[int]]) -> Tensor:
     """Losses of masks, each on its own rows."""
     trials = list(_trials(space, {step: masks[step : step + 1] for step in range(len(masks))}, dict(enumerate(rows))))
-    found = statistics.losses_of([row for each in rows for row in each], trials)
-    assert found is not None, "there is no journal"
-    return torch.tensor(found, dtype=torch.float64)
+    return torch.tensor(statistics.losses_of([row for each in rows for row in each], trials), dtype=torch.float64)
 
 
 def shared(space: Space, row: Tensor) -> Tensor:

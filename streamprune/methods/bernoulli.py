@@ -18,7 +18,7 @@ from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import Kind, TensorRef
+from streamprune.model.units import KeptUnits, Kind, TensorRef
 from streamprune.storage.journal import Key
 from streamprune.storage.scores import read_scores
 from streamprune.streaming.filling import inverse_gram
@@ -46,18 +46,18 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
     policy = Policy(space, begin, settings, statistics.seed, statistics.store("policy"), stage)
     for first in range(0, steps, each):
         numbers = range(first, min(first + each, steps))
-        p, masks = policy.sampled_from, {step: policy.draw(step) for step in numbers}
-        rows = {step: _batch(statistics, settings["batch"], step) for step in numbers}
-        trials = list(_trials(space, masks, rows))
-        losses = statistics.losses_of([row for step in numbers for row in rows[step]], trials, inverses)
-        for step in numbers:
-            if losses is None:  # the policy in the store has learnt from them
-                statistics.note(step=step, **policy.told(step))
-            else:
+        if statistics.begin_pass():
+            p, masks = policy.sampled_from, {step: policy.draw(step) for step in numbers}
+            rows = {step: _batch(statistics, settings["batch"], step) for step in numbers}
+            trials = list(_trials(space, masks, rows))
+            losses = statistics.losses_of([row for step in numbers for row in rows[step]], trials, inverses)
+            for step in numbers:
                 own, losses = losses[: len(masks[step])], losses[len(masks[step]) :]
                 statistics.note(step=step, **policy.learn(step, steps, masks[step], own, p))
-        if losses is not None:
             statistics.finish_pass()
+        else:  # the policy in the store has learnt from it
+            for step in numbers:
+                statistics.note(step=step, **policy.told(step))
         if policy.settled(numbers[-1]):
             break
     _put(sink, space.split(policy.scores))
@@ -93,7 +93,7 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
     of_kind = {kind: sum(float(row[at].sum()) for (_, each), at in parts.items() if each == kind) for _, kind in parts}
     budgets = {kinds: share * sum(of_kind.get(kind, 0) for kind in kinds) for kinds, share in goal.shares.items()}
 
-    def choose(ordered: Mapping[Key, Tensor], part: float) -> Mapping[Key, int]:
+    def lost(ordered: Mapping[Key, Tensor], part: float) -> Mapping[Key, int]:
         if goal.count is None:
             kept = goal.keep({layer: float(logit) for (layer, _), logit in ordered.items()}, part)
             return {key: int(key[0] not in kept) for key in ordered}
@@ -102,7 +102,7 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
             units.setdefault(layer, {})[kind] = values  # type: ignore[index]
         return {(layer, kind): gone for layer, of in goal.count(units, part).items() for kind, gone in of.items()}
 
-    return Space(parts, row, budgets, choose)
+    return Space(parts, row, budgets, lost)
 
 
 def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics, settings: Mapping[str, Any]) -> Tensor:
@@ -119,22 +119,32 @@ def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics,
         return torch.full((n,), CONSTANT, dtype=torch.float64)
     scores, facts = (sink.by_key(), {"method": start}) if start in METHODS else read_scores(Path(start))
     if facts["method"] == "bernoulli":  # it goes on from what it has learnt
-        learnt = torch.cat([scores[key] for key in space.parts])
-        return torch.sigmoid(learnt) if facts.get("learner") == "explore" else learnt
+        learnt = torch.cat([scores[key] for key in space.parts]).double()
+        return space.shifted(learnt) if facts.get("learner") == "explore" else learnt
     if isinstance(sink, LayerScores):  # compared with each other, not within a layer
         return start_from_scores({(0, "layer"): torch.cat([scores[key] for key in space.parts])}, space)
     return start_from_scores({key: scores[key] for key in space.parts}, space, by_order=explores)
 
 
-def check(settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int], uniform: bool) -> None:
+def check(
+    settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int], widths: KeptUnits | None
+) -> None:
     """Refuse to begin with scores of another model, granularity or other layers, and to learn where nothing can move.
+
+    Args:
+        widths: kept units of some choice of the same size, where all choices keep as many of each layer and kind.
 
     Raises:
         UsageError: they are, or there are none; or units that are moved together lose as many whatever moves them.
     """
-    if uniform and target == "units" and settings["learner"] == "explore":
-        counts = [skeleton.geometries[layer].units(kind) for layer in layers for kind in skeleton.family.kinds]
-        if min(counts) > FEW_UNITS:
+    if widths is not None and settings["learner"] == "explore":
+        groups = [
+            (skeleton.geometries[layer].units(kind), len(units))
+            for layer in layers
+            for kind, units in widths[layer].items()
+        ]
+        something_goes = any(kept < count for count, kept in groups)
+        if something_goes and not any(0 < kept < count <= FEW_UNITS for count, kept in groups):
             raise UsageError(
                 "--allocation uniform: explore moves the units of a layer and kind together, and every layer loses as "
                 "many of them anyhow; take --set variant=logits, or --allocation global"

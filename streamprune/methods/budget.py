@@ -10,10 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from streamprune.methods.sinks import check_scores
+from streamprune.methods.sinks import check_scores, zscores
 from streamprune.storage.journal import Key
 
-MOST_STEPS, EXACT = 70, 1e-12  # by then the two ends of a bracket are neighbours; of a budget
+EXACT, MOST_STEPS = 1e-12, 70  # of a budget; more steps towards it than are ever taken where that can be met
 FEW_UNITS = 16  # a layer and kind of no more has a direction for each: whether a KV group goes is a question by itself
 
 
@@ -25,14 +25,14 @@ class Space:
         parts: for each group of a layer and kind its key, and its place in the row.
         costs: parameters of each [n], float64.
         budgets: parameters that may stay of some kinds together, by these.
-        choose: gives, by logits of each group from the lowest up, how many of each a run would take away, when that
+        count: gives, by logits of each group from the lowest up, how many of each a run would take away, when that
             part of what is to go does.
     """
 
     parts: Mapping[Key, slice]
     costs: Tensor
     budgets: Mapping[tuple[str, ...], float]
-    choose: Callable[[Mapping[Key, Tensor], float], Mapping[Key, int]]
+    count: Callable[[Mapping[Key, Tensor], float], Mapping[Key, int]]
 
     @cached_property
     def pools(self) -> list[tuple[Tensor, float]]:
@@ -89,18 +89,18 @@ class Space:
         return torch.cat(found)
 
 
-class Choices:
+class Masks:
     """Masks that a run would end with, by logits that the units of large groups have moved together.
 
     These keep their order, which is found once: to sort millions of them for each mask would take longer than to try
     it.
 
     Args:
-        logits: before they are moved [n].
+        logits: before they are moved [n]. directions: those of the space.
     """
 
-    def __init__(self, space: Space, logits: Tensor) -> None:
-        self._space, self._logits, self._directions = space, logits, space.directions()
+    def __init__(self, space: Space, logits: Tensor, directions: Tensor) -> None:
+        self._space, self._logits, self._directions = space, logits, directions
         many = {key: at for key, at in space.parts.items() if at.stop - at.start > FEW_UNITS}
         self._orders = {key: at.start + logits[at].argsort(stable=True) for key, at in many.items()}
         self._ordered = {key: logits[order] for key, order in self._orders.items()}
@@ -116,7 +116,7 @@ class Choices:
                 ordered[key], order = (self._logits[at] + moved[self._directions[at]]).sort(stable=True)
                 orders[key] = at.start + order
         mask = torch.ones(len(self._logits), dtype=torch.bool)
-        for key, gone in self._space.choose(ordered, part).items():
+        for key, gone in self._space.count(ordered, part).items():
             mask[orders[key][:gone]] = False
         return mask
 
@@ -127,8 +127,8 @@ def shifted(logits: Tensor, costs: Tensor, budget: float) -> Tensor:
     By Newton's method, and by halves where a step would leave the bracket.
     """
     total = float(costs.sum())
-    if budget >= total:
-        return torch.ones_like(logits)
+    if not 0 < budget < total:
+        return torch.full_like(logits, float(budget > 0))
     middle = math.log(budget / (total - budget))  # all of them there meet the budget
     low, high = middle - float(logits.max()), middle - float(logits.min())
     shift = (low + high) / 2
@@ -161,8 +161,7 @@ def start_from_scores(scores: Mapping[Key, Tensor], space: Space, *, by_order: b
             ranks = values.argsort(stable=True).argsort()
             parts.append(torch.special.ndtri((ranks.double() + 0.5) / len(values)))
             continue
-        deviation = values.std() if len(values) > 1 else torch.zeros(())
-        parts.append((values.double() - values.double().mean()) / (deviation if deviation > 0 else 1.0))
+        parts.append(zscores(values))
     return space.shifted(torch.cat(parts))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamprune.streaming.costs import Cost, LayerSizes, Task
 
 FACTORS_OF_H = 1  # FLOPs over width³: a Cholesky factor and its inverse
-POLICY_BYTES = 120  # of a unit, in the space of a policy, its state and the masks' order: fifteen numbers of 8 bytes
+POLICY_BYTES = 200  # of a unit: 25 numbers of a policy's space, its state, the masks' order, and what a step makes
 
 
 @dataclass(frozen=True)
@@ -276,9 +276,10 @@ def _masked(task: Task) -> Cost:
     passes, trials, batch = task.trials
     carried = replace(task, shape=(trials * batch, task.shape[1]), micro_batch=min(task.micro_batch, batch))
     activations = {"activations": carried.forward_activations(task.whole)}
-    # A matrix whose columns are cut stands beside them, transposed.
-    cut = task.sizes.most(lambda layer: layer.weights + layer.largest, task.layers)
-    masked = {"masked weights": task.cuts * task.itemsize * cut}
+    masked = dict[str, int]()
+    if task.cuts:
+        inputs = carried.micro_batch * task.shape[1] * task.sizes.most(_widest_cut, task.layers)
+        masked = {"masked weights": task.mask_copies, "masked inputs": task.itemsize * inputs}
     filling, filled, factors = _fillings(carried) if task.fills else ({}, 0.0, 0.0)
     skeleton, units = task.sweeper.skeleton, len(task.layers)
     if task.cuts:
@@ -337,6 +338,10 @@ def _cut_grams(task: Task, *, inverted: bool = False, removes: bool = False) -> 
 def _cut_inputs(layer: LayerSizes) -> tuple[int, ...]:
     """Widths of the inputs that units cut."""
     return layer.inputs[: len(layer.inputs) // 2]
+
+
+def _widest_cut(layer: LayerSizes) -> int:
+    return max(_cut_inputs(layer))
 
 
 def _cut_squares(layer: LayerSizes) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from streamprune.errors import StreampruneError
 from streamprune.kernels import noise_seed
-from streamprune.methods.budget import Choices, Space
+from streamprune.methods.budget import Masks, Space
 from streamprune.storage.journal import Key
 
 STATE = 0  # the layer by whose number the policy's tensors are kept in a store
@@ -68,7 +68,7 @@ class Policy:
     ) -> None:
         self._whole, self._stage, self.settings, self.seed, self.store = space, stage, settings, seed, store
         self._part, self.space = self._at(0)
-        self._of, self._direction = space.groups(), space.directions()
+        self._direction = space.directions()
         if (STATE, "s") not in store:
             s = self.space.project(start)
             if settings["learner"] == "logits":
@@ -119,19 +119,22 @@ class Policy:
     def draw(self, step: int) -> Tensor:
         """Draw the masks of a step, bool [masks, n]; the same of the same state."""
         self._part, self.space = self._at(step)
-        count, p = self.settings["masks"], self.sampled_from
         if self.settings["learner"] == "explore":
             moved, ways = self._get("moved"), self.settings["spread"] * self._noise(step)
-            return torch.stack([self._choices.kept(moved + sign * way, self._part) for way in ways for sign in (1, -1)])
-        generator = self._generator(step)
+            return torch.stack([self._masks.kept(moved + sign * way, self._part) for way in ways for sign in (1, -1)])
+        count, p, generator = self.settings["masks"], self.sampled_from, self._generator(step)
         if self.settings["antithetic"] == "no":
             return torch.rand((count, len(p)), generator=generator, dtype=torch.float64) < p
         half = torch.rand((-(-count // 2), len(p)), generator=generator, dtype=torch.float64)
         return torch.stack([half, 1 - half], dim=1).flatten(0, 1)[:count] < p
 
     @cached_property
-    def _choices(self) -> Choices:
-        return Choices(self._whole, self._get("logits"))
+    def _of(self) -> Tensor:
+        return self._whole.groups()
+
+    @cached_property
+    def _masks(self) -> Masks:
+        return Masks(self._whole, self._get("logits"), self._direction)
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator().manual_seed(noise_seed(self.seed, "policy", step))
@@ -233,7 +236,7 @@ class Policy:
         elif self.settings["natural"] == "no":  # of these coordinates the Fisher information is 1/(s(1 − s))
             gradient /= variance
         s = self.space.project(self.s - lr * gradient)
-        if bool(((s == 0) | (s == 1)).all()):
+        if self.space.gone > 0 and bool(((s == 0) | (s == 1)).all()):
             raise StreampruneError(f"after step {step + 1} every probability is 0 or 1; lower --set lr={lr}")
         return s
 

@@ -27,6 +27,15 @@ def check_scores(scores: Tensor) -> None:
         raise StreampruneError("a score is NaN or infinite; try --dtype float32, or with moreau a smaller --set gamma")
 
 
+def zscores(scores: Tensor) -> Tensor:
+    """Return scores [n], float64, less their mean and over their standard deviation; of equal ones zeros."""
+    scores = scores.double()
+    deviation = scores.std() if len(scores) > 1 else torch.zeros(())
+    # That of equal scores may be what rounding has left of it.
+    equal = deviation <= 1e-12 * scores.abs().max()
+    return torch.zeros_like(scores) if equal else (scores - scores.mean()) / deviation
+
+
 class _Sums:
     """Base of sinks that add up scores: everything becomes scores of a matrix's lines."""
 

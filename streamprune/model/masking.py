@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits, Kind, Member, kept_lines, module_of
+from streamprune.model.units import Kind, Member, kept_lines, module_of
 
 
 def output_matrices(skeleton: Skeleton, layer: int) -> list[Member]:
@@ -23,7 +23,11 @@ def bias_of(tensor: str) -> str:
 
 
 def mask_layer(
-    skeleton: Skeleton, kept: KeptUnits, layer: int, weights: Mapping[str, Tensor], kind: Kind | None = None
+    skeleton: Skeleton,
+    kept: Mapping[int, Mapping[Kind, Sequence[int] | Tensor]],
+    layer: int,
+    weights: Mapping[str, Tensor],
+    kind: Kind | None = None,
 ) -> None:
     """Turn a layer's bound weights into the masked dense layer that the sliced one must equal, in place.
 

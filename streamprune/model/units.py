@@ -72,7 +72,7 @@ class Geometry:
         return sum(units * width for units, width in map(self.part_shape, member.parts))
 
 
-def kept_lines(member: Member, geometry: Geometry, kept: Sequence[int]) -> Tensor:
+def kept_lines(member: Member, geometry: Geometry, kept: Sequence[int] | Tensor) -> Tensor:
     """List the indices along `member.dim` that remain when the units `kept` (ascending) do, int64."""
     chosen = torch.as_tensor(kept, dtype=torch.int64)
     indices, start = [], 0

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import UsageError
-from streamprune.methods.sinks import check_scores
+from streamprune.methods.sinks import check_scores, zscores
 from streamprune.model.families import Family, stock_takes
 from streamprune.model.units import FLOOR_SLACK, KIND_NAMES, Geometry, KeptUnits, Kind
 
 UnitCosts = Mapping[int, Mapping[Kind, int]]  # parameters of a unit, by layer and kind
-SORTED_AT_ONCE = 4096  # blocks at the end of a budget
+SORTED_AT_ONCE, HALVINGS = 4096, 64  # blocks at the end of a budget, and steps to find them
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,10 @@ def _bracket(
     least = min(float(each.values[begin]) for each, begin, _ in open_ones)
     most = max(float(each.values[end - 1]) for each, _, end in open_ones)
     low, high = gone, ends
-    while sum(high) - sum(low) > SORTED_AT_ONCE and least < (middle := (least + most) / 2) < most:
+    for _ in range(HALVINGS):
+        middle = (least + most) / 2
+        if sum(high) - sum(low) <= SORTED_AT_ONCE or not least < middle < most:
+            break
         at = [
             min(end, max(begin, int(torch.searchsorted(each.values, middle, right=True))))
             for each, begin, end in zip(blocks, gone, ends, strict=True)
@@ -327,8 +330,7 @@ def _blocks(ordered: Tensor, kind: Kind, rule: GlobalRule, cost: int) -> _Blocks
     if rule.normalize == "raw":
         ordered = ordered / cost
     elif rule.normalize == "zscore":
-        deviation = ordered.std() if len(ordered) > 1 else torch.zeros(())
-        ordered = (ordered - ordered.mean()) / (deviation if deviation > 0 else 1)
+        ordered = zscores(ordered)
     step, most = rule.step(kind), rule.most(kind, len(ordered))
     if step == 1:
         return _Blocks(ordered[:most], 1, 1, cost)

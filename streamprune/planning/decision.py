@@ -108,10 +108,10 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
     }
     stock = config.stock and config.target == "units"
     layers = allocation.prunable_layers(config.layers, n_layers, whole=config.target == "weights", stock=stock)
-    uniform = (config.allocation or METHODS[config.method].allocation) == "uniform"
-    METHODS[config.method].check_for(settings, skeleton, config.target, layers, uniform)
     choose = {"weights": _choose_weights, "layers": _choose_layers, "units": _choose_units}[config.target]
     choice = choose(config, skeleton, costs, layers)
+    widths = choice.widths if choice.allocation == "uniform" else None
+    METHODS[config.method].check_for(settings, skeleton, config.target, layers, widths)
     repair: RepairGoal | None = None
     if config.compensate:
         # Whole layers leave nothing of their own to fit: the layer before them takes their place in the stream.

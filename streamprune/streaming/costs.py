@@ -18,6 +18,7 @@ from streamprune.model.saved import saved_bytes
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import PARTS, Place
+from streamprune.streaming.masked import copied_weights
 from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
 
@@ -65,7 +66,6 @@ def most_held(each: Iterable[Mapping[str, int]]) -> Mapping[str, int]:
 
 def one_after_another(costs: Sequence[Cost]) -> Cost:
     """Add up costs of works that follow one another: the largest of what each holds, and the work of all."""
-
     added = ("moved", "up", "down", "staged", "forward", "backward", "noise", "factors", "updates", "chosen")
     return Cost(
         device=most_held(cost.device for cost in costs),
@@ -215,6 +215,12 @@ class Task:
     def sweeper(self) -> Sweeper:
         """Sweeper of the model."""
         return self.sizes.sweeper
+
+    @property
+    def mask_copies(self) -> int:
+        """Bytes of weights that a mask of units copies of a layer."""
+        tokens = self.trials[2] * self.shape[1] if self.trials else 0
+        return self.itemsize * copied_weights(self.sweeper.skeleton, self.layers, tokens, filled=self.fills)
 
     @property
     def itemsize(self) -> int:

@@ -11,7 +11,7 @@ row of W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -79,12 +79,14 @@ class Filling:
 
 
 def fillings(
-    skeleton: Skeleton, layer: int, kept: Mapping[Kind, Sequence[int]], inverses: Mapping[Key, Tensor]
+    skeleton: Skeleton, layer: int, kept: Mapping[Kind, Tensor], inverses: Mapping[Key, Tensor]
 ) -> dict[str, Filling]:
     """Make the fillings of a layer's mask, by the names of the matrices that have an inverse and lose lines."""
     geometry, found = skeleton.geometries[layer], {}
     for member in output_matrices(skeleton, layer):
-        units = kept.get(member.kind, range(geometry.units(member.kind)))
-        if len(units) < geometry.units(member.kind) and (layer, member.tensor) in inverses:
+        units = kept.get(member.kind)
+        if units is None or len(units) == geometry.units(member.kind):
+            continue
+        if (layer, member.tensor) in inverses:
             found[member.tensor] = Filling(inverses[layer, member.tensor], kept_lines(member, geometry, units))
     return found

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from streamprune.model.masking import mask_layer
+from streamprune.model.masking import mask_layer, output_matrices
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import Kind, kept_lines, module_of
+from streamprune.model.units import Kind, Member, kept_lines, module_of
+from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import States
 from streamprune.storage.journal import Key
 from streamprune.streaming.filling import fillings
 from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper, blocks_of_tokens
 from streamprune.streaming.walk import Visit, walk
-from streamprune.streaming.watch import watch_inputs
+from streamprune.streaming.watch import SeeInput, watch_inputs
+
+CUT_TOKENS = 512  # of a mask, from which on a GPU cuts its weights
 
 
 @dataclass(frozen=True)
@@ -64,17 +68,19 @@ def masked_losses(
         given = [trial.sequences.start for trial in trials] if each.layer == first else starts
         output, turned = sweeper.states_like(each.hidden, count=len(ids)), dict[str, Tensor]()
         for trial, begin, end in zip(trials, given, starts, strict=True):
-            # Listed as they are needed: of all layers and trials a list takes 40 times a mask's memory.
-            kept = {kind: mask.nonzero().flatten().tolist() for kind, mask in trial.kept.get(each.layer, {}).items()}
+            count = trial.sequences.stop - trial.sequences.start
+            # Found as they are needed: of all layers and trials the units take eight times a mask's memory.
+            kept = {kind: mask.nonzero().flatten() for kind, mask in trial.kept.get(each.layer, {}).items()}
             filled = fillings(skeleton, each.layer, kept, inverses)
-            weights = masked_weights(skeleton, each.layer, each.weights, kept, turned, filled)
-            for part in sweeper.micro_batches(trial.sequences.stop - trial.sequences.start):
+            cut = turned if cuts_weights(skeleton.device, count * input_ids.shape[1]) else None
+            weights, inputs = masked_layer(skeleton, each.layer, each.weights, kept, filled, cut)
+            for part in sweeper.micro_batches(count):
                 hidden = each.hidden[begin + part.start : begin + part.stop]
                 if each.layer not in trial.gone:
-                    with watch_inputs(skeleton.layers[each.layer], filled):
+                    with watch_inputs(skeleton.layers[each.layer], inputs):
                         hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
                 output[end + part.start : end + part.stop] = hidden
-            del weights, filled  # before there are the next trial's
+            del weights, inputs, filled  # before there are the next trial's
         return output
 
     hidden = walk(sweeper, input_ids, visit, change=False, then="again")
@@ -99,49 +105,120 @@ def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tens
     return losses / (seq - 1)
 
 
-def masked_weights(
+def cuts_weights(device: torch.device, tokens: int) -> bool:
+    """Tell whether masks of so many tokens cut their channels out of the weights.
+
+    What stays is read and written once more for it, and what goes is not computed. A GPU computes a hundred FLOPs or
+    so in the time of a byte: four fifths of a matrix in bfloat16 are copied in the time that the rest takes for 500 to
+    1,000 tokens. A CPU computes about ten: of 128 tokens both ways take as long at four fifths, and cutting a seventh
+    less at a half.
+    """
+    return not is_gpu(device) or tokens >= CUT_TOKENS
+
+
+def copied_weights(skeleton: Skeleton, layers: Sequence[int], tokens: int, *, filled: bool) -> int:
+    """Count the elements of weights that a mask of so many tokens copies of a layer at most.
+
+    `filled`: the inputs of o and down are filled in.
+    """
+    cut = cuts_weights(skeleton.device, tokens)
+
+    def copied(layer: int) -> int:
+        shapes, elements = skeleton.shapes(layer), 0
+        ends = {each.tensor for each in output_matrices(skeleton, layer)} if filled else set()
+        for kind in skeleton.family.kinds:
+            way = _way(skeleton, layer, kind, cut=cut)
+            sizes = [
+                shapes[each.tensor].numel() for each in _members(skeleton, kind, shapes) if each.tensor not in ends
+            ]
+            if way != "zeroed":  # where columns are cut, beside a matrix that is turned
+                elements += sum(sizes) + (max(sizes) if way == "cut" and not filled else 0)
+        return elements
+
+    return max(map(copied, layers))
+
+
+class Zeroed:
+    """Input of one matrix without the lines that a mask takes from it.
+
+    Args:
+        width: lines of the input. kept: those that stay, int64.
+    """
+
+    def __init__(self, width: int, kept: Tensor, device: torch.device) -> None:
+        gone = torch.ones(width, dtype=torch.bool)
+        gone[kept] = False
+        self.gone = gone.to(device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return an input [..., width] with zeros where its lines go."""
+        return x.masked_fill(self.gone, 0)
+
+
+def masked_layer(
     skeleton: Skeleton,
     layer: int,
     weights: Mapping[str, Tensor],
-    kept: Mapping[Kind, Sequence[int]],
-    turned: dict[str, Tensor],
-    filled: Collection[str] = (),
-) -> dict[str, Tensor]:
-    """Return a layer's weights with which it computes what it does without the units that are not `kept`.
+    kept: Mapping[Kind, Tensor],
+    filled: Mapping[str, SeeInput],
+    cut: dict[str, Tensor] | None,
+) -> tuple[dict[str, Tensor], dict[str, SeeInput]]:
+    """Return the weights, and what is made of inputs, with which a layer does without the units that are not `kept`.
 
-    Channels are cut out where the layer's modules take their widths from the weights: what goes is not computed.
-    Elsewhere, and of KV groups, the columns through which a unit reaches the residual stream become zero, in copies.
+    With `cut`, channels are cut out where the layer's modules take their widths from the weights: what goes is not
+    computed. Elsewhere, and of KV groups, the inputs of o and down have zeros where a unit goes; and where these are no
+    matrices of their own, or a norm spans all heads, weights have, in copies.
 
     Args:
-        turned: takes the transposed matrices that columns are cut from, for the layer's next mask: single columns are
+        kept: int64, ascending.
+        filled: fillings of inputs, by matrix: they take the place of zeros.
+        cut: takes the transposed matrices that columns are cut from, for the layer's next mask: single columns are
             thirty times as slow to gather as rows.
-        filled: matrices whose inputs are filled in: they stay whole.
     """
-    masked, geometry = dict(weights), skeleton.geometries[layer]
+    masked, inputs, geometry = dict(weights), dict(filled), skeleton.geometries[layer]
     for kind, units in kept.items():
         if len(units) == geometry.units(kind):
             continue
-        members = [
-            each
-            for each in skeleton.family.members
-            if each.kind == kind and each.tensor in weights and each.tensor not in filled
-        ]
-        if kind == "channel" and all(_is_linear(skeleton.layers[layer], each.tensor) for each in members):
-            for member in members:
-                weight = weights[member.tensor]
-                lines = kept_lines(member, geometry, units).to(weight.device)
-                if member.dim == 0:
-                    masked[member.tensor] = weight.index_select(0, lines)
-                else:
-                    if member.tensor not in turned:
-                        turned[member.tensor] = weight.T.contiguous()
-                    masked[member.tensor] = turned[member.tensor].index_select(0, lines).T
-        else:
+        members = [each for each in _members(skeleton, kind, weights) if each.tensor not in filled]
+        way = _way(skeleton, layer, kind, cut=cut is not None)
+        if way == "copied":
             copies = {each.tensor: weights[each.tensor].clone() for each in members}
-            mask_layer(skeleton, {layer: {kind: list(units)}}, layer, copies, kind)
+            mask_layer(skeleton, {layer: {kind: units}}, layer, copies, kind)
             masked |= copies
-    return masked
+        elif way == "cut":
+            assert cut is not None
+            for member in members:
+                lines = kept_lines(member, geometry, units)
+                masked[member.tensor] = _cut(weights[member.tensor], member, lines, cut)
+        else:
+            for member in output_matrices(skeleton, layer):
+                if member.kind == kind and member.tensor not in filled:
+                    lines, width = kept_lines(member, geometry, units), weights[member.tensor].shape[member.dim]
+                    inputs[member.tensor] = Zeroed(width, lines, skeleton.device)
+    return masked, inputs
 
 
-def _is_linear(layer: nn.Module, tensor: str) -> bool:
-    return isinstance(layer.get_submodule(module_of(tensor)), nn.Linear)
+def _way(skeleton: Skeleton, layer: int, kind: Kind, *, cut: bool) -> Literal["cut", "zeroed", "copied"]:
+    """Tell how masks take units of a kind from a layer."""
+    members, module = _members(skeleton, kind, skeleton.shapes(layer)), skeleton.layers[layer]
+    if kind == "channel" and cut and all(_is_linear(module, each) for each in members):
+        return "cut"
+    watched = any(each.kind == kind for each in output_matrices(skeleton, layer))
+    return "zeroed" if watched and not any(each.is_norm for each in members) else "copied"
+
+
+def _members(skeleton: Skeleton, kind: Kind, tensors: Collection[str]) -> list[Member]:
+    return [each for each in skeleton.family.members if each.kind == kind and each.tensor in tensors]
+
+
+def _cut(weight: Tensor, member: Member, lines: Tensor, turned: dict[str, Tensor]) -> Tensor:
+    lines = lines.to(weight.device)
+    if member.dim == 0:
+        return weight.index_select(0, lines)
+    if member.tensor not in turned:
+        turned[member.tensor] = weight.T.contiguous()
+    return turned[member.tensor].index_select(0, lines).T
+
+
+def _is_linear(layer: nn.Module, member: Member) -> bool:
+    return isinstance(layer.get_submodule(module_of(member.tensor)), nn.Linear)

@@ -225,18 +225,22 @@ class Statistics:
             self._commit(END, {"dense": dense[0]})
         return {layer: float(losses[layer, "loss"]) for layer in self.layers}
 
+    def begin_pass(self) -> bool:
+        """Tell whether a sweep of `losses_of` is still to come: an earlier run may have made it."""
+        point = self._begin()
+        if point is None or point.layer != END:
+            return True
+        self.sweeper.pager.skip(range(self.sweeper.n_layers))
+        return False
+
     def losses_of(
         self, rows: Sequence[int], trials: Sequence[Trial], inverses: Mapping[Key, Tensor] = MappingProxyType({})
-    ) -> list[float] | None:
-        """Return the mean loss in nats of each trial, in one forward sweep; None if an earlier run has made it.
+    ) -> list[float]:
+        """Return the mean loss in nats of each trial, in one forward sweep, which `begin_pass` has said is to come.
 
         Whoever asks says `finish_pass` when what was learnt from the losses is in a store. `trials` are on the
         calibration sequences `rows`; `inverses` are of matrices whose lost lines are filled in (filling.py).
         """
-        point = self._begin()
-        if point is not None and point.layer == END:
-            self.sweeper.pager.skip(range(self.sweeper.n_layers))
-            return None
         return masked_losses(self.sweeper, self._ids[list(rows)], trials, self.layers[0], inverses)
 
     def finish_pass(self) -> None:

@@ -10,20 +10,22 @@ from torch import Tensor, nn
 
 from streamprune.model.units import module_of
 
+SeeInput = Callable[[Tensor], Tensor | None]
+
 
 class SeenEnough(Exception):
     """Signal of a watcher that has seen all it wants: what comes after it in the layer is not computed."""
 
 
 @contextmanager
-def watch_inputs(layer: nn.Module, see: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def watch_inputs(layer: nn.Module, see: Mapping[str, SeeInput]) -> Iterator[None]:
     """Show each Linear's input [..., d_in] before it is run, to the function by its weight's name inside the layer.
 
     The Linear is given what the function returns, where that is not None.
     A pass in the block ends, and the block with it, where one of them raises `SeenEnough`.
     """
 
-    def before(show: Callable[[Tensor], Tensor | None]) -> Callable[..., Tensor | None]:
+    def before(show: SeeInput) -> Callable[..., Tensor | None]:
         return lambda module, given: show(given[0])
 
     with _hooks([_module(layer, name).register_forward_pre_hook(before(show)) for name, show in see.items()]):

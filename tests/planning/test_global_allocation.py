@@ -231,9 +231,14 @@ def test_the_scale_of_a_layers_scores_does_not_count_with_zscore_but_does_with_r
         assert (kept[0] == kept[1]) is same
 
 
+@pytest.mark.parametrize("at_once", [allocation.SORTED_AT_ONCE, 1])
 @pytest.mark.parametrize("normalize", ["zscore", "raw"])
-def test_of_equal_scores_the_first_layers_and_units_go(normalize):
-    scores = {layer: {"kv_group": torch.ones(4) * 6, "channel": torch.ones(37)} for layer in range(3)}
+@pytest.mark.parametrize("value", [1.0, 0.3, 0.0])
+def test_of_equal_scores_the_first_layers_and_units_go(value, normalize, at_once, monkeypatch):
+    monkeypatch.setattr(allocation, "SORTED_AT_ONCE", at_once)
+    scores = {
+        layer: {"kv_group": torch.full((4,), 6 * value), "channel": torch.full((37,), value)} for layer in range(3)
+    }
     kept = [
         allocate_globally(scores, GlobalRule(0.2, normalize), alike(COSTS, 3), units(GEOMETRY, 3)) for _ in range(2)
     ]

@@ -1,5 +1,7 @@
 """Losses with masks, many in one pass, are those of whole models with the same units zeroed and layers skipped."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import FAMILY_NAMES, N_LAYERS, make_sweeper, save_tiny, token_ids
@@ -8,8 +10,9 @@ from whole_models import load, mask_unit_kind, matrix, mean_loss, out_name, run,
 from streamprune.model.masking import output_matrices
 from streamprune.model.units import TensorRef
 from streamprune.paging.pager import Pager
+from streamprune.streaming import masked
 from streamprune.streaming.filling import FILL_RIDGE, inverse_gram
-from streamprune.streaming.masked import Trial, masked_losses
+from streamprune.streaming.masked import CUT_TOKENS, Trial, cuts_weights, masked_losses
 
 FIRST, SEQ = 1, 12
 
@@ -26,8 +29,14 @@ def drawn(sweeper, seed, least=1):
     return kept
 
 
+@pytest.fixture(params=["cut", "zeroed"])
+def way(request, monkeypatch):
+    """Channels that go are cut out of the weights, or the inputs of down are zero there."""
+    monkeypatch.setattr(masked, "cuts_weights", lambda device, tokens: request.param == "cut")
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, tmp_path):
+def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, way, tmp_path):
     save_tiny(tmp_path, family)
     sweeper, ids = make_sweeper(tmp_path, micro_batch=2), token_ids(5, SEQ)
     gone = [(), (), (2,), (1, 3)]
@@ -49,7 +58,7 @@ def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, tmp_pa
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_output(family, tmp_path):
+def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_output(family, way, tmp_path):
     save_tiny(tmp_path, family)
     sweeper, ids = make_sweeper(tmp_path, micro_batch=2), token_ids(5, SEQ)
     trials = [Trial(drawn(sweeper, number), frozenset(), slice(number, number + 3)) for number in range(2)]
@@ -79,13 +88,23 @@ def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_
         assert loss == pytest.approx(expected, abs=1e-5 if family == "olmo2" else 1e-10)
 
 
-def test_a_layer_can_lose_all_of_a_kind(tmp_path):
+def test_a_layer_can_lose_all_of_a_kind(way, tmp_path):
     save_tiny(tmp_path, "llama")
     sweeper, ids = make_sweeper(tmp_path), token_ids(2, SEQ)
     none = {kind: torch.zeros(sweeper.skeleton.geometries[2].units(kind)).bool() for kind in ("kv_group", "channel")}
     trial = Trial({2: none}, frozenset(), slice(0, 2))
     (loss,) = masked_losses(sweeper, ids, [trial], FIRST)
     assert loss == pytest.approx(mean_loss(skip_layers(load(tmp_path), [2]), ids), abs=1e-11)
+
+
+def test_a_gpu_cuts_weights_for_many_tokens_only():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert cuts_weights(cpu, 1) and cuts_weights(gpu, CUT_TOKENS) and not cuts_weights(gpu, CUT_TOKENS - 1)
+
+
+def test_what_goes_is_zero_whatever_it_was():
+    x = torch.tensor([[1.0, math.inf, -2.0, math.nan]])
+    assert masked.Zeroed(4, torch.tensor([0, 2]), x.device)(x).tolist() == [[1.0, 0.0, -2.0, 0.0]]
 
 
 @pytest.mark.parametrize("place", ["device", "host", "scratch"])
