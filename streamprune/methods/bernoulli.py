@@ -119,8 +119,8 @@ def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics,
         return torch.full((n,), CONSTANT, dtype=torch.float64)
     scores, facts = (sink.by_key(), {"method": start}) if start in METHODS else read_scores(Path(start))
     if facts["method"] == "bernoulli":  # it goes on from what it has learnt
-        learnt = torch.cat([scores[key] for key in space.parts]).double()
-        return space.shifted(learnt) if facts.get("learner") == "explore" else learnt
+        learnt = torch.cat([scores[key] for key in space.parts])
+        return torch.sigmoid(learnt) if facts.get("learner") == "explore" else learnt
     if isinstance(sink, LayerScores):  # compared with each other, not within a layer
         return start_from_scores({(0, "layer"): torch.cat([scores[key] for key in space.parts])}, space)
     return start_from_scores({key: scores[key] for key in space.parts}, space, by_order=explores)

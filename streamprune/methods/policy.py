@@ -236,7 +236,7 @@ class Policy:
         elif self.settings["natural"] == "no":  # of these coordinates the Fisher information is 1/(s(1 − s))
             gradient /= variance
         s = self.space.project(self.s - lr * gradient)
-        if self.space.gone > 0 and bool(((s == 0) | (s == 1)).all()):
+        if 0 < self.space.gone < 1 and bool(((s == 0) | (s == 1)).all()):
             raise StreampruneError(f"after step {step + 1} every probability is 0 or 1; lower --set lr={lr}")
         return s
 

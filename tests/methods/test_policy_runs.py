@@ -88,7 +88,7 @@ def test_layers_that_go_are_not_filled_in(tiny_llama, tmp_path):
         prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", {"repaired": "yes"}, **options))
 
 
-def test_explore_is_refused_where_nothing_that_it_moves_changes_what_goes(tmp_path):
+def test_explore_is_refused_where_nothing_that_it_moves_changes_what_goes(tiny_llama, tmp_path):
     save_tiny(tmp_path / "in", "gpt2", dtype=torch.float32)  # channels alone
     options = {**SHORT, "layers": None, "ratio": 0.3, "allocation": "uniform", "stock": True}
     with pytest.raises(UsageError, match="every layer loses as many of them anyhow; take --set variant=logits"):
@@ -96,6 +96,9 @@ def test_explore_is_refused_where_nothing_that_it_moves_changes_what_goes(tmp_pa
     prune(
         PruneConfig(str(tmp_path / "in"), tmp_path / "out", "bernoulli", {"variant": "logits", "steps": 1}, **options)
     )
+    few = SHORT | {"allocation": "uniform", "ratio": 0.3}  # of two KV groups none
+    with pytest.raises(UsageError, match="every layer loses as many of them anyhow"):
+        prune(PruneConfig(str(tiny_llama), tmp_path / "few", "bernoulli", **few))
 
 
 def test_scores_that_do_not_go_with_the_run_are_refused(tiny_llama, tmp_path):
@@ -152,8 +155,8 @@ WHATS = [
     ({"round_to": 4}, {}),
     ({"attention_ratio": 0.5, "mlp_ratio": 0.2}, {"ratio": None}),
     ({"attention_ratio": 0.25}, {}),
-    ({"allocation": "uniform"}, {}),
-    ({"allocation": "uniform", "stock": True, "layers": None}, {}),
+    ({"allocation": "uniform", "attention_ratio": 0.5}, {}),
+    ({"allocation": "uniform", "attention_ratio": 0.5, "stock": True, "layers": None}, {}),
     ({"granularity": "layers"}, {}),
     ({"granularity": "layers", "contiguous": True}, {}),
 ]
@@ -236,3 +239,12 @@ def test_updates_that_share_a_pass_stay_as_many_where_a_resumed_run_would_choose
     wanted(1)
     killing(-1, "after")
     assert weights(prune(killed_config(tiny_llama, tmp_path / "out", *what, resume=True)).output) == outputs[3]
+
+
+@pytest.mark.parametrize("variant", ["best", "exact", "logits"])
+@pytest.mark.parametrize("ratio,left", [(0.0, 8), (0.99, 6)])
+def test_nothing_or_all_of_the_prunable_layers_may_go(ratio, left, variant, tiny_llama, tmp_path):
+    options = {"samples": 2, "seq_len": 16, "evaluate": False, "granularity": "layers", "layers": (1, 3)}
+    given = {"steps": 2, "batch": 1, "variant": variant, "init": "random"}
+    run = prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, ratio=ratio, **options))
+    assert json.loads((run.output / "config.json").read_text())["num_hidden_layers"] == left
