@@ -132,7 +132,7 @@ def copied_weights(skeleton: Skeleton, layers: Sequence[int], tokens: int, *, fi
                 shapes[each.tensor].numel() for each in _members(skeleton, kind, shapes) if each.tensor not in ends
             ]
             if way != "zeroed":  # where columns are cut, beside a matrix that is turned
-                elements += sum(sizes) + (max(sizes) if way == "cut" and not filled else 0)
+                elements += sum(sizes) + (max(sizes, default=0) if way == "cut" and not filled else 0)
         return elements
 
     return max(map(copied, layers))
@@ -166,8 +166,8 @@ def masked_layer(
     """Return the weights, and what is made of inputs, with which a layer does without the units that are not `kept`.
 
     With `cut`, channels are cut out where the layer's modules take their widths from the weights: what goes is not
-    computed. Elsewhere, and of KV groups, the inputs of o and down have zeros where a unit goes; and where these are no
-    matrices of their own, or a norm spans all heads, weights have, in copies.
+    computed. Elsewhere, and of KV groups, the inputs of o and down have zeros where a unit goes; and where a norm spans
+    all heads, weights have, in copies.
 
     Args:
         kept: int64, ascending.
@@ -203,8 +203,7 @@ def _way(skeleton: Skeleton, layer: int, kind: Kind, *, cut: bool) -> Literal["c
     members, module = _members(skeleton, kind, skeleton.shapes(layer)), skeleton.layers[layer]
     if kind == "channel" and cut and all(_is_linear(module, each) for each in members):
         return "cut"
-    watched = any(each.kind == kind for each in output_matrices(skeleton, layer))
-    return "zeroed" if watched and not any(each.is_norm for each in members) else "copied"
+    return "copied" if any(each.is_norm for each in members) else "zeroed"
 
 
 def _members(skeleton: Skeleton, kind: Kind, tensors: Collection[str]) -> list[Member]:
