@@ -108,10 +108,9 @@ def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tens
 def cuts_weights(device: torch.device, tokens: int) -> bool:
     """Tell whether masks of so many tokens cut their channels out of the weights.
 
-    What stays is read and written once more for it, and what goes is not computed. A GPU computes a hundred FLOPs or
-    so in the time of a byte: four fifths of a matrix in bfloat16 are copied in the time that the rest takes for 500 to
-    1,000 tokens. A CPU computes about ten: of 128 tokens both ways take as long at four fifths, and cutting a seventh
-    less at a half.
+    What stays is read and written once more for it, and what goes is not computed. By their data sheets GPUs compute a
+    hundred FLOPs or so in the time of a byte: four fifths of a matrix in bfloat16 are copied in the time that the rest
+    takes for 500 to 1,000 tokens. A CPU computes a tenth of that.
     """
     return not is_gpu(device) or tokens >= CUT_TOKENS
 
@@ -122,20 +121,22 @@ def copied_weights(skeleton: Skeleton, layers: Sequence[int], tokens: int, *, fi
     `filled`: the inputs of o and down are filled in.
     """
     cut = cuts_weights(skeleton.device, tokens)
+    return max(
+        sum(_copied(skeleton, layer, kind, cut=cut, filled=filled) for kind in skeleton.family.kinds)
+        for layer in layers
+    )
 
-    def copied(layer: int) -> int:
-        shapes, elements = skeleton.shapes(layer), 0
-        ends = {each.tensor for each in output_matrices(skeleton, layer)} if filled else set()
-        for kind in skeleton.family.kinds:
-            way = _way(skeleton, layer, kind, cut=cut)
-            sizes = [
-                shapes[each.tensor].numel() for each in _members(skeleton, kind, shapes) if each.tensor not in ends
-            ]
-            if way != "zeroed":  # where columns are cut, beside a matrix that is turned
-                elements += sum(sizes) + (max(sizes, default=0) if way == "cut" and not filled else 0)
-        return elements
 
-    return max(map(copied, layers))
+def _copied(skeleton: Skeleton, layer: int, kind: Kind, *, cut: bool, filled: bool) -> int:
+    """Count the elements that a mask copies of one layer and kind."""
+    way = _way(skeleton, layer, kind, cut=cut)
+    if way == "zeroed":
+        return 0
+    shapes = skeleton.shapes(layer)
+    ends = {each.tensor for each in output_matrices(skeleton, layer)} if filled else set()
+    sizes = [shapes[each.tensor].numel() for each in _members(skeleton, kind, shapes) if each.tensor not in ends]
+    turned = way == "cut" and not filled  # the matrix whose columns are cut is beside them
+    return sum(sizes) + (max(sizes, default=0) if turned else 0)
 
 
 class Zeroed:
