@@ -34,6 +34,7 @@ from streamprune.planning.decision import make_plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.stage import Work
 from streamprune.streaming.costs import Sizes, Task
+from streamprune.streaming.masked import CUT_TOKENS
 from streamprune.streaming.statistics import Statistics
 
 # --- A need of one's own -----------------------------------------------------------------------------------------
@@ -171,6 +172,17 @@ def test_masks_are_chosen_of_all_units_of_the_layers_that_may_lose_some(ragged):
     cost, whole = MASKED.cost(task), MASKED.cost(replace(task, cuts=False))
     assert (cost.chosen, whole.chosen) == (5 * 4 * units, 5 * 4 * len(geometries))
     assert cost.host["masks"] == 4 * units and cost.host["policy"] == POLICY_BYTES * units
+
+
+def test_masks_copy_weights_only_where_they_cut_them(ragged, monkeypatch):
+    sweeper, matrices = ragged
+    wide = sum(prod(matrices[-1][f"{name}_proj"]) for name in ("gate", "up", "down"))
+    down = prod(matrices[-1]["down_proj"])  # turned
+    task = task_of(sweeper, trials=(5, 4, 1))
+    many = replace(task, trials=(5, 4, -(-CUT_TOKENS // SHAPE[1])))
+    assert task.mask_copies == 4 * (wide + down) and replace(task, fills=True).mask_copies == 4 * (wide - down)
+    monkeypatch.setattr("streamprune.streaming.masked.is_gpu", lambda device: True)
+    assert (task.mask_copies, many.mask_copies) == (0, 4 * (wide + down))
 
 
 def test_what_autograd_saves_of_the_widest_layer_is_counted(ragged):
