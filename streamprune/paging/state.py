@@ -134,7 +134,11 @@ class StateStream:
             self._say_staged()
         else:
             store = file
-        self._opened = store, Staged(store, self._up, self._down, self.slot_bytes)
+        try:
+            self._opened = store, Staged(store, self._up, self._down, self.slot_bytes)
+        except BaseException:  # chunks are refused: nobody else knows of the store
+            store.close()
+            raise
         return self._opened
 
     @property

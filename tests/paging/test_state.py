@@ -5,6 +5,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, partialmethod
+from pathlib import Path
 
 import pytest
 import torch
@@ -171,6 +172,23 @@ def test_each_wait_is_needed_where_copies_are_staged(without, late, slots, stage
 @pytest.mark.parametrize("slots", [2, 3, 4])
 def test_reading_waits_for_what_is_written_out_of_the_slot(slots, staged):
     assert run(**staged(late="copy 2"), slots=slots, forgets=True) != expected()
+
+
+class Refusing(FakeDevice):
+    """A device that has no pinned memory for chunks left."""
+
+    def chunk(self, nbytes):
+        raise MemoryError("pinned")
+
+
+def test_a_stream_without_chunks_lets_go_of_its_file(tmp_path):
+    device = Refusing(registers=False)
+    stream = StateStream(dict.fromkeys(LAYERS, BLOCK), device.another(), device.another(), scratch=tmp_path)
+    with pytest.raises(MemoryError, match="pinned"):
+        stream._opening.result()
+    opened = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    assert not [name for name in opened if name.startswith(str(tmp_path))]
+    stream.close()
 
 
 class AtOnce(HostDevice):
