@@ -167,7 +167,7 @@ class PruneConfig:
         values.number,
         "λ over the mean of the Gram matrix's diagonal.",
         _REPAIR,
-        more="Where there are more inputs than tokens, inputs per token if that is more.",
+        more="Of stream it is inputs per token where that is more.",
         shown="0.001 or 0.1, by target own or stream",
         minimum=0,
         below=math.inf,

@@ -32,10 +32,12 @@ def mask_layer(
     """Turn a layer's bound weights into the masked dense layer that the sliced one must equal, in place.
 
     The columns through which a removed unit reaches the residual stream become zero. Where a norm spans all
-    heads (OLMo 2) the removed rows become zero too and its weight is scaled by √(kept/all), since the mean
-    square is then taken over fewer elements. With `kind`, only units of that kind are masked.
+    heads (OLMo 2) the removed rows become zero too. The sliced norm's mean square is taken over fewer elements: that it
+    is the same, the rest of its input is scaled by √(all/kept), and the norm's weight by the inverse. With `kind`, only
+    units of that kind are masked.
     """
-    for member in skeleton.family.members:
+    members = skeleton.family.members
+    for member in members:
         if member.tensor not in weights or kind not in (None, member.kind):
             continue
         units = kept[layer][member.kind]
@@ -44,5 +46,8 @@ def mask_layer(
         removed = torch.ones(weight.shape[member.dim], dtype=torch.bool)
         removed[lines] = False
         weight.index_fill_(member.dim, removed.nonzero().flatten().to(weight.device), 0)
+        share = len(units) / skeleton.geometries[layer].units(member.kind)
         if member.is_norm:
-            weight.mul_((len(units) / skeleton.geometries[layer].units(member.kind)) ** 0.5)
+            weight.mul_(share**0.5)
+        elif share > 0 and any(member.feeds(norm) for norm in members):
+            weight.mul_(share**-0.5)

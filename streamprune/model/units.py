@@ -42,6 +42,10 @@ class Member:
         """Tell whether the tensor is the weight of a norm that spans all units (OLMo 2)."""
         return self.tensor.endswith("norm.weight")
 
+    def feeds(self, norm: Member) -> bool:
+        """Tell whether `norm` is such a norm, of what this tensor's module puts out: q_norm of q_proj."""
+        return norm.is_norm and self.tensor.startswith(norm.tensor.replace("norm.weight", "proj."))
+
     @property
     def kind(self) -> Kind:
         """Kind of unit that the tensor's lines belong to."""
@@ -56,6 +60,11 @@ class Geometry:
     n_rep: int
     head_dim: int
     channels: int
+
+    @property
+    def heads(self) -> int:
+        """Number of query heads."""
+        return self.kv_groups * self.n_rep
 
     def units(self, kind: Kind) -> int:
         """Return the number of units of `kind` in the layer."""

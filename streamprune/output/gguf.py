@@ -127,6 +127,8 @@ def write_gguf(
         raise OutputError(f"{file} exists; choose another --output, or pass --overwrite to replace it")
     if file.is_dir():
         raise OutputError(f"{file} is a directory; choose a file as --output")
+    if file.exists() and any(file.samefile(each) for each in source.rglob("*") if each.suffix != ".gguf"):
+        raise OutputError(f"{file} is a file of the model itself; choose another --output")
     check_directory(file.absolute().parent, "--output")
     with Checkpoint(source) as checkpoint:
         config = checkpoint.config
@@ -281,7 +283,8 @@ def _add_config(writer: Any, config: Mapping[str, Any], outline: _Outline, type_
     def widths(of: list[int]) -> int | list[int]:
         return of if outline.architecture in BY_LAYER else of[0]
 
-    writer.add_name(str(config.get("_name_or_path") or config.get("_model_name_or_path") or config["model_type"]))
+    name = str(config.get("_name_or_path") or config.get("_model_name_or_path") or config["model_type"])
+    writer.add_name(name.rstrip("/").rpartition("/")[2])  # where a directory lay is nobody else's business
     writer.add_file_type(_FILE_TYPES[type_name])
     writer.add_context_length(_context(config))
     writer.add_embedding_length(config["hidden_size"])
@@ -305,8 +308,11 @@ def _add_config(writer: Any, config: Mapping[str, Any], outline: _Outline, type_
 
 def _context(config: Mapping[str, Any]) -> int:
     """Return the tokens up to which llama.cpp computes the same: it has no sliding windows in these architectures."""
-    slides = config.get("use_sliding_window", True) and config.get("sliding_window")
-    return min(config["max_position_embeddings"], slides or config["max_position_embeddings"])
+    model_type = str(config["model_type"]).removeprefix(PREFIX)
+    # What transformers does where config.json does not say.
+    slides = model_type == "mistral" or (model_type in ("qwen2", "qwen3") and config.get("use_sliding_window", False))
+    window = config.get("sliding_window", 4096) if slides else None
+    return min(config["max_position_embeddings"], window or config["max_position_embeddings"])
 
 
 def _write_tensors(

@@ -10,11 +10,12 @@ from typing import Any
 from streamprune.errors import UsageError
 from streamprune.model.families import stock_takes
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KIND_NAMES, KeptUnits
+from streamprune.model.units import KIND_NAMES, KeptUnits, Kind
 from streamprune.output.form import OutputForm, width_fields, widths_of
 from streamprune.output.ragged import modeling_source, ragged_config_fields, register
 from streamprune.output.stock import StockForm, check_loads
 
+BLOCKS: Mapping[Kind, str] = {"kv_group": "attention", "channel": "mlp"}  # as `skip` names them
 OLDER_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_local_base_freq")  # all in rope_parameters now
 
 
@@ -84,13 +85,19 @@ class RaggedForm(OutputForm):
         name = f"modeling_{ragged_config_fields(model_type)['model_type']}.py"
         return {name: modeling_source(model_type)}
 
-    def _per_layer(self, dense: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    def _per_layer(self, dense: Mapping[str, int]) -> dict[str, dict[str, Any]]:
         digits, overrides = len(str(len(self.kept) - 1)), {}
-        for layer, units in enumerate(self.kept.values()):
-            fields = width_fields(self.skeleton, widths_of(units))
-            changed = {name: value for name, value in fields.items() if value != dense[name]}
+        for number, (layer, units) in enumerate(self.kept.items()):
+            geometry = self.skeleton.geometries[layer]
+            # The source may lack a block, with its norm; a run leaves a unit of each that is there.
+            skipped = [name for kind, name in BLOCKS.items() if not geometry.units(kind)]
+            there = {kind: count for kind, count in widths_of(units).items() if geometry.units(kind)}
+            fields = width_fields(self.skeleton, there)
+            changed: dict[str, Any] = {name: value for name, value in fields.items() if value != dense[name]}
+            if skipped:
+                changed["skip"] = skipped
             if changed:
-                overrides[f"{layer:0{digits}d}"] = changed
+                overrides[f"{number:0{digits}d}"] = changed
         return overrides
 
 

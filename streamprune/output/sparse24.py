@@ -6,12 +6,10 @@ No other module knows that package, which is imported when it is needed.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.model.units import module_of
 from streamprune.output.stock import StockForm
 from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, read_config
-from streamprune.storage.directory import check_space, write_json
+from streamprune.storage.directory import check_space, temporary_sibling, write_json
 from streamprune.storage.shards import ShardedWriter, TensorSpec
 
 PACKAGE, FORMAT = "compressed-tensors", "sparse-24-bitmask"
@@ -166,8 +164,7 @@ def is_compressed(config: Mapping[str, Any]) -> bool:
 def decompressed(directory: Path) -> Iterator[Path]:
     """Give `directory` itself, or a dense copy for as long as the block runs if its weights are compressed.
 
-    The copy is made one tensor at a time, beside `directory` (its disk has room for models), or in the system's
-    temporary directory where that cannot be written to. What is not weights is linked.
+    The copy is made one tensor at a time, in a `temporary_sibling`. What is not weights is linked.
 
     Raises:
         StreampruneError: the package is missing, the disk is full.
@@ -177,10 +174,8 @@ def decompressed(directory: Path) -> Iterator[Path]:
     if not is_compressed(config):
         yield directory
         return
-    matrix_class, parent = library(), directory.absolute().parent
-    place = parent if os.access(parent, os.W_OK) else None
-    with TemporaryDirectory(prefix=f".{directory.name}.dense-", dir=place) as scratch:
-        dense = Path(scratch)
+    matrix_class = library()
+    with temporary_sibling(directory) as dense:
         with Checkpoint(directory) as source:
             _write_dense(source, matrix_class, dense)
         for file in directory.iterdir():

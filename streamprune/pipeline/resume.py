@@ -19,7 +19,7 @@ from streamprune.paging.device import device_name
 from streamprune.pipeline.progress import Progress
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import Checkpoint, byte_view
-from streamprune.storage.directory import OWN_FILE
+from streamprune.storage.directory import OWN_FILE, PARTIAL
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
 
 
@@ -58,7 +58,7 @@ def _take_over(journal: Journal, partial_output: Path, progress: Progress) -> No
     if not journal.facts.get("digests"):
         # Begun, but nothing in it counts.
         shutil.rmtree(partial_output, ignore_errors=True)
-    for copy in partial_output.parent.glob(f".{partial_output.name}.dense-*"):
+    for copy in partial_output.parent.glob(f".{partial_output.name}{PARTIAL}*"):
         shutil.rmtree(copy, ignore_errors=True)  # of compressed weights, whose perplexity was being measured
 
 

@@ -59,12 +59,12 @@ def uniform(
     """
     groups = 0
     if "kv_group" in costs:
-        groups = _groups(family, geometry, costs, ratios, hidden_size, stock=stock)
+        groups = _groups(family, geometry, costs, ratios, hidden_size, stock=stock) if geometry.kv_groups else 0
     elif ratios.attention:
         raise UsageError(f"attention of {family.model_type} cannot be pruned; leave --attention-ratio out")
     removed: dict[Kind, int] = {"kv_group": groups} if "kv_group" in costs else {}
     if "channel" in costs:
-        removed["channel"] = _channels(geometry, costs, ratios, groups)
+        removed["channel"] = _channels(geometry, costs, ratios, groups) if geometry.channels else 0
     elif ratios.mlp:
         raise UsageError(f"channels of {family.model_type} cannot be pruned; leave --mlp-ratio out")
     elif ratios.round_to > 1:

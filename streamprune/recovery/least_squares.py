@@ -256,7 +256,7 @@ class _Repair:
         ridge = OWN_RIDGE if self.ridge is None else self.ridge
         h_s = cross[lines] if h_s is None else h_s
         del cross  # the largest of the three, and needed no more
-        return self._solve(right, h_s, ridge * h_s.diagonal().mean(), visit.layer)
+        return self._solve(right, h_s, ridge * h_s.diagonal().mean(), visit.layer, matrix, lines)
 
     def _to_goal(self, visit: Visit, member: Member, lines: Tensor, goal: States) -> tuple[Tensor, _Rest]:
         """Fit W' [d_out, kept] that brings the layer's output nearest to `goal` [n, seq, d]; return what it adds to."""
@@ -280,7 +280,7 @@ class _Repair:
         ridge = max(STREAM_RIDGE, len(lines) / self.tokens) if self.ridge is None else self.ridge
         damping = ridge * h_s.diagonal().mean()
         right = cross.add_(matrix[:, lines].to(cross.dtype).mul_(damping))
-        return self._solve(right, h_s, damping, visit.layer), rest
+        return self._solve(right, h_s, damping, visit.layer, matrix, lines), rest
 
     def _narrowed(self, visit: Visit, member: Member) -> dict[str, Tensor]:
         """Cut the weights that make `member`'s input to the units that are kept, where the module runs with them.
@@ -304,14 +304,16 @@ class _Repair:
             self.sweeper.skeleton.run_layer(visit.layer, weights, visit.call, visit.hidden[part])
         return seen[0]
 
-    def _solve(self, right: Tensor, h_s: Tensor, damping: Tensor, layer: int) -> Tensor:
+    def _solve(self, right: Tensor, h_s: Tensor, damping: Tensor, layer: int, matrix: Tensor, lines: Tensor) -> Tensor:
         """Return right (H_S + λI)⁻¹ [d_out, kept], λ = `damping`, in the place of `right`.
 
-        `h_s` is overwritten, its lower triangle counts.
+        `h_s` is overwritten, its lower triangle counts. Of inputs that are all 0, W_S stays, as good as any other.
 
         Raises:
             StreampruneError: H_S + λI is singular.
         """
+        if not h_s.diagonal().any():
+            return right.copy_(matrix[:, lines])
         h_s.diagonal().add_(damping)
         solution = solve_in_place(right, h_s)
         if solution is None:

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -148,6 +149,31 @@ def atomic_directory(output: Path, *, overwrite: bool, temporary: Path | None = 
             os.close(lock)
 
 
+@contextmanager
+def temporary_sibling(directory: Path) -> Iterator[Path]:
+    """Give a directory beside `directory`, on whose disk there is room for models, until the block ends.
+
+    It is in the system's temporary directory where the parent cannot be written to. What a process that was killed left
+    beside it is removed.
+    """
+    directory = directory.absolute()
+    if not os.access(directory.parent, os.W_OK):
+        with tempfile.TemporaryDirectory(prefix="streamprune-") as elsewhere:
+            yield Path(elsewhere)
+        return
+    name, partial, _ = directory.name.partition(PARTIAL)  # it may be one that is being written
+    output = directory.with_name(name.removeprefix(".") if partial else name)
+    _remove_dead(output, but=directory)
+    temporary = output.with_name(f".{output.name}{PARTIAL}{secrets.token_hex(4)}")
+    lock = _make_and_hold(temporary, exist_ok=False)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
 def sync_path(path: Path) -> None:
     """Wait until a file's contents, or the names in a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -167,7 +193,7 @@ def _existing(directory: Path) -> Path:
     return directory
 
 
-def _remove_dead(output: Path) -> None:
+def _remove_dead(output: Path, but: Path | None = None) -> None:
     """Remove what earlier runs for this output left when they were killed: directories that nobody holds.
 
     They were writing them, or removing what they had replaced; the latter stays where the output is not there, since it
@@ -175,7 +201,8 @@ def _remove_dead(output: Path) -> None:
     """
     kinds = [PARTIAL, *([REPLACED] if output.exists() else [])]
     for each in output.parent.iterdir():
-        if any(each.name.startswith(f".{output.name}{kind}") for kind in kinds) and (lock := _hold(each)) is not None:
+        named = each != but and any(each.name.startswith(f".{output.name}{kind}") for kind in kinds)
+        if named and (lock := _hold(each)) is not None:
             shutil.rmtree(each, ignore_errors=True)
             os.close(lock)
 

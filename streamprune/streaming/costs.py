@@ -275,7 +275,7 @@ class Task:
     @property
     def attention_columns(self) -> int:
         """Number of a token's attention scores: over the tokens of its sequence, of all heads."""
-        return self.shape[1] * self.sweeper.skeleton.config.num_attention_heads
+        return self.shape[1] * self.sweeper.skeleton.geometry.heads
 
     def logits(self, *, backwards: bool) -> int:
         """Count bytes of logits of the tokens that go through the head together, their softmax, and both gradients."""

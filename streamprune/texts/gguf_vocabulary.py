@@ -60,7 +60,7 @@ class Vocabulary:
         space_prefix: whether a space is put before a text.
         special: ids of tokens by what they are for: "bos", "eos", "unk", "sep", "pad" and "mask".
         added: those of "bos" and "eos" that are put around a text.
-        template: the chat template.
+        template: the chat template, or several, by their names.
     """
 
     model: str
@@ -72,7 +72,7 @@ class Vocabulary:
     space_prefix: bool | None
     special: dict[str, int]
     added: tuple[str, ...]
-    template: str | None
+    template: str | tuple[tuple[str, str], ...] | None
 
     def add_to(self, writer: Any) -> None:
         """Add it to a `gguf.GGUFWriter`."""
@@ -91,8 +91,10 @@ class Vocabulary:
         # Said outright: left out, some of llama.cpp's tokenizers put BOS before a text.
         writer.add_add_bos_token("bos" in self.added)
         writer.add_add_eos_token("eos" in self.added)
-        if self.template is not None:
+        if isinstance(self.template, str):
             writer.add_chat_template(self.template)
+        elif self.template:
+            writer.add_chat_template([{"name": name, "template": each} for name, each in self.template])
 
 
 def read_vocabulary(directory: Path, size: int, pre: str | None = None) -> Vocabulary:
@@ -108,10 +110,10 @@ def read_vocabulary(directory: Path, size: int, pre: str | None = None) -> Vocab
     if not file.is_file():
         raise UsageError(f"{directory} has no tokenizer.json, which a GGUF file's vocabulary is made of; add it")
     stored = read_json(file)
-    model = stored["model"]
-    if model["type"] != "BPE":
+    model = stored.get("model") or {}
+    if model.get("type", "BPE") != "BPE":
         raise UsageError(f"{file}: a tokenizer of type {model['type']}; llama.cpp's are made of BPE only here")
-    if not model["merges"]:
+    if not model.get("merges"):
         raise UsageError(f"{file}: its tokenizer merges nothing; llama.cpp has none such")
     by_bytes = bool(model.get("byte_fallback"))
     pre = pre or ("default" if by_bytes else _pre_tokenizer(file, stored))
@@ -134,7 +136,7 @@ def read_vocabulary(directory: Path, size: int, pre: str | None = None) -> Vocab
         space_prefix=_puts_a_space(stored) if by_bytes else None,
         special={name: number for name, number in special.items() if number is not None and 0 <= number < size},
         added=tuple(name for name, number in around.items() if number is not False and number == special[name]),
-        template=template if isinstance(template, str) else None,
+        template=template if isinstance(template, str | None) else tuple(template.items()),
     )
 
 

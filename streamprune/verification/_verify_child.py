@@ -23,10 +23,11 @@ import transformers.modeling_layers
 import transformers.tokenization_utils_tokenizers  # noqa: F401  what every model imports, while nothing is asked yet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 gc.enable()
 PROMPT_TOKENS, GENERATED_TOKENS, PADDING = 12, 16, 5
+LOADED = "loaded"  # a file that is there when the model is
 
 
 def load(directory: str, remote_code: bool) -> tuple[Any, dict[str, Any]]:
@@ -39,6 +40,7 @@ def load(directory: str, remote_code: bool) -> tuple[Any, dict[str, Any]]:
         config._attn_implementation = "sdpa"
         loaded = AutoModelForCausalLM.from_pretrained(directory, config=config, **options)
     model, info = loaded
+    model.generation_config = GenerationConfig()  # beams or a stop that the model comes with are not looked at
     return model.eval(), info
 
 
@@ -88,6 +90,7 @@ def examine(scratch: str) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     task = json.loads(sys.stdin.readline())
     model, info = load(task["directory"], task["model_code"])
+    (Path(scratch) / LOADED).touch()
     tokenizer = AutoTokenizer.from_pretrained(task["directory"], trust_remote_code=task["tokenizer_code"])
     text = json.loads(sys.stdin.readline())["text"]
     ids = load_file(Path(scratch) / "ids.safetensors")["ids"]

@@ -138,11 +138,17 @@ def _refuse_foreign_code(directory: Path) -> None:
     file = directory / f"modeling_{fields['model_type']}.py"
     if not file.is_file() or file.read_text(encoding="utf-8") != modeling_source(dense_type):
         raise CheckpointError(f"{file} is not as this streamprune writes it; read it, then pass --trust-remote-code")
-    others = sorted(each for each in directory.rglob("*.py") if each != file)
+    others = sorted(each for each in directory.rglob("*") if each != file and (each.suffix == ".py" or _is_link(each)))
     if others:
         raise CheckpointError(
-            f"{others[0]} is other code than this streamprune writes; read it, then pass --trust-remote-code"
+            f"{others[0]} is, or leads to, other code than this streamprune writes; read it, then pass "
+            "--trust-remote-code"
         )
+
+
+def _is_link(path: Path) -> bool:
+    """Tell whether it is a link to another directory, which is not looked through: links may lead in circles."""
+    return path.is_symlink() and path.is_dir()
 
 
 @dataclass(frozen=True)
@@ -203,6 +209,7 @@ def _masked(
         skeleton = sweeper.skeleton
         with Checkpoint(directory) as output, torch.no_grad():
             _check_source(model, skeleton, output, change.kept)
+            _check_made(skeleton, output, change)
             masking = _Masking(skeleton, output, change)
             logits = skeleton.head(whole(walk(sweeper, ids, masking.visit))).float()
         return logits, masking.checks()
@@ -217,6 +224,10 @@ def _check_source(model: str, skeleton: Skeleton, output: Checkpoint, kept: Kept
             for layer, units in kept.items()
             for kind in units
         )
+        sizes = {
+            name: output.config.get(name, getattr(skeleton.config, name)) for name in ("vocab_size", "hidden_size")
+        }
+        misfit |= any(size != getattr(skeleton.config, name) for name, size in sizes.items())
     else:  # single weights are 0, and each matrix as large as it was
         shapes = {
             skeleton.layer_prefix(layer) + name: tuple(skeleton.shapes(layer)[name])
@@ -228,6 +239,23 @@ def _check_source(model: str, skeleton: Skeleton, output: Checkpoint, kept: Kept
         misfit = any(output.tensors[name].shape != shape for name, shape in shapes.items())
     if misfit:
         raise CheckpointError(f"{model} is not the model that was pruned; say where that is with --source")
+
+
+def _check_made(skeleton: Skeleton, output: Checkpoint, change: Change) -> None:
+    """Refuse an output in which what the run made itself is missing, or of another width."""
+    for number, (layer, units) in enumerate((change.kept or {}).items()):
+        made: dict[str, tuple[int, ...]] = {}
+        for member in output_matrices(skeleton, layer):
+            shape = list(skeleton.shapes(layer)[member.tensor])
+            shape[member.dim] = len(kept_lines(member, skeleton.geometries[layer], units[member.kind]))
+            made |= {member.tensor: tuple(shape)} if change.compensated else {}
+            made |= {bias_of(member.tensor): (skeleton.config.hidden_size,)} if change.biases else {}
+        for tensor, wanted in made.items():
+            name = skeleton.layer_prefix(number) + tensor
+            entry = output.tensors.get(name)
+            if entry is None or tuple(entry.shape) != wanted:
+                said = "is not there" if entry is None else f"has shape {list(entry.shape)} instead of {list(wanted)}"
+                raise CheckpointError(f"{output.path}: {name} {said}; download or copy it again, or prune again")
 
 
 def _checks(found: dict[str, Any], tokens: list[list[int]], expected: Tensor) -> list[Check]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import save_tiny
 
 from streamprune.output import sparse24
+from streamprune.storage.directory import temporary_sibling
 
 OPTIONS = ("--granularity", "2:4", "--method", "magnitude", "--layers", "1:3", "--dtype", "float32", *SHORT)
 PRUNED = [
@@ -177,3 +178,14 @@ def test_dense_directories_are_read_as_they_are(tiny_llama):
 @pytest.mark.parametrize("method", ["magnitude", "gblm"])
 def test_a_run_killed_at_any_commit_ends_with_the_same_bytes(method, package, dense, tmp_path, killing):
     kill_at_commits((method, "2:4", {}, {"compress": True, "layers": (1, 3)}), dense, tmp_path, killing)
+
+
+@pytest.mark.parametrize("name", ["out", ".out.partial-0123abcd"])
+def test_a_copy_that_a_killed_process_left_is_removed_by_the_next(name, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / ".out.partial-dead").mkdir()
+    (tmp_path / name).mkdir(exist_ok=True)
+    with temporary_sibling(tmp_path / name) as first, temporary_sibling(tmp_path / name) as second:
+        assert first.is_dir() and second.is_dir() and first != second
+        assert not (tmp_path / ".out.partial-dead").exists()
+    assert [each.name for each in tmp_path.iterdir() if not each.samefile(tmp_path / name)] in ([], ["out"])

@@ -252,12 +252,71 @@ def test_llama_cpp_makes_the_same_tokens_of_a_text(pieces, tmp_path):
     assert loaded.prompt_tokens(TEXT) == len(ids)
 
 
-def test_a_context_ends_where_a_window_begins(tmp_path):
+def edit(file, **fields):
+    left = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({name: value for name, value in left.items() if value is not Ellipsis}))
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "context"),
+    [
+        ("mistral", {}, 7),
+        ("mistral", {"sliding_window": ..., "max_position_embeddings": 32768}, 4096),
+        ("mistral", {"sliding_window": None}, 64),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": ...}, 64),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "layer_types": ...}, 8),
+        ("llama", {"sliding_window": 8}, 64),
+    ],
+)
+def test_a_context_ends_where_a_window_begins(family, fields, context, tmp_path):
     import gguf
 
-    save(tmp_path / "in", "mistral", dtype=torch.float32)
-    fields = gguf.GGUFReader(write_gguf(tmp_path / "in", tmp_path / "model.gguf").path).fields
-    assert fields["llama.context_length"].contents() == 7
+    save(tmp_path / "in", family, dtype=torch.float32)
+    edit(tmp_path / "in" / "config.json", **fields)
+    written = gguf.GGUFReader(write_gguf(tmp_path / "in", tmp_path / "model.gguf").path).fields
+    architecture = "llama" if family == "mistral" else family
+    assert written[f"{architecture}.context_length"].contents() == context
+
+
+def test_a_name_is_no_path_of_this_machine(tmp_path):
+    import gguf
+
+    save(tmp_path / "in", "llama", dtype=torch.float32)
+    edit(tmp_path / "in" / "config.json", _name_or_path="/home/somebody/models/small/")
+    written = gguf.GGUFReader(write_gguf(tmp_path / "in", tmp_path / "model.gguf").path).fields
+    assert written["general.name"].contents() == "small"
+
+
+def test_of_several_chat_templates_all_are_written(tmp_path):
+    import gguf
+
+    save(tmp_path / "in", "llama", dtype=torch.float32)
+    templates = [{"name": "default", "template": "{{ 1 }}"}, {"name": "tool_use", "template": "{{ 2 }}"}]
+    edit(tmp_path / "in" / "tokenizer_config.json", chat_template=templates)
+    (tmp_path / "in" / "chat_template.jinja").unlink(missing_ok=True)
+    written = gguf.GGUFReader(write_gguf(tmp_path / "in", tmp_path / "model.gguf").path).fields
+    assert written["tokenizer.chat_template"].contents() == "{{ 1 }}"
+    assert written["tokenizer.chat_template.tool_use"].contents() == "{{ 2 }}"
+
+
+@pytest.mark.parametrize("without", ["model", "merges"])
+def test_a_tokenizer_that_says_little_is_refused_in_a_line(without, tmp_path):
+    save(tmp_path / "in", "llama", dtype=torch.float32)
+    file = tmp_path / "in" / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    (fields if without == "model" else fields["model"]).pop(without)
+    file.write_text(json.dumps(fields))
+    with pytest.raises(UsageError, match=r"tokenizer\.json.*merges nothing"):
+        write_gguf(tmp_path / "in", tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_of_the_model_is_never_replaced(name, tmp_path):
+    save(tmp_path / "in", "llama", dtype=torch.float32)
+    before = (tmp_path / "in" / name).read_bytes()
+    with pytest.raises(OutputError, match="is a file of the model itself; choose another --output"):
+        write_gguf(tmp_path / "in", tmp_path / "in" / name, overwrite=True)
+    assert (tmp_path / "in" / name).read_bytes() == before
 
 
 def test_a_file_that_exists_stays_unless_it_is_to_be_replaced(tmp_path):

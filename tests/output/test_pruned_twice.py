@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from marks import slow
+from ragged_models import dense_model, random_cuts, write_checkpoint
 from safetensors.torch import load_file
-from tiny_models import make_sweeper, save_tiny, token_ids, whole_model_gradients
+from tiny_models import make_sweeper, save_tiny, save_tokenizer, token_ids, whole_model_gradients
 from transformers import AutoModelForCausalLM
 
 from streamprune import PruneConfig, prune
@@ -141,3 +142,35 @@ def test_a_plan_counts_every_layer_s_own_units(once: Path, tmp_path: Path) -> No
         prefix = f"model.layers.{layer}."
         norms = sum(t.numel() for name, t in stored.items() if name.startswith(prefix) and "norm" in name)
         assert units == sum(t.numel() for name, t in stored.items() if name.startswith(prefix)) - norms
+
+
+@pytest.mark.parametrize("name", ["global", "biases", "repaired"])
+def test_so_is_one_whose_attention_has_its_scores_as_a_whole(name: str, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "dense", "gemma2", dtype=torch.float32)
+    first = prune(config(tmp_path / "dense", tmp_path / "first", FIRST | {"layers": (1, 3), "ratio": 0.5})).output
+    assert json.loads((first / "config.json").read_text())["per_layer_config"]
+    result = prune(config(first, tmp_path / "twice", SECOND[name] | {"layers": (0, 4)}))
+    assert [check for check in verify(result.output) if not check.passed] == []
+
+
+SKIPPING: dict[str, dict[str, Any]] = {
+    "weights": {"method": "magnitude", "granularity": "weights"},
+    "uniform": {"method": "magnitude", "ratio": 0.1},
+    "layers": {"method": "magnitude", "granularity": "layers"},
+    "global": {"method": "taylor", "allocation": "global", "layers": (0, 4)},
+    "repaired": {"method": "wanda-sp", "compensate": True, "compensate_tokens": 64},
+    "policy": {"method": "bernoulli", "settings": {"steps": 3, "init": "random"}, "layers": (0, 4)},
+}
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_blocks_that_are_skipped_stay_skipped(name: str, tmp_path: Path) -> None:
+    model = dense_model("llama", vocab_size=260)
+    write_checkpoint(tmp_path / "in", model, "llama", random_cuts("skipped"))  # no attention in 0, no MLP in 2
+    save_tokenizer(tmp_path / "in")
+    options = {"layers": (1, 4)} | SKIPPING[name]
+    texts = {} if options["method"] == "magnitude" else {"samples": 4, "seq_len": 16}
+    result = prune(PruneConfig(str(tmp_path / "in"), tmp_path / "out", evaluate=False, **texts, **options))
+    assert [check for check in verify(result.output) if not check.passed] == []
+    found = json.loads((result.output / "config.json").read_text())["per_layer_config"]
+    assert found["0"]["skip"] == ["attention"]

@@ -364,3 +364,15 @@ def test_two_equal_inputs_and_no_ridge_are_refused_or_fitted_as_well_as_can_be(s
     _, (_, ours) = run(repaired, ids, stack(repaired)[1])
     best = (theirs - before - x @ fit(x, theirs - before, 0.0).T).square().sum()
     assert (theirs - ours).square().sum() <= (1 + 1e-6) * best
+
+
+@pytest.mark.parametrize("target", ["own", "stream"])
+def test_of_inputs_that_are_all_zero_what_stays_is_as_it_was(target, tmp_path):
+    model = save_tiny(tmp_path / "in", "llama")
+    with torch.no_grad():
+        stack(model)[1].mlp.up_proj.weight.zero_()
+    model.save_pretrained(tmp_path / "in")
+    options = {"layers": (1, 3), "mlp_ratio": 0.3, "attention_ratio": 0.0, "compensate_target": target}
+    result = repair(tmp_path / "in", tmp_path / "out", **options)
+    left = stack(load(result.output))[1].mlp.down_proj.weight
+    assert torch.equal(left, stack(load(tmp_path / "in"))[1].mlp.down_proj.weight[:, result.kept[1]["channel"]])

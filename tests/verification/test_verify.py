@@ -145,16 +145,21 @@ def test_code_of_the_output_s_tokenizer_runs_only_where_it_is_trusted(
     check_refusal(streamprune("verify", output), 1, ("tokenization_own.py", "other code"), "--trust-remote-code")
 
 
+@pytest.mark.parametrize("linked", [False, True])
 def test_code_that_no_config_names_is_not_run_unasked(
-    streamprune: Any, model: Path, output: Path, tmp_path: Path
+    linked: bool, streamprune: Any, model: Path, output: Path, tmp_path: Path
 ) -> None:
     """transformers runs custom_generate/generate.py of every model whose code is trusted, as ours has to be."""
     options = ("--method", "random", "--no-evaluate", "--quiet", "--layers", "1:3")
     assert streamprune("--model", model, "--output", output, *options).code == 0
-    (output / "custom_generate").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    if linked:
+        (output / "custom_generate").symlink_to(tmp_path / "elsewhere")
+    else:
+        (output / "custom_generate").mkdir()
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n\n\ndef generate(model, *args, **kwargs): ...\n"
     (output / "custom_generate" / "generate.py").write_text(code)
-    check_refusal(streamprune("verify", output), 1, ("generate.py", "other code"), "--trust-remote-code")
+    check_refusal(streamprune("verify", output), 1, ("custom_generate", "other code"), "--trust-remote-code")
     assert not (tmp_path / "ran").exists()
 
 
@@ -171,6 +176,56 @@ def test_other_code_than_ours_is_not_run_unasked(auto: str, streamprune: Any, mo
 def test_a_model_that_does_not_load_is_said_in_a_line(streamprune: Any, pruned: Path) -> None:
     edit(pruned / "config.json", hidden_act="unknown_activation")
     check_refusal(streamprune("verify", pruned), 1, ("does not load in plain transformers",), "unknown_activation")
+
+
+FITTED, BIAS = "model.layers.2.mlp.down_proj.weight", "model.layers.2.mlp.down_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("options", "tensor", "damage"),
+    [
+        (("--method", "random", "--compensate", "--compensate-tokens", "96"), FITTED, "is not there"),
+        (("--method", "random", "--compensate", "--compensate-tokens", "96"), FITTED, "has shape"),
+        (("--method", "flap", "--samples", "4", "--seq-len", "16"), BIAS, "is not there"),
+    ],
+)
+def test_what_the_run_made_itself_and_is_gone_or_of_another_width_is_named(
+    options: tuple[str, ...], tensor: str, damage: str, streamprune: Any, model: Path, output: Path
+) -> None:
+    arguments = ("--model", model, "--output", output, "--no-evaluate", "--quiet", "--layers", "1:3", "--ratio", "0.4")
+    assert streamprune(*arguments, *options).code == 0
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        spoiled = tensors.pop(tensor)
+        if damage == "has shape":
+            tensors[tensor] = spoiled[:, :-1].contiguous()
+
+    edit_tensors(output, spoil)
+    check_refusal(streamprune("verify", output), 1, (tensor, damage), "prune again")
+
+
+@pytest.mark.parametrize("fields", [{"vocab_size": 300}, {"hidden_size": 60}])
+def test_a_source_of_other_sizes_is_another_model(
+    fields: dict[str, int], streamprune: Any, pruned: Path, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "other", "llama", **fields)
+    result = streamprune("verify", pruned, "--source", tmp_path / "other")
+    check_refusal(result, 1, ("is not the model that was pruned",), "--source")
+
+
+def test_beams_and_a_stop_of_the_model_s_own_are_not_compared(pruned: Path) -> None:
+    (pruned / "generation_config.json").write_text(json.dumps({"num_beams": 4, "stop_strings": ["x"]}))
+    assert not failed(pruned)
+
+
+@pytest.mark.parametrize("options", [(), ("--compensate", "--compensate-tokens", "96")])
+def test_a_norm_over_all_heads_is_compared_with_its_epsilon(
+    options: tuple[str, ...], streamprune: Any, tmp_path: Path
+) -> None:
+    save_tiny(tmp_path / "in", "olmo2", dtype=torch.float32, rms_norm_eps=1e-2)
+    arguments = ("--model", tmp_path / "in", "--output", tmp_path / "out", "--layers", "1:3", "--ratio", "0.4")
+    assert streamprune(*arguments, "--method", "random", "--no-evaluate", "--quiet", *options).code == 0
+    assert not failed(tmp_path / "out")
 
 
 # The generation that is compared.
