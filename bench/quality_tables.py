@@ -21,7 +21,7 @@ TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
         ("random", "magnitude", *GRADIENT),
         {
             "channels": {"ratio": 0.25, **MIDDLE},
-            "both": {"ratio": 0.25, **MIDDLE, "attention_ratio": 0.34, "mlp_ratio": 0.25},
+            "both": {**MIDDLE, "attention_ratio": 0.34, "mlp_ratio": 0.25},
             "stock 0.2": {"ratio": 0.2, "stock": True},
             "stock 0.25": {"ratio": 0.25, "stock": True},
         },

@@ -99,7 +99,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _answer(error: BaseException, interrupted: bool, debug: bool, as_json: bool) -> int:
     """Say in a line what ended a command, and return the exit code; what nobody has foreseen is raised again."""
     if interrupted or isinstance(error, KeyboardInterrupt | click.Abort):
-        return _fail("interrupted; no output was written", 1, debug, as_json)
+        said = str(error) if isinstance(error, click.Abort) else ""
+        return _fail(f"interrupted; {said or 'no output was written'}", 1, debug, as_json)
     if isinstance(error, click.ClickException) and not as_json:
         error.show()
         return 2

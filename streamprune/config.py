@@ -371,6 +371,9 @@ class PruneConfig:
             raise UsageError(f"--emit {self.emit} writes one width for all layers: pass --stock with it")
         if self.n_of_m is not None and self.ratio not in (None, 1 - self.n_of_m[0] / self.n_of_m[1]):
             raise UsageError(f"--ratio does not go with --granularity {self.granularity}, which sets it; leave it out")
+        apart = self.attention_ratio is not None and self.mlp_ratio is not None
+        if apart and self.ratio not in (None, DEFAULT_RATIOS["units"]):
+            raise UsageError("--ratio: --attention-ratio and --mlp-ratio say what goes of both; leave it out")
         if self.compensate and self.target == "layers" and self.compensate_target == "own":
             raise UsageError(
                 "--compensate-target own: layers that go leave no output of their own; leave it out with layers"

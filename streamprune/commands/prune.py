@@ -69,7 +69,10 @@ def run_prune(report: bool, quiet: bool, json_progress: bool, debug: bool, **opt
         if report:
             from streamprune.reports.report import report as write_report
 
-            click.echo(f"wrote {write_report(result.output)}")
+            try:
+                click.echo(f"wrote {write_report(result.output)}")
+            except KeyboardInterrupt:
+                raise click.Abort(f"{result.output} is whole, its report is not there") from None
 
 
 def _summary(facts: dict[str, Any]) -> str:

@@ -145,9 +145,10 @@ def check(
         ]
         something_goes = any(kept < count for count, kept in groups)
         if something_goes and not any(0 < kept < count <= FEW_UNITS for count, kept in groups):
+            other = ", or --allocation global" if skeleton.family.ragged else ""
             raise UsageError(
                 "--allocation uniform: explore moves the units of a layer and kind together, and every layer loses as "
-                "many of them anyhow; take --set variant=logits, or --allocation global"
+                f"many of them anyhow; take --set variant=logits{other}"
             )
     if target == "layers" and settings["repaired"] == "yes":
         raise UsageError("--set repaired=yes is of units; leave it out, or pass --granularity units")

@@ -26,6 +26,8 @@ from streamprune.model.model_config import empty_model, load_config, naming_the_
 from streamprune.model.units import Geometry, KeptUnits, all_units
 from streamprune.storage.checkpoint import INDEX_FILE, Checkpoint, TensorEntry
 
+LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
+
 
 @dataclass(frozen=True)
 class LayerCall:
@@ -210,6 +212,16 @@ class Skeleton:
         with self._through(keep):
             self.model.base_model(input_ids.to(self.device), use_cache=False)
         return first[0]
+
+    @property
+    def head_width(self) -> int:
+        """Number of floats that the head makes of a token at the most: logits, or the final norm's two copies of it."""
+        return max(self.config.vocab_size, 2 * self.config.hidden_size)
+
+    @property
+    def head_tokens(self) -> int:
+        """Number of tokens that go through the head together."""
+        return max(1, LOGITS_BYTES // (4 * self.head_width))
 
     def head(self, hidden_states: Tensor) -> Tensor:
         """Compute logits [n, seq, vocabulary] from the last layer's output [n, seq, d]: norm, head, soft-capping.

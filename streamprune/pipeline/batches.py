@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from streamprune.texts.tokenizer import beginning, chat_renderer, load_tokenizer
 EVALUATION_SEQ_LEN = 128
 EVALUATION_SEGMENTS = 100  # at most
 EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
-EMBEDDED_TOKENS = 5000  # of it: 4,600 by the tokenizer of SmolLM2
 REPAIR_SEQ_LEN = 512
 # Bytes of a compressed text, an array or a table: the least that two cores were measured to pass.
 PASSED_A_SECOND = 50e6
@@ -35,13 +34,11 @@ def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | No
 
     Args:
         text_tokens: tokens of the calibration text, counted up to what the repair may take; None before the text is
-            read: a text of the user's is then taken to have as many.
+            read, which is then taken to have as many.
     """
     limit, method = skeleton.positions, METHODS[config.method]
     samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
-    if text_tokens is None:
-        text_tokens = config.compensate_tokens if config.calibration else EMBEDDED_TOKENS
-    repair_tokens = min(config.compensate_tokens, text_tokens)
+    repair_tokens = config.compensate_tokens if text_tokens is None else min(config.compensate_tokens, text_tokens)
     repair_len = min(REPAIR_SEQ_LEN, limit, repair_tokens)
     return Work(
         (config.samples or samples, config.seq_len or min(seq_len, limit)) if method.needs_text else None,
@@ -75,6 +72,21 @@ class Texts:
     tokenizer: Any = None
     calibration: Corpus | None = None
     evaluation: Corpus | None = None
+
+    def work(self, config: PruneConfig, skeleton: Skeleton) -> Work:
+        """Count what a run will compute on: by its tokens where it calibrates on the package's text, which is short.
+
+        Raises:
+            CalibrationError: as of `tokens`, where they are read.
+        """
+        expected = expected_work(config, skeleton)
+        if self.calibration is None or config.calibration is not None:
+            return expected
+        read = replace(self, evaluation=None).tokens(config, skeleton)
+        calibration, repair = (
+            None if ids is None else (len(ids), ids.shape[1]) for ids in (read.calibration, read.repair)
+        )
+        return Work(calibration, repair, expected.evaluation)
 
     def plan(self, config: PruneConfig, skeleton: Skeleton) -> str:
         """Say what will be read of the texts that the user gave, a line for each."""
@@ -180,6 +192,8 @@ def _repair_ids(config: PruneConfig, skeleton: Skeleton, corpus: Corpus) -> Tens
         raise CalibrationError(f"--calibration {config.calibration}: the text has no tokens; give a longer one")
     shape = expected_work(config, skeleton, count).repair
     assert shape is not None, "a repair is asked for"
+    if shape[1] <= len(corpus.beginning):
+        raise UsageError(f"--compensate-tokens {config.compensate_tokens}: none is left of the text; raise it")
     # Few records are as long as these sequences.
     sampling = "random" if config.sampling == "records" else config.sampling
     return corpus.sequences(*shape, sampling, config.seed)

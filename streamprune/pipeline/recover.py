@@ -80,9 +80,7 @@ def recover(config: RecoverConfig, progress: Any = None) -> RecoverResult:
     """
     started = time.perf_counter()
     progress = Progress.of(progress)
-    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
-    if journal_directory is not None and not config.overwrite:
-        resume.remove_finished(journal_directory, config.output)
+    journal_directory = resume.journal_directory(config)
     check_output(config.output, overwrite=config.overwrite)
     check_packages(config)
     own = check_source(config)

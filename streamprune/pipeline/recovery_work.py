@@ -20,13 +20,14 @@ from streamprune.model.skeleton import Skeleton
 from streamprune.output.form import OutputForm
 from streamprune.output.ragged_form import unchanged_form
 from streamprune.output.sparse24 import is_compressed
-from streamprune.paging.device import compute_device, device_name, free_memory, is_gpu
+from streamprune.paging.device import compute_device, device_name, is_gpu
 from streamprune.paging.hidden_states import Place
 from streamprune.paging.host_memory import available_memory
 from streamprune.pipeline import resume
 from streamprune.pipeline.batches import EVALUATION_SEGMENTS, EVALUATION_SEQ_LEN, check_tokens
 from streamprune.pipeline.progress import Progress
 from streamprune.pipeline.source import Source
+from streamprune.planning.placement import memory_limits
 from streamprune.planning.training_memory import OF_ADAPTERS, TrainingSizes, place_training
 from streamprune.recovery.course import Course, padded
 from streamprune.recovery.distillation import TeacherLogits
@@ -104,7 +105,8 @@ def check_source(config: RecoverConfig) -> dict[str, object]:
         OutputError: the output is or holds what is read.
     """
     path = resolve_model(config.model, trust_remote_code=config.trust_remote_code)
-    check_apart(config.output, path, config.data, config.evaluate, config.init_adapter, config.merge, config.distill)
+    read = (config.data, config.evaluate, config.init_adapter, config.merge, config.distill)
+    check_apart(config.output, path, *read, config.scratch)
     own = read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else {}
     if is_compressed(read_config(path)):
         raise CheckpointError(f"{path} holds compressed 2:4 weights; prune again without --compress, and use --adapter")
@@ -169,6 +171,7 @@ def _segments(config: RecoverConfig, skeleton: Skeleton, progress: Progress) -> 
     corpus = open_corpus(
         skeleton.checkpoint.path,
         embedded("heldout") if config.evaluate is None else config.evaluate,
+        field=config.field or "text",
         bos=config.bos,
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
@@ -228,13 +231,14 @@ def _check_memory(config: RecoverConfig, sweeper: Sweeper, longest: int, adapter
     weights = skeleton.parameters * skeleton.dtype.itemsize
     logits = sweeper.micro_batch * longest * skeleton.config.vocab_size * 4
     needed = weights + OF_LOGITS * logits + OF_ADAPTERS * adapter_bytes
-    room = free_memory(skeleton.device) if gpu else available_memory()
-    budget = config.gpu_memory if gpu else config.host_memory
-    room = room if budget is None else min(room, budget)
-    if needed > room:
+    process = psutil.Process().memory_info().rss
+    loaded = skeleton.resident_bytes if skeleton.loaded and not gpu else 0  # they are among the weights
+    _, rooms = memory_limits(config, sweeper, process - loaded, available_memory() + process)
+    if needed > (room := max(0, rooms[not gpu])):
+        beside = "" if gpu else f" beside the process's {human(process - loaded)}"
         raise StreampruneError(
-            f"a training in memory takes more than {human(needed)}, there are {human(room)}; pass --streamed, which "
-            "needs two layers, or lower --micro-batch"
+            f"a training in memory takes more than {human(needed)}{beside}, there are {human(room)}; pass --streamed, "
+            "which needs two layers, or lower --micro-batch"
         )
 
 

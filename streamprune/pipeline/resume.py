@@ -10,17 +10,35 @@ from pathlib import Path
 from torch import Tensor
 
 from streamprune.config import PruneConfig
-from streamprune.errors import JournalError
+from streamprune.errors import JournalError, OutputError
 from streamprune.figures import human
 from streamprune.methods.table import resolve_settings
 from streamprune.model.skeleton import Skeleton
 from streamprune.output.form import OutputForm
 from streamprune.paging.device import device_name
 from streamprune.pipeline.progress import Progress
+from streamprune.recovery.options import RecoverConfig
 from streamprune.schema import flag_of, options_of
 from streamprune.storage.checkpoint import Checkpoint, byte_view
 from streamprune.storage.directory import OWN_FILE, PARTIAL
 from streamprune.storage.journal import JOURNAL, Journal, in_use, remove_journal
+
+
+def journal_directory(config: PruneConfig | RecoverConfig) -> Path | None:
+    """Return where a run that can be resumed has its journal; one whose run is finished is removed.
+
+    Raises:
+        OutputError: the output has no name, as that of a whole disk.
+    """
+    if not config.resume:
+        return None
+    output = config.output.absolute()
+    if not output.name:
+        raise OutputError(f"{output} exists; choose another --output")
+    directory = output.with_name(f".{output.name}.resume")
+    if not config.overwrite:
+        remove_finished(directory, config.output)
+    return directory
 
 
 def open_journal(

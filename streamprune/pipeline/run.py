@@ -25,6 +25,7 @@ from streamprune.output import companions
 from streamprune.output.card import model_card
 from streamprune.output.form import OutputForm
 from streamprune.paging.device import card, compute_device, is_gpu, limit_memory, peaks
+from streamprune.paging.hidden_states import Place
 from streamprune.paging.host_memory import available_memory
 from streamprune.pipeline import batches, resume
 from streamprune.pipeline.facts import run_facts
@@ -84,10 +85,11 @@ class PruneResult:
 
 @dataclass(frozen=True)
 class _Written:
-    """Remainder of an output's form when the source is closed: its class, and the units that stay."""
+    """Remainder of a run when the source is closed: its form's class, the units that stay, where hidden states lie."""
 
     form: type[OutputForm]
     kept: KeptUnits
+    place: Place
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,7 @@ def prune(
     progress = Progress.of(progress)
     timeline = progress.begin_timeline()
     resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
-    journal_directory = config.output.absolute().with_name(f".{config.output.name}.resume") if config.resume else None
-    if journal_directory is not None and not config.overwrite:
-        resume.remove_finished(journal_directory, config.output)
+    journal_directory = resume.journal_directory(config)
     check_output(config.output, overwrite=config.overwrite)
     form_class(config, form).check_machine()
     with naming_the_reference(), ExitStack() as output:
@@ -133,7 +133,7 @@ def prune(
         if segments is not None:
             same = replace(config, dtype=facts["options"]["dtype"])
             try:
-                after = _perplexity_after(same, directory, written.form, segments, progress)
+                after = _perplexity_after(same, directory, written, segments, progress)
             except (MemoryError, torch.OutOfMemoryError):  # an output of hours is worth more than its figure
                 after = math.nan
                 progress.say("out of memory while the result is measured: it is written; try `streamprune eval` on it")
@@ -196,7 +196,7 @@ def _score_and_write(
         facts = run_facts(job, placement, done, tokens)
         if segments is not None:
             facts["perplexity"]["before"] = saved["before"][1]
-    return directory, facts, _Written(type(done.form), done.form.kept), segments
+    return directory, facts, _Written(type(done.form), done.form.kept, placement.place), segments
 
 
 def _decide(
@@ -207,7 +207,7 @@ def _decide(
     progress: Progress,
 ) -> tuple[PruneConfig, Plan]:
     """Plan what goes, refuse what cannot be done, say what will be, and return the options as they were decided."""
-    check_apart(config.output, skeleton.checkpoint.path, config.calibration, config.evaluate)
+    check_apart(config.output, skeleton.checkpoint.path, config.calibration, config.evaluate, config.scratch)
     refuse_without_kernels(config, skeleton.device)
     plan = make_plan(config, skeleton, form)
     _check_output_space(config, plan, skeleton, journal_directory)
@@ -338,6 +338,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         StreampruneError: as `prune` before its work begins.
     """
     resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
+    form_class(config, None).check_machine()
     if assume is not None:
         if config.device is not None and not config.device.startswith("cuda"):
             raise UsageError(f"--device {config.device} is no {assume}; leave it or --assume {assume} out")
@@ -349,7 +350,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
     with _source(config, planned=planned) as sweeper:
         plan = make_plan(config, sweeper.skeleton)
         opened = batches.open_texts(config, sweeper.skeleton, planned=True)  # kept, since it counts in what is held
-        work = batches.expected_work(config, sweeper.skeleton)
+        work = opened.work(config, sweeper.skeleton)
         seq_len = work.calibration[1] if work.calibration else 128
         batches.check_length(seq_len if work.calibration else 0, sweeper.skeleton)
         sweeper.micro_batch = config.micro_batch or default_micro_batch(seq_len)
@@ -382,10 +383,10 @@ def _perplexity(sweeper: Sweeper, segments: Tensor, when: str, progress: Progres
 
 
 def _perplexity_after(
-    config: PruneConfig, directory: Path, form: type[OutputForm], segments: Tensor, progress: Progress
+    config: PruneConfig, directory: Path, written: _Written, segments: Tensor, progress: Progress
 ) -> float:
     with (
-        form.readable(directory) as readable,
+        written.form.readable(directory) as readable,
         Source(
             str(readable),
             device=config.device,
@@ -394,4 +395,5 @@ def _perplexity_after(
             read_threads=config.read_threads,  # not the reader: the output's filesystem may have no direct reads
         ).open(progress) as pruned,
     ):
+        pruned.place, pruned.scratch = written.place, config.scratch  # as planned of the measurement before
         return _perplexity(pruned, segments, "after", progress)

@@ -102,8 +102,8 @@ def _channels(geometry: Geometry, costs: Mapping[Kind, int], ratios: Ratios, gro
         kept = min(geometry.channels, max(1, math.floor(kept / ratios.round_to + 0.5)) * ratios.round_to)
     if kept < 1:
         raise UsageError(
-            f"the ratio takes {wanted:.0f} channels of {geometry.channels} and leaves the MLP empty; lower --ratio"
-            + ("" if ratios.mlp is not None else ", or move some of it to attention with --attention-ratio")
+            f"the ratio takes {wanted:.0f} channels of {geometry.channels} and leaves the MLP empty; lower "
+            + ("--mlp-ratio" if ratios.mlp is not None else "--ratio, or move some of it with --attention-ratio")
         )
     return geometry.channels - kept
 

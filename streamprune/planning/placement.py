@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from streamprune.paging.state import STATE_SLOTS
 from streamprune.planning.decision import Plan
 from streamprune.planning.footprint import stages
 from streamprune.planning.rates import DISK, Rates, seconds
+from streamprune.planning.refusal import refusal
 from streamprune.planning.stage import Kept, Stage, Work
 from streamprune.recovery.options import RecoverConfig
 from streamprune.streaming.costs import Sizes
@@ -108,8 +109,10 @@ def choose_placement(
         return max(0, device - room[0]) + max(0, host - room[1]), device + host
 
     smallest, made_of = min(needed, key=lacks)
-    largest, parts = _largest(made_of, gpu, on_device=smallest[0] > room[0])
-    raise StreampruneError(_refusal(config, plan, baseline, smallest, limits, largest, parts))
+    device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in smallest)
+    budgets = device, host + baseline + DRIFT
+    lacking = smallest[0] > room[0]
+    raise StreampruneError(refusal(config, plan, made_of, budgets, limits, gpu=gpu, on_device=lacking))
 
 
 def updates_per_pass(placement: Placement, steps: int, gpu: bool) -> int:
@@ -285,62 +288,6 @@ def _with_reading(sweeper: Sweeper, found: Sequence[Stage], slots: int, cache: i
         result.append(replace(stage, read=read, disk=disk, up=stage.up + read * gpu))
     pager.slots, pager.page_cache = before
     return result
-
-
-def _largest(found: Sequence[Stage], gpu: bool, *, on_device: bool) -> tuple[str, str]:
-    """Name the stage that holds most, on a GPU or in memory, and what that is made of."""
-
-    def held(stage: Stage) -> Mapping[str, int]:
-        return {**stage.device, **stage.host} if not gpu else stage.device if on_device else stage.host
-
-    stage = max(found, key=lambda each: sum(held(each).values()))
-    parts = sorted(held(stage).items(), key=lambda part: -part[1])
-    return stage.name, ", ".join(f"{human(size)} of {name}" for name, size in parts[:3] if size)
-
-
-def _refusal(
-    config: PruneConfig,
-    plan: Plan,
-    baseline: int,
-    needed: tuple[int, int],
-    limits: tuple[int, int],
-    largest: str,
-    parts: str,
-) -> str:
-    """Say in one line what budget is lacking, the smallest that would do, its parts, and what to try instead.
-
-    Args:
-        largest: the stage that holds most. parts: what that is.
-    """
-    device, host = (int(tensors / (1 - MARGIN)) + 2**20 for tensors in needed)
-    host += baseline + DRIFT
-    lacking = []
-    if device > limits[0] > 0:
-        held = " and not held by other processes" if (config.gpu_memory or 0) > limits[0] else ""
-        lacking.append(f"{_mib(device)} of GPU memory (--gpu-memory), {_mib(limits[0])} are there{held}")
-    if host > limits[1]:
-        lacking.append(f"{_mib(host)} of memory (--host-memory), {_mib(limits[1])} are there")
-    method = METHODS[config.method]
-    if measured := largest.startswith("perplexity"):
-        remedies = ["pass --no-evaluate"]
-    else:
-        remedies = ["lower --samples or --seq-len"] if method.needs_text else []
-    if config.scratch is None and method.needs_text and not measured:
-        remedies.append("give --scratch DIR")
-    if config.micro_batch is not None and not config.resume:  # a journal wants the one that it was begun with
-        remedies.append("lower --micro-batch")
-    if not remedies:
-        remedies.append("raise it")
-    if not measured and plan.state_bytes > sum(needed) / 10 and (limits[0] > 0 or not config.resume):
-        without = " or ".join(dict.fromkeys(state.without for state in plan.state))
-        remedies.append(
-            f"for its {human(plan.state_bytes)} of state use --method {method.stateless}, or --set {without}"
-        )
-    return f"{config.method} needs at least {', and '.join(lacking)} ({largest}: {parts}); {', or '.join(remedies)}"
-
-
-def _mib(nbytes: int) -> str:
-    return f"{-(-nbytes // 2**20)}MiB"
 
 
 def forecast_table(placement: Placement, sweeper: Sweeper, found: Rates | None) -> str:

@@ -160,6 +160,8 @@ class RecoverConfig:
             raise UsageError(f"--batch {self.batch} is no multiple of --micro-batch {self.micro_batch}; choose another")
         if self.init_adapter is not None and (self.rank or self.alpha is not None or self.like != "llm-pruner"):
             raise UsageError("--init-adapter has a rank and alpha of its own; leave --rank, --alpha and --like out")
+        if self.scratch is not None and not self.streamed and self.distill is None:
+            raise UsageError("--scratch is of --streamed and --distill; add one of them, or leave it out")
         if self.top_k != 64 and self.distill is None:
             raise UsageError("--top-k means something with --distill only; add that, or leave it out")
 

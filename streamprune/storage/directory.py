@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from streamprune.errors import OutputError
 
 PARTIAL, REPLACED = ".partial-", ".replaced-"  # names beside an output: what is written, what it replaces
+LONGEST_NAME = 230  # filesystems take 255, and a directory beside it has some more
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -32,6 +33,8 @@ def write_json(file: Path, value: object) -> None:
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output path that exists (without `overwrite`) or whose parent cannot be written to."""
+    if len(os.fsencode(output.name)) > LONGEST_NAME:
+        raise OutputError(f"{output}: a name of more than {LONGEST_NAME} bytes; choose another --output")
     if (output.exists() or output.is_symlink()) and not overwrite:
         raise OutputError(f"{output} exists; choose another --output, or pass --overwrite to replace it")
     if (output.exists() or output.is_symlink()) and not output.is_dir():
@@ -45,10 +48,10 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def check_apart(output: Path, model: Path, *others: object) -> None:
-    """Refuse an output that is or holds what is read: --overwrite would remove it.
+    """Refuse an output that is or holds what is read, which --overwrite would remove, or what is written beside it.
 
     Args:
-        model: directory of the model. others: paths of what else is read, False or None for nothing.
+        model: directory of the model. others: paths of what else is read or written, False or None for nothing.
 
     Raises:
         OutputError: it names what is read.

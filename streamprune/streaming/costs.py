@@ -15,12 +15,12 @@ import torch
 
 from streamprune.model.masking import output_matrices
 from streamprune.model.saved import saved_bytes
-from streamprune.model.skeleton import Skeleton
+from streamprune.model.skeleton import LOGITS_BYTES, Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import PARTS, Place
 from streamprune.streaming.masked import copied_weights
 from streamprune.streaming.statistics import passes_without
-from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper
+from streamprune.streaming.sweeper import Sweeper
 
 Shape = tuple[int, int]  # sequences, and tokens of each
 # What a GPU's libraries keep: cuBLAS on large cards 32 MiB for each of two threads, ours and autograd's. And all
@@ -279,9 +279,9 @@ class Task:
 
     def logits(self, *, backwards: bool) -> int:
         """Count bytes of logits of the tokens that go through the head together, their softmax, and both gradients."""
-        config = self.sweeper.skeleton.config
-        each = min(LOGITS_BYTES, self.tokens * config.vocab_size * 4)
-        capped = bool(getattr(config, "final_logit_softcapping", None))  # what the cap saves
+        skeleton = self.sweeper.skeleton
+        each = min(LOGITS_BYTES, self.tokens * skeleton.head_width * 4)
+        capped = bool(getattr(skeleton.config, "final_logit_softcapping", None))  # what the cap saves
         return ((4 if backwards else 2) + capped) * each
 
     @property

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from streamprune.streaming.perplexity import HIDDEN_BYTES
-from streamprune.streaming.sweeper import DEFAULT_MICRO_BATCH_TOKENS, LOGITS_BYTES, Sweeper
+from streamprune.streaming.sweeper import DEFAULT_MICRO_BATCH_TOKENS, Sweeper
 
 STEP = 8  # tokens that lengths are rounded up to, so that few lengths have masks and positions of their own
 LONGER = 8  # a batch's longest sequence is longer than another by at most one part in so many, or by STEP
@@ -95,7 +95,7 @@ def log_probabilities(sweeper: Sweeper, hidden: Tensor) -> Iterator[tuple[slice,
 
     They are float32, or float64 where the model is computed in that.
     """
-    step = max(1, LOGITS_BYTES // (4 * sweeper.skeleton.config.vocab_size))
+    step = sweeper.skeleton.head_tokens
     for start in range(0, len(hidden), step):
         part = slice(start, min(start + step, len(hidden)))
         # As sequences of one token: how many there are is then no matter of the model's positions.

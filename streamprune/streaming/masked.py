@@ -18,7 +18,7 @@ from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import States
 from streamprune.storage.journal import Key
 from streamprune.streaming.filling import fillings
-from streamprune.streaming.sweeper import LOGITS_BYTES, Sweeper, blocks_of_tokens
+from streamprune.streaming.sweeper import Sweeper, blocks_of_tokens
 from streamprune.streaming.walk import Visit, walk
 from streamprune.streaming.watch import SeeInput, watch_inputs
 
@@ -93,8 +93,7 @@ def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tens
     n, seq, _ = hidden.shape
     targets = input_ids.to(sweeper.skeleton.device)
     losses = torch.zeros(n, dtype=torch.float64, device=targets.device)
-    tokens = max(1, LOGITS_BYTES // (4 * sweeper.skeleton.config.vocab_size))
-    for rows, blocks in blocks_of_tokens(n, seq - 1, tokens):
+    for rows, blocks in blocks_of_tokens(n, seq - 1, sweeper.skeleton.head_tokens):
         states = hidden[rows]
         for columns in blocks:
             logits = sweeper.skeleton.head(states[:, columns])

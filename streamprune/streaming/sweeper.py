@@ -30,7 +30,6 @@ from streamprune.streaming.gradients import Collector, MakeCollector, gradient_s
 
 # (float32 logits [rows, columns, vocabulary], rows, columns) -> a sum over these tokens; column t predicts token t + 1
 Objective = Callable[[Tensor, slice, slice], Tensor]
-LOGITS_BYTES = 64 << 20  # float32 logits made at a time; a vocabulary of 128k words never exists for all tokens
 DEFAULT_MICRO_BATCH_TOKENS = 2048
 
 
@@ -279,8 +278,7 @@ class Sweeper:
         # Blocks of tokens are added up in float64, so that their number costs no digits.
         total = torch.zeros((), dtype=torch.float64, device=self.skeleton.device)
         grad = self.states_like(hidden) if with_grad else None
-        tokens = max(1, LOGITS_BYTES // (4 * self.skeleton.config.vocab_size))
-        for rows, blocks in blocks_of_tokens(n, seq - 1, tokens):
+        for rows, blocks in blocks_of_tokens(n, seq - 1, self.skeleton.head_tokens):
             states = hidden[rows].detach()
             grads = torch.zeros_like(states) if with_grad else None
             for columns in blocks:

@@ -28,7 +28,29 @@ def test_ratio_outside_0_to_1_is_refused(option, value, refused, model):
 
 @pytest.mark.parametrize("options", [("--ratio", "0.99"), ("--mlp-ratio", "0.999"), ("--ratio", "0.9", "--stock")])
 def test_ratio_that_leaves_a_layer_empty_is_refused(options, refused, model):
-    refused(model, *options, code=2, names=("37", "empty"), remedy="lower|less")
+    option = next(each for each in options if each.endswith("ratio"))
+    refused(model, *options, code=2, names=("37", "empty"), remedy=f"lower {option}|less")
+
+
+def test_a_ratio_beside_both_of_its_parts_is_refused(refused, model):
+    options = ("--ratio", "0.5", "--attention-ratio", "0", "--mlp-ratio", "0.1")
+    refused(model, *options, code=2, names=("--ratio", "--attention-ratio and --mlp-ratio"), remedy="leave it out")
+
+
+@pytest.mark.parametrize("name", ["", "inside/deeper"])
+def test_what_goes_to_scratch_inside_the_output_is_refused(name, refused, model, output):
+    names = (f"{output} is or holds",)
+    refused(model, "--scratch", output / name, *SHORT, code=1, names=names, remedy="choose another --output")
+
+
+def test_names_that_no_directory_beside_it_could_have_are_refused(streamprune, model, tmp_path):
+    check_refusal(streamprune("--model", model, "--output", "/", "--resume"), 1, ("/ exists",), "choose another")
+    check_refusal(streamprune("--model", model, "--output", tmp_path / ("n" * 240)), 1, ("230",), "choose another")
+
+
+def test_a_repair_of_fewer_tokens_than_begin_a_sequence_names_its_own_option(refused, model):
+    options = ("--compensate", "--compensate-tokens", "1", "--bos", "always", *SHORT)
+    refused(model, *options, code=2, names=("--compensate-tokens 1",), remedy="raise it")
 
 
 @pytest.mark.parametrize("layers", ["0:9", "4:9", "8:9", "6:4", "-1:3"])

@@ -27,7 +27,7 @@ from streamprune.methods.needs import (
 )
 from streamprune.methods.sinks import LayerScores, UnitScores, WeightPruner
 from streamprune.methods.table import METHODS, Method, resolve_settings
-from streamprune.pipeline.batches import expected_work, open_texts
+from streamprune.pipeline.batches import open_texts
 from streamprune.pipeline.run import foretell
 from streamprune.planning import rates
 from streamprune.planning.decision import make_plan
@@ -330,7 +330,8 @@ def test_the_sequences_of_a_run_are_those_of_its_plan(characters, wanted, tiny_l
     given = {"calibration": str(tmp_path / "text.txt"), "samples": 1, "seq_len": 16, "compensate_tokens": wanted}
     config = PruneConfig(str(tiny_llama), tmp_path / "out", "taylor", compensate=True, bos="never", **given)
     skeleton = make_sweeper(tiny_llama, dtype=torch.float32).skeleton
-    tokens, planned = open_texts(config, skeleton).tokens(config, skeleton), expected_work(config, skeleton)
+    opened = open_texts(config, skeleton)
+    tokens, planned = opened.tokens(config, skeleton), opened.work(config, skeleton)
     assert tokens.calibration.shape == planned.calibration == (1, 16)
     assert tokens.evaluation.shape == planned.evaluation == (100, 64)
     assert planned.repair == (wanted // 64, 64)

@@ -171,3 +171,14 @@ def test_memory_that_runs_out_in_a_layer_names_it_with_what_was_wanted_and_is_fr
     monkeypatch.setattr(Binder, "bind", bind)
     where = "out of memory in layer 3 of scoring moreau-gs: 2.00 GiB were asked for, 512.00 MiB are free;"
     refused(model, code=1, names=(where, "or raise --gpu-memory"), remedy="lower --micro-batch")
+
+
+def test_an_output_whose_report_was_interrupted_is_said_to_be_whole(streamprune, model, output, monkeypatch):
+    def interrupted(directory):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("streamprune.reports.report.report", interrupted)
+    options = ("--method", "random", "--no-evaluate", "--quiet", "--report")
+    result = streamprune("--model", model, "--output", output, *options)
+    assert result.code == 1 and result.err.strip().endswith(f"interrupted; {output} is whole, its report is not there")
+    assert (output / "streamprune.json").is_file()

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from tiny_models import make_sweeper, save_tiny
 
 from streamprune import PruneConfig, prune
+from streamprune.errors import CalibrationError
 from streamprune.figures import peak_rss
 from streamprune.paging.pager import Pager
 from streamprune.pipeline import run
@@ -248,3 +250,23 @@ def test_what_is_read_is_planned_with_the_page_cache_that_is_left(tiny_llama, tm
         found = foretell(config(tiny_llama, tmp_path / "out", host_memory=budget)).placement
         monkeypatch.setattr(placement, "_with_reading", original)
         assert (found.held.slots, found.page_cache) in seen
+
+
+def test_the_package_s_own_text_is_counted_by_its_tokens(tiny_llama, tmp_path, monkeypatch):
+    """A tokenizer of bytes makes five times as many of it as others do."""
+    given = []
+    settle = run._settle
+    monkeypatch.setattr(run, "_settle", lambda *args, **more: given.append(args[3]) or settle(*args, **more))
+    options = config(tiny_llama, tmp_path / "out", compensate=True)
+    foretell(options)
+    shape = prune(options).facts["compensation"]["tokens"]
+    assert [list(work.repair) for work in given] == [shape, shape] and shape[0] * shape[1] > 20_000
+    with pytest.raises(CalibrationError, match="24,113 tokens"):
+        foretell(config(tiny_llama, tmp_path / "out", samples=100_000))
+
+
+def test_a_small_vocabulary_does_not_send_all_tokens_through_the_head_at_once(tmp_path):
+    """Of 2 x 504 floats that the norm makes of a token, beside 260 logits."""
+    save_tiny(tmp_path / "in", "llama", hidden_size=504, vocab_size=260)
+    skeleton = make_sweeper(tmp_path / "in").skeleton
+    assert skeleton.head_tokens == (64 << 20) // (4 * 1008)

@@ -56,6 +56,14 @@ def now():
     return psutil.Process().memory_info().rss
 
 
+def test_a_stage_whose_size_no_option_changes_has_no_remedy_but_memory(tiny_llama, tmp_path):
+    with pytest.raises(StreampruneError, match=r"\(writing: .*\); raise it$"):
+        prune(options(tiny_llama, tmp_path / "out", samples=1, seq_len=2, host_memory=now() - 50 * MIB))
+    with pytest.raises(StreampruneError, match=r"\(perplexity before: .*\); pass --no-evaluate$"):
+        short = {"samples": 1, "seq_len": 2, "micro_batch": 1, "evaluate": None}
+        prune(options(tiny_llama, tmp_path / "out", **short, host_memory=now() - 50 * MIB))
+
+
 @pytest.mark.parametrize("method,granularity,settings", METHODS)
 def test_what_is_refused_names_the_smallest_budget_that_would_do(method, granularity, settings, tiny_llama, tmp_path):
     what = (method, granularity, settings)

@@ -191,7 +191,7 @@ def test_head_in_chunks_equals_the_whole_head(tmp_path, monkeypatch):
     hidden = sweeper.forward(ids)
     whole, whole_grad = sweeper.head_loss(hidden, ids, with_grad=True)
     for tokens in (1, 7, 20):
-        monkeypatch.setattr("streamprune.streaming.sweeper.LOGITS_BYTES", tokens * 4 * model.config.vocab_size)
+        monkeypatch.setattr("streamprune.model.skeleton.LOGITS_BYTES", tokens * 4 * model.config.vocab_size)
         loss, grad = sweeper.head_loss(hidden, ids, with_grad=True)
         assert abs(loss - whole) < 1e-10
         torch.testing.assert_close(grad, whole_grad, rtol=1e-6, atol=1e-9)
