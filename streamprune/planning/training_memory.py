@@ -13,7 +13,7 @@ from streamprune.methods.needs import GRADIENTS
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import Place
 from streamprune.planning.footprint import evaluation, writing
-from streamprune.planning.placement import DRIFT, MARGIN, memory_limits, places
+from streamprune.planning.placement import DRIFT, MARGIN, budget_of, holes, memory_limits, places
 from streamprune.streaming.costs import Cost, LayerSizes, Shape, Sizes, Task
 from streamprune.streaming.sweeper import Sweeper, default_micro_batch
 
@@ -67,7 +67,8 @@ def place_training(sweeper: Sweeper, config: Any, given: TrainingSizes, *, basel
                 sweeper.pager.slots = min(sweeper.n_layers, 2 + max(0, left) // sweeper.pager.slot_bytes)
             where = {"device": "in memory", "host": "in the host's memory", "scratch": "on scratch"}[place]
             on_gpu = f"{human(device)} on the GPU and " if gpu else ""
-            return f"planned: {on_gpu}{human(baseline + host)} of memory at the most; hidden states stay {where}"
+            held = baseline + host + holes(host, gpu)
+            return f"planned: {on_gpu}{human(held)} of memory at the most; hidden states stay {where}"
     raise StreampruneError(_refusal(needed, room, limits, baseline, gpu, config.scratch))
 
 
@@ -119,7 +120,7 @@ def _refusal(
 
     stages = min(needed, key=lambda each: lacks(_most(each)))
     device, host = _most(stages)
-    budgets = [f"--host-memory {_mebibytes((host / (1 - MARGIN)) + baseline + DRIFT)}"]
+    budgets = [f"--host-memory {_mebibytes(budget_of(host, gpu) + baseline + DRIFT)}"]
     if gpu:
         budgets.insert(0, f"--gpu-memory {_mebibytes(device / (1 - MARGIN))}")
     have = f"{human(limits[0])} on the GPU and {human(limits[1])} of memory" if gpu else f"{human(limits[1])} of memory"
