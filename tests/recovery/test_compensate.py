@@ -37,6 +37,8 @@ def repair(path, output, **options):
     """Prune with random scores, and repair on the first tokens of the embedded text, in float64."""
     defaults = {"method": "random", "ratio": 0.4, "evaluate": False, "dtype": "float64", "compensate": True}
     defaults |= {"sampling": "first"} | ({"compensate_tokens": TOKENS} if options.get("compensate", True) else {})
+    if {"attention_ratio", "mlp_ratio"} <= options.keys():
+        del defaults["ratio"]
     return prune(PruneConfig(model=str(path), output=output, **{**defaults, **options}))
 
 
