@@ -19,7 +19,7 @@ paper's models have them.
 
 Scores are kept in DIR (2.2 GB with the copies): what is there is not made again. smoothgrad takes 100 sweeps for each
 of seven sets of scores, a quarter of an hour each on two idle cores: `--draws` and `--samples` make less of it, and are
-recorded. A method whose figures the JSON file has is not scored again.
+recorded. Rows of a method whose figures the JSON file has are not scored again.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def verdicts(results: Mapping[str, Any]) -> list[str]:
 
     most = f"{RATIOS[-1]:.0%}"
     lines = [
-        f"{name}: at {most} other texts change {share(name, 'other calibration', RATIOS[-1]):.1%} of what goes, "
-        f"{', '.join(f'{row} {share(name, row, RATIOS[-1]):.1%}' for row in rows if row != 'other calibration')}"
+        f"{name}: of the {most} that go, others by "
+        + ", ".join(f"{row} {share(name, row, RATIOS[-1]):.1%}" for row in rows)
         for name, rows in methods.items()
     ]
     for row in next(iter(methods.values())):
@@ -267,10 +267,10 @@ def main(
     scored = partial(scores_of, model=model, work=work, data=data, draws=draws, samples=samples)
     rows = {row: runs for row, runs in ROWS.items() if (row in only if only else half or row != OWN)}
     for name in names:
-        if name in results["methods"]:
-            continue
-        found = {row: (scored(name, one), scored(name, other)) for row, (one, other) in rows.items()}
-        results["methods"][name] = {row: compared(*pair) for row, pair in found.items()}
+        there = results["methods"].get(name, {})
+        made = {row: (scored(name, one), scored(name, other)) for row, (one, other) in rows.items() if row not in there}
+        there |= {row: compared(*pair) for row, pair in made.items()}
+        results["methods"][name] = {row: there[row] for row in ROWS if row in there}
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if alone:
         results["alone"] = layer_alone(model, data, {name: scored(name, (STORED, "float32", 0)) for name in names})
