@@ -127,7 +127,8 @@ def write_gguf(
         raise OutputError(f"{file} exists; choose another --output, or pass --overwrite to replace it")
     if file.is_dir():
         raise OutputError(f"{file} is a directory; choose a file as --output")
-    if file.exists() and any(file.samefile(each) for each in source.rglob("*") if each.suffix != ".gguf"):
+    read = (each for each in source.rglob("*") if each.is_file() and each.suffix != ".gguf")
+    if file.exists() and any(file.samefile(each) for each in read):
         raise OutputError(f"{file} is a file of the model itself; choose another --output")
     check_directory(file.absolute().parent, "--output")
     with Checkpoint(source) as checkpoint:

@@ -84,11 +84,8 @@ def choose_placement(
 
     def left(host: int) -> int:
         """Return the bytes that the page cache has for layers beside `host` bytes of tensors."""
-        return (
-            max(0, int(CACHE_SHARE * (memory - baseline - host - holes(host, gpu))))
-            if config.reader == "buffered"
-            else 0
-        )
+        free = memory - baseline - host - holes(host, gpu)
+        return max(0, int(CACHE_SHARE * free)) if config.reader == "buffered" else 0
 
     # Smaller micro-batches come last: sums differ by them in their last bits, by where things stay they do not.
     for micro_batch in _micro_batches(config, sweeper.micro_batch):
