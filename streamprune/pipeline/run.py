@@ -338,7 +338,7 @@ def foretell(config: PruneConfig, *, measure: bool = False, assume: str | None =
         StreampruneError: as `prune` before its work begins.
     """
     resolve_settings(config.method, config.settings, config.target)  # refused before a model is looked for
-    form_class(config, None).check_machine()
+    form_class(config).check_machine()
     if assume is not None:
         if config.device is not None and not config.device.startswith("cuda"):
             raise UsageError(f"--device {config.device} is no {assume}; leave it or --assume {assume} out")

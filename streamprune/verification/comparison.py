@@ -224,10 +224,8 @@ def _check_source(model: str, skeleton: Skeleton, output: Checkpoint, kept: Kept
             for layer, units in kept.items()
             for kind in units
         )
-        sizes = {
-            name: output.config.get(name, getattr(skeleton.config, name)) for name in ("vocab_size", "hidden_size")
-        }
-        misfit |= any(size != getattr(skeleton.config, name) for name, size in sizes.items())
+        sizes = {name: getattr(skeleton.config, name) for name in ("vocab_size", "hidden_size")}
+        misfit |= any(output.config.get(name, size) != size for name, size in sizes.items())
     else:  # single weights are 0, and each matrix as large as it was
         shapes = {
             skeleton.layer_prefix(layer) + name: tuple(skeleton.shapes(layer)[name])
