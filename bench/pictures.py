@@ -27,6 +27,7 @@ STYLE = """
 """
 # Of a middle brightness: they can be told apart on white and on black.
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b7dd8", "#d9822b", "#2f9e6e", "#9a67d6", "#d1495b", "#8a8f98"
+CYAN = "#12a5bb"
 # (file of results, name of the run) of bench/larger.py
 LARGER = (
     ("larger.json", "two CPU cores, 6 GiB of memory"),
@@ -34,6 +35,7 @@ LARGER = (
     ("larger-h100.json", "H100, 22 GiB of GPU memory"),
 )
 METHODS = {"random": GREY, "taylor": BLUE, "moreau-gs": PURPLE, "wanda-sp": ORANGE, "flap": GREEN, "gblm": RED}
+METHODS |= {"thinet": CYAN}  # measured on a CPU
 RATIOS = (20, 30, 40, 50)
 TEXT = "test 128"  # 100 segments of 128 tokens of WikiText-2's test split
 
@@ -117,7 +119,7 @@ def quality() -> str:
 
     Random units without the repair are off it.
     """
-    measured = results("quality-h100.json")
+    measured = results("policy-float32.json") | results("quality-h100.json")
     low, high, top, bottom = 50.0, 300.0, 60, 380
 
     def height(perplexity: float) -> float:
@@ -145,7 +147,7 @@ def quality() -> str:
         for method, y in spread(ends, 15).items():
             parts.append(text(left + 277, y + 5, method, colour=METHODS[method]))
     parts.append(text(60, bottom + 42, "part of the units of layers 4 to 27 that is removed", "soft"))
-    return svg(860, bottom + 56, "Perplexity of SmolLM2-135M pruned by six methods, without and with repair", parts)
+    return svg(860, bottom + 56, "Perplexity of SmolLM2-135M pruned by seven methods, without and with repair", parts)
 
 
 PICTURES = {"memory.svg": memory, "quality.svg": quality}

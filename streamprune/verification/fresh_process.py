@@ -68,7 +68,7 @@ class FreshProcess:
                 killed = "its process was killed, probably for memory; free some"
                 raise StreampruneError(f"{self._directory} could not be loaded: {killed}")
             lines = (self.path / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            what = "does not run" if (self.path / "loaded").exists() else "does not load"
+            what = "does not run" if (self.path / "loaded").exists() else "does not load"  # the child's LOADED
             raise StreampruneError(f"{self._directory} {what} in plain transformers: {(lines or ['no message'])[-1]}")
         logits = load_file(self.path / "logits.safetensors")["logits"]
         return json.loads((self.path / "findings.json").read_text()) | {"logits": logits}

@@ -151,13 +151,15 @@ def test_a_matrix_that_is_not_2_4_is_never_stored(package):
         sparse24.parts("a.weight", torch.ones(4, 8))
 
 
-def test_without_the_package_it_is_refused_before_any_work(monkeypatch, refused, tmp_path):
+def test_without_the_package_it_is_refused_before_any_work(monkeypatch, refused, streamprune, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] == "compressed_tensors"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     # Not even the model is looked at.
     message = refused(tmp_path / "none", *OPTIONS, "--compress", code=2, names=("--compress", "compressed-tensors"))
     assert "pip install 'streamprune[compressed]'" in message
+    planned = streamprune("plan", "--model", tmp_path / "none", *OPTIONS, "--compress")
+    assert planned.code == 2 and message in planned.err
 
 
 def test_a_version_that_has_lost_the_format_is_refused(monkeypatch, refused, model):

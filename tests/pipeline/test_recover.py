@@ -1,10 +1,12 @@
 """`streamprune recover` as a user runs it: what comes out, what is refused, and runs that are cut short."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,8 +265,12 @@ MISUSES: dict[str, tuple[tuple[object, ...], int, tuple[str, ...]]] = {
         1,
         ("--host-memory", "--batch"),
     ),
-    "less than the model": (("--data", "DATA", "--field", "output", "--host-memory", "10KB"), 1, ("--streamed",)),
-    "less than its logits": (("--data", "DATA", "--field", "output", "--host-memory", "3MB"), 1, ("--streamed",)),
+    "gpu memory in memory": (
+        ("--data", "DATA", "--field", "output", "--gpu-memory", "1GB", "--device", "cpu"),
+        2,
+        ("--gpu-memory",),
+    ),
+    "scratch alone": (("--data", "DATA", "--scratch", "x"), 2, ("--scratch", "--streamed", "--distill")),
 }
 
 
@@ -281,6 +287,36 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_written(
     result = streamprune("recover", "--model", model, "--output", output, "--quiet", *fast, *given)
     assert snapshot(tmp_path) == before
     check_refusal(result, code, names)
+
+
+def test_what_it_is_measured_on_has_the_field_of_the_data(
+    streamprune: Streamprune, model: Path, data: Path, output: Path
+) -> None:
+    options = ("--data", data, *FAST, "--field", "output", "--steps", 1, "--streamed", "--evaluate", data)
+    evaluated = [each for each in options if each != "--no-evaluate"]
+    done = streamprune("recover", "--model", model, "--output", output, *evaluated)
+    assert done.code == 0, done.err
+    assert "perplexity" in json.loads((output / OWN_FILE).read_text())["recovery"]
+
+
+def test_a_training_in_memory_has_room_beside_its_process(
+    streamprune: Streamprune, model: Path, data: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = 500_000_000
+    taken = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=process))
+    monkeypatch.setattr(recovery_work.psutil, "Process", lambda: taken)
+    options = ("recover", "--model", model, "--data", data, "--output", output, *FAST, "--field", "output")
+
+    def needed(*more: object) -> float:
+        refused = streamprune(*options, "--steps", 1, *more, "--host-memory", process + 1000)
+        check_refusal(refused, 1, ("beside the process's 500 MB", "--streamed"))
+        return float(re.search(r"more than ([\d.]+) MB", refused.err)[1]) * 1e6
+
+    assert needed() > 1.2 * needed("--micro-batch", 1)  # logits are among it
+    # Of what is left a twentieth is margin, and half of the rest what tensors leave between them.
+    short = streamprune(*options, "--steps", 1, "--host-memory", int(process + 2 * needed()))
+    check_refusal(short, 1, ("a training in memory takes more than",))
+    assert streamprune(*options, "--steps", 1, "--host-memory", int(process + 2.2 * needed())).code == 0
 
 
 def test_an_output_that_would_replace_the_model_is_refused(streamprune: Streamprune, ragged: Path, data: Path) -> None:

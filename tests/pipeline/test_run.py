@@ -18,6 +18,7 @@ from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.model.skeleton import Skeleton
 from streamprune.paging.device import CudaDevice, compute_dtype, limit_memory
 from streamprune.paging.pager import Pager
+from streamprune.pipeline import run
 from streamprune.storage.checkpoint import Checkpoint, resolve_model
 from streamprune.streaming.perplexity import Perplexity
 
@@ -222,3 +223,17 @@ def test_beside_a_card_memory_is_what_lies_there_and_not_on_the_card(streamprune
     plan = ("plan", "--model", tiny_llama, "--assume", "l4", "--layers", "1:7", "--seq-len", 32)
     refused = streamprune(*plan, "--host-memory", "1MiB")
     assert refused.code == 1 and "of slots" not in refused.err and "of embeddings and head" not in refused.err
+
+
+def test_the_result_is_measured_with_hidden_states_where_they_were_planned(tiny_llama, tmp_path, monkeypatch):
+    seen, measure = [], run._perplexity
+
+    def measured(sweeper, segments, when, progress):
+        seen.append((when, sweeper.place, sweeper.scratch))
+        return measure(sweeper, segments, when, progress)
+
+    monkeypatch.setattr(run, "_perplexity", measured)
+    monkeypatch.setattr("streamprune.planning.placement.places", lambda config, gpu: ["scratch"])
+    options = {"samples": 4, "seq_len": 16, "layers": (1, 7), "scratch": tmp_path / "spill"}
+    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "random", **options))
+    assert seen == [(when, "scratch", tmp_path / "spill") for when in ("before", "after")]

@@ -7,11 +7,11 @@ import psutil
 import pytest
 import torch
 from cli_runner import snapshot
-from tiny_models import save_tiny
+from tiny_models import make_sweeper, save_tiny
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError
-from streamprune.planning.placement import MOST_UPDATES, updates_per_pass
+from streamprune.planning.placement import HOLES, MOST_UPDATES, budget_of, holes, memory_limits, updates_per_pass
 
 MIB = 2**20
 METHODS = [
@@ -180,3 +180,13 @@ def test_updates_share_a_pass_until_it_computes_for_as_long_as_it_reads(disk, up
     others = SimpleNamespace(name="writing", disk=1e15, moved=0, up=1e15, forward=0)
     assert updates_per_pass(SimpleNamespace(stages=[stage, others]), 600, gpu) == count
     assert updates_per_pass(SimpleNamespace(stages=[stage, others]), 2, gpu) == min(2, count)
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 10**6, 5 * 10**7, HOLES - 1, HOLES + 1, 10**9, 10**11])
+def test_a_budget_has_room_for_its_tensors_and_little_more(tensors, tiny_llama):
+    """Beside a process of 300 MB, on a CPU: tensors, holes as large up to 128 MiB, and a twentieth."""
+    sweeper, baseline = make_sweeper(tiny_llama), 300 * MIB
+    config = SimpleNamespace(gpu_memory=None, host_memory=budget_of(tensors, False) + baseline)
+    _, (_, room) = memory_limits(config, sweeper, baseline, 1 << 50)
+    assert tensors <= room <= tensors + 2 * MIB
+    assert room + holes(room, False) <= config.host_memory - baseline

@@ -228,6 +228,16 @@ def test_a_norm_over_all_heads_is_compared_with_its_epsilon(
     assert not failed(tmp_path / "out")
 
 
+def test_a_model_that_loads_and_does_not_run_is_said_to(
+    streamprune: Any, pruned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generation(model: Any, ids: torch.Tensor) -> None:
+        raise RuntimeError("no kernel for it")
+
+    monkeypatch.setattr(_verify_child, "generation", generation)
+    check_refusal(streamprune("verify", pruned), 1, ("does not run in plain transformers",), "no kernel for it")
+
+
 # The generation that is compared.
 
 
