@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,13 +30,15 @@ class CalledProcess:
         self.arguments, self.said, self.stdin = command[3:], Path(stdout.name), io.BytesIO()
 
     def wait(self) -> int:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, self.said.open("w") as said:
             patch.setattr(sys, "stdin", io.StringIO(self.stdin.getvalue().decode()))
-            try:
-                _verify_child.examine(*self.arguments)
-            except Exception:
-                self.said.write_text(traceback.format_exc())
-                return 1
+            # As the child's: transformers may draw a bar there.
+            with redirect_stdout(said), redirect_stderr(said):
+                try:
+                    _verify_child.examine(*self.arguments)
+                except Exception:
+                    traceback.print_exc()
+                    return 1
         return 0
 
     def kill(self) -> None:
