@@ -4,8 +4,9 @@
 
 Each estimator is given as many masks a step, of as many tokens, and estimates the slopes along what units of a layer
 and kind share. Its noise is the trace of the estimates' covariance, its signal the square of their mean's length, less
-what noise adds to it; noise / signal is how many steps have to be averaged until the two are equal. DIR holds
-wikitext2-valid.txt.
+what noise adds to it. Steps are what has to be averaged until the noise is as large as the slopes: those of a
+first-order (Taylor) loss, whose closed form is known in the coordinates of each estimator, times what the losses of
+masks show of it; of `explore`, which draws other masks, the signal. DIR holds wikitext2-valid.txt.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from streamprune.texts.corpus import open_corpus
 
 LAYERS, SAMPLES, SEQ_LEN = (4, 28), 64, 128
 MASKS, BATCH = 4, 2
+FLOORED = {"variant": "exact", "floor": 0.05}
+OTHER_TEXTS, PAIRS = "the other masks, on other texts", "opposite masks, the other pairs"
+BY_PROBABILITIES, BY_FLOORED = "the other masks, by probabilities", "the same, none nearer to 0 or 1 than 0.05"
 Slopes = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (masks, losses, probabilities they were drawn from)
 
 
@@ -72,11 +76,18 @@ def shared(space: Space, row: Tensor) -> Tensor:
     return torch.zeros(int(of.max()) + 1, dtype=torch.float64).index_add_(0, of, row)
 
 
+def others(losses: Tensor) -> Tensor:
+    """Mean of the other losses, of each."""
+    return (losses.sum() - losses) / (len(losses) - 1)
+
+
+def by_probabilities(space: Space) -> Slopes:
+    """The paper's estimator (Eq. 6), which `natural=yes` multiplies by s(1 - s): it is the one by logits then."""
+    return lambda masks, losses, p: shared(space, estimate(masks, losses - others(losses), p) / (p * (1 - p)))
+
+
 def baselines(space: Space, surrogate: Tensor) -> dict[str, Slopes]:
     """Estimators on masks that were drawn one by one; what is subtracted from the losses, by name."""
-
-    def others(losses: Tensor) -> Tensor:
-        return (losses.sum() - losses) / (len(losses) - 1)
 
     def plain(masks: Tensor, losses: Tensor, p: Tensor) -> Tensor:
         return shared(space, estimate(masks, losses, p))
@@ -103,32 +114,44 @@ def measure(statistics: Statistics, space: Space, start: Tensor, scores: Tensor,
     """Noise and signal of every estimator, at the same probabilities."""
     found: dict[str, list[Tensor]] = {}
     given = {"masks": MASKS, "batch": BATCH}
-    apart, pairs, directed = (
+    apart, pairs, directed, floored = (
         Policy(space, start, resolve_settings("bernoulli", {**given, **more}, "units"), 0, {})
-        for more in ({"variant": "exact"}, {"variant": "logits"}, {"variant": "best"})
+        for more in ({"variant": "exact"}, {"variant": "logits"}, {"variant": "best"}, FLOORED)
     )
-    estimators = baselines(space, -scores)
-    p = apart.sampled_from
+    estimators, p = baselines(space, -scores), apart.sampled_from
+    known = {name: p * (1 - p) for name in (*estimators, OTHER_TEXTS, PAIRS)}  # ∂p of an estimator's coordinates
+    known |= dict.fromkeys((BY_PROBABILITIES, BY_FLOORED), torch.ones_like(p))
+    said, shown = [], []
     for step in range(repeat):
         rows = _batch(statistics, BATCH, step)
         masks = apart.draw(step)
         losses = losses_of(statistics, space, masks, [rows] * MASKS)
-        for name, slopes in estimators.items():
+        for name, slopes in {**estimators, BY_PROBABILITIES: by_probabilities(space)}.items():
             found.setdefault(name, []).append(slopes(masks, losses, p))
+        drawn = masks.double()
+        said.append((drawn - drawn.mean(0)) @ -scores)
+        shown.append(losses - losses.mean())
+        masks = floored.draw(step)
+        losses = losses_of(statistics, space, masks, [rows] * MASKS)
+        found.setdefault(BY_FLOORED, []).append(by_probabilities(space)(masks, losses, floored.sampled_from))
         own = [_batch(statistics, BATCH, repeat + step * MASKS + number) for number in range(MASKS)]
+        masks = apart.draw(step)
         losses = losses_of(statistics, space, masks, own)
-        name = "the other masks, on other texts"
-        found.setdefault(name, []).append(estimators["the other masks"](masks, losses, p))
+        found.setdefault(OTHER_TEXTS, []).append(estimators["the other masks"](masks, losses, p))
         masks = pairs.draw(step)
         losses = losses_of(statistics, space, masks, [rows] * MASKS)
         gains = losses - pairs._baseline(losses)
-        found.setdefault("opposite masks, the other pairs", []).append(shared(space, estimate(masks, gains, p)))
+        found.setdefault(PAIRS, []).append(shared(space, estimate(masks, gains, p)))
         masks = directed.draw(step)
         losses = losses_of(statistics, space, masks, [rows] * MASKS)
         noise, spread = directed._noise(step), directed.settings["spread"]
         found.setdefault("explore", []).append((losses[0::2] - losses[1::2]) @ noise / (2 * spread * len(noise)))
         click.echo(f"  {step + 1} of {repeat}", err=True)
-    return {name: signal_and_noise(torch.stack(each)) for name, each in found.items()}
+    results: dict[str, Any] = {name: signal_and_noise(torch.stack(each)) for name, each in found.items()}
+    x, y = torch.cat(said), torch.cat(shown)
+    for name, derivative in known.items():
+        results[name]["first order"] = float(shared(space, -scores * derivative * (x @ y / (x @ x))).square().sum())
+    return {"estimators": results, "correlation": float(x @ y / (x.norm() * y.norm()))}
 
 
 def signal_and_noise(estimates: Tensor) -> dict[str, float]:
@@ -148,13 +171,16 @@ def main(data: Path, model: Path | None, ratio: float, repeat: int, json_file: P
     path = model or Path(demo.fetch(default_cache(), Progress()))
     with opened(path, data, ratio) as (statistics, space, start, scores):
         results = measure(statistics, space, start, scores, repeat)
-    rows = [["losses are compared with", "noise", "signal", "noise / signal"]]
-    for name, each in results.items():
-        share = f"{each['noise'] / each['signal']:,.0f}" if each["signal"] > 0 else "no signal found"
-        rows.append([name, f"{each['noise']:.3g}", f"{max(0.0, each['signal']):.3g}", share])
+    rows = [["losses are compared with", "noise", "signal", "first order", "steps"]]
+    for name, each in results["estimators"].items():
+        slopes = each.get("first order", each["signal"])
+        steps = f"{each['noise'] / slopes:,.0f}" if slopes > 0 else "no signal found"
+        first = f"{each['first order']:.3g}" if "first order" in each else "-"
+        rows.append([name, f"{each['noise']:.3g}", f"{each['signal']:.3g}", first, steps])
     print(table(rows, markdown=True))
+    print(f"correlation of a first-order loss with the losses of masks: {results['correlation']:.2f}")
     if json_file is not None:
-        json_file.write_text(json.dumps({"ratio": ratio, "repeat": repeat, "estimators": results}, indent=1) + "\n")
+        json_file.write_text(json.dumps({"ratio": ratio, "repeat": repeat, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
