@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -123,9 +122,9 @@ def _card_rows(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def perplexity_cells(perplexity: Mapping[str, Any]) -> list[str]:
-    """Write perplexity before and after, with two decimals."""
+    """Write perplexity before and after, with two decimals; where it could not be measured, or is infinite: "-"."""
     values = (perplexity["before"], perplexity["after"])
-    return ["not measured" if math.isnan(value) else f"{value:.2f}" for value in values]
+    return ["-" if value is None else f"{value:.2f}" for value in values]
 
 
 def _recipe(facts: Mapping[str, Any], config: type[PruneConfig]) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def prune(
             except (MemoryError, torch.OutOfMemoryError):  # an output of hours is worth more than its figure
                 after = math.nan
                 progress.say("out of memory while the result is measured: it is written; try `streamprune eval` on it")
-            facts["perplexity"]["after"] = after
+            facts["perplexity"]["after"] = after if math.isfinite(after) else None  # JSON has no infinity
         facts["seconds"] = {"scoring": facts["scoring"]["seconds"], "total": time.perf_counter() - started}
         facts |= peaks() | timeline.facts()
         write_json(directory / OWN_FILE, facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,7 +85,7 @@ def read_output(directory: Path) -> PrunedOutput:
 
     def read() -> PrunedOutput:
         measured = facts.get("perplexity")
-        if measured and math.isnan(measured["after"]):  # there was no memory left for it
+        if measured and measured["after"] is None:  # there was no memory left for it, or it is infinite
             measured = None
         perplexity = (float(measured["before"]), float(measured["after"])) if measured else None
         last = facts["recovery"].get("perplexity") if "recovery" in facts else measured
