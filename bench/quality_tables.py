@@ -14,7 +14,7 @@ STARTS = {
 }
 MORE = {f"{n} steps": {"steps": n} for n in (1200, 2400)}
 MORE |= {"repaired": {"repaired": "yes"}, **{f"{n} a pass": {"per_pass": n} for n in (8, 16, 64)}}
-STARTS |= {f"{start}, {what}": STARTS[start] | more for start in ("wanda-sp", "thinet") for what, more in MORE.items()}
+STARTS |= {f"{start}, {what}": STARTS[start] | more for start in STARTS for what, more in MORE.items()}
 # Table -> methods and their settings; those of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
     "main": (

@@ -15,6 +15,11 @@ def human(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def number_of(count: int, what: str) -> str:
+    """Write a count with its noun: 1 step, 1,200 steps."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def peak_rss() -> int:
     """Bytes of the process's largest resident set so far (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():

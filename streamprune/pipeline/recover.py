@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import StreampruneError
-from streamprune.figures import peak_rss
+from streamprune.figures import number_of, peak_rss
 from streamprune.output import companions
 from streamprune.output.card import ADAPTER_LAYOUT, recovered_card
 from streamprune.output.ragged_form import unchanged_form
@@ -318,9 +318,9 @@ def _recovery_facts(
     rank, alpha = len(trained.adapter.parameters[0]), trained.adapter.alpha
     merged = "kept apart" if config.adapter else "merged into the weights"
     lora = f"LoRA of rank {rank}, alpha {alpha:g}, on all linear layers of the decoder"
-    steps = f"{len(trained.steps):,} steps of {config.batch} sequences, " if work.course is not None else ""
+    steps = f"{number_of(len(trained.steps), 'step')} of {number_of(config.batch, 'sequence')}, "
     facts: dict[str, Any] = {
-        "done": f"{lora}: {steps}{merged}",
+        "done": f"{lora}: {steps * (work.course is not None)}{merged}",
         "recipe": _recipe(config),
         "options": options,
         "versions": {name: importlib.metadata.version(name) for name in LORA_PACKAGES if config.data or name != "peft"}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from streamprune.errors import CheckpointError, StreampruneError, UsageError
-from streamprune.figures import human
+from streamprune.figures import human, number_of
 from streamprune.model.skeleton import Skeleton
 from streamprune.output.form import OutputForm
 from streamprune.output.ragged_form import unchanged_form
@@ -142,7 +142,8 @@ def prepare_recovery(
         len(train), config.batch, config.epochs, config.steps, config.learning_rate, config.warmup, config.seed
     )
     progress.say(f"{data.describe()}; {len(held_out):,} are held out")
-    progress.say(f"{course.steps:,} steps of {course.batch} sequences, LoRA of rank {len(adapter.parameters[0])}")
+    steps = f"{number_of(course.steps, 'step')} of {number_of(course.batch, 'sequence')}"
+    progress.say(f"{steps}, LoRA of rank {len(adapter.parameters[0])}")
     longest = padded([max(data.found, key=lambda each: len(each.ids))], skeleton.positions)[0].shape[1]
     if config.streamed:
         measured = _measured(segments, held_out, longest)
