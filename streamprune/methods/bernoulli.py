@@ -13,7 +13,7 @@ from torch import Tensor
 from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed
 from streamprune.methods.budget import FEW_UNITS, Space, start_from_scores
-from streamprune.methods.policy import RAMP, Policy
+from streamprune.methods.policy import RAMP, ROUNDING, Policy
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
@@ -60,6 +60,7 @@ def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores
                 statistics.note(step=step, **policy.told(step))
         if policy.settled(numbers[-1]):
             break
+    policy.check_learnt()
     _put(sink, space.split(policy.scores))
 
 
@@ -178,7 +179,7 @@ def _stage(space: Space, samples: int, settings: Mapping[str, Any]) -> int:
         UsageError: it would not be down before the last step.
     """
     stage = math.ceil(samples / (EPOCH_STAGES * settings["batch"]))
-    falls = math.ceil(space.gone / RAMP) - 1
+    falls = math.ceil(space.gone / RAMP - ROUNDING) - 1
     if stage * falls >= settings["steps"]:
         raise UsageError(
             f"--set steps={settings['steps']}: {PROGRESSIVE} comes down to the budget after {stage * falls} with "

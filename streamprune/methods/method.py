@@ -26,7 +26,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     whole: bool = False  # an integer, also where the default is none
     path: bool = False  # the path of an earlier run is taken beside the choices
-    beside: tuple[str, tuple[Any, ...]] | None = None  # another one, and its values with which this one does something
+    beside: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # others' values with which it does something
 
     def parse(self, name: str, value: Any) -> Any:
         """`value` (a string from the command line, or already typed) checked, or a UsageError."""
@@ -124,14 +124,15 @@ class Method:
         """
         own = self.variants[settings["variant"]] if self.variants else {}
         for name, setting in self.settings.items():
-            if setting.beside is None:
+            if settings[name] == own.get(name, setting.default):
                 continue
-            other, values = setting.beside
-            if settings[other] not in values and settings[name] != own.get(name, setting.default):
-                instead = "" if values[0] is None else f", or pass --set {other}={values[0]}"
-                raise UsageError(
-                    f"--set {name}={settings[name]} does nothing with {other}={settings[other]}; leave it out{instead}"
-                )
+            for other, values in setting.beside.items():
+                if settings[other] not in values:
+                    instead = "" if values[0] is None else f", or pass --set {other}={values[0]}"
+                    raise UsageError(
+                        f"--set {name}={settings[name]} does nothing with {other}={settings[other]}; "
+                        f"leave it out{instead}"
+                    )
 
 
 def _imported(function: str | Callable[..., None]) -> Callable[..., None]:

@@ -28,6 +28,8 @@ STATE = 0  # the layer by whose number the policy's tensors are kept in a store
 BETAS, EPSILON = (0.9, 0.99), 1e-12  # of Adam; losses of single masks are noise for the most part
 AS_NORMAL = 1.702  # σ(1.702 x) is the normal distribution's Φ(x) to 0.01
 MOST_REFUSED = 10  # steps in a row without a finite loss
+MOST_MOVED = 0.1  # of probabilities in one step, on the average, that may end with all of them at 0 or 1
+ROUNDING = 1e-9  # of parts, that are sums of floating-point numbers
 RAMP = 0.05  # of all parameters, by which the budget of `random-progressive` falls
 FIGURES = ("loss", "baseline", "kept", "entropy", "changed", "refused")  # of a step
 
@@ -41,7 +43,10 @@ def estimate(masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
     Args:
         gains: L − b of each mask [count]; b must not depend on that mask.
     """
-    return gains @ (masks.double() - p) / len(gains)
+    total = torch.zeros_like(p)
+    for mask, gain in zip(masks, gains, strict=True):  # one at a time: of millions of units all take gigabytes
+        total += gain * (mask.double() - p)
+    return total / len(gains)
 
 
 class Policy:
@@ -87,7 +92,8 @@ class Policy:
         """Return the part of what is to go that does at a step, and the space with its budgets."""
         if self._stage is None:
             return 1.0, self._whole
-        part = min(1.0, RAMP * (1 + step // self._stage) / max(RAMP, self._whole.gone))
+        part = RAMP * (1 + step // self._stage) / max(RAMP, self._whole.gone)
+        part = 1.0 if part > 1 - ROUNDING else part
         return part, self._whole.eased(part)
 
     def _put(self, **tensors: Tensor) -> None:
@@ -122,11 +128,13 @@ class Policy:
         if self.settings["learner"] == "explore":
             moved, ways = self._get("moved"), self.settings["spread"] * self._noise(step)
             return torch.stack([self._masks.kept(moved + sign * way, self._part) for way in ways for sign in (1, -1)])
-        count, p, generator = self.settings["masks"], self.sampled_from, self._generator(step)
-        if self.settings["antithetic"] == "no":
-            return torch.rand((count, len(p)), generator=generator, dtype=torch.float64) < p
-        half = torch.rand((-(-count // 2), len(p)), generator=generator, dtype=torch.float64)
-        return torch.stack([half, 1 - half], dim=1).flatten(0, 1)[:count] < p
+        p, generator, size = self.sampled_from, self._generator(step), 2 if self.settings["antithetic"] == "yes" else 1
+        masks = torch.empty((self.settings["masks"], len(p)), dtype=torch.bool)
+        for first in range(0, len(masks), size):
+            drawn = torch.rand(len(p), generator=generator, dtype=torch.float64)
+            for opposite, mask in enumerate(masks[first : first + size]):
+                torch.lt(1 - drawn if opposite else drawn, p, out=mask)
+        return masks
 
     @cached_property
     def _of(self) -> Tensor:
@@ -201,6 +209,11 @@ class Policy:
             if math.isfinite(value)
         }
 
+    def check_learnt(self) -> None:
+        """Raise a StreampruneError if no step was learnt from: all that were made were refused."""
+        if not bool(self._get("figures")[:, FIGURES.index("baseline")].isfinite().any()):
+            raise StreampruneError("no step had losses that are finite, so nothing was learnt; try --dtype float32")
+
     def settled(self, step: int) -> bool:
         """Tell whether nothing has changed side in `patience` steps up to this one, all of them at the last budget."""
         window = self.settings["patience"]
@@ -228,16 +241,20 @@ class Policy:
 
     def _projected(self, step: int, steps: int, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:
         """Take a step against the estimate of ∇Φ and project it onto the budget (Algorithm 1)."""
-        published, lr = self.settings["variant"] == "published", self.settings["lr"]
+        published, lr, before = self.settings["variant"] == "published", self.settings["lr"], self.s
         variance, gradient = p * (1 - p), estimate(masks, gains, p)
         if published:
             lr *= (1 + math.cos(math.pi * step / steps)) / 2
             gradient *= len(gains) / max(1, len(gains) - 1) / variance.sqrt()
         elif self.settings["natural"] == "no":  # of these coordinates the Fisher information is 1/(s(1 − s))
             gradient /= variance
-        s = self.space.project(self.s - lr * gradient)
-        if 0 < self.space.gone < 1 and bool(((s == 0) | (s == 1)).all()):
-            raise StreampruneError(f"after step {step + 1} every probability is 0 or 1; lower --set lr={lr}")
+        s = self.space.project(before - lr * gradient)
+        # Of few units of one cost that may also be where learning ends, a little at a time.
+        at_ends, far = bool(((s == 0) | (s == 1)).all()), float((s - before).abs().mean()) > MOST_MOVED
+        if 0 < self.space.gone < 1 and at_ends and far:
+            raise StreampruneError(
+                f"after step {step + 1} every probability is 0 or 1; lower --set lr={self.settings['lr']}"
+            )
         return s
 
     def _shared(self, masks: Tensor, gains: Tensor, p: Tensor) -> Tensor:

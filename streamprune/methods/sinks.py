@@ -30,7 +30,9 @@ def check_scores(scores: Tensor) -> None:
 def zscores(scores: Tensor) -> Tensor:
     """Return scores [n], float64, less their mean and over their standard deviation; of equal ones zeros."""
     scores = scores.double()
-    deviation = scores.std() if len(scores) > 1 else torch.zeros(())
+    if len(scores) < 2:
+        return torch.zeros_like(scores)
+    deviation = scores.std()
     # That of equal scores may be what rounding has left of it.
     equal = deviation <= 1e-12 * scores.abs().max()
     return torch.zeros_like(scores) if equal else (scores - scores.mean()) / deviation

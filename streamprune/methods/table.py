@@ -132,7 +132,9 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "published": {**_PAPER, "baseline": "published"},
     "logits": {**_OWN, "baseline": "others", "learner": "logits", "batch": 8, "steps": 300},
 }
-_UNIT_BY_UNIT = ("learner", ("projection", "logits"))
+_UNIT_BY_UNIT = {"learner": ("projection", "logits")}
+_WINDOWED = _UNIT_BY_UNIT | {"baseline": ("moving", "published")}
+_UNSCALED = {"learner": ("projection",), "variant": ("exact", "best", "logits")}
 _POLICY = {
     "variant": Setting("best", "what else is not set", choices=tuple(_VARIANTS)),
     "init": Setting(
@@ -148,7 +150,7 @@ _POLICY = {
         None, "updates that one pass over the layers serves, K; by default the plan's", minimum=1, whole=True
     ),
     "lr": Setting(None, f"step size{_CHOSEN}", minimum=0, exclusive=True),
-    "window": Setting(5, "steps of the moving baseline", minimum=1, beside=_UNIT_BY_UNIT),
+    "window": Setting(5, "steps of the moving baseline", minimum=1, beside=_WINDOWED),
     "baseline": Setting(
         None, f"what losses are compared with{_CHOSEN}", choices=("moving", "others", "published"), beside=_UNIT_BY_UNIT
     ),
@@ -159,11 +161,9 @@ _POLICY = {
         "deviation σ of what explore tries, in those of scores",
         minimum=0,
         exclusive=True,
-        beside=("learner", ("explore",)),
+        beside={"learner": ("explore",)},
     ),
-    "natural": Setting(
-        "no", "times s(1 - s), in projection", choices=("yes", "no"), beside=("learner", ("projection",))
-    ),
+    "natural": Setting("no", "times s(1 - s), in projection", choices=("yes", "no"), beside=_UNSCALED),
     "repaired": Setting(
         None, "masks are tried with o and down fitted: by default of units with --compensate", choices=("yes", "no")
     ),
@@ -221,7 +221,7 @@ _ROWS = (
         "MoreauPruner-GS, arXiv 2406.07017",
         {
             **_moreau_settings(rho=0.2, gamma=2e-4),
-            "eta": Setting(5e-6, "threshold of the group norms", minimum=0, beside=("eta_quantile", (None,))),
+            "eta": Setting(5e-6, "threshold of the group norms", minimum=0, beside={"eta_quantile": (None,)}),
             "eta_quantile": Setting(None, "eta from this quantile of them at step 0", minimum=0, maximum=1),
         },
         sweeps=_moreau_sweeps,
@@ -268,7 +268,7 @@ _ROWS = (
         "GBLM-Pruner, arXiv 2311.04902",
         {
             "p": Setting(1, "norm over the samples' gradients", minimum=1, maximum=2),
-            "alpha": Setting(100.0, "weight of the gradient term", minimum=0, beside=("terms", ("both",))),
+            "alpha": Setting(100.0, "weight of the gradient term", minimum=0, beside={"terms": ("both",)}),
             "terms": Setting("both", "what counts", choices=("both", "gradient")),
             "norm": Setting("mean", "per sample, or as the published code has it", choices=("mean", "published")),
         },

@@ -215,6 +215,8 @@ def test_where_a_repair_follows_masks_are_tried_with_it(given, target, repairs, 
         ({"init": "layer-ppl"}, "units", "layer-ppl has no scores for units"),
         ({"init": "wanda-sp"}, "layers", "wanda-sp has no scores for layers"),
         ({"init": "moreau"}, "units", "--set init=moreau: choose one of"),
+        ({"variant": "published", "natural": "yes"}, "units", "natural=yes does nothing with variant=published"),
+        ({"variant": "logits", "window": 50}, "units", "window=50 does nothing with baseline=others"),
         ({"init": "gblm"}, "units", "--set init=gblm: choose one of"),  # it keeps norms between sweeps
     ],
 )
@@ -251,8 +253,38 @@ def test_a_progressive_policy_waits_for_its_last_budget():
         assert learner.settled(step) == (step >= 4)
 
 
-def test_steps_so_large_that_nothing_is_left_to_learn_are_refused():
-    learner = policy(2.0, variant="exact", lr=1e6, masks=2)
-    with pytest.raises(StreampruneError, match="every probability is 0 or 1; lower --set lr"):
+def test_the_first_budget_may_be_the_last():
+    space = made({(0, "channel"): slice(0, 20)}, torch.ones(20, dtype=F64), 19.0)  # RAMP of all goes
+    start = torch.linspace(0.2, 0.8, 20, dtype=F64)
+    learner = Policy(space, start, settings(variant="exact", patience=1, lr=1e-12), 0, {}, stage=1)
+    learner.learn(0, 2, learner.draw(0), [1.0, 1.0], learner.sampled_from)
+    assert learner.settled(0)
+
+
+def test_learning_that_ends_at_one_mask_is_no_failure():
+    space = made({(0, "layer"): slice(0, 1), (1, "layer"): slice(1, 2)}, torch.ones(2, dtype=F64), 1.0)
+    given = settings(variant="exact", natural="yes", lr=0.1, floor=0.05)
+    learner, worth = Policy(space, torch.full((2,), 0.5, dtype=F64), given, 0, {}), torch.tensor([0.1, 0.9], dtype=F64)
+    been = []
+    for step in range(600):
+        masks = learner.draw(step)
+        learner.learn(step, 600, masks, (-masks.double() @ worth).tolist(), learner.sampled_from)
+        been.append(learner.s.tolist())
+    assert [0, 1] in been and been[-1][1] > 0.9
+
+
+def test_a_run_that_learnt_from_no_step_is_refused():
+    learner = policy(variant="exact")
+    learner.learn(0, 2, learner.draw(0), [1.0, float("nan")], learner.sampled_from)
+    with pytest.raises(StreampruneError, match="nothing was learnt; try --dtype float32"):
+        learner.check_learnt()
+    learner.learn(1, 2, learner.draw(1), [1.0, 2.0], learner.sampled_from)
+    learner.check_learnt()
+
+
+@pytest.mark.parametrize("variant", ["exact", "published"])
+def test_steps_so_large_that_nothing_is_left_to_learn_are_refused(variant):
+    learner = policy(2.0, variant=variant, lr=1e6, masks=2)
+    with pytest.raises(StreampruneError, match=r"every probability is 0 or 1; lower --set lr=1000000\.0$"):
         for step in range(10):
             learner.learn(step, 10, learner.draw(step), [1.0, 50.0], learner.sampled_from)

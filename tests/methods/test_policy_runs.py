@@ -6,10 +6,13 @@ import pytest
 import torch
 from killed_runs import Killed, weights
 from killed_runs import config as killed_config
-from tiny_models import make_sweeper, save_tiny
+from ragged_models import dense_model, random_cuts, write_checkpoint
+from tiny_models import make_sweeper, save_tiny, save_tokenizer
 
 from streamprune import PruneConfig, prune
 from streamprune.errors import StreampruneError, UsageError
+from streamprune.methods.policy import Policy
+from streamprune.model.families import unit_costs
 from streamprune.pipeline.run import foretell
 from streamprune.storage.directory import OWN_FILE
 from streamprune.storage.scores import SCORES_FILE, read_scores
@@ -29,8 +32,51 @@ def test_a_run_is_the_same_twice_and_keeps_the_budget(granularity, variant, tiny
         assert [step["step"] for step in told] == [1, 2, 3, 4]
         assert all(step["loss"] > 0 and step["kept"] > 0 and step["entropy"] >= 0 for step in told)
         outputs.append((result.output / "model.safetensors").read_bytes())
-        assert result.facts["parameters"]["after"] < result.facts["parameters"]["before"]
+        gone = result.facts["parameters"]["before"] - result.facts["parameters"]["after"]
+        one, all_of_them = costs_of(tiny_llama, range(1, 7), granularity)
+        assert 0.3 * all_of_them - one < gone < 0.3 * all_of_them + one
     assert outputs[0] == outputs[1]
+
+
+def costs_of(model, layers, granularity):
+    """Parameters of the largest unit, or layer, and of all of them."""
+    skeleton = make_sweeper(model, dtype=torch.float32).skeleton
+    if granularity == "layers":
+        of = [sum(shape.numel() for shape in skeleton.shapes(layer).values()) for layer in layers]
+        return max(of), sum(of)
+    costs = {layer: unit_costs(skeleton.family, skeleton.geometries[layer], skeleton.shapes(layer)) for layer in layers}
+    units = [cost for layer in layers for kind, cost in costs[layer].items()]
+    return max(units), sum(
+        cost * skeleton.geometries[layer].units(kind) for layer in layers for kind, cost in costs[layer].items()
+    )
+
+
+def test_layers_without_attention_or_mlp_have_no_part_in_it(tmp_path):
+    write_checkpoint(tmp_path / "in", dense_model("llama", vocab_size=260), "llama", random_cuts("policy"))
+    save_tokenizer(tmp_path / "in")
+    options = SHORT | {"layers": (0, 4), "ratio": 0.2, "trust_remote_code": True}
+    kept = prune(PruneConfig(str(tmp_path / "in"), tmp_path / "out", "bernoulli", {"steps": 2}, **options)).kept
+    assert not kept[0].get("kv_group") and not kept[2].get("channel") and kept[0]["channel"] and kept[2]["kv_group"]
+
+
+def test_updates_that_share_a_pass_learn_by_the_probabilities_of_their_draws(tiny_llama, tmp_path, monkeypatch):
+    drawn_from, stale = {}, []
+    draw, learn = Policy.draw, Policy.learn
+
+    def drawing(self, step):
+        drawn_from[step] = self.sampled_from
+        return draw(self, step)
+
+    def learning(self, step, steps, masks, losses, p):
+        assert torch.equal(p, drawn_from[step])
+        stale.append(not torch.equal(p, self.sampled_from))
+        return learn(self, step, steps, masks, losses, p)
+
+    monkeypatch.setattr(Policy, "draw", drawing)
+    monkeypatch.setattr(Policy, "learn", learning)
+    given = {"steps": 4, "per_pass": 2, "variant": "logits", "batch": 1}
+    prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", given, **SHORT))
+    assert stale == [False, True, False, True]
 
 
 @pytest.mark.parametrize(
@@ -202,6 +248,19 @@ def test_every_mask_that_is_tried_is_one_that_a_run_could_end_with(options, with
             layer: {kind: mask.nonzero().flatten().tolist() for kind, mask in of.items()} for layer, of in masks.items()
         }
         assert shape(kept) == shape(end)
+        if "granularity" not in options:
+            block = options.get("round_to", 1) * costs_of(tiny_llama, layers, "units")[0]
+            assert abs(parameters(tiny_llama, kept) - parameters(tiny_llama, end)) < block
+
+
+def parameters(model, kept):
+    """Parameters of units that stay."""
+    skeleton = make_sweeper(model, dtype=torch.float32).skeleton
+    return sum(
+        cost * len(kept[layer][kind])
+        for layer in kept
+        for kind, cost in unit_costs(skeleton.family, skeleton.geometries[layer], skeleton.shapes(layer)).items()
+    )
 
 
 def test_masks_that_are_repaired_are_tried_as_planned(tiny_llama, tmp_path):
