@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from streamprune.streaming.costs import Cost, LayerSizes, Task
 
 FACTORS_OF_H = 1  # FLOPs over width³: a Cholesky factor and its inverse
-POLICY_BYTES = 200  # of a unit: 25 numbers of a policy's space, its state, the masks' order, and what a step makes
+POLICY_BYTES = 300  # of a unit at most: a policy's space, its state, the masks' order, and what a step makes
 
 
 @dataclass(frozen=True)
