@@ -13,7 +13,7 @@ STARTS = {
     name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "thinet", "taylor", "random-progressive")
 }
 MORE = {f"{n} steps": {"steps": n} for n in (1200, 2400)}
-MORE |= {"repaired": {"repaired": "yes"}, **{f"{n} a pass": {"per_pass": n} for n in (8, 16, 64)}}
+MORE |= {"repaired": {"repaired": "yes"}, **{f"{n} a pass": {"per_pass": n} for n in (8, 64)}}
 STARTS |= {f"{start}, {what}": STARTS[start] | more for start in STARTS for what, more in MORE.items()}
 # Table -> methods and their settings; those of one method share its scores where layers and granularity agree.
 TABLES: dict[str, tuple[tuple[str, ...], dict[str, dict[str, Any]]]] = {
