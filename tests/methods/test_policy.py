@@ -4,10 +4,13 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from memory_counter import Counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from toy_spaces import F64, highest, made, random
 
 from streamprune.errors import StreampruneError, UsageError
-from streamprune.methods.needs import INVERSES, MASKED, REFITTED_REMOVALS, REMOVALS
+from streamprune.methods.needs import INVERSES, MASKED, POLICY_BYTES, REFITTED_REMOVALS, REMOVALS
 from streamprune.methods.policy import MOST_REFUSED, Policy, estimate
 from streamprune.methods.table import METHODS, resolve_settings
 
@@ -280,6 +283,34 @@ def test_a_run_that_learnt_from_no_step_is_refused():
         learner.check_learnt()
     learner.learn(1, 2, learner.draw(1), [1.0, 2.0], learner.sampled_from)
     learner.check_learnt()
+
+
+class Counting(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made."""
+
+    def __init__(self):
+        super().__init__()
+        self.counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made_here = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made_here):
+            if isinstance(each, torch.Tensor):
+                self.counter.see(each)
+        return made_here
+
+
+@pytest.mark.parametrize("masks", [4, 64])
+@pytest.mark.parametrize("variant", ["exact", "published", "logits"])
+def test_a_policy_holds_no_more_of_a_unit_than_is_planned_however_many_masks_it_tries(variant, masks):
+    n = 20_000
+    with Counting() as counting:
+        space = made({(0, "channel"): slice(0, n)}, torch.ones(n, dtype=F64), 0.7 * n)
+        learner = Policy(space, torch.rand(n, dtype=F64), settings(variant=variant, masks=masks), 0, {})
+        for step in range(2):
+            drawn = learner.draw(step)
+            learner.learn(step, 2, drawn, torch.rand(masks).tolist(), learner.sampled_from)
+    assert 0.3 * POLICY_BYTES * n < counting.counter.peak - masks * n < POLICY_BYTES * n
 
 
 @pytest.mark.parametrize("variant", ["exact", "published"])
