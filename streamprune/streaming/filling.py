@@ -69,9 +69,9 @@ class Filling:
             ) from error
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Fill in an input of all lines, or of those that stay: [..., width] of its dtype."""
+        """Fill in an input of all lines, or of those that stay, with any behind them: [..., width] of its dtype."""
         width = self.rows.shape[1]
-        left = x if x.shape[-1] == len(self.kept) else x.index_select(-1, self.kept)
+        left = x.index_select(-1, self.kept) if x.shape[-1] == width else x[..., : len(self.kept)]
         whole = left.new_zeros((*left.shape[:-1], width)).index_copy_(-1, self.kept, left)
         right = self.rows @ whole.flatten(0, -2).T.to(self.rows.dtype)
         guess = torch.cholesky_solve(right.to(self.factor.dtype), self.factor).neg_().T

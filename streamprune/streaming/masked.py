@@ -23,6 +23,9 @@ from streamprune.streaming.walk import Visit, walk
 from streamprune.streaming.watch import SeeInput, watch_inputs
 
 CUT_TOKENS = 512  # of a mask, from which on a GPU cuts its weights
+# Widths of cut weights are multiples of it: on a CPU oneDNN compiles a product in half precision for each new shape,
+# and keeps a thousand of them, in up to a gigabyte.
+WIDTH_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,9 @@ def masked_layer(
     """Return the weights, and what is made of inputs, with which a layer does without the units that are not `kept`.
 
     With `cut`, channels are cut out where the layer's modules take their widths from the weights: what goes is not
-    computed. Elsewhere, and of KV groups, the inputs of o and down have zeros where a unit goes; and where a norm spans
-    all heads, weights have, in copies.
+    computed. Up to a multiple of WIDTH_STEP some that stay are computed twice, and lead nowhere. Elsewhere, and of KV
+    groups, the inputs of o and down have zeros where a unit goes; and where a norm spans all heads, weights have, in
+    copies.
 
     Args:
         kept: int64, ascending.
@@ -181,6 +185,9 @@ def masked_layer(
             continue
         members = [each for each in _members(skeleton, kind, weights) if each.tensor not in filled]
         way = _way(skeleton, layer, kind, cut=cut is not None)
+        computed = _padded(units)
+        if way == "cut" and len(computed) >= geometry.units(kind):
+            way = "zeroed"
         if way == "copied":
             copies = {each.tensor: weights[each.tensor].clone() for each in members}
             mask_layer(skeleton, {layer: {kind: units}}, layer, copies, kind)
@@ -188,14 +195,24 @@ def masked_layer(
         elif way == "cut":
             assert cut is not None
             for member in members:
-                lines = kept_lines(member, geometry, units)
+                lines = kept_lines(member, geometry, computed)
                 masked[member.tensor] = _cut(weights[member.tensor], member, lines, cut)
+                if member.dim == 1:
+                    masked[member.tensor][:, len(kept_lines(member, geometry, units)) :] = 0
         else:
             for member in output_matrices(skeleton, layer):
                 if member.kind == kind and member.tensor not in filled:
                     lines, width = kept_lines(member, geometry, units), weights[member.tensor].shape[member.dim]
                     inputs[member.tensor] = Zeroed(width, lines, skeleton.device)
     return masked, inputs
+
+
+def _padded(units: Tensor) -> Tensor:
+    """Return `units` with some of them again behind them, so that they are a multiple of WIDTH_STEP, or none.
+
+    Units that go may not be computed instead: what overflows is not made zero by a weight of zero.
+    """
+    return torch.cat([units, units[torch.arange(-len(units) % WIDTH_STEP) % max(1, len(units))]])
 
 
 def _way(skeleton: Skeleton, layer: int, kind: Kind, *, cut: bool) -> Literal["cut", "zeroed", "copied"]:

@@ -102,6 +102,25 @@ def test_a_gpu_cuts_weights_for_many_tokens_only():
     assert cuts_weights(cpu, 1) and cuts_weights(gpu, CUT_TOKENS) and not cuts_weights(gpu, CUT_TOKENS - 1)
 
 
+def test_widths_of_cut_weights_are_of_few_sizes_and_what_overflows_is_not_among_them(tmp_path):
+    """A product is compiled for each size, and kept."""
+    model = save_tiny(tmp_path, "llama", intermediate_size=100)
+    weights = {name: weight.detach() for name, weight in model.model.layers[2].named_parameters()}
+    skeleton, sizes = make_sweeper(tmp_path).skeleton, set()
+    up, down = weights["mlp.up_proj.weight"], weights["mlp.down_proj.weight"]
+    for count in (0, 1, 15, 16, 17, 60, 80, 81, 99):
+        kept = torch.randperm(100)[:count].sort().values
+        made, inputs = masked.masked_layer(skeleton, 2, weights, {"channel": kept}, {}, {})
+        cut_up, cut_down = made["mlp.up_proj.weight"], made["mlp.down_proj.weight"]
+        sizes.add(len(cut_up))
+        assert cut_up.shape[0] == cut_down.shape[1]
+        assert bool(inputs) == (count == 99)
+        if not inputs:
+            assert (cut_down[:, :count] == down[:, kept]).all() and not cut_down[:, count:].any()
+            assert all((up[kept] == row).all(dim=1).any() for row in cut_up)
+    assert sizes == {0, 16, 32, 64, 80, 96, 100}
+
+
 def test_what_goes_is_zero_whatever_it_was():
     x = torch.tensor([[1.0, math.inf, -2.0, math.nan]])
     assert masked.Zeroed(4, torch.tensor([0, 2]), x.device)(x).tolist() == [[1.0, 0.0, -2.0, 0.0]]
