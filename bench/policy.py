@@ -24,7 +24,7 @@ from torch import Tensor
 from streamprune.commands import demo
 from streamprune.config import PruneConfig
 from streamprune.figures import table
-from streamprune.methods.bernoulli import _batch, _space, _start, _trials
+from streamprune.methods.bernoulli import _batch, _start, _trials, make_space
 from streamprune.methods.budget import Space
 from streamprune.methods.policy import Policy, estimate
 from streamprune.methods.sinks import UnitScores
@@ -57,7 +57,7 @@ def opened(model: Path, data: Path, ratio: float) -> Iterator[tuple[Statistics, 
         statistics = Statistics(sweeper, ids, plan.layers, 0, None, make_store, goal=wanted)
         sink = UnitScores(sweeper.skeleton.all_units(plan.layers), sweeper.backend)
         METHODS["wanda-sp"].score(statistics, resolve_settings("wanda-sp", {}), sink)
-        space = _space(statistics, sink)
+        space = make_space(sweeper.skeleton, "units", plan.layers, wanted)
         start = _start(space, sink, statistics, {"init": "wanda-sp", "learner": "logits"})
         METHODS["taylor"].score(statistics, resolve_settings("taylor", {}), sink)
         scores = torch.cat([sink.values[layer][kind].double() for layer, kind in space.parts])  # type: ignore[index]

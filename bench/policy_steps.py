@@ -12,7 +12,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import torch
@@ -20,9 +19,8 @@ from plans import MODELS, write_headers
 
 from streamprune.config import PruneConfig
 from streamprune.figures import table
-from streamprune.methods.bernoulli import _space
+from streamprune.methods.bernoulli import make_space
 from streamprune.methods.policy import Policy
-from streamprune.methods.sinks import UnitScores
 from streamprune.methods.table import resolve_settings
 from streamprune.pipeline.source import Source
 from streamprune.planning.decision import goal, make_plan
@@ -35,8 +33,7 @@ def seconds(model: Path, steps: int) -> tuple[int, float, float]:
     config = PruneConfig(str(model), Path("unused"), "bernoulli", ratio=0.2, evaluate=False)
     with Source(str(model), scope="units").open() as sweeper:
         plan = make_plan(config, sweeper.skeleton)
-        run = SimpleNamespace(sweeper=sweeper, layers=plan.layers, goal=goal(config, sweeper.skeleton, plan))
-        space = _space(run, UnitScores(sweeper.skeleton.all_units(plan.layers), sweeper.backend))  # type: ignore[arg-type]
+        space = make_space(sweeper.skeleton, "units", plan.layers, goal(config, sweeper.skeleton, plan))
     generator = torch.Generator().manual_seed(0)
     start = space.shifted(torch.randn(len(space.costs), generator=generator, dtype=torch.float64))
     policy, took = Policy(space, start, resolve_settings("bernoulli", {}), 0, {}), []

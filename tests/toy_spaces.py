@@ -13,9 +13,9 @@ def random(seed, *shape):
 
 def made(parts, costs, *budgets):
     """A space of one budget for all kinds, or one for each; what stays is the highest of all that have room."""
-    kinds = list(dict.fromkeys(kind for _, kind in parts))
-    together = [tuple(kinds)] if len(budgets) == 1 else [(kind,) for kind in kinds]
-
+    kinds = dict.fromkeys(kind for _, kind in parts)
+    of_kind = [tuple(key for key in parts if key[1] == kind) for kind in kinds]
+    together = [tuple(parts)] if len(budgets) == 1 else of_kind
     prices = costs.tolist()
 
     def lost(ordered, part):

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamprune.config import Target
 from streamprune.errors import UsageError
 from streamprune.kernels import noise_seed
-from streamprune.methods.budget import FEW_UNITS, Space, start_from_scores
+from streamprune.methods.budget import Space, start_from_scores
 from streamprune.methods.policy import RAMP, ROUNDING, Policy
 from streamprune.methods.sinks import LayerScores, UnitScores
 from streamprune.methods.table import METHODS, resolve_settings
 from streamprune.model.families import unit_costs
 from streamprune.model.skeleton import Skeleton
-from streamprune.model.units import KeptUnits, Kind, TensorRef
+from streamprune.model.units import Kind, TensorRef
 from streamprune.storage.journal import Key
 from streamprune.storage.scores import read_scores
 from streamprune.streaming.filling import inverse_gram
 from streamprune.streaming.inputs import Gram
 from streamprune.streaming.masked import Trial
-from streamprune.streaming.statistics import Statistics
+from streamprune.streaming.statistics import Goal, Statistics
 
 PROGRESSIVE, EPOCH_STAGES = "random-progressive", 3  # a random start whose budget falls, by so many steps an epoch
 NO_SCORES = ("score-const", "random", PROGRESSIVE)
@@ -33,7 +34,9 @@ CONSTANT = 0.8  # c of the start `score-const` (§3.3), before it is shifted to 
 
 def bernoulli(statistics: Statistics, settings: dict[str, Any], sink: UnitScores | LayerScores) -> None:
     """Score units or layers by the keep probabilities that are learnt from losses of random masks."""
-    start, space = settings["init"], _space(statistics, sink)
+    assert statistics.goal is not None, "a run has one"
+    target: Target = "layers" if isinstance(sink, LayerScores) else "units"
+    start, space = settings["init"], make_space(statistics.sweeper.skeleton, target, statistics.layers, statistics.goal)
     stage = _stage(space, statistics.samples, settings) if start == PROGRESSIVE else None
     if start in METHODS:  # the sink keeps these scores while the policy learns, so a journal has them
         of_start = resolve_settings(start, {}, repairs=settings["repaired"] == "yes")
@@ -75,11 +78,11 @@ def _inverses(statistics: Statistics) -> Mapping[Key, Tensor]:
     return store
 
 
-def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
-    """Make the space of all that may go; what it costs, and how much of it stays."""
-    skeleton, parts, costs, n = statistics.sweeper.skeleton, dict[Key, slice](), list[float](), 0
-    for layer in statistics.layers:
-        if isinstance(sink, LayerScores):
+def make_space(skeleton: Skeleton, target: Target, layers: Sequence[int], goal: Goal) -> Space:
+    """Make the space of all units, or layers, that may go; what they cost, and how much of them stays."""
+    parts, costs, n = dict[Key, slice](), list[float](), 0
+    for layer in layers:
+        if target == "layers":
             sizes = {"layer": (1, sum(shape.numel() for shape in skeleton.shapes(layer).values()))}
         else:
             geometry = skeleton.geometries[layer]
@@ -89,10 +92,6 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
             parts[layer, kind] = slice(n, n + count)
             costs += [float(cost)] * count
             n += count
-    row, goal = torch.tensor(costs, dtype=torch.float64), statistics.goal
-    assert goal is not None, "a run has one"
-    of_kind = {kind: sum(float(row[at].sum()) for (_, each), at in parts.items() if each == kind) for _, kind in parts}
-    budgets = {kinds: share * sum(of_kind.get(kind, 0) for kind in kinds) for kinds, share in goal.shares.items()}
 
     def lost(ordered: Mapping[Key, Tensor], part: float) -> Mapping[Key, int]:
         if goal.count is None:
@@ -103,7 +102,7 @@ def _space(statistics: Statistics, sink: UnitScores | LayerScores) -> Space:
             units.setdefault(layer, {})[kind] = values  # type: ignore[index]
         return {(layer, kind): gone for layer, of in goal.count(units, part).items() for kind, gone in of.items()}
 
-    return Space(parts, row, budgets, lost)
+    return Space(parts, torch.tensor(costs, dtype=torch.float64), goal.budgets, lost)
 
 
 def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics, settings: Mapping[str, Any]) -> Tensor:
@@ -128,32 +127,31 @@ def _start(space: Space, sink: UnitScores | LayerScores, statistics: Statistics,
 
 
 def check(
-    settings: Mapping[str, Any], skeleton: Skeleton, target: str, layers: Sequence[int], widths: KeptUnits | None
+    settings: Mapping[str, Any], skeleton: Skeleton, target: Target, layers: Sequence[int], goal: Goal, samples: int
 ) -> None:
     """Refuse to begin with scores of another model, granularity or other layers, and to learn where nothing can move.
 
     Args:
-        widths: kept units of some choice of the same size, where all choices keep as many of each layer and kind.
+        samples: sequences that are to be learnt from.
 
     Raises:
-        UsageError: they are, or there are none; or units that are moved together lose as many whatever moves them.
+        UsageError: they are, or there are none; what is moved together goes or stays whatever moves it; a budget that
+            falls would not be down before the last step.
     """
-    if widths is not None and settings["learner"] == "explore":
-        groups = [
-            (skeleton.geometries[layer].units(kind), len(units))
-            for layer in layers
-            for kind, units in widths[layer].items()
-        ]
-        something_goes = any(kept < count for count, kept in groups)
-        if something_goes and not any(0 < kept < count <= FEW_UNITS for count, kept in groups):
-            other = ", or --allocation global" if skeleton.family.ragged else ""
-            raise UsageError(
-                "--allocation uniform: explore moves the units of a layer and kind together, and every layer loses as "
-                f"many of them anyhow; take --set variant=logits{other}"
-            )
     if target == "layers" and settings["repaired"] == "yes":
         raise UsageError("--set repaired=yes is of units; leave it out, or pass --granularity units")
     start = settings["init"]
+    if settings["learner"] == "explore" or start == PROGRESSIVE:
+        space = make_space(skeleton, target, layers, goal)
+        together = settings["learner"] == "explore" and target == "units"
+        if together and space.gone > 0 and not space.can_move:
+            other = ", or --allocation global of several layers" if skeleton.family.ragged else ""
+            raise UsageError(
+                "--method bernoulli: explore moves the units of a layer and kind together, and here each loses as many "
+                f"whatever moves it; take --set variant=logits{other}"
+            )
+        if start == PROGRESSIVE:
+            _stage(space, samples, settings)
     if start in METHODS or start in NO_SCORES:
         return
     scores, facts = read_scores(Path(start))

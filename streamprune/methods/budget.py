@@ -24,31 +24,37 @@ class Space:
     Attributes:
         parts: for each group of a layer and kind its key, and its place in the row.
         costs: parameters of each [n], float64.
-        budgets: parameters that may stay of some kinds together, by these.
+        budgets: parameters that may stay of some groups together, by their keys.
         count: gives, by logits of each group from the lowest up, how many of each a run would take away, when that
             part of what is to go does.
     """
 
     parts: Mapping[Key, slice]
     costs: Tensor
-    budgets: Mapping[tuple[str, ...], float]
+    budgets: Mapping[tuple[Key, ...], float]
     count: Callable[[Mapping[Key, Tensor], float], Mapping[Key, int]]
 
     @cached_property
     def pools(self) -> list[tuple[Tensor, float]]:
         """Places of units that share a budget, int64, and the budget."""
         return [
-            (
-                torch.cat([torch.arange(at.start, at.stop) for (_, kind), at in self.parts.items() if kind in kinds]),
-                most,
-            )
-            for kinds, most in self.budgets.items()
+            (torch.cat([torch.arange(self.parts[key].start, self.parts[key].stop) for key in keys]), most)
+            for keys, most in self.budgets.items()
         ]
 
     @property
     def gone(self) -> float:
         """The fraction of all parameters that goes."""
         return 1 - sum(self.budgets.values()) / float(self.costs.sum())
+
+    @property
+    def can_move(self) -> bool:
+        """Tell whether it depends on how directions are moved what goes: some budget has room for some of several."""
+        directions = self.directions()
+        return any(
+            0 < most < float(self.costs[places].sum()) and len(directions[places].unique()) > 1
+            for places, most in self.pools
+        )
 
     def eased(self, part: float) -> Space:
         """Return the space of which only a part of what is to go does."""

@@ -70,8 +70,8 @@ class Method:
         allocation: its own, for units. normalize: what global allocation makes of its scores, where not the usual.
         trials: passes over all layers, masks that are tried in each, and sequences of each of these.
         variants: what settings are that are not given, by the setting `variant`.
-        check: refuses settings that do not go with a model, a target, its prunable layers, and the kept units of some
-            choice, where all choices keep as many of each layer and kind, else None; named as `function` is.
+        check: refuses settings that do not go with a model, a target, its prunable layers, a `Goal`, and a number of
+            sequences; named as `function` is.
     """
 
     name: str
@@ -92,7 +92,7 @@ class Method:
     normalize: str | None = None
     trials: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    check: str | Callable[..., None] = lambda settings, skeleton, target, layers, widths: None
+    check: str | Callable[..., None] = lambda settings, skeleton, target, layers, goal, samples: None
 
     @property
     def score(self) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from streamprune.errors import CalibrationError, CheckpointError, UsageError
 from streamprune.figures import human
 from streamprune.methods.table import METHODS
 from streamprune.model.skeleton import Skeleton
-from streamprune.planning.stage import Work
+from streamprune.planning.stage import Work, calibration_shape
 from streamprune.schema import flag_of
 from streamprune.texts import documents, sources
 from streamprune.texts.corpus import WHOLE_CHARACTERS, Corpus
@@ -23,7 +23,6 @@ from streamprune.texts.tokenizer import beginning, chat_renderer, load_tokenizer
 
 EVALUATION_SEQ_LEN = 128
 EVALUATION_SEGMENTS = 100  # at most
-EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
 REPAIR_SEQ_LEN = 512
 # Bytes of a compressed text, an array or a table: the least that two cores were measured to pass.
 PASSED_A_SECOND = 50e6
@@ -36,12 +35,11 @@ def expected_work(config: PruneConfig, skeleton: Skeleton, text_tokens: int | No
         text_tokens: tokens of the calibration text, counted up to what the repair may take; None before the text is
             read, which is then taken to have as many.
     """
-    limit, method = skeleton.positions, METHODS[config.method]
-    samples, seq_len = method.calibration if config.calibration else EMBEDDED_CALIBRATION
+    limit, reads = skeleton.positions, METHODS[config.method].needs_text
     repair_tokens = config.compensate_tokens if text_tokens is None else min(config.compensate_tokens, text_tokens)
     repair_len = min(REPAIR_SEQ_LEN, limit, repair_tokens)
     return Work(
-        (config.samples or samples, config.seq_len or min(seq_len, limit)) if method.needs_text else None,
+        calibration_shape(config, limit) if reads else None,
         (repair_tokens // repair_len, repair_len) if config.compensate else None,
         None if config.evaluate is False else (EVALUATION_SEGMENTS, min(EVALUATION_SEQ_LEN, limit)),
     )

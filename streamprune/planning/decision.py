@@ -26,7 +26,9 @@ from streamprune.output.stock import StockForm
 from streamprune.paging.device import state_dtype
 from streamprune.planning import allocation
 from streamprune.planning.allocation import GlobalRule, UnitCosts
+from streamprune.planning.stage import calibration_shape
 from streamprune.recovery.least_squares import RepairGoal, repair_goal
+from streamprune.storage.journal import Key
 from streamprune.streaming.statistics import Count, Goal, Keep, UnitValues
 from streamprune.values import dtype_name
 
@@ -110,8 +112,6 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
     layers = allocation.prunable_layers(config.layers, n_layers, whole=config.target == "weights", stock=stock)
     choose = {"weights": _choose_weights, "layers": _choose_layers, "units": _choose_units}[config.target]
     choice = choose(config, skeleton, costs, layers)
-    widths = choice.widths if choice.allocation == "uniform" else None
-    METHODS[config.method].check_for(settings, skeleton, config.target, layers, widths)
     repair: RepairGoal | None = None
     if config.compensate:
         # Whole layers leave nothing of their own to fit: the layer before them takes their place in the stream.
@@ -125,7 +125,7 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
     planned.check()
     narrows = METHODS[config.method].narrows
     kept_in = state_dtype(config.state_dtype, skeleton.device, skeleton.dtype, narrows=narrows)
-    return Plan(
+    plan = Plan(
         layers=layers,
         settings=settings,
         costs=costs,
@@ -136,6 +136,10 @@ def make_plan(config: PruneConfig, skeleton: Skeleton, form: type[OutputForm] | 
         state=_state(config, skeleton, settings, layers, kept_in),
         state_dtype=kept_in,
     )
+    samples, _ = calibration_shape(config, skeleton.positions)
+    wanted = goal(config, skeleton, plan)
+    METHODS[config.method].check_for(settings, skeleton, config.target, layers, wanted, samples)
+    return plan
 
 
 def form_class(config: PruneConfig, form: type[OutputForm] | None = None) -> type[OutputForm]:
@@ -347,24 +351,19 @@ def prunable_parameters(skeleton: Skeleton, costs: UnitCosts, layers: Iterable[i
 
 def goal(config: PruneConfig, skeleton: Skeleton, plan: Plan) -> Goal:
     """Return what a method may be told of what will stay."""
+    choice, costs = plan.choice, plan.costs
     if config.target == "layers":
-        gone = removed_parameters(skeleton, plan.costs, plan.choice.widths)
+        gone = removed_parameters(skeleton, costs, choice.widths)
         total = sum(_layer_parameters(skeleton, layer) for layer in plan.layers)
-        return Goal(plan.choice.keep, {("layer",): 1 - gone / total})
-    kinds = skeleton.family.kinds
-    shares = dict[tuple[str, ...], float]()
-    for together in [(kind,) for kind in kinds] if plan.choice.apart else [kinds]:
-        units, kept = (
-            sum(
-                plan.costs[layer][kind] * len(of[layer][kind])
-                for layer in plan.layers
-                for kind in together
-                if kind in plan.costs[layer]
-            )
-            for of in (skeleton.all_units(), plan.choice.widths)
-        )
-        shares[together] = kept / max(1, units)
-    return Goal(plan.choice.keep, shares, plan.choice.count)
+        return Goal(choice.keep, {tuple((layer, "layer") for layer in plan.layers): float(total - gone)})
+    together, stays = dict[object, list[Key]](), dict[object, float]()
+    for layer in plan.layers:
+        for kind in costs[layer]:
+            # With a uniform allocation as many of each layer and kind stay, whichever they are.
+            pool = (layer, kind) if choice.allocation == "uniform" else kind if choice.apart else None
+            together.setdefault(pool, []).append((layer, kind))
+            stays[pool] = stays.get(pool, 0.0) + costs[layer][kind] * len(choice.widths[layer][kind])
+    return Goal(choice.keep, {tuple(keys): stays[pool] for pool, keys in together.items()}, choice.count)
 
 
 def removed_parameters(skeleton: Skeleton, costs: UnitCosts, kept: KeptUnits) -> int:

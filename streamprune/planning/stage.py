@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streamprune.config import PruneConfig
+from streamprune.methods.table import METHODS
 from streamprune.paging.state import STATE_SLOTS
 from streamprune.streaming.costs import Cost, Shape
+
+EMBEDDED_CALIBRATION = (10, 128)  # samples and tokens of each; the text is short
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,16 @@ class Work:
     calibration: Shape | None
     repair: Shape | None
     evaluation: Shape | None
+
+
+def calibration_shape(config: PruneConfig, positions: int) -> Shape:
+    """Return the sequences that a method takes, and the tokens of each: as asked, else as its paper has it.
+
+    Args:
+        positions: the most tokens that the model takes.
+    """
+    samples, seq_len = METHODS[config.method].calibration if config.calibration else EMBEDDED_CALIBRATION
+    return config.samples or samples, config.seq_len or min(seq_len, positions)
 
 
 @dataclass(frozen=True)

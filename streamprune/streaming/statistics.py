@@ -60,12 +60,12 @@ class Goal:
 
     Attributes:
         keep: the rule.
-        shares: the fraction of their parameters that kinds of unit keep, by the kinds that share a budget.
+        budgets: the parameters that stay of groups of units, or layers, that share a budget, by these.
         count: the rule in numbers, where units go.
     """
 
     keep: Keep
-    shares: Mapping[tuple[str, ...], float]
+    budgets: Mapping[tuple[Key, ...], float]
     count: Count | None = None
 
 

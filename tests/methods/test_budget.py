@@ -72,7 +72,7 @@ def test_scores_become_probabilities_that_meet_the_budget_in_their_order():
     for each in (start_from_scores(scores, apart), apart.project(s + 0.7)):
         assert float(costs[:3] @ each[:3]) == pytest.approx(60.0, rel=1e-12)
         assert float(costs[3:] @ each[3:]) == pytest.approx(5.0, rel=1e-12)
-    assert apart.eased(0.5).budgets == {("kv_group",): 90.0, ("channel",): 12.5}
+    assert apart.eased(0.5).budgets == {((0, "kv_group"),): 90.0, ((0, "channel"),): 12.5}
 
 
 def test_many_units_begin_by_their_order_alone_and_few_by_their_scores():
@@ -123,7 +123,7 @@ def test_masks_of_units_that_move_together_are_those_that_a_run_would_end_with()
         counts = count_globally(by_layer(ordered), rule.eased(part), price)
         return {(layer, kind): gone for layer, of in counts.items() for kind, gone in of.items()}
 
-    space = Space(parts, costs.double(), {("kv_group", "channel"): 0.6 * float(costs.sum())}, lost)
+    space = Space(parts, costs.double(), {tuple(parts): 0.6 * float(costs.sum())}, lost)
     logits = random(5, 110).round(decimals=1)  # some are equal
     masks = Masks(space, logits, space.directions())
     for seed, part in product(range(8), (0.5, 1.0)):

@@ -137,14 +137,29 @@ def test_layers_that_go_are_not_filled_in(tiny_llama, tmp_path):
 def test_explore_is_refused_where_nothing_that_it_moves_changes_what_goes(tiny_llama, tmp_path):
     save_tiny(tmp_path / "in", "gpt2", dtype=torch.float32)  # channels alone
     options = {**SHORT, "layers": None, "ratio": 0.3, "allocation": "uniform", "stock": True}
-    with pytest.raises(UsageError, match=r"every layer loses as many of them anyhow; take --set variant=logits$"):
+    with pytest.raises(UsageError, match=r"loses as many whatever moves it; take --set variant=logits$"):
         prune(PruneConfig(str(tmp_path / "in"), tmp_path / "out", "bernoulli", **options))
     prune(
         PruneConfig(str(tmp_path / "in"), tmp_path / "out", "bernoulli", {"variant": "logits", "steps": 1}, **options)
     )
-    few = SHORT | {"allocation": "uniform", "ratio": 0.3}  # of two KV groups none
-    with pytest.raises(UsageError, match="every layer loses as many of them anyhow"):
-        prune(PruneConfig(str(tiny_llama), tmp_path / "few", "bernoulli", **few))
+    for few in (
+        {"allocation": "uniform", "ratio": 0.3},  # of two KV groups none
+        {"layers": (1, 2), "attention_ratio": 0.0, "mlp_ratio": 0.3, "ratio": None},
+    ):
+        with pytest.raises(UsageError, match=r"whatever moves it; .* or --allocation global of several layers"):
+            foretell(PruneConfig(str(tiny_llama), tmp_path / "few", "bernoulli", **SHORT | few))
+
+
+@pytest.mark.parametrize("variant", ["exact", "logits"])
+def test_with_one_width_every_layer_and_kind_has_a_budget_of_its_own(variant, tiny_llama, tmp_path):
+    settings = {"variant": variant, "steps": 4, "batch": 2, "lr": 0.02}
+    options = SHORT | {"allocation": "uniform", "attention_ratio": 0.5, "ratio": 0.3}
+    result = prune(PruneConfig(str(tiny_llama), tmp_path / "out", "bernoulli", settings, **options))
+    scores, _ = read_scores(result.output)
+    assert len(scores) == 12
+    for (layer, kind), s in scores.items():
+        most = len(result.kept[layer][kind])  # which `exact` only does not exceed
+        assert (0.95 if variant == "exact" else 1 - 1e-6) * most < float(s.double().sum()) < (1 + 1e-6) * most
 
 
 def test_scores_that_do_not_go_with_the_run_are_refused(tiny_llama, tmp_path):
@@ -184,7 +199,7 @@ def test_a_progressive_start_comes_down_to_the_budget_in_steps_of_a_twentieth(va
     whole = kept[0] / 0.95
     assert kept == pytest.approx([whole * share for share in (0.95, 0.9, 0.85, 0.8, *[0.78] * 5)], rel=0.02)
     with pytest.raises(UsageError, match="--set steps=4: random-progressive comes down to the budget after 4"):
-        prune(PruneConfig(str(tiny_llama), tmp_path / "no", "bernoulli", {**given, "steps": 4}, **options))
+        foretell(PruneConfig(str(tiny_llama), tmp_path / "no", "bernoulli", {**given, "steps": 4}, **options))
 
 
 @pytest.mark.parametrize("normalize", ["raw", "zscore"])
