@@ -8,7 +8,8 @@ GRADIENT = ("taylor", "smoothgrad", "moreau", "moreau-gs")
 UNITS = ("random", "magnitude", *GRADIENT, "wanda", "wanda-sp", "flap", "thinet", "gblm")
 MIDDLE, EVERYWHERE = {"layers": [4, 28]}, [0, 30]
 UNITS_AS: dict[str, dict[str, Any]] = {"": {}, " all layers": {"layers": EVERYWHERE}}
-UNITS_AS |= {" compensated": {"compensate": True}, " global": {"allocation": "global"}}
+UNITS_AS |= {f"{variant} compensated": more | {"compensate": True} for variant, more in UNITS_AS.items()}
+UNITS_AS |= {" global": {"allocation": "global"}}
 STARTS = {
     name: {"init": name, "repaired": "no"} for name in ("wanda-sp", "flap", "thinet", "taylor", "random-progressive")
 }
