@@ -20,7 +20,7 @@ from torch import Tensor
 
 from streamprune.errors import CheckpointError, OutputError, UsageError
 from streamprune.storage.checkpoint import Checkpoint
-from streamprune.storage.directory import check_directory, check_space, sync_path
+from streamprune.storage.directory import check_directory, check_space, sync_path, temporary_sibling
 from streamprune.texts.gguf_vocabulary import read_vocabulary
 from streamprune.values import AUTO
 
@@ -138,19 +138,19 @@ def write_gguf(
             type_name = _STORED.get(checkpoint.tensors["model.embed_tokens.weight"].dtype, "f32")
         vocabulary = read_vocabulary(source, config["vocab_size"], pre)
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
         try:
-            writer = gguf.GGUFWriter(partial, outline.architecture)
-            _add_config(writer, config, outline, type_name)
-            vocabulary.add_to(writer)
-            nbytes = _write_tensors(gguf, writer, checkpoint, outline, type_name, partial)
-            sync_path(partial)  # before it has the name, which can outlive a power cut that the contents did not
-            os.replace(partial, file)
-            sync_path(file.absolute().parent)
+            with temporary_sibling(file) as beside:
+                partial = beside / file.name
+                writer = gguf.GGUFWriter(partial, outline.architecture)
+                _add_config(writer, config, outline, type_name)
+                vocabulary.add_to(writer)
+                _write_tensors(gguf, writer, checkpoint, outline, type_name, file.parent)
+                nbytes = partial.stat().st_size
+                sync_path(partial)  # before it has the name, which can outlive a power cut that the contents did not
+                os.replace(partial, file)
+                sync_path(file.absolute().parent)
         except OSError as error:
             raise OutputError(f"{file}: {error.strerror or error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
     return GgufFile(file, outline.architecture, type_name, nbytes)
 
 
@@ -317,9 +317,9 @@ def _context(config: Mapping[str, Any]) -> int:
 
 
 def _write_tensors(
-    gguf: Any, writer: Any, checkpoint: Checkpoint, outline: _Outline, type_name: str, path: Path
-) -> int:
-    """Write all tensors, one after another; return the bytes of the file."""
+    gguf: Any, writer: Any, checkpoint: Checkpoint, outline: _Outline, type_name: str, directory: Path
+) -> None:
+    """Write all tensors, one after another, if there is room in the directory."""
     factors = _rope_factors(checkpoint.config, outline.head_dim)
     total = 0
     if factors is not None:
@@ -336,7 +336,7 @@ def _write_tensors(
             nbytes = math.prod(stored)
         writer.add_tensor_info(name, stored, dtype, nbytes, kind)
         total += nbytes
-    check_space(path.parent, total, "the file")
+    check_space(directory, total, "the file")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -355,7 +355,6 @@ def _write_tensors(
             values = interleaved(values, outline.head_dim)
         writer.write_tensor_data(gguf.quants.quantize(values.contiguous().numpy(), kinds[name]))
     writer.close()
-    return path.stat().st_size
 
 
 def _kind(gguf: Any, shape: tuple[int, ...], type_name: str) -> Any:
