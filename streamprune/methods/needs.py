@@ -141,7 +141,7 @@ def _graph(task: Task) -> int:
         def each(layer: LayerSizes) -> int:
             return _saved(task, layer) + layer.widest if task.sums_halves else int(1.4 * _saved(task, layer))
 
-        numbers = task.sizes.most(each, task.whole) + (4 * task.attention_columns if task.eager else 0)
+        numbers = task.sizes.most(each, task.whole) + 4 * task.attention_columns
         saved = numbers * n * task.shape[1] * task.itemsize
     return -(-task.shape[0] * saved // n) + task.hidden_bytes + task.sweeper.binder.buffer_bytes
 
@@ -268,13 +268,14 @@ def _for_trials(task: Task) -> list[Sequence[int]]:
 
 
 def _masked(task: Task) -> Cost:
-    """Cost of forward sweeps that each carry the sequences of many masks, of which one at a time is computed.
+    """Cost of forward sweeps that each carry the sequences of many masks, of which some at a time are computed.
 
     What a mask lets out is taken to be computed: how much that is, is learnt.
     """
     assert task.trials is not None
     passes, trials, batch = task.trials
-    carried = replace(task, shape=(trials * batch, task.shape[1]), micro_batch=min(task.micro_batch, batch))
+    at_once = batch * (trials if task.tries_together(batch * task.shape[1]) else 1)
+    carried = replace(task, shape=(trials * batch, task.shape[1]), micro_batch=min(task.micro_batch, at_once))
     activations = {"activations": carried.forward_activations(task.whole)}
     masked = dict[str, int]()
     if task.cuts:

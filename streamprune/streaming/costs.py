@@ -18,7 +18,7 @@ from streamprune.model.saved import saved_bytes
 from streamprune.model.skeleton import LOGITS_BYTES, Skeleton
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import PARTS, Place
-from streamprune.streaming.masked import copied_weights
+from streamprune.streaming.masked import copied_weights, tried_together
 from streamprune.streaming.statistics import passes_without
 from streamprune.streaming.sweeper import Sweeper
 
@@ -222,6 +222,10 @@ class Task:
         tokens = self.trials[2] * self.shape[1] if self.trials else 0
         return self.itemsize * copied_weights(self.sweeper.skeleton, self.layers, tokens, filled=self.fills)
 
+    def tries_together(self, tokens: int) -> bool:
+        """Tell whether masks of so many tokens are computed several at once."""
+        return tried_together(self.sweeper.skeleton, self.layers, tokens)
+
     @property
     def itemsize(self) -> int:
         """Bytes of a number in the compute dtype."""
@@ -268,14 +272,10 @@ class Task:
         return passes_without(self.layers, self.hidden_bytes)
 
     @property
-    def eager(self) -> bool:
-        """Tell whether attention's scores exist as a whole, as where they are capped."""
-        return self.sweeper.skeleton.config._attn_implementation == "eager"
-
-    @property
     def attention_columns(self) -> int:
-        """Number of a token's attention scores: over the tokens of its sequence, of all heads."""
-        return self.shape[1] * self.sweeper.skeleton.geometry.heads
+        """Number of a token's attention scores where they exist as a whole, as where they are capped; else 0."""
+        eager = self.sweeper.skeleton.config._attn_implementation == "eager"
+        return self.shape[1] * self.sweeper.skeleton.geometry.heads if eager else 0
 
     def logits(self, *, backwards: bool) -> int:
         """Count bytes of logits of the tokens that go through the head together, their softmax, and both gradients."""
@@ -301,12 +301,12 @@ class Task:
         return {name: max(phase.get(name, 0) for phase in phases) for name in sorted(names)}
 
     def scores(self, *, backwards: bool) -> int:
-        """Count bytes of a micro-batch's attention scores, where they exist as a whole.
+        """Count bytes of a micro-batch's attention scores.
 
         A softmax in float32 stands between its input, or backwards two gradients, and what the values are mixed by.
         """
         each = (12 if backwards else 8) + self.itemsize
-        return each * self.attention_columns * self.tokens_at_once if self.eager else 0
+        return each * self.attention_columns * self.tokens_at_once
 
     def forward_activations(self, layers: Iterable[int]) -> int:
         """Count bytes of a micro-batch without gradients: an MLP's product beside its factors, attention's inputs."""

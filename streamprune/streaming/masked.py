@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -17,7 +17,7 @@ from streamprune.model.units import Kind, Member, kept_lines, module_of
 from streamprune.paging.device import is_gpu
 from streamprune.paging.hidden_states import States
 from streamprune.storage.journal import Key
-from streamprune.streaming.filling import fillings
+from streamprune.streaming.filling import Filling, fillings
 from streamprune.streaming.sweeper import Sweeper, blocks_of_tokens
 from streamprune.streaming.walk import Visit, walk
 from streamprune.streaming.watch import SeeInput, watch_inputs
@@ -62,33 +62,132 @@ def masked_losses(
     skeleton, rows = sweeper.skeleton, [range(trial.sequences.start, trial.sequences.stop) for trial in trials]
     starts = [sum(map(len, rows[:number])) for number in range(len(rows))]
     ids = input_ids[[row for each in rows for row in each]]
+    cuts = cuts_weights(skeleton.device, max(map(len, rows)) * input_ids.shape[1])
 
     def visit(each: Visit) -> States:
-        """Compute a layer's output for every trial, one after another."""
+        """Compute a layer's output for every trial."""
         if each.layer < first:
             return each.run()
+        output = sweeper.states_like(each.hidden, count=len(ids))
         # The first layer with masks is given what trials share, and puts out what each has for itself.
         given = [trial.sequences.start for trial in trials] if each.layer == first else starts
-        output, turned = sweeper.states_like(each.hidden, count=len(ids)), dict[str, Tensor]()
+        computed, turned = list[list[_Piece]](), dict[str, Tensor]()
         for trial, begin, end in zip(trials, given, starts, strict=True):
-            count = trial.sequences.stop - trial.sequences.start
-            # Found as they are needed: of all layers and trials the units take eight times a mask's memory.
-            kept = {kind: mask.nonzero().flatten() for kind, mask in trial.kept.get(each.layer, {}).items()}
+            parts = sweeper.micro_batches(trial.sequences.stop - trial.sequences.start)
+            pieces = [_Piece(trial, part, begin, end) for part in parts]
+            if each.layer not in trial.gone:
+                computed.append(pieces)
+                continue
+            for piece in pieces:
+                output[piece.made] = each.hidden[piece.given]
+        if _run_together(skeleton, each.layer, cuts=cuts):
+            for pieces in _packed(computed, sweeper.micro_batch):
+                _run(skeleton, each, pieces, output, each.weights, _inputs_of(skeleton, each.layer, pieces, inverses))
+            return output
+        for pieces in computed:
+            kept = pieces[0].kept(each.layer)
             filled = fillings(skeleton, each.layer, kept, inverses)
-            cut = turned if cuts_weights(skeleton.device, count * input_ids.shape[1]) else None
-            weights, inputs = masked_layer(skeleton, each.layer, each.weights, kept, filled, cut)
-            for part in sweeper.micro_batches(count):
-                hidden = each.hidden[begin + part.start : begin + part.stop]
-                if each.layer not in trial.gone:
-                    with watch_inputs(skeleton.layers[each.layer], inputs):
-                        hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
-                output[end + part.start : end + part.stop] = hidden
+            weights, inputs = masked_layer(skeleton, each.layer, each.weights, kept, filled, turned if cuts else None)
+            for piece in pieces:
+                _run(skeleton, each, [piece], output, weights, inputs)
             del weights, inputs, filled  # before there are the next trial's
         return output
 
     hidden = walk(sweeper, input_ids, visit, change=False, then="again")
     losses = sequence_losses(sweeper, hidden, ids)
     return [float(losses[start : start + len(each)].mean()) for start, each in zip(starts, rows, strict=True)]
+
+
+class _Piece:
+    """Sequences of a trial that a layer computes at once: `part` of them.
+
+    Attributes:
+        given, made: where they are in the layer's input and output, the trial's first at `begin` and `end`.
+    """
+
+    def __init__(self, trial: Trial, part: slice, begin: int, end: int) -> None:
+        self.trial = trial
+        self.given = slice(begin + part.start, begin + part.stop)
+        self.made = slice(end + part.start, end + part.stop)
+
+    def __len__(self) -> int:
+        return self.made.stop - self.made.start
+
+    def kept(self, layer: int) -> dict[Kind, Tensor]:
+        """Find the units of a layer that stay, int64: as needed, since they take eight times a mask's memory."""
+        return {kind: mask.nonzero().flatten() for kind, mask in self.trial.kept.get(layer, {}).items()}
+
+
+def _run(
+    skeleton: Skeleton,
+    visit: Visit,
+    pieces: Sequence[_Piece],
+    output: States,
+    weights: Mapping[str, Tensor],
+    inputs: Mapping[str, SeeInput],
+) -> None:
+    """Compute a layer's output for some pieces at once."""
+    given = [visit.hidden[span] for span in _joined(piece.given for piece in pieces)]
+    hidden = given[0] if len(given) == 1 else torch.cat(given)
+    with watch_inputs(skeleton.layers[visit.layer], inputs):
+        hidden = skeleton.run_layer(visit.layer, weights, visit.call, hidden)
+    spans = _joined(piece.made for piece in pieces)
+    for span, part in zip(spans, hidden.split([span.stop - span.start for span in spans]), strict=True):
+        output[span] = part
+
+
+def _packed(trials: Sequence[Sequence[_Piece]], size: int) -> list[list[_Piece]]:
+    """Put neighbours together, up to `size` sequences."""
+    packs: list[list[_Piece]] = []
+    for piece in (piece for pieces in trials for piece in pieces):
+        if packs and sum(map(len, packs[-1])) + len(piece) <= size:
+            packs[-1].append(piece)
+        else:
+            packs.append([piece])
+    return packs
+
+
+def _joined(spans: Iterable[slice]) -> list[slice]:
+    """Join those that follow one another directly."""
+    joined: list[slice] = []
+    for span in spans:
+        if joined and joined[-1].stop == span.start:
+            span = slice(joined.pop().start, span.stop)
+        joined.append(span)
+    return joined
+
+
+def _run_together(skeleton: Skeleton, layer: int, *, cuts: bool) -> bool:
+    """Tell whether masks leave a layer's weights as they are, so that the sequences of several are computed at once.
+
+    A hundred tokens are too few for a GPU: it would wait for its memory, and for what is asked of it.
+    """
+    return not cuts and all(_way(skeleton, layer, kind, cut=False) == "zeroed" for kind in skeleton.family.kinds)
+
+
+def tried_together(skeleton: Skeleton, layers: Sequence[int], tokens: int) -> bool:
+    """Tell whether in some layer sequences of several masks, each of so many tokens, are computed at once."""
+    cuts = cuts_weights(skeleton.device, tokens)
+    return any(_run_together(skeleton, layer, cuts=cuts) for layer in layers)
+
+
+def _inputs_of(
+    skeleton: Skeleton, layer: int, pieces: Sequence[_Piece], inverses: Mapping[Key, Tensor]
+) -> dict[str, SeeInput]:
+    """Return what is made of the inputs of o and down, where sequences of several masks are computed at once."""
+    geometry, kept, inputs = skeleton.geometries[layer], [piece.kept(layer) for piece in pieces], dict[str, SeeInput]()
+    for member in output_matrices(skeleton, layer):
+        whole = torch.arange(geometry.units(member.kind))
+        lines = [kept_lines(member, geometry, each.get(member.kind, whole)) for each in kept]
+        width, counts = skeleton.shapes(layer)[member.tensor][member.dim], list(map(len, pieces))
+        if all(len(each) == width for each in lines):
+            continue
+        inverse = inverses.get((layer, member.tensor))
+        if inverse is None:
+            inputs[member.tensor] = Zeroed(width, lines, counts, skeleton.device)
+        else:
+            inputs[member.tensor] = _Filled(inverse, lines, counts)
+    return inputs
 
 
 def sequence_losses(sweeper: Sweeper, hidden: States, input_ids: Tensor) -> Tensor:
@@ -142,20 +241,38 @@ def _copied(skeleton: Skeleton, layer: int, kind: Kind, *, cut: bool, filled: bo
 
 
 class Zeroed:
-    """Input of one matrix without the lines that a mask takes from it.
+    """Input of one matrix without the lines that masks take from it.
 
     Args:
-        width: lines of the input. kept: those that stay, int64.
+        width: lines of the input. kept: of each mask those that stay, int64.
+        counts: sequences of each mask; a single mask is of all that there are.
     """
 
-    def __init__(self, width: int, kept: Tensor, device: torch.device) -> None:
-        gone = torch.ones(width, dtype=torch.bool)
-        gone[kept] = False
-        self.gone = gone.to(device)
+    def __init__(self, width: int, kept: Sequence[Tensor], counts: Sequence[int], device: torch.device) -> None:
+        gone = torch.ones(len(kept), 1, width, dtype=torch.bool)
+        for row, lines in zip(gone, kept, strict=True):
+            row[:, lines] = False
+        self.gone = gone.repeat_interleave(torch.tensor(counts), dim=0).to(device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return an input [..., width] with zeros where its lines go."""
-        return x.masked_fill(self.gone, 0)
+        """Return an input [..., width] of some sequences one after another, with zeros where its lines go."""
+        return x.reshape(len(self.gone), -1, x.shape[-1]).masked_fill(self.gone, 0).view_as(x)
+
+
+class _Filled:
+    """Input of one matrix whose lines that masks take are filled in; each mask's factor is there when it is used."""
+
+    def __init__(self, inverse: Tensor, kept: Sequence[Tensor], counts: Sequence[int]) -> None:
+        self.inverse, self.kept, self.counts = inverse, kept, counts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Fill in an input [..., width] of some sequences one after another."""
+        made = x.clone(memory_format=torch.contiguous_format)
+        parts = made.view(sum(self.counts), -1, x.shape[-1]).split(list(self.counts))
+        for part, lines in zip(parts, self.kept, strict=True):
+            if len(lines) < x.shape[-1]:
+                part.copy_(Filling(self.inverse, lines)(part))
+        return made
 
 
 def masked_layer(
@@ -203,7 +320,7 @@ def masked_layer(
             for member in output_matrices(skeleton, layer):
                 if member.kind == kind and member.tensor not in filled:
                     lines, width = kept_lines(member, geometry, units), weights[member.tensor].shape[member.dim]
-                    inputs[member.tensor] = Zeroed(width, lines, skeleton.device)
+                    inputs[member.tensor] = Zeroed(width, [lines], [1], skeleton.device)
     return masked, inputs
 
 

@@ -350,7 +350,7 @@ def test_a_graph_is_planned_where_no_layer_runs_without_weights(tmp_path):
     save_tiny(tmp_path, "mixtral", dtype=torch.float32)
     sweeper = make_sweeper(tmp_path, dtype=torch.float32)
     task, config = Task(Sizes(sweeper), (4, 32), 4), sweeper.skeleton.config
-    assert task.sizes.saved(4, 32) is None and not task.eager
+    assert task.sizes.saved(4, 32) is None and not task.attention_columns
     fused = _graph(task)
     config._attn_implementation = "eager"
     assert _graph(task) == fused + 4 * 4 * config.num_attention_heads * 4 * 32**2

@@ -29,16 +29,18 @@ def drawn(sweeper, seed, least=1):
     return kept
 
 
-@pytest.fixture(params=["cut", "zeroed"])
-def way(request, monkeypatch):
-    """Channels that go are cut out of the weights, or the inputs of down are zero there."""
-    monkeypatch.setattr(masked, "cuts_weights", lambda device, tokens: request.param == "cut")
+@pytest.fixture(params=[("cut", 2), ("zeroed", 2), ("zeroed", 8)], ids=str)
+def at_once(request, monkeypatch):
+    """Sequences that a layer computes at once: one mask's, with cut weights, or of several with zeros in inputs."""
+    way, size = request.param
+    monkeypatch.setattr(masked, "cuts_weights", lambda device, tokens: way == "cut")
+    return size
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, way, tmp_path):
+def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, at_once, tmp_path):
     save_tiny(tmp_path, family)
-    sweeper, ids = make_sweeper(tmp_path, micro_batch=2), token_ids(5, SEQ)
+    sweeper, ids = make_sweeper(tmp_path, micro_batch=at_once), token_ids(5, SEQ)
     gone = [(), (), (2,), (1, 3)]
     places = [slice(0, 3), slice(0, 3), slice(3, 5), slice(3, 5)]
     trials = [
@@ -58,9 +60,9 @@ def test_each_trial_has_the_loss_of_the_whole_model_with_its_mask(family, way, t
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_output(family, way, tmp_path):
+def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_output(family, at_once, tmp_path):
     save_tiny(tmp_path, family)
-    sweeper, ids = make_sweeper(tmp_path, micro_batch=2), token_ids(5, SEQ)
+    sweeper, ids = make_sweeper(tmp_path, micro_batch=at_once), token_ids(5, SEQ)
     trials = [Trial(drawn(sweeper, number), frozenset(), slice(number, number + 3)) for number in range(2)]
     model, inverses, grams = load(tmp_path), {}, {}
     modules = {
@@ -88,9 +90,9 @@ def test_with_lost_lines_filled_in_it_is_the_loss_of_layers_fitted_to_their_own_
         assert loss == pytest.approx(expected, abs=1e-5 if family == "olmo2" else 1e-10)
 
 
-def test_a_layer_can_lose_all_of_a_kind(way, tmp_path):
+def test_a_layer_can_lose_all_of_a_kind(at_once, tmp_path):
     save_tiny(tmp_path, "llama")
-    sweeper, ids = make_sweeper(tmp_path), token_ids(2, SEQ)
+    sweeper, ids = make_sweeper(tmp_path, micro_batch=at_once), token_ids(2, SEQ)
     none = {kind: torch.zeros(sweeper.skeleton.geometries[2].units(kind)).bool() for kind in ("kv_group", "channel")}
     trial = Trial({2: none}, frozenset(), slice(0, 2))
     (loss,) = masked_losses(sweeper, ids, [trial], FIRST)
@@ -123,20 +125,43 @@ def test_widths_of_cut_weights_are_of_few_sizes_and_what_overflows_is_not_among_
 
 def test_what_goes_is_zero_whatever_it_was():
     x = torch.tensor([[1.0, math.inf, -2.0, math.nan]])
-    assert masked.Zeroed(4, torch.tensor([0, 2]), x.device)(x).tolist() == [[1.0, 0.0, -2.0, 0.0]]
+    assert masked.Zeroed(4, [torch.tensor([0, 2])], [1], x.device)(x).tolist() == [[1.0, 0.0, -2.0, 0.0]]
 
 
 @pytest.mark.parametrize("place", ["device", "host", "scratch"])
-def test_where_hidden_states_stay_changes_nothing(place, tmp_path):
+def test_where_hidden_states_stay_changes_nothing(place, at_once, tmp_path):
     save_tiny(tmp_path / "model", "llama")
     losses = []
     for where in ("device", place):
-        sweeper = make_sweeper(tmp_path / "model", micro_batch=2)
+        sweeper = make_sweeper(tmp_path / "model", micro_batch=at_once)
         sweeper.place, sweeper.scratch = where, tmp_path
         trials = [Trial(drawn(sweeper, seed), frozenset(), slice(0, 3)) for seed in range(3)]
         losses.append(masked_losses(sweeper, token_ids(3, SEQ), trials, FIRST))
         sweeper.close()
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("way,expected", [("cut", 8), ("zeroed", 2)])
+def test_masks_that_leave_weights_alone_go_through_a_layer_together(way, expected, tmp_path, monkeypatch):
+    save_tiny(tmp_path, "llama")
+    monkeypatch.setattr(masked, "cuts_weights", lambda device, tokens: way == "cut")
+    sweeper, sizes = make_sweeper(tmp_path, micro_batch=4), []
+    original = sweeper.skeleton.run_layer
+
+    def run_layer(layer, weights, call, hidden):
+        if layer >= FIRST:
+            sizes.append((layer, len(hidden)))
+        return original(layer, weights, call, hidden)
+
+    monkeypatch.setattr(sweeper.skeleton, "run_layer", run_layer)
+    # One leaves layer 2 out: then there are seven in it.
+    trials = [Trial(drawn(sweeper, seed), frozenset({2} if seed == 3 else ()), slice(0, 1)) for seed in range(8)]
+    masked_losses(sweeper, token_ids(1, SEQ), trials, FIRST)
+    of_layer = {layer: [size for each, size in sizes if each == layer] for layer in range(FIRST, N_LAYERS)}
+    assert {layer: sum(each) for layer, each in of_layer.items()} == {
+        layer: 7 if layer == 2 else 8 for layer in of_layer
+    }
+    assert all(len(each) == expected for layer, each in of_layer.items() if layer != 2)
 
 
 def test_one_pass_serves_all_trials_and_what_stays_is_not_read_again(tmp_path, monkeypatch):
