@@ -49,7 +49,7 @@ class Space:
 
     @property
     def can_move(self) -> bool:
-        """Tell whether it depends on how directions are moved what goes: some budget has room for some of several."""
+        """Tell whether moves along directions change what goes: several share a budget, and not all of it goes."""
         directions = self.directions()
         return any(
             0 < most < float(self.costs[places].sum()) and len(directions[places].unique()) > 1

@@ -274,7 +274,8 @@ def _masked(task: Task) -> Cost:
     """
     assert task.trials is not None
     passes, trials, batch = task.trials
-    at_once = batch * (trials if task.tries_together(batch * task.shape[1]) else 1)
+    together = batch <= task.micro_batch and task.tries_together(batch * task.shape[1])
+    at_once = batch * (trials if together else 1)
     carried = replace(task, shape=(trials * batch, task.shape[1]), micro_batch=min(task.micro_batch, at_once))
     activations = {"activations": carried.forward_activations(task.whole)}
     masked = dict[str, int]()

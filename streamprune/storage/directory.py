@@ -165,7 +165,7 @@ def temporary_sibling(directory: Path) -> Iterator[Path]:
             yield Path(elsewhere)
         return
     name, partial, _ = directory.name.partition(PARTIAL)  # it may be one that is being written
-    output = directory.with_name(name.removeprefix(".") if partial else name)
+    output = directory.with_name(name.removeprefix(".")) if partial and name else directory
     _remove_dead(output, but=directory)
     temporary = output.with_name(f".{output.name}{PARTIAL}{secrets.token_hex(4)}")
     lock = _make_and_hold(temporary, exist_ok=False)

@@ -224,7 +224,7 @@ class Task:
 
     def tries_together(self, tokens: int) -> bool:
         """Tell whether masks of so many tokens are computed several at once."""
-        return tried_together(self.sweeper.skeleton, self.layers, tokens)
+        return tried_together(self.sweeper.skeleton, self.whole[self.layers[0] :], tokens)
 
     @property
     def itemsize(self) -> int:

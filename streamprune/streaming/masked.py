@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -42,6 +42,11 @@ class Trial:
     gone: frozenset[int]
     sequences: slice
 
+    @property
+    def count(self) -> int:
+        """Number of its sequences."""
+        return self.sequences.stop - self.sequences.start
+
 
 @torch.no_grad()
 def masked_losses(
@@ -59,127 +64,114 @@ def masked_losses(
         input_ids: [n, seq].
         inverses: P of matrices whose lost lines are filled in (filling.py), by layer and tensor.
     """
-    skeleton, rows = sweeper.skeleton, [range(trial.sequences.start, trial.sequences.stop) for trial in trials]
-    starts = [sum(map(len, rows[:number])) for number in range(len(rows))]
-    ids = input_ids[[row for each in rows for row in each]]
-    cuts = cuts_weights(skeleton.device, max(map(len, rows)) * input_ids.shape[1])
+    skeleton, count = sweeper.skeleton, max(trial.count for trial in trials)
+    starts = [sum(each.count for each in trials[:number]) for number in range(len(trials))]
+    ids = torch.cat([input_ids[trial.sequences] for trial in trials])
+    cuts = cuts_weights(skeleton.device, count * input_ids.shape[1])
 
     def visit(each: Visit) -> States:
         """Compute a layer's output for every trial."""
         if each.layer < first:
             return each.run()
-        output = sweeper.states_like(each.hidden, count=len(ids))
         # The first layer with masks is given what trials share, and puts out what each has for itself.
         given = [trial.sequences.start for trial in trials] if each.layer == first else starts
-        computed, turned = list[list[_Piece]](), dict[str, Tensor]()
-        for trial, begin, end in zip(trials, given, starts, strict=True):
-            parts = sweeper.micro_batches(trial.sequences.stop - trial.sequences.start)
-            pieces = [_Piece(trial, part, begin, end) for part in parts]
-            if each.layer not in trial.gone:
-                computed.append(pieces)
-                continue
-            for piece in pieces:
-                output[piece.made] = each.hidden[piece.given]
-        if _run_together(skeleton, each.layer, cuts=cuts):
-            for pieces in _packed(computed, sweeper.micro_batch):
-                _run(skeleton, each, pieces, output, each.weights, _inputs_of(skeleton, each.layer, pieces, inverses))
+        output, turned = sweeper.states_like(each.hidden, count=len(ids)), dict[str, Tensor]()
+        if count <= sweeper.micro_batch and _leaves_weights(skeleton, each.layer, cuts=cuts):
+            _run_together(sweeper, each, trials, given, output, inverses)
             return output
-        for pieces in computed:
-            kept = pieces[0].kept(each.layer)
+        for trial, begin, end in zip(trials, given, starts, strict=True):
+            kept = _kept(trial, each.layer)
             filled = fillings(skeleton, each.layer, kept, inverses)
             weights, inputs = masked_layer(skeleton, each.layer, each.weights, kept, filled, turned if cuts else None)
-            for piece in pieces:
-                _run(skeleton, each, [piece], output, weights, inputs)
+            for part in sweeper.micro_batches(trial.count):
+                hidden = each.hidden[begin + part.start : begin + part.stop]
+                if each.layer not in trial.gone:
+                    with watch_inputs(skeleton.layers[each.layer], inputs):
+                        hidden = skeleton.run_layer(each.layer, weights, each.call, hidden)
+                output[end + part.start : end + part.stop] = hidden
             del weights, inputs, filled  # before there are the next trial's
         return output
 
     hidden = walk(sweeper, input_ids, visit, change=False, then="again")
     losses = sequence_losses(sweeper, hidden, ids)
-    return [float(losses[start : start + len(each)].mean()) for start, each in zip(starts, rows, strict=True)]
+    return [float(losses[start : start + each.count].mean()) for start, each in zip(starts, trials, strict=True)]
 
 
-class _Piece:
-    """Sequences of a trial that a layer computes at once: `part` of them.
-
-    Attributes:
-        given, made: where they are in the layer's input and output, the trial's first at `begin` and `end`.
-    """
-
-    def __init__(self, trial: Trial, part: slice, begin: int, end: int) -> None:
-        self.trial = trial
-        self.given = slice(begin + part.start, begin + part.stop)
-        self.made = slice(end + part.start, end + part.stop)
-
-    def __len__(self) -> int:
-        return self.made.stop - self.made.start
-
-    def kept(self, layer: int) -> dict[Kind, Tensor]:
-        """Find the units of a layer that stay, int64: as needed, since they take eight times a mask's memory."""
-        return {kind: mask.nonzero().flatten() for kind, mask in self.trial.kept.get(layer, {}).items()}
+def _kept(trial: Trial, layer: int) -> dict[Kind, Tensor]:
+    """Find the units of a layer that stay, int64: as needed, since they take eight times a mask's memory."""
+    return {kind: mask.nonzero().flatten() for kind, mask in trial.kept.get(layer, {}).items()}
 
 
-def _run(
-    skeleton: Skeleton,
+def _run_together(
+    sweeper: Sweeper,
     visit: Visit,
-    pieces: Sequence[_Piece],
+    trials: Sequence[Trial],
+    given: Sequence[int],
     output: States,
-    weights: Mapping[str, Tensor],
-    inputs: Mapping[str, SeeInput],
+    inverses: Mapping[Key, Tensor],
 ) -> None:
-    """Compute a layer's output for some pieces at once."""
-    given = [visit.hidden[span] for span in _joined(piece.given for piece in pieces)]
-    hidden = given[0] if len(given) == 1 else torch.cat(given)
-    with watch_inputs(skeleton.layers[visit.layer], inputs):
-        hidden = skeleton.run_layer(visit.layer, weights, visit.call, hidden)
-    spans = _joined(piece.made for piece in pieces)
-    for span, part in zip(spans, hidden.split([span.stop - span.start for span in spans]), strict=True):
-        output[span] = part
+    """Compute a layer's output for every trial, up to a micro-batch of sequences at once, whatever masks they have.
 
-
-def _packed(trials: Sequence[Sequence[_Piece]], size: int) -> list[list[_Piece]]:
-    """Put neighbours together, up to `size` sequences."""
-    packs: list[list[_Piece]] = []
-    for piece in (piece for pieces in trials for piece in pieces):
-        if packs and sum(map(len, packs[-1])) + len(piece) <= size:
-            packs[-1].append(piece)
-        else:
-            packs.append([piece])
-    return packs
-
-
-def _joined(spans: Iterable[slice]) -> list[slice]:
-    """Join those that follow one another directly."""
-    joined: list[slice] = []
-    for span in spans:
-        if joined and joined[-1].stop == span.start:
-            span = slice(joined.pop().start, span.stop)
-        joined.append(span)
-    return joined
-
-
-def _run_together(skeleton: Skeleton, layer: int, *, cuts: bool) -> bool:
-    """Tell whether masks leave a layer's weights as they are, so that the sequences of several are computed at once.
-
-    A hundred tokens are too few for a GPU: it would wait for its memory, and for what is asked of it.
+    Args:
+        given: where each trial's sequences begin in the layer's input; each has a micro-batch or less.
     """
+    skeleton, layer = sweeper.skeleton, visit.layer
+    batch: list[Trial] = []
+    parts: list[Tensor] = []
+    places: list[slice] = []
+
+    def run() -> None:
+        hidden = torch.cat(parts)
+        parts.clear()
+        with watch_inputs(skeleton.layers[layer], _inputs_of(skeleton, layer, batch, inverses)):
+            hidden = skeleton.run_layer(layer, visit.weights, visit.call, hidden)
+        for place, part in zip(places, hidden.split([each.count for each in batch]), strict=True):
+            output[place] = part
+        batch.clear()
+        places.clear()
+
+    end = 0
+    for trial, begin in zip(trials, given, strict=True):
+        place, end = slice(end, end + trial.count), end + trial.count
+        if layer in trial.gone:
+            output[place] = visit.hidden[begin : begin + trial.count]  # in its turn: what follows is read ahead
+            continue
+        if sum(each.count for each in batch) + trial.count > sweeper.micro_batch:
+            run()
+        batch.append(trial)
+        parts.append(visit.hidden[begin : begin + trial.count])
+        places.append(place)
+    if batch:
+        run()
+
+
+def _leaves_weights(skeleton: Skeleton, layer: int, *, cuts: bool) -> bool:
+    """Tell whether masks change a layer's inputs alone."""
     return not cuts and all(_way(skeleton, layer, kind, cut=False) == "zeroed" for kind in skeleton.family.kinds)
 
 
 def tried_together(skeleton: Skeleton, layers: Sequence[int], tokens: int) -> bool:
-    """Tell whether in some layer sequences of several masks, each of so many tokens, are computed at once."""
+    """Tell whether in some layer sequences of several masks, each of so many tokens, are computed at once.
+
+    A hundred tokens are too few for a GPU: it would wait for its memory, and for kernels to be launched.
+    """
     cuts = cuts_weights(skeleton.device, tokens)
-    return any(_run_together(skeleton, layer, cuts=cuts) for layer in layers)
+    return any(_leaves_weights(skeleton, layer, cuts=cuts) for layer in layers)
 
 
 def _inputs_of(
-    skeleton: Skeleton, layer: int, pieces: Sequence[_Piece], inverses: Mapping[Key, Tensor]
+    skeleton: Skeleton, layer: int, trials: Sequence[Trial], inverses: Mapping[Key, Tensor]
 ) -> dict[str, SeeInput]:
     """Return what is made of the inputs of o and down, where sequences of several masks are computed at once."""
-    geometry, kept, inputs = skeleton.geometries[layer], [piece.kept(layer) for piece in pieces], dict[str, SeeInput]()
+    geometry, kept, inputs = (
+        skeleton.geometries[layer],
+        [_kept(trial, layer) for trial in trials],
+        dict[str, SeeInput](),
+    )
     for member in output_matrices(skeleton, layer):
         whole = torch.arange(geometry.units(member.kind))
         lines = [kept_lines(member, geometry, each.get(member.kind, whole)) for each in kept]
-        width, counts = skeleton.shapes(layer)[member.tensor][member.dim], list(map(len, pieces))
+        width, counts = skeleton.shapes(layer)[member.tensor][member.dim], [trial.count for trial in trials]
         if all(len(each) == width for each in lines):
             continue
         inverse = inverses.get((layer, member.tensor))

@@ -60,7 +60,7 @@ class Goal:
 
     Attributes:
         keep: the rule.
-        budgets: the parameters that stay of groups of units, or layers, that share a budget, by these.
+        budgets: parameters that stay, of units of some layers and kinds together, or of layers, by their keys.
         count: the rule in numbers, where units go.
     """
 

@@ -330,6 +330,7 @@ def test_a_file_that_exists_stays_unless_it_is_to_be_replaced(tmp_path):
     (tmp_path / ".model.gguf.partial-0123abcd" / "model.gguf").write_text("half")
     write_gguf(tmp_path / "in", file, overwrite=True)
     assert file.read_bytes()[:4] == b"GGUF"
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["in", "model.gguf"]
+    write_gguf(tmp_path / "in", tmp_path / ".partial-x")  # which looks like one of those
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".partial-x", "in", "model.gguf"]
     with pytest.raises(OutputError, match="is a directory"):
         write_gguf(tmp_path / "in", tmp_path / "in", overwrite=True)

@@ -107,11 +107,10 @@ def test_what_a_method_takes_is_planned(method, granularity, settings, placed, c
 
 
 @pytest.mark.parametrize("repaired", ["no", "yes"])
-@pytest.mark.parametrize("place,micro_batch", [("device", 64), ("host", 16)])
-def test_what_many_masks_take_that_are_tried_at_once_is_planned(place, micro_batch, repaired, placed, checkpoint):
-    settings = {"steps": 2, "masks": 32, "batch": 2, "repaired": repaired}
-    options = {"micro_batch": micro_batch, "seq_len": 128, "samples": 10}
-    check(placed(checkpoint(layers=3), "bernoulli", place=place, settings=settings, held=Kept(), **options))
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_what_many_masks_take_that_are_tried_at_once_is_planned(place, repaired, placed, checkpoint):
+    settings = {"steps": 2, "masks": 32, "batch": 2, "repaired": repaired, "init": "random"}
+    check(placed(checkpoint(layers=3), "bernoulli", place=place, settings=settings, held=Kept()))
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from whole_models import load, mask_unit_kind, matrix, mean_loss, out_name, run,
 
 from streamprune.model.masking import output_matrices
 from streamprune.model.units import TensorRef
+from streamprune.paging.hidden_states import Activations
 from streamprune.paging.pager import Pager
 from streamprune.streaming import masked
 from streamprune.streaming.filling import FILL_RIDGE, inverse_gram
@@ -135,14 +136,14 @@ def test_where_hidden_states_stay_changes_nothing(place, at_once, tmp_path):
     for where in ("device", place):
         sweeper = make_sweeper(tmp_path / "model", micro_batch=at_once)
         sweeper.place, sweeper.scratch = where, tmp_path
-        trials = [Trial(drawn(sweeper, seed), frozenset(), slice(0, 3)) for seed in range(3)]
+        trials = [Trial(drawn(sweeper, seed), frozenset({seed}), slice(0, 3)) for seed in range(4)]
         losses.append(masked_losses(sweeper, token_ids(3, SEQ), trials, FIRST))
         sweeper.close()
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("way,expected", [("cut", 8), ("zeroed", 2)])
-def test_masks_that_leave_weights_alone_go_through_a_layer_together(way, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["cut", "zeroed"])
+def test_masks_that_leave_weights_alone_go_through_a_layer_together(way, tmp_path, monkeypatch):
     save_tiny(tmp_path, "llama")
     monkeypatch.setattr(masked, "cuts_weights", lambda device, tokens: way == "cut")
     sweeper, sizes = make_sweeper(tmp_path, micro_batch=4), []
@@ -158,10 +159,25 @@ def test_masks_that_leave_weights_alone_go_through_a_layer_together(way, expecte
     trials = [Trial(drawn(sweeper, seed), frozenset({2} if seed == 3 else ()), slice(0, 1)) for seed in range(8)]
     masked_losses(sweeper, token_ids(1, SEQ), trials, FIRST)
     of_layer = {layer: [size for each, size in sizes if each == layer] for layer in range(FIRST, N_LAYERS)}
-    assert {layer: sum(each) for layer, each in of_layer.items()} == {
-        layer: 7 if layer == 2 else 8 for layer in of_layer
-    }
-    assert all(len(each) == expected for layer, each in of_layer.items() if layer != 2)
+    assert [sum(each) for each in of_layer.values()] == [7 if layer == 2 else 8 for layer in of_layer]
+    whole, gap = ([1] * 8, [1] * 7) if way == "cut" else ([4, 4], [4, 3])
+    assert all(each == (gap if layer == 2 else whole) for layer, each in of_layer.items())
+
+
+def test_hidden_states_on_scratch_come_once_for_each_layer_whatever_is_left_out(at_once, tmp_path, monkeypatch):
+    save_tiny(tmp_path / "model", "llama")
+    sweeper, brought, original = make_sweeper(tmp_path / "model", micro_batch=at_once), [], Activations.bring
+    sweeper.place, sweeper.scratch = "scratch", tmp_path
+
+    def bring(self, place, offset, buffer):
+        brought.append(len(buffer))
+        return original(self, place, offset, buffer)
+
+    monkeypatch.setattr(Activations, "bring", bring)
+    trials = [Trial({}, frozenset({2} if number % 3 == 0 else ()), slice(number, number + 1)) for number in range(9)]
+    masked_losses(sweeper, token_ids(9, SEQ), trials, FIRST)
+    sweeper.close()
+    assert sum(brought) == 9 * (N_LAYERS + 1)  # and for the head
 
 
 def test_one_pass_serves_all_trials_and_what_stays_is_not_read_again(tmp_path, monkeypatch):
