@@ -125,10 +125,10 @@ def rows(page, first):
 
 
 def test_the_readmes_results_are_those_of_the_file():
-    files = ("policy.json", "policy-float32.json", "quality-h100.json")  # of a CPU, and what a GPU has done too
     measured = {}
-    for key, runs in (pair for name in files for pair in json.loads((ROOT / "bench/results" / name).read_text()).items()):
-        measured[key] = measured.get(key, {}) | runs
+    for name in ("policy", "policy-float32", "quality-h100"):  # of a CPU, and what a GPU has done too
+        for key, runs in json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text()).items():
+            measured[key] = measured.get(key, {}) | runs
     keys = {
         "20 % of the units, layers 4:28": ("units", "20%", "20% compensated"),
         "50 % of the units, layers 4:28": ("policy", "50% thinet", "50% thinet, repaired, compensated"),
