@@ -121,6 +121,7 @@ def _run_together(
     places: list[slice] = []
 
     def run() -> None:
+        """Compute the trials that are together, and begin anew."""
         hidden = torch.cat(parts)
         parts.clear()
         with watch_inputs(skeleton.layers[layer], _inputs_of(skeleton, layer, batch, inverses)):
@@ -163,15 +164,12 @@ def _inputs_of(
     skeleton: Skeleton, layer: int, trials: Sequence[Trial], inverses: Mapping[Key, Tensor]
 ) -> dict[str, SeeInput]:
     """Return what is made of the inputs of o and down, where sequences of several masks are computed at once."""
-    geometry, kept, inputs = (
-        skeleton.geometries[layer],
-        [_kept(trial, layer) for trial in trials],
-        dict[str, SeeInput](),
-    )
+    geometry, inputs = skeleton.geometries[layer], dict[str, SeeInput]()
+    kept, counts = [_kept(trial, layer) for trial in trials], [trial.count for trial in trials]
     for member in output_matrices(skeleton, layer):
         whole = torch.arange(geometry.units(member.kind))
         lines = [kept_lines(member, geometry, each.get(member.kind, whole)) for each in kept]
-        width, counts = skeleton.shapes(layer)[member.tensor][member.dim], [trial.count for trial in trials]
+        width = skeleton.shapes(layer)[member.tensor][member.dim]
         if all(len(each) == width for each in lines):
             continue
         inverse = inverses.get((layer, member.tensor))
